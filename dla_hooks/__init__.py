@@ -1,0 +1,106 @@
+"""Direct Logit Attribution on plain Hugging Face models, with forward hooks and no cache.
+
+>>> from dla_hooks import direct_logit_attribution
+>>> result = direct_logit_attribution(                       # doctest: +SKIP
+...     model, "The Eiffel Tower is in the city of", " Paris", " London",
+...     unit="head", tokenizer=tokenizer,
+... )
+>>> result.top(3)                                            # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dla_hooks.architecture import Architecture, Heads, Write
+    from dla_hooks.attribution import direct_logit_attribution
+    from dla_hooks.errors import (
+        ArgumentTypeError,
+        CheckpointError,
+        DecompositionError,
+        DLAError,
+        HookError,
+        InputError,
+        MissingExtraError,
+        NonFiniteError,
+        PositionError,
+        ShapeMismatchError,
+        TokenError,
+        TokenizerMissingError,
+        TrainingModeError,
+        UnsupportedModelError,
+    )
+    from dla_hooks.match import verify
+    from dla_hooks.registry import architectures, register
+    from dla_hooks.result import DirectLogitAttribution
+    from dla_hooks.verification import Verification
+
+__version__ = "0.1.0"
+
+# Loaded when first used: `dla-hooks --help` and `import dla_hooks` should not wait for torch.
+_HOME = {
+    "Architecture": "architecture",
+    "ArgumentTypeError": "errors",
+    "CheckpointError": "errors",
+    "DLAError": "errors",
+    "DecompositionError": "errors",
+    "DirectLogitAttribution": "result",
+    "Heads": "architecture",
+    "HookError": "errors",
+    "InputError": "errors",
+    "MissingExtraError": "errors",
+    "NonFiniteError": "errors",
+    "PositionError": "errors",
+    "ShapeMismatchError": "errors",
+    "TokenError": "errors",
+    "TokenizerMissingError": "errors",
+    "TrainingModeError": "errors",
+    "UnsupportedModelError": "errors",
+    "Verification": "verification",
+    "Write": "architecture",
+    "architectures": "registry",
+    "direct_logit_attribution": "attribution",
+    "register": "registry",
+    "verify": "match",
+}
+
+__all__ = [
+    "Architecture",
+    "ArgumentTypeError",
+    "CheckpointError",
+    "DLAError",
+    "DecompositionError",
+    "DirectLogitAttribution",
+    "Heads",
+    "HookError",
+    "InputError",
+    "MissingExtraError",
+    "NonFiniteError",
+    "PositionError",
+    "ShapeMismatchError",
+    "TokenError",
+    "TokenizerMissingError",
+    "TrainingModeError",
+    "UnsupportedModelError",
+    "Verification",
+    "Write",
+    "__version__",
+    "architectures",
+    "direct_logit_attribution",
+    "register",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

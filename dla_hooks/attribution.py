@@ -1,0 +1,167 @@
+"""The one verb: who wrote this logit?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from dla_hooks import positions
+from dla_hooks.answers import align, read_answers
+from dla_hooks.check import check as check_run
+from dla_hooks.check import columns_to_check, identity_gap
+from dla_hooks.errors import InputError
+from dla_hooks.locate import Stream
+from dla_hooks.match import stream_of
+from dla_hooks.result import DirectLogitAttribution
+from dla_hooks.run import Run
+from dla_hooks.sites import Sites
+from dla_hooks.tokens import Prompt, read_prompt, to_strings, tokenizer_for
+from dla_hooks.units import unit_named
+
+
+def direct_logit_attribution(
+    model: Any,
+    input: Any = None,
+    answer_tokens: Any = None,
+    incorrect_tokens: Any = None,
+    *,
+    unit: str = "component",
+    pos: Any = -1,
+    tokenizer: Any = None,
+    attention_mask: Any = None,
+    prepend_bos: bool | None = None,
+    center_unembed: bool = False,
+    fold_value_biases: bool = False,
+    check: bool = True,
+) -> DirectLogitAttribution:
+    """Split a logit, or a difference of two logits, into what each part of the model wrote.
+
+    With the final norm's scale s frozen at its actual value, the part of a write x_c in the logit
+    of token t is ``x_c . d / s``, where ``d`` is the unembedding row of t with the final norm
+    folded in (``docs`` and the README derive it). The parts and a bias sum to the model's logit;
+    where logits are capped (Gemma 2), to the logit before the cap.
+
+    The model is run once, under hooks that keep one scalar per part and position; no activation
+    outlives the module that made it, and the model is left as it was found.
+
+    Args:
+        model: a Hugging Face causal language model in evaluation mode.
+        input: a string, a list of strings, or token ids [pos] or [batch, pos].
+        answer_tokens: whose logit: a string of one token, an id, a list of these, or an integer
+            tensor of shape [], [batch], [pos'], [1, pos'], [batch, 1] or [batch, pos'], aligned
+            with the positions that ``pos`` has selected.
+        incorrect_tokens: the same form and shape; the result is then the attribution of
+            ``logit[answer] - logit[incorrect]``.
+        unit: ``"component"`` (embeddings and each sublayer), ``"layer"`` (the running sum of
+            components, as in a logit lens), or ``"head"`` (each attention head, and a remainder).
+        pos: which positions: an int (no position axis in the result), None (all), a tuple meaning
+            ``slice(*pos)``, a slice, a list, or a 1-d array or tensor of ints or bools. Counted
+            among a row's real tokens, so -1 is the last one whichever side is padded.
+        tokenizer: needed for strings, unless the model carries one as ``model.tokenizer``.
+        attention_mask: 1 at real tokens [batch, pos], for ids that are padded on either side.
+        prepend_bos: for strings: True puts one BOS first, False none, None leaves it to the
+            tokenizer.
+        center_unembed: take the vocabulary's mean off every row of W_U, as TransformerLens does
+            by default (unless logits are capped). Differences of two tokens do not change.
+        fold_value_biases: move each head's constant part (its value bias) to the remainder, as
+            TransformerLens does by default. Only heads change.
+        check: hold the parts against the last stream and, at a few positions, against the model's
+            own logits, and raise if they do not add up.
+
+    Returns:
+        A :class:`DirectLogitAttribution`, whose ``attribution`` is [component, batch] for a
+        single position and [component, batch, pos'] otherwise, in at least float32.
+
+    Raises:
+        InputError: (a ValueError) for any argument that cannot be used; subclasses say which.
+        PositionError: (an IndexError) for a position that some row does not have.
+        UnsupportedModelError: (a NotImplementedError) for a model that is no sum of writes.
+        DecompositionError: when the parts do not sum to the model's own numbers.
+    """
+    unit_class = unit_named(unit)
+    if answer_tokens is None:
+        raise InputError("answer_tokens is required: the token whose logit is attributed")
+    stream = stream_of(model)
+    if input is None:
+        raise InputError("input is required: a prompt, a list of prompts, or token ids")
+
+    if _holds_string(input):
+        tokenizer = tokenizer_for(model, tokenizer, "input")
+    prompt = read_prompt(
+        input,
+        tokenizer=tokenizer,
+        attention_mask=attention_mask,
+        prepend_bos=prepend_bos,
+        vocabulary=model.get_input_embeddings().weight.shape[0],
+    )
+    _check_length(stream, prompt)
+    selection = positions.select(positions.parse(pos), prompt.mask)
+    answers = read_answers(
+        answer_tokens,
+        incorrect_tokens,
+        model=model,
+        tokenizer=tokenizer,
+        vocabulary=stream.vocabulary,
+    )
+    sites, targets = align(answers, selection, prompt.shape)
+
+    run = Run(
+        stream,
+        sites,
+        targets,
+        center_unembed=center_unembed,
+        fold_value_biases=fold_value_biases,
+    )
+    splitter = unit_class(run)
+    columns = columns_to_check(run, prompt) if check else None
+    logits = run.forward(prompt, splitter.taps(), columns)
+    split = splitter.split()
+    logit_gap = float("nan")
+    if check:
+        outcome = check_run(run, splitter, split, prompt, targets, columns, logits, center_unembed)
+        logit_gap = outcome.logit_gap
+
+    tokenizer = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
+    return DirectLogitAttribution(
+        attribution=sites.unfold(split.values_CN),
+        labels=split.labels,
+        unit=unit,
+        bias=sites.unfold(run.final.bias_N()),
+        logit=sites.unfold(run.final.logits_N()),
+        gap=identity_gap(run),
+        logit_gap=logit_gap,
+        positions=_counted_among_real_tokens(prompt, sites),
+        tokens=[
+            to_strings(ids[mask].tolist(), tokenizer)
+            for ids, mask in zip(prompt.input_ids, prompt.mask, strict=True)
+        ],
+        answer=_names(answers.correct, tokenizer),
+        incorrect=None if answers.incorrect is None else _names(answers.incorrect, tokenizer),
+        model=f"{type(model).__name__} ({model.config.model_type})",
+        softcap=stream.softcap,
+    )
+
+
+def _holds_string(input: Any) -> bool:
+    texts = input if isinstance(input, list) else [input]
+    return any(isinstance(text, str) for text in texts)
+
+
+def _names(ids: Tensor, tokenizer: Any) -> list[str]:
+    return to_strings(ids.reshape(-1).tolist(), tokenizer)
+
+
+def _check_length(stream: Stream, prompt: Prompt) -> None:
+    longest = int(prompt.mask.sum(-1).max())
+    if stream.position_limit is not None and longest > stream.position_limit:
+        raise InputError(
+            f"the prompt has {longest} tokens, but {type(stream.model).__name__} has positions "
+            f"for {stream.position_limit} only; shorten it"
+        )
+
+
+def _counted_among_real_tokens(prompt: Prompt, sites: Sites) -> Tensor:
+    """The position in its own row that every entry of the result belongs to; -1 for padding."""
+    counted = prompt.position_ids()[sites.rows, sites.cols].double()
+    return sites.unfold(counted).nan_to_num(nan=-1.0).long()

@@ -1,0 +1,85 @@
+"""What can go wrong, as a tree.
+
+    DLAError
+    ├── InputError (ValueError)                 an argument has the wrong value
+    │   ├── TokenError                          an answer or a prompt cannot be read as tokens
+    │   ├── TokenizerMissingError               a string was given and nothing to tokenize it with
+    │   ├── ShapeMismatchError (RuntimeError)   answers and positions do not broadcast
+    │   └── TrainingModeError                   the model would drop activations at random
+    ├── ArgumentTypeError (TypeError)           an argument has the wrong type or length
+    ├── PositionError (IndexError)              a position that some prompt does not have
+    ├── UnsupportedModelError (NotImplementedError)
+    │                                           the model is not a sum that we can take apart
+    ├── DecompositionError (ArithmeticError)    the parts did not sum to the model's own numbers
+    │   └── NonFiniteError                      NaN or infinity in weights or activations
+    ├── HookError (RuntimeError)                a module did not run exactly once
+    ├── CheckpointError (OSError)               a checkpoint that is missing or cannot be read
+    └── MissingExtraError (ImportError)         an optional package is not installed
+
+Wherever the reference implementation raises a builtin error, ours is one too, so that code which
+catches the builtin goes on working.
+"""
+
+from __future__ import annotations
+
+
+class DLAError(Exception):
+    """The root: ``except DLAError`` catches whatever this library raises on purpose."""
+
+
+class InputError(DLAError, ValueError):
+    """An argument has a value that cannot be used."""
+
+
+class TokenError(InputError):
+    """A prompt or an answer cannot be read as tokens of this model."""
+
+
+class TokenizerMissingError(InputError):
+    """A string was given, but there is no tokenizer to read it with."""
+
+
+class ShapeMismatchError(InputError, RuntimeError):
+    """The shape of the answers fits neither the batch nor the selected positions."""
+
+
+class TrainingModeError(InputError):
+    """The model is in training mode, where dropout makes every run another one."""
+
+
+class ArgumentTypeError(DLAError, TypeError):
+    """An argument has a type, or a number of items, that has no meaning here."""
+
+
+class PositionError(DLAError, IndexError):
+    """A position was asked for that some prompt does not have."""
+
+
+class UnsupportedModelError(DLAError, NotImplementedError):
+    """The model's logits are not known to be an affine map of a sum of writes."""
+
+
+class DecompositionError(DLAError, ArithmeticError):
+    """The parts do not add up to the model's own numbers, so no number is given."""
+
+
+class NonFiniteError(DecompositionError):
+    """NaN or infinity in the model's weights or activations."""
+
+
+class HookError(DLAError, RuntimeError):
+    """A module that had to run exactly once did not."""
+
+
+class CheckpointError(DLAError, OSError):
+    """A checkpoint folder or file is missing, incomplete or unreadable."""
+
+
+class MissingExtraError(DLAError, ImportError):
+    """A feature needs a package that is not installed."""
+
+    def __init__(self, feature: str, extra: str) -> None:
+        super().__init__(
+            f"{feature} needs packages that are not installed. "
+            f"Install them with: pip install 'dla-hooks[{extra}]'"
+        )

@@ -1,0 +1,68 @@
+"""The constant part of each head, for ``fold_value_biases``.
+
+TransformerLens folds the value biases (and the first LayerNorm's bias, seen through W_V) out of
+the heads: attention weights sum to one, so they add the same vector to z at every position. The
+vector is found without unpacking any projection: run one token with zeros for every block's
+input. What reaches attention is then its norm's bias, attention over one token has weight one,
+and z is the constant, per query head, whatever the layout of the fused projections.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dla_hooks.errors import UnsupportedModelError
+from dla_hooks.hooks import Edit, Tap, edited, tapped
+from dla_hooks.locate import HeadSite, Stream
+from dla_hooks.questions import short_prompt
+from dla_hooks.run import run_model
+
+
+def head_constants(stream: Stream) -> dict[str, Tensor]:
+    """The constant part of every z, by the write's label.
+
+    Returns:
+        ``{label: [head * d_head]}``, in the contraction's dtype.
+
+    Raises:
+        UnsupportedModelError: where z has no constant part: attention weights that do not sum
+            to one (sinks), gated heads, normed values.
+    """
+    sites = {write.label: write.heads for write in stream.writes if write.heads is not None}
+    seen: dict[str, Tensor] = {}
+    # Three rows: the constant itself, and as far above it as below. Only if z is an affine map of
+    # what attention reads do the outer two lie evenly around the first.
+    prompt = short_prompt(stream, batch=3, length=1)
+    prompt.input_ids.copy_(prompt.input_ids[:1].expand_as(prompt.input_ids))
+    step = torch.randn(stream.d_model, generator=torch.Generator().manual_seed(2))
+    steps = torch.stack((torch.zeros_like(step), step, -step))[:, None]
+
+    def remember(label: str) -> Callable[[Tensor, Tensor], None]:
+        return lambda z, _: seen.__setitem__(label, z.to(stream.work_dtype).reshape(3, -1))
+
+    edits = [Edit(block.module, torch.zeros_like, at_input=True) for block in stream.blocks]
+    edits += [
+        Edit(site.attention, lambda x: x + steps.to(x).reshape(x.shape), at_input=True)
+        for site in sites.values()
+    ]
+    taps = [Tap(site.proj, site.name, remember(label)) for label, site in sites.items()]
+    with edited(edits), tapped(taps):
+        run_model(stream.model, prompt, None)
+    for label, z in seen.items():
+        _check_affine(stream, sites[label], z)
+    return {label: z[0].clone() for label, z in seen.items()}
+
+
+def _check_affine(stream: Stream, site: HeadSite, z: Tensor) -> None:
+    constant, above, below = z
+    bend = (above + below - 2 * constant).norm()
+    size = above.norm() + below.norm()
+    if bend > (1e-4 + 16 * torch.finfo(stream.dtype).eps) * size:
+        raise UnsupportedModelError(
+            f"fold_value_biases: the heads of {site.name} have no constant part, because their "
+            "attention weights do not sum to one, or their values are not an affine map of the "
+            "stream (attention sinks, gates and value norms do this). Use fold_value_biases=False."
+        )

@@ -1,0 +1,115 @@
+"""Linear modules as maps of directions: what they read, never what they contain copied.
+
+A direction ``d`` in the space a linear module writes to becomes ``W^T d`` in the space it reads
+from. Where the module keeps a plain weight that is one matrix product; for any other linear
+module (quantised, LoRA-wrapped, ...) it is the module's own vector-Jacobian product.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+def pull_back(module: nn.Module, d_KM: Tensor) -> Tensor:
+    """Directions at a linear module's output, as directions at its input.
+
+    Args:
+        module: any module that is an affine map along its last axis.
+        d_KM: directions [n, d_out].
+
+    Returns:
+        [n, d_in], in the dtype and on the device of ``d_KM``.
+    """
+    weight = _weight_out_in(module)
+    if weight is not None:
+        return d_KM @ weight.to(d_KM)
+    reference = _parameter_of(module)
+    with torch.enable_grad():
+        z = torch.zeros(
+            d_KM.shape[0],
+            input_width(module),
+            dtype=reference.dtype,
+            device=reference.device,
+            requires_grad=True,
+        )
+        out = module.forward(z)
+        (u,) = torch.autograd.grad(out, z, grad_outputs=d_KM.to(out))
+    return u.to(d_KM)
+
+
+def value_at(module: nn.Module, z: Tensor) -> Tensor:
+    """The module's output [d_out] for one input [d_in], past any hooks on it."""
+    reference = _parameter_of(module)
+    with torch.no_grad():
+        out: Tensor = module.forward(z.to(reference)[None])[0]
+    return out
+
+
+def input_width(module: nn.Module) -> int:
+    """The size of the space that a linear module reads."""
+    weight = _weight_out_in(module)
+    if weight is not None:
+        return int(weight.shape[1])
+    width = getattr(module, "in_features", None)
+    if isinstance(width, int):
+        return width
+    raise TypeError(f"{type(module).__name__} does not say how wide its input is (in_features)")
+
+
+def rows(module: nn.Module, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows of an unembedding and their biases, for the asked tokens only.
+
+    Args:
+        module: the output embedding; its output axis is the vocabulary.
+        ids: token ids [n].
+        dtype: of the result.
+
+    Returns:
+        ``W_U`` rows [n, d] and biases [n].
+    """
+    weight = _weight_out_in(module)
+    if weight is None:
+        raise TypeError(f"{type(module).__name__} has no weight to read rows from")
+    ids = ids.to(weight.device)
+    W = weight.detach().index_select(0, ids).to(dtype)
+    bias = getattr(module, "bias", None)
+    b = W.new_zeros(len(ids)) if bias is None else bias.detach().index_select(0, ids).to(dtype)
+    return W, b
+
+
+def mean_row(module: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The unembedding row and bias averaged over the vocabulary: [d] and []."""
+    weight = _weight_out_in(module)
+    if weight is None:
+        raise TypeError(f"{type(module).__name__} has no weight to average")
+    bias = getattr(module, "bias", None)
+    W = weight.detach().mean(0, dtype=dtype)
+    b = W.new_zeros(()) if bias is None else bias.detach().mean(dtype=dtype)
+    return W, b
+
+
+def vocabulary_size(module: nn.Module) -> int:
+    """How many tokens an unembedding scores."""
+    weight = _weight_out_in(module)
+    if weight is None:
+        raise TypeError(f"{type(module).__name__} has no weight to count rows of")
+    return int(weight.shape[0])
+
+
+def _weight_out_in(module: nn.Module) -> Tensor | None:
+    """The weight as [d_out, d_in], a view; None where the module's map is not just its weight."""
+    # The exact types: a subclass may quantise, gate or adapt what it does with the weight.
+    if type(module) is nn.Linear:
+        return module.weight.detach()
+    if type(module) is Conv1D:
+        return module.weight.detach().T
+    return None
+
+
+def _parameter_of(module: nn.Module) -> Tensor:
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            return parameter
+    raise TypeError(f"{type(module).__name__} has no floating-point parameter")

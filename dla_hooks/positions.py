@@ -1,0 +1,136 @@
+"""Which positions of each prompt are attributed.
+
+Positions are counted among a row's real tokens, so that -1 is the last token of every prompt
+whichever side it is padded on. ``pos=None`` keeps the columns of the batch as they are.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dla_hooks.errors import ArgumentTypeError, InputError, PositionError
+
+PositionSpec = int | slice | list[int] | None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The selected entries of a batch.
+
+    Attributes:
+        rows: batch rows, [batch] for a single position, else [batch, pos'].
+        cols: columns of the prompt, same shape.
+        valid: False where a row has no token for this entry, same shape.
+    """
+
+    rows: Tensor
+    cols: Tensor
+    valid: Tensor
+
+
+def parse(pos: Any) -> PositionSpec:
+    """Bring every accepted form of ``pos`` to one of four.
+
+    Args:
+        pos: an int (or numpy integer, or array or tensor without axes): one position, and no
+            position axis in the result; None: all; a tuple: ``slice(*pos)``; a slice; a list or
+            one-axis array or tensor of ints, or a boolean mask of that form.
+
+    Raises:
+        ArgumentTypeError: for a tuple that ``slice`` would not take.
+        InputError: for anything else.
+    """
+    if pos is None or isinstance(pos, slice):
+        _check_slice(pos)
+        return pos
+    if isinstance(pos, tuple):
+        if not 1 <= len(pos) <= 3:
+            raise ArgumentTypeError(
+                f"pos as a tuple means slice(*pos) and takes 1 to 3 items, got {len(pos)}: {pos!r}"
+            )
+        return parse(slice(*pos))
+    if hasattr(pos, "tolist") and hasattr(pos, "ndim"):  # a tensor, an array or a numpy scalar
+        if pos.ndim > 1:
+            raise InputError(f"pos takes at most one axis, got shape {tuple(pos.shape)}")
+        is_mask = str(pos.dtype).removeprefix("torch.") == "bool"
+        pos = pos.tolist()
+        if is_mask and isinstance(pos, list):
+            return [i for i, wanted in enumerate(pos) if wanted]
+    if isinstance(pos, list):
+        return [_as_int(item, pos) for item in pos]
+    return _as_int(pos, pos)
+
+
+def select(spec: PositionSpec, mask: Tensor) -> Selection:
+    """Find the selected entries in a batch that may be padded.
+
+    Args:
+        spec: from :func:`parse`.
+        mask: True at the real tokens [batch, pos], on the CPU.
+
+    Raises:
+        PositionError: when a row has no such position.
+    """
+    if spec is None:
+        rows, cols = torch.meshgrid(*map(torch.arange, mask.shape), indexing="ij")
+        return Selection(rows, cols, mask)
+    picked = [_pick(spec, row, real.nonzero()[:, 0]) for row, real in enumerate(mask)]
+    if isinstance(spec, int):
+        cols = torch.stack(picked)
+        return Selection(torch.arange(len(mask)), cols, torch.ones_like(cols, dtype=torch.bool))
+
+    # Rows of different lengths: fill up on the side on which the batch is padded.
+    width = max(len(cols) for cols in picked)
+    on_the_left = not bool(mask[:, 0].all())
+    cols = torch.zeros(len(mask), width, dtype=torch.long)
+    valid = torch.zeros(len(mask), width, dtype=torch.bool)
+    for row, found in enumerate(picked):
+        place = slice(width - len(found), width) if on_the_left else slice(0, len(found))
+        cols[row, place] = found
+        valid[row, place] = True
+    return Selection(torch.arange(len(mask))[:, None].expand_as(cols), cols, valid)
+
+
+def _pick(spec: int | slice | list[int], row: int, real: Tensor) -> Tensor:
+    """Columns of one row: an int, a slice or a list, counted among its real tokens."""
+    if isinstance(spec, slice):
+        return torch.tensor(real.tolist()[spec], dtype=torch.long)
+    for position in [spec] if isinstance(spec, int) else spec:
+        if not -len(real) <= position < len(real):
+            raise PositionError(
+                f"position {position} is out of range: row {row} of the input has {len(real)} "
+                f"tokens, so positions go from {-len(real)} to {len(real) - 1}"
+            )
+    if isinstance(spec, int):
+        return real[spec]
+    return real[torch.tensor(spec, dtype=torch.long)]
+
+
+def _as_int(item: Any, pos: Any) -> int:
+    if isinstance(item, bool):
+        raise InputError(
+            f"pos takes ints, None, tuples, slices, lists, or 1-d arrays; got the bool in {pos!r} "
+            "(a mask is given as a tensor or array of bools)"
+        )
+    try:
+        return operator.index(item)
+    except TypeError:
+        raise InputError(
+            f"pos must be an int, None, a tuple (meaning slice(*pos)), a slice, a list of ints or "
+            f"a 1-d tensor or array of ints or bools; got {type(pos).__name__}: {pos!r}"
+        ) from None
+
+
+def _check_slice(pos: slice | None) -> None:
+    if pos is None:
+        return
+    for item in (pos.start, pos.stop, pos.step):
+        if item is not None:
+            _as_int(item, pos)
+    if pos.step == 0:
+        raise InputError("pos as a slice cannot have step 0")

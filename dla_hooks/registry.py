@@ -1,0 +1,74 @@
+"""Which declaration belongs to which model type.
+
+The one place that imports the adapters (the repository's top-level folder ``adapters/``,
+installed as ``dla_hooks.adapters``).
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import threading
+
+from dla_hooks.architecture import Architecture
+from dla_hooks.errors import InputError
+
+_registered: dict[str, Architecture] = {}
+_builtin_loaded = False
+_lock = threading.RLock()
+
+
+def register(architecture: Architecture) -> None:
+    """Add a declaration, so that models of its types are recognised from now on.
+
+    Args:
+        architecture: the declaration; see :class:`Architecture`.
+
+    Raises:
+        InputError: when one of its model types is declared already.
+    """
+    with _lock:
+        _load_builtin()
+        _add(architecture)
+
+
+def adapter_for(model_type: str) -> Architecture | None:
+    """The declaration for a ``config.model_type``, or None when there is none."""
+    with _lock:
+        _load_builtin()
+        return _registered.get(model_type)
+
+
+def architectures() -> tuple[Architecture, ...]:
+    """Every declaration, each once, in alphabetical order of its first model type."""
+    with _lock:
+        _load_builtin()
+        distinct = dict.fromkeys(_registered.values())
+    return tuple(sorted(distinct, key=lambda architecture: architecture.model_types[0]))
+
+
+def _add(architecture: Architecture) -> None:
+    taken = [name for name in architecture.model_types if name in _registered]
+    if taken:
+        raise InputError(
+            f"model type {', '.join(map(repr, taken))} is declared already; "
+            "a type can have one declaration only"
+        )
+    for name in architecture.model_types:
+        _registered[name] = architecture
+
+
+def _load_builtin() -> None:
+    global _builtin_loaded
+    if _builtin_loaded:
+        return
+    try:
+        package = importlib.import_module("dla_hooks.adapters")
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            "the adapters are not installed beside dla_hooks; in a checkout run `pip install -e .`"
+        ) from error
+    for module in sorted(entry.name for entry in pkgutil.iter_modules(package.__path__)):
+        for architecture in importlib.import_module(f"dla_hooks.adapters.{module}").ARCHITECTURES:
+            _add(architecture)
+    _builtin_loaded = True

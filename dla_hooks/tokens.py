@@ -1,0 +1,176 @@
+"""From what the caller typed to token ids: prompts here, answers in :mod:`dla_hooks.answers`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dla_hooks.errors import InputError, ShapeMismatchError, TokenError, TokenizerMissingError
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A batch of prompts.
+
+    Attributes:
+        input_ids: [batch, pos], on the CPU.
+        mask: True at the real tokens [batch, pos], on the CPU.
+    """
+
+    input_ids: Tensor
+    mask: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(batch, pos)."""
+        batch, width = self.input_ids.shape
+        return batch, width
+
+    @property
+    def padded(self) -> bool:
+        """Whether some row is shorter than the batch is wide."""
+        return not bool(self.mask.all())
+
+    def position_ids(self) -> Tensor:
+        """Positions counted among each row's real tokens; 0 on the padding before them."""
+        return (self.mask.long().cumsum(-1) - 1).clamp_min(0)
+
+
+def read_prompt(
+    input: Any,
+    *,
+    tokenizer: Any,
+    attention_mask: Any,
+    prepend_bos: bool | None,
+    vocabulary: int,
+) -> Prompt:
+    """Read the ``input`` argument.
+
+    Args:
+        input: a string, a list of strings, token ids [pos] or [batch, pos], or what a tokenizer
+            returns for ``return_tensors="pt"``.
+        tokenizer: needed for strings.
+        attention_mask: 1 at real tokens, for ids that are padded on either side.
+        prepend_bos: True puts exactly one BOS before a string, False none; None leaves it to
+            the tokenizer. Token ids are taken as they are.
+        vocabulary: number of tokens that the model embeds.
+
+    Raises:
+        InputError: for an input that is neither, is empty, or whose mask does not fit.
+        TokenError: for ids outside the vocabulary.
+        TokenizerMissingError: for a string without a tokenizer.
+    """
+    if isinstance(input, Mapping):
+        if "input_ids" not in input:
+            raise InputError(f"input is a mapping without 'input_ids'; it has {sorted(input)}")
+        unread = set(input) - {"input_ids", "attention_mask"}
+        if unread:  # GPT-2, for one, adds token_type_ids to the stream
+            raise InputError(
+                f"input holds {', '.join(sorted(unread))} besides input_ids and attention_mask, "
+                "which may change the model's logits and cannot be passed on; leave them out"
+            )
+        if attention_mask is None:
+            attention_mask = input.get("attention_mask")
+        input = input["input_ids"]
+    if isinstance(input, str):
+        input = [input]
+    if isinstance(input, list) and input and all(isinstance(text, str) for text in input):
+        if attention_mask is not None:
+            raise InputError("attention_mask goes with token ids; strings are padded for you")
+        ids, mask = _encode(input, tokenizer, prepend_bos)
+    elif isinstance(input, Tensor):
+        ids, mask = _as_batch(input, attention_mask)
+    else:
+        raise InputError(
+            "input must be a string, a non-empty list of strings, or a tensor of token ids [pos] "
+            f"or [batch, pos]; got {type(input).__name__}: {input!r:.80}"
+        )
+    _check_ids(ids[mask], vocabulary)
+    return Prompt(ids, mask)
+
+
+def to_strings(ids: Sequence[int], tokenizer: Any) -> list[str]:
+    """Each token as readable text; its id where there is no tokenizer."""
+    if tokenizer is None:
+        return [str(i) for i in ids]
+    return [str(tokenizer.decode([i])) for i in ids]
+
+
+def tokenizer_for(model: Any, tokenizer: Any, needed_for: str) -> Any:
+    """The tokenizer given, or one that the model carries.
+
+    Raises:
+        TokenizerMissingError: naming what it was needed for.
+    """
+    if tokenizer is None:
+        tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
+        raise TokenizerMissingError(
+            f"{needed_for} is a string, which needs a tokenizer: pass "
+            "tokenizer=AutoTokenizer.from_pretrained(...), or give token ids"
+        )
+    return tokenizer
+
+
+def _encode(texts: list[str], tokenizer: Any, prepend_bos: bool | None) -> tuple[Tensor, Tensor]:
+    rows = [_encode_one(text, tokenizer, prepend_bos) for text in texts]
+    width = max(map(len, rows))
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    filler = getattr(tokenizer, "pad_token_id", None)
+    ids.fill_(0 if filler is None else filler)  # masked out, so any id of the vocabulary will do
+    for row, tokens in enumerate(rows):
+        ids[row, width - len(tokens) :] = torch.tensor(tokens)
+        mask[row, width - len(tokens) :] = True
+    return ids, mask
+
+
+def _encode_one(text: str, tokenizer: Any, prepend_bos: bool | None) -> list[int]:
+    tokens = list(tokenizer.encode(text, add_special_tokens=prepend_bos is None))
+    if not text or not tokens:
+        raise InputError(f"the prompt {text!r} is empty: there is no position to attribute")
+    if prepend_bos:
+        bos = getattr(tokenizer, "bos_token_id", None)
+        if bos is None:
+            raise InputError("prepend_bos=True, but the tokenizer has no BOS token")
+        if tokens[0] != bos:
+            tokens = [bos, *tokens]
+    return tokens
+
+
+def _as_batch(ids: Tensor, attention_mask: Any) -> tuple[Tensor, Tensor]:
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise InputError(f"token ids must be integers, got a tensor of {ids.dtype}")
+    if ids.ndim not in (1, 2):
+        raise InputError(f"token ids must have shape [pos] or [batch, pos], got {list(ids.shape)}")
+    if ids.numel() == 0:
+        raise InputError("the prompt is empty: there is no position to attribute")
+    ids = ids.detach().to("cpu", torch.long).reshape(-1, ids.shape[-1])
+    if attention_mask is None:
+        return ids, torch.ones_like(ids, dtype=torch.bool)
+    mask = torch.as_tensor(attention_mask).detach().cpu()
+    if mask.ndim == 1:
+        mask = mask[None]
+    if mask.shape != ids.shape:
+        raise ShapeMismatchError(
+            f"attention_mask has shape {list(mask.shape)}, the token ids {list(ids.shape)}"
+        )
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise InputError("attention_mask must hold 1 at real tokens and 0 at padding, nothing else")
+    mask = mask.bool()
+    if not bool(mask.any(-1).all()):
+        row = int((~mask.any(-1)).nonzero()[0])
+        raise InputError(f"row {row} of the input is all padding: there is nothing to attribute")
+    return ids.masked_fill(~mask, 0), mask  # padding may hold ids that have no embedding
+
+
+def _check_ids(ids: Tensor, vocabulary: int) -> None:
+    bad = ids[(ids < 0) | (ids >= vocabulary)]
+    if len(bad):
+        raise TokenError(
+            f"token id {int(bad[0])} is outside the model's vocabulary (0 to {vocabulary - 1})"
+        )

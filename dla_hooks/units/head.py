@@ -1,0 +1,126 @@
+"""Heads: each attention head's own direct path to the logit.
+
+A head's write is z_h W_O[h]. It is never built: the direction is folded through W_O first, and
+through the post-norm where the sublayer has one, with that norm's scale frozen at its actual
+value. What no head wrote (embeddings, MLPs, output biases) is the ``remainder``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dla_hooks import norms
+from dla_hooks.errors import UnsupportedModelError
+from dla_hooks.folding import head_constants
+from dla_hooks.hooks import Tap
+from dla_hooks.kernels import over_tiles, project_heads
+from dla_hooks.linear import pull_back, value_at
+from dla_hooks.locate import HeadSite, WriteSite
+from dla_hooks.run import Run
+from dla_hooks.units.base import Claim, Split, Unit
+
+
+class HeadUnit(Unit):
+    """Every attention head, and a remainder."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(run)
+        constants = head_constants(run.stream) if run.fold_value_biases else {}
+        self._layers = [
+            _LayerHeads(run, write, write.heads, constants.get(write.label))
+            for write in run.stream.writes
+            if write.heads is not None
+        ]
+        if not self._layers:
+            raise UnsupportedModelError(
+                f"{type(run.stream.model).__name__} has no attention heads with a direct path to "
+                "the stream; use unit='component' or 'layer'"
+            )
+
+    def taps(self) -> list[Tap]:
+        """Every output projection, and every post-norm behind one."""
+        return [tap for layer in self._layers for tap in layer.taps()]
+
+    def split(self) -> Split:
+        """``L0H0``, ``L0H1``, …, ``remainder``."""
+        labels = [label for layer in self._layers for label in layer.labels]
+        heads_CN = torch.cat([layer.heads_HN() for layer in self._layers])
+        remainder_N = self.run.final.total_N() - heads_CN.sum(0)
+        return Split([*labels, "remainder"], torch.cat((heads_CN, remainder_N[None])))
+
+    def claims(self) -> list[Claim]:
+        """Each layer's heads, with the biases, make up what that layer's attention wrote."""
+        return [layer.claim() for layer in self._layers]
+
+
+class _LayerHeads:
+    """The heads of one layer: two taps, and the scalars that they leave.
+
+    Args:
+        run: the plan.
+        write: what the layer's attention writes.
+        heads: where its heads can be seen.
+        constant_I: what to take off every z [head * d_head], or None.
+    """
+
+    def __init__(
+        self, run: Run, write: WriteSite, heads: HeadSite, constant_I: Tensor | None
+    ) -> None:
+        self._run, self._write, self._heads = run, write, heads
+        self._constant_I = constant_I
+        self._d_stream_KM = run.readout.d_KM * write.scale
+        self._d_KM = self._d_stream_KM  # at the projection's output
+        self._post_norm = None
+        if write.post_norm is not None:
+            d_KM = self._d_stream_KM
+            self._post_norm = norms.probe(write.post_norm, d_KM.shape[1], write.name, d_KM.dtype)
+            self._d_KM = self._post_norm.pull_back(d_KM)
+        self._post_scale_N = self._d_KM.new_ones(len(run.sites))
+        self._unscaled_HN = self._d_KM.new_zeros(heads.n_heads, len(run.sites))
+        self.labels = [f"L{write.layer}H{head}" for head in range(heads.n_heads)]
+
+    def taps(self) -> list[Tap]:
+        taps = [Tap(self._heads.proj, self._heads.name, self._see_z)]
+        if self._write.post_norm is not None:
+            taps.append(Tap(self._write.post_norm, self._write.name, self._see_post_norm))
+        return taps
+
+    def heads_HN(self) -> Tensor:
+        """What each head contributed at each site."""
+        return self._unscaled_HN / (self._post_scale_N * self._run.final.scale_N)
+
+    def claim(self) -> Claim:
+        return Claim(
+            f"the heads in {self._heads.name}",
+            self.heads_HN().sum(0) + self._no_head_N(),
+            self._run.part(self._write.label),
+            through_norm=self._post_norm is not None,
+        )
+
+    def _no_head_N(self) -> Tensor:
+        """What the write holds besides its heads: biases, and the constants taken off them."""
+        z = self._constant_I
+        if z is None:
+            z = self._d_KM.new_zeros(self._heads.n_heads * self._heads.d_head)
+        target_N = self._run.sites.target_on(self._d_KM.device)
+        constant_M = value_at(self._heads.proj, z).to(self._d_KM)
+        constant_N = (self._d_KM @ constant_M)[target_N] / self._post_scale_N
+        if self._post_norm is not None:
+            constant_N += (self._d_stream_KM @ self._post_norm.beta.to(self._d_KM))[target_N]
+        return constant_N / self._run.final.scale_N
+
+    def _see_z(self, z: Tensor, _: Tensor) -> None:
+        project_heads(
+            z,
+            self._run.sites,
+            self._d_KM,
+            lambda d_KM: pull_back(self._heads.proj, d_KM),
+            self._unscaled_HN,
+            self._constant_I,
+        )
+
+    def _see_post_norm(self, x: Tensor, y: Tensor) -> None:
+        assert self._post_norm is not None
+        for tile, x_TM, y_TM in over_tiles(x, y, self._run.sites, self._post_scale_N):
+            self._post_scale_N[tile], _ = norms.frozen_scale(self._post_norm, x_TM, y_TM)

@@ -1,0 +1,235 @@
+"""Whether a declaration is true of a model, block by block.
+
+A few tokens are run, and everything that a declaration claims is recomputed from what the model
+did: each block's output is its input plus its writes, heads make up what they are said to make
+up, and the readout gives the model's logits. It is what a failed check uses to say where.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dla_hooks.answers import Targets
+from dla_hooks.hooks import Tap, tapped
+from dla_hooks.linear import pull_back, value_at
+from dla_hooks.locate import Stream, WriteSite
+from dla_hooks.norms import frozen_scale
+from dla_hooks.questions import short_prompt
+from dla_hooks.readout import read_out
+from dla_hooks.run import run_model
+from dla_hooks.tokens import Prompt
+
+_LONGEST = 8
+_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Line:
+    """One thing that was verified.
+
+    Attributes:
+        place: a module's path, or a layer.
+        claim: what should hold there.
+        gap: how far it is off, over the size of what it should equal.
+        ok: whether that is rounding.
+        note: what was seen instead, when it is not.
+    """
+
+    place: str
+    claim: str
+    gap: float
+    ok: bool
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What :func:`verify` found.
+
+    Attributes:
+        model: the model's class and type.
+        dtype: of its weights.
+        lines: everything that was verified, from the first block to the logits.
+    """
+
+    model: str
+    dtype: str
+    lines: tuple[Line, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything holds."""
+        return all(line.ok for line in self.lines)
+
+    @property
+    def largest_gap(self) -> float:
+        """The largest relative gap."""
+        return max(line.gap for line in self.lines)
+
+    def diagnosis(self) -> str:
+        """One sentence: the first thing that does not add up, or that everything does."""
+        for line in self.lines:
+            if not line.ok:
+                broken = f"First break: {line.place}: {line.claim}, but is off by {line.gap:.1e}."
+                return f"{broken} {line.note}".rstrip()
+        return (
+            "Block by block a few tokens of it add up, so look for hooks of your own that change "
+            "activations, or for rounding in a long or very deep model."
+        )
+
+    def __str__(self) -> str:
+        width = max(len(line.place) for line in self.lines)
+        claims = max(len(line.claim) for line in self.lines)
+        head = f"{self.model}, {self.dtype}: {'adds up' if self.ok else 'DOES NOT ADD UP'}"
+        rows = [
+            f"  {'ok ' if line.ok else 'BAD'}  {line.place:<{width}}  {line.claim:<{claims}}"
+            f"  {line.gap:.1e}  {line.note}".rstrip()
+            for line in self.lines
+        ]
+        return "\n".join([head, *rows])
+
+    __repr__ = __str__
+
+
+def trace_report(stream: Stream, prompt: Prompt | None = None) -> Verification:
+    """Run a few tokens and verify every claim of a located stream.
+
+    Args:
+        stream: the located model.
+        prompt: run on the beginning of its first row; made-up tokens when None.
+    """
+    if prompt is None:
+        prompt = short_prompt(stream, length=_LONGEST)
+    else:
+        ids = prompt.input_ids[0][prompt.mask[0]][None, :_LONGEST]
+        prompt = Prompt(ids, torch.ones_like(ids, dtype=torch.bool))
+    trace = _Trace(stream)
+    logits = trace.run(prompt).double().cpu()
+    lines = [*trace.blocks(), *trace.heads(), trace.readout(logits)]
+    return Verification(
+        model=f"{type(stream.model).__name__} ({stream.model.config.model_type})",
+        dtype=str(stream.dtype).removeprefix("torch."),
+        lines=tuple(lines),
+    )
+
+
+class _Trace:
+    """Everything that a few tokens wrote, kept whole (they are few)."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        self.seen: dict[tuple[str, Any], tuple[Tensor, Tensor]] = {}
+        rounding = torch.finfo(stream.dtype).eps
+        self.tolerance = max(4 * rounding, 1e-5 if stream.dtype == torch.float32 else 1e-9)
+        self.logit_tolerance = max(16 * rounding, 1e-5)
+        # A few random directions and tokens tell a wrong map from a right one as well as all do.
+        generator = torch.Generator().manual_seed(3)
+        self.directions = torch.randn(4, stream.d_model, generator=generator, dtype=torch.float64)
+        self.tokens = torch.randperm(stream.vocabulary, generator=generator)[:_TOKENS]
+
+    def run(self, prompt: Prompt) -> Tensor:
+        stream = self.stream
+        self.length = prompt.input_ids.shape[1]
+        taps = [self._tap(b.module, b.name, ("in", i), True) for i, b in enumerate(stream.blocks)]
+        taps.append(self._tap(stream.final_norm, stream.final_norm_name, ("norm", 0)))
+        for write in stream.writes:
+            taps.append(self._tap(write.written_by, write.name, ("write", write.label)))
+            if write.heads is not None:
+                taps.append(self._tap(write.heads.proj, write.heads.name, ("proj", write.label)))
+                if write.post_norm is not None:
+                    taps.append(self._tap(write.module, write.name, ("module", write.label)))
+        with tapped(taps):
+            return run_model(stream.model, prompt, torch.arange(self.length))
+
+    def blocks(self) -> list[Line]:
+        """Output = input + writes, block by block."""
+        lines = []
+        last = len(self.stream.blocks) - 1
+        for i, block in enumerate(self.stream.blocks):
+            before = self._out("in", i)
+            after = self._in("norm", 0) if i == last else self._in("in", i + 1)
+            writes = [self._out("write", write.label) for write in block.writes]
+            total = sum(w.scale * x for w, x in zip(block.writes, writes, strict=True))
+            gap = _relative(after - before - total, after)
+            ok = gap <= self.tolerance * max(1.0, _relative(before, after))
+            names = " + ".join(w.label.split("_", 1)[1] for w in block.writes)
+            note = "" if ok else self._blame(block.writes, writes, after - before)
+            lines.append(Line(block.name, f"output = input + {names}", gap, ok, note))
+        return lines
+
+    def heads(self) -> list[Line]:
+        """Projection(z) = sum of heads + bias, and it is what the sublayer writes."""
+        lines = []
+        for write in self.stream.writes:
+            if write.heads is None:
+                continue
+            z = self._in("proj", write.label)
+            wrote = self._out("write" if write.post_norm is None else "module", write.label)
+            bias = value_at(write.heads.proj, torch.zeros(z.shape[-1])).double().cpu()
+            u = pull_back(write.heads.proj, self.directions.to(self._device(write))).cpu()
+            split, whole = z @ u.T + self.directions @ bias, wrote @ self.directions.T
+            gap = _relative(split - whole, whole)
+            ok = gap <= 4 * self.tolerance
+            lines.append(Line(write.heads.name, f"heads + bias = {write.label}", gap, ok))
+        return lines
+
+    def readout(self, logits: Tensor) -> Line:
+        """k * (W_U N(x) + b), capped, is what the model returns."""
+        stream = self.stream
+        readout = read_out(stream, Targets(self.tokens, None), center_unembed=False)
+        x, y = (t.to(readout.d_KM) for t in self.seen["norm", 0])
+        scale_N, _ = frozen_scale(readout.norm, x, y)
+        own = x @ readout.d_KM.T / scale_N[:, None] + readout.bias_K
+        own = own.double().cpu()
+        if stream.softcap is not None:
+            own = stream.softcap * torch.tanh(own / stream.softcap)
+        theirs = logits.reshape(-1, stream.vocabulary)[:, self.tokens]
+        gap = _relative(own - theirs, theirs)
+        fit = float((own * theirs).sum() / own.square().sum())
+        ok = gap <= self.logit_tolerance
+        note = "" if ok else f"The model's logits are {fit:.4g} times ours at best."
+        return Line(stream.final_norm_name, "unembedding of the norm = logits", gap, ok, note)
+
+    def _blame(self, sites: tuple[WriteSite, ...], writes: list[Tensor], change: Tensor) -> str:
+        """Which write enters with which factor, by least squares; or that something is missing."""
+        columns = torch.stack([write.reshape(-1) for write in writes], dim=1)
+        target = change.reshape(-1, 1)
+        factors = torch.linalg.lstsq(columns, target).solution[:, 0]
+        unexplained = _relative(target[:, 0] - columns @ factors, target)
+        if unexplained > 0.05:
+            return (
+                "No multiple of the writes explains the change: the block adds something that is "
+                "not declared, or scales the stream itself."
+            )
+        for site, factor in zip(sites, factors.tolist(), strict=True):
+            if abs(factor - site.scale) > 1e-3 * max(1.0, abs(site.scale)):
+                return (
+                    f"{site.label} enters the stream times {factor:.4g}, not {site.scale:g}: a "
+                    "write scale, a logit of another module, or a hook that changes activations."
+                )
+        return "Every write enters as declared, but something small is added besides."
+
+    def _tap(self, module: Any, name: str, key: tuple[str, Any], before: bool = False) -> Tap:
+        def see(x: Tensor, y: Tensor) -> None:
+            flat = [t.detach().double().cpu().reshape(-1, t.shape[-1]).clone() for t in (x, y)]
+            self.seen[key] = (flat[0], flat[1])
+
+        return Tap(module, name, see, before)
+
+    def _in(self, kind: str, key: Any) -> Tensor:
+        return self.seen[kind, key][0]
+
+    def _out(self, kind: str, key: Any) -> Tensor:
+        return self.seen[kind, key][1]
+
+    def _device(self, write: WriteSite) -> torch.device:
+        assert write.heads is not None
+        return next(write.heads.proj.parameters()).device
+
+
+def _relative(difference: Tensor, whole: Tensor) -> float:
+    return float(difference.norm() / whole.norm().clamp_min(1e-300))
