@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dla_hooks import demo
     from dla_hooks.architecture import Architecture, Heads, Write
     from dla_hooks.attribution import direct_logit_attribution
     from dla_hooks.errors import (
@@ -88,6 +89,7 @@ __all__ = [
     "Write",
     "__version__",
     "architectures",
+    "demo",
     "direct_logit_attribution",
     "register",
     "verify",
@@ -95,6 +97,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "demo":
+        return importlib.import_module(f"{__name__}.demo")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

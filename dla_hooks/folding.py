@@ -2,9 +2,9 @@
 
 TransformerLens folds the value biases (and the first LayerNorm's bias, seen through W_V) out of
 the heads: attention weights sum to one, so they add the same vector to z at every position. The
-vector is found without unpacking any projection: run one token with zeros for every block's
-input. What reaches attention is then its norm's bias, attention over one token has weight one,
-and z is the constant, per query head, whatever the layout of the fused projections.
+vector is found without unpacking any projection: run a token with zeros for every block's input.
+What reaches attention is then its norm's bias, attention over one token has weight one, and z is
+the constant, per query head, whatever the layout of the fused projections.
 """
 
 from __future__ import annotations
@@ -33,15 +33,16 @@ def head_constants(stream: Stream) -> dict[str, Tensor]:
     """
     sites = {write.label: write.heads for write in stream.writes if write.heads is not None}
     seen: dict[str, Tensor] = {}
-    # Three rows: the constant itself, and as far above it as below. Only if z is an affine map of
-    # what attention reads do the outer two lie evenly around the first.
-    prompt = short_prompt(stream, batch=3, length=1)
-    prompt.input_ids.copy_(prompt.input_ids[:1].expand_as(prompt.input_ids))
+    # Three rows: the constant itself, as far above it, and as far below. Only if z is an affine map
+    # of what attention reads do the outer two lie evenly around the first. Two tokens, alike: only
+    # if attention weights sum to one does the second, which attends to both, see the same as it.
+    prompt = short_prompt(stream, batch=3, length=2)
+    prompt.input_ids.copy_(prompt.input_ids[:1, :1].expand_as(prompt.input_ids))
     step = torch.randn(stream.d_model, generator=torch.Generator().manual_seed(2))
-    steps = torch.stack((torch.zeros_like(step), step, -step))[:, None]
+    steps = torch.stack((torch.zeros_like(step), step, -step))[:, None].expand(3, 2, -1)
 
     def remember(label: str) -> Callable[[Tensor, Tensor], None]:
-        return lambda z, _: seen.__setitem__(label, z.to(stream.work_dtype).reshape(3, -1))
+        return lambda z, _: seen.__setitem__(label, z.to(stream.work_dtype).reshape(3, 2, -1))
 
     edits = [Edit(block.module, torch.zeros_like, at_input=True) for block in stream.blocks]
     edits += [
@@ -52,17 +53,25 @@ def head_constants(stream: Stream) -> dict[str, Tensor]:
     with edited(edits), tapped(taps):
         run_model(stream.model, prompt, None)
     for label, z in seen.items():
-        _check_affine(stream, sites[label], z)
-    return {label: z[0].clone() for label, z in seen.items()}
+        _check(stream, sites[label], z)
+    return {label: z[0, 0].clone() for label, z in seen.items()}
 
 
-def _check_affine(stream: Stream, site: HeadSite, z: Tensor) -> None:
-    constant, above, below = z
-    bend = (above + below - 2 * constant).norm()
-    size = above.norm() + below.norm()
-    if bend > (1e-4 + 16 * torch.finfo(stream.dtype).eps) * size:
+def _check(stream: Stream, site: HeadSite, z: Tensor) -> None:
+    rounding = 1e-4 + 16 * torch.finfo(stream.dtype).eps
+    first, second = z.unbind(1)
+    if (first - second).norm() > rounding * first.norm():
         raise UnsupportedModelError(
-            f"fold_value_biases: the heads of {site.name} have no constant part, because their "
-            "attention weights do not sum to one, or their values are not an affine map of the "
-            "stream (attention sinks, gates and value norms do this). Use fold_value_biases=False."
+            f"fold_value_biases: the attention weights of {site.name} do not sum to one (attention "
+            "sinks do this), so its heads have no constant part. Use fold_value_biases=False."
+        )
+    constant, above, below = first
+    if not bool(constant.any()):
+        return  # there is nothing to fold
+    bend = (above + below - 2 * constant).norm()
+    if bend > rounding * (above.norm() + below.norm()):
+        raise UnsupportedModelError(
+            f"fold_value_biases: what the heads of {site.name} read is not an affine map of the "
+            "stream (gates and value norms do this), so their biases cannot be told from the "
+            "rest. Use fold_value_biases=False."
         )

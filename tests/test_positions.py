@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from zoo import build
 
 from dla_hooks import ArgumentTypeError, InputError, PositionError, direct_logit_attribution
@@ -56,6 +58,20 @@ def test_pos_indexes_the_position_axis(model, everything, pos):
         expected = expected.copy()
     np.testing.assert_allclose(result.numpy(), expected, atol=1e-12)
     assert result.shape == expected.shape
+
+
+BOUND = st.none() | st.integers(-9, 9)
+
+
+@given(BOUND, BOUND, st.none() | st.integers(-4, 4).filter(bool))
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_any_slice_is_python_s(model, everything, start, stop, step):
+    pos = slice(start, stop, step)
+    result = direct_logit_attribution(model, IDS, 5, pos=pos).attribution
+    columns = list(range(WIDTH))[pos]
+    torch.testing.assert_close(result, everything[:, :, columns])
 
 
 @pytest.mark.parametrize("pos", [(3,), (1, 4), (None, 4), (0, None, 2), (None,), (-3, None)])
