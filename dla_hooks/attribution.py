@@ -136,8 +136,10 @@ def direct_logit_attribution(
             to_strings(ids[mask].tolist(), tokenizer)
             for ids, mask in zip(prompt.input_ids, prompt.mask, strict=True)
         ],
-        answer=_names(answers.correct, tokenizer),
-        incorrect=None if answers.incorrect is None else _names(answers.incorrect, tokenizer),
+        answer=_names(targets.correct, sites, tokenizer),
+        incorrect=None
+        if targets.incorrect is None
+        else _names(targets.incorrect, sites, tokenizer),
         model=f"{type(model).__name__} ({model.config.model_type})",
         softcap=stream.softcap,
     )
@@ -148,8 +150,11 @@ def _holds_string(input: Any) -> bool:
     return any(isinstance(text, str) for text in texts)
 
 
-def _names(ids: Tensor, tokenizer: Any) -> list[str]:
-    return to_strings(ids.reshape(-1).tolist(), tokenizer)
+def _names(ids: Tensor, sites: Sites, tokenizer: Any) -> list[str]:
+    """The text of the one answer, or of every entry's answer."""
+    if len(ids) > 1:
+        ids = sites.unfold(ids[sites.target].double()).nan_to_num().long().reshape(-1)
+    return to_strings(ids.tolist(), tokenizer)
 
 
 def _check_length(stream: Stream, prompt: Prompt) -> None:

@@ -40,7 +40,7 @@ class DirectLogitAttribution:
             NaN when the call was not checked.
         positions: which token of its row each entry belongs to [*batch_and_pos]; -1 for padding.
         tokens: the tokens of each row, as text (ids as text where there was no tokenizer).
-        answer: the answers' text, flattened.
+        answer: the answer's text; one for each entry, flattened, where they are not all the same.
         incorrect: the same for the incorrect tokens, or None.
         model: the model's class and type.
         softcap: the cap that the model puts on its logits, or None.
@@ -81,7 +81,8 @@ class DirectLogitAttribution:
 
         Returns:
             Columns ``label``, ``layer`` and ``head`` (where the label has them), ``row``,
-            ``position``, ``token``, ``attribution``; padding is left out.
+            ``position``, ``token``, ``answer``, ``incorrect``, ``attribution``; padding is left
+            out.
 
         Raises:
             MissingExtraError: when pandas is not installed.
@@ -102,8 +103,8 @@ class DirectLogitAttribution:
         """A picture (extra ``plot``): a layer x head heatmap, bars of components, a line of layers.
 
         Returns:
-            An Altair chart; it draws itself in a notebook, and ``chart.save("plot.html")`` writes
-            html, png or svg.
+            An Altair chart; it draws itself in a notebook, and ``chart.save("plot.png")`` writes
+            png, svg, or html (with ``inline=True`` html that needs no network).
 
         Raises:
             MissingExtraError: when Altair is not installed.

@@ -97,7 +97,17 @@ def to_strings(ids: Sequence[int], tokenizer: Any) -> list[str]:
     """Each token as readable text; its id where there is no tokenizer."""
     if tokenizer is None:
         return [str(i) for i in ids]
-    return [str(tokenizer.decode([i])) for i in ids]
+    text = {i: _token_text(i, tokenizer) for i in set(ids)}
+    return [text[i] for i in ids]
+
+
+def _token_text(i: int, tokenizer: Any) -> str:
+    text = str(tokenizer.decode([i]))
+    # Decoding drops the space that a SentencePiece tokenizer keeps in front of a first word.
+    piece = tokenizer.convert_ids_to_tokens(i)
+    if isinstance(piece, str) and piece.startswith("\u2581") and not text.startswith(" "):
+        return f" {text}"
+    return text
 
 
 def tokenizer_for(model: Any, tokenizer: Any, needed_for: str) -> Any:
