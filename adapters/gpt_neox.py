@@ -12,4 +12,13 @@ ARCHITECTURES = (
             Write("mlp_out", "mlp"),
         ),
     ),
+    Architecture(
+        model_types=("gpt_neox_japanese",),  # the last block adds a bias that no module puts out
+        layers="gpt_neox_japanese.layers",
+        final_norm="gpt_neox_japanese.final_layer_norm",
+        writes=(
+            Write("attn_out", "attention", heads=Heads("attention.dense")),
+            Write("mlp_out", "mlp"),
+        ),
+    ),
 )

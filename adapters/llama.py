@@ -1,50 +1,142 @@
-"""The Llama shape: two sublayers per block, each added to the stream as it comes out.
+"""The Llama shape: ``self_attn`` and ``mlp`` in every block, each added to the stream as it comes.
 
-Pre-norm and rotary. What differs between these families (kind of norm, experts, sinks, biases,
-embedding scales, parallel or sequential blocks) is seen in the model itself.
+What differs between these families (kind of norm, experts, sinks, biases, latent attention,
+embedding, write and logit scales, parallel or sequential blocks) is seen in the model itself.
 """
 
 from dla_hooks.architecture import Architecture, Heads, Write
 
-_WRITES = (
-    Write("attn_out", "self_attn", heads=Heads("self_attn.o_proj")),
-    Write("mlp_out", "mlp"),
-)
+_ATTENTION = Write("attn_out", "self_attn", heads=Heads("self_attn.o_proj"))
 
 ARCHITECTURES = (
     Architecture(
         model_types=(
             "llama",
+            "apertus",
+            "arcee",
+            "aria_text",
+            "axk1",
+            "axk2",
+            "bailing_hybrid",
+            "bitnet",
+            "cohere",
+            "cohere2",
+            "cohere2_moe",
+            "cohere_compass_text",
+            "cwm",
+            "deepseek_v2",
+            "deepseek_v3",
+            "deepseek_v32",
+            "diffllama",
+            "doge",
+            "dots1",
+            "dots3_note",
+            "dots3_note_text",
+            "emu3_text_model",
+            "ernie4_5",
+            "ernie4_5_moe",
+            "exaone_moe",
+            "flint",
             "gemma",
+            "glm",
+            "glm4_moe",
+            "glm4_moe_lite",
+            "glm_moe_dsa",
             "gpt_oss",
+            "granite",
+            "granite_swa",
+            "helium",
+            "hunyuan_v1_dense",
+            "hunyuan_v1_moe",
+            "hy_v3",
+            "internlm3",
+            "iquestcoder",
+            "jais2",
+            "kimi_linear",
+            "laguna",
+            "mellum",
+            "mimo_v2_flash",
+            "minicpm3",
+            "minimax_m2",
+            "minimax_m3_vl_text",
+            "ministral",
+            "ministral3",
             "mistral",
+            "mllama_text_model",
+            "nanochat",
+            "nemotron",
             "olmo",
+            "olmoe",
             "phi3",
+            "phi4_multimodal",
+            "phimoe",
             "qwen2",
+            "qwen2_moe",
             "qwen3",
             "qwen3_moe",
+            "seed_oss",
+            "smollm3",
+            "solar_open",
             "stablelm",
             "starcoder2",
+            "vaultgemma",
+            "youtu",
+            "zaya",
         ),
         layers="model.layers",
         final_norm="model.norm",
-        writes=_WRITES,
+        writes=(_ATTENTION, Write("mlp_out", "mlp")),
     ),
     Architecture(
         model_types=("mixtral",),
         layers="model.layers",
         final_norm="model.norm",
+        # The second name is that of transformers 4.
+        writes=(_ATTENTION, Write("mlp_out", ("mlp", "block_sparse_moe"))),
+    ),
+    Architecture(
+        model_types=("llama4", "llama4_text"),
+        layers="model.layers",
+        final_norm="model.norm",
+        writes=(_ATTENTION, Write("mlp_out", "feed_forward")),
+    ),
+    Architecture(
+        model_types=("moshi",),
+        layers="model.layers",
+        final_norm="model.norm",
         writes=(
-            Write("attn_out", "self_attn", heads=Heads("self_attn.o_proj")),
-            # The second name is that of transformers 4.
-            Write("mlp_out", ("mlp", "block_sparse_moe")),
+            Write("attn_out", "self_attn", heads=Heads("self_attn.o_proj.linear")),
+            Write("mlp_out", "mlp"),
         ),
     ),
     Architecture(
-        model_types=("cohere",),
+        model_types=("got_ocr2", "moss_transcribe_diarize"),
+        layers="model.language_model.layers",
+        final_norm="model.language_model.norm",
+        writes=(_ATTENTION, Write("mlp_out", "mlp")),
+    ),
+    Architecture(
+        model_types=("jetmoe",),  # its attention is a mixture of experts, without one projection
         layers="model.layers",
         final_norm="model.norm",
-        writes=_WRITES,
-        logit_scale="logit_scale",
+        writes=(Write("attn_out", "self_attention"), Write("mlp_out", "mlp")),
+    ),
+    Architecture(
+        model_types=("persimmon", "phi"),
+        layers="model.layers",
+        final_norm="model.final_layernorm",
+        writes=(
+            Write("attn_out", "self_attn", heads=Heads("self_attn.dense")),
+            Write("mlp_out", "mlp"),
+        ),
+    ),
+    Architecture(
+        model_types=("fuyu",),
+        layers="model.language_model.layers",
+        final_norm="model.language_model.final_layernorm",
+        writes=(
+            Write("attn_out", "self_attn", heads=Heads("self_attn.dense")),
+            Write("mlp_out", "mlp"),
+        ),
     ),
 )

@@ -1,8 +1,8 @@
 """The words in which an adapter says where a model writes to its residual stream.
 
-A declaration names modules (paths) and config fields. It holds no values and no arithmetic:
-norms, embedding scales, head widths and biases are asked of the model itself (see
-:mod:`dla_hooks.norms` and :mod:`dla_hooks.locate`).
+A declaration names modules. It holds no values and no arithmetic: what the modules do to the
+stream (norms, scales, gains, caps, biases, head widths) is asked of the model itself, in
+:mod:`dla_hooks.norms` and :mod:`dla_hooks.facts`.
 """
 
 from __future__ import annotations
@@ -27,23 +27,21 @@ class Heads:
 
 @dataclass(frozen=True)
 class Write:
-    """One term that every block adds to the residual stream.
+    """One term that blocks add to the residual stream; those without its module do not.
 
     Attributes:
         label: what the term is called; block ``l`` labels it ``{l}_{label}``.
         module: the module, relative to the block, whose output is the term. Several names
             stand for the first one that a block has: versions of transformers, and blocks of
             different kinds in one model, differ in this.
-        post_norm: the norm, if there is one, between that output and the stream. The term is
-            then the norm's output, and parts of ``module``'s output are pushed through the norm.
-        scale: the config field that the term is multiplied by on its way into the stream.
+        post_norm: the norm, in blocks that have it, between that output and the stream. The term
+            is then the norm's output, and parts of ``module``'s output are pushed through it.
         heads: how the term splits into attention heads, if it does.
     """
 
     label: str
     module: str | tuple[str, ...]
     post_norm: str | None = None
-    scale: str | None = None
     heads: Heads | None = None
 
 
@@ -60,10 +58,9 @@ class Architecture:
             the stream (learned position embeddings); rotary and ALiBi models have none.
         position_limit: the config field with the longest prompt that the model's position table
             can index, where a longer one cannot run.
+        start: the module whose output is where the stream begins, if that is not the first
+            block's input.
         after_norm: linear modules, if any, between the final norm and the unembedding.
-        logit_scale: the config field that the logits are multiplied by.
-        logit_divisor: the config field that the logits are divided by.
-        softcap: the config field with ``c`` in ``c * tanh(logit / c)``.
     """
 
     model_types: tuple[str, ...]
@@ -72,7 +69,22 @@ class Architecture:
     writes: tuple[Write, ...]
     positions: str | None = None
     position_limit: str | None = None
+    start: str | None = None
     after_norm: tuple[str, ...] = ()
-    logit_scale: str | None = None
-    logit_divisor: str | None = None
-    softcap: str | None = None
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why models of some types cannot be taken apart.
+
+    Attributes:
+        model_types: the values of ``config.model_type``.
+        place: where it fails.
+        reason: what is done there.
+        needed: what an attribution would need.
+    """
+
+    model_types: tuple[str, ...]
+    place: str
+    reason: str
+    needed: str

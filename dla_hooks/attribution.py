@@ -8,16 +8,16 @@ from torch import Tensor
 
 from dla_hooks import positions
 from dla_hooks.answers import align, read_answers
-from dla_hooks.check import check as check_run
-from dla_hooks.check import columns_to_check, identity_gap
-from dla_hooks.errors import InputError
+from dla_hooks.check import Outcome, columns_to_check, hold_against_model, identity_gap
+from dla_hooks.errors import DecompositionError, InputError
+from dla_hooks.facts import forget
 from dla_hooks.locate import Stream
 from dla_hooks.match import stream_of
 from dla_hooks.result import DirectLogitAttribution
 from dla_hooks.run import Run
 from dla_hooks.sites import Sites
 from dla_hooks.tokens import Prompt, read_prompt, to_strings, tokenizer_for
-from dla_hooks.units import unit_named
+from dla_hooks.units import Split, unit_named
 
 
 def direct_logit_attribution(
@@ -106,21 +106,35 @@ def direct_logit_attribution(
     )
     sites, targets = align(answers, selection, prompt.shape)
 
-    run = Run(
-        stream,
-        sites,
-        targets,
-        center_unembed=center_unembed,
-        fold_value_biases=fold_value_biases,
-    )
-    splitter = unit_class(run)
-    columns = columns_to_check(run, prompt) if check else None
-    logits = run.forward(prompt, splitter.taps(), columns)
-    split = splitter.split()
-    logit_gap = float("nan")
-    if check:
-        outcome = check_run(run, splitter, split, prompt, targets, columns, logits, center_unembed)
-        logit_gap = outcome.logit_gap
+    def measure(stream: Stream) -> tuple[Run, Split, Outcome]:
+        run = Run(
+            stream,
+            sites,
+            targets,
+            center_unembed=center_unembed,
+            fold_value_biases=fold_value_biases,
+        )
+        splitter = unit_class(run)
+        columns = columns_to_check(run, prompt) if check else None
+        logits = run.forward(prompt, splitter.taps(), columns)
+        split = splitter.split()
+        if not check:
+            return run, split, Outcome(identity_gap(run), float("nan"))
+        return (
+            run,
+            split,
+            hold_against_model(
+                run, splitter, split, prompt, targets, columns, logits, center_unembed
+            ),
+        )
+
+    try:
+        run, split, outcome = measure(stream)
+    except DecompositionError:
+        if not stream.remembered:
+            raise
+        forget(model)  # the weights may have changed in a way that leaves no trace
+        run, split, outcome = measure(stream_of(model))
 
     tokenizer = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
     return DirectLogitAttribution(
@@ -129,8 +143,8 @@ def direct_logit_attribution(
         unit=unit,
         bias=sites.unfold(run.final.bias_N()),
         logit=sites.unfold(run.final.logits_N()),
-        gap=identity_gap(run),
-        logit_gap=logit_gap,
+        gap=outcome.gap,
+        logit_gap=outcome.logit_gap,
         positions=_counted_among_real_tokens(prompt, sites),
         tokens=[
             to_strings(ids[mask].tolist(), tokenizer)

@@ -68,7 +68,7 @@ def columns_to_check(run: Run, prompt: Prompt) -> Tensor | None:
     return columns[torch.linspace(0, len(columns) - 1, most).round().long()]
 
 
-def check(
+def hold_against_model(
     run: Run,
     unit: Unit,
     split: Split,
@@ -90,7 +90,7 @@ def check(
         return Outcome(0.0, 0.0)
     seen = _Seen(run, columns, logits)
     spread = seen.spread()
-    allowed, allowed_logit = tolerance(stream.dtype, len(stream.writes))
+    allowed, allowed_logit = tolerance(stream.coarsest_dtype, len(stream.writes))
 
     whole = Claim("the parts of the stream", run.parts_CN.sum(0), run.final.total_N())
     claims = [whole, *unit.claims()]
@@ -190,8 +190,8 @@ def _failure(
 ) -> DecompositionError:
     stream = run.stream
     report = trace_report(stream, prompt)
+    dtype = str(stream.coarsest_dtype).removeprefix("torch.")
     return DecompositionError(
         f"{what} miss by {gap:.3g}, which is {gap / spread:.1e} of the logits' spread "
-        f"({spread:.3g}); {allowed:.0e} is allowed in {str(stream.dtype).removeprefix('torch.')}. "
-        f"{report.diagnosis()}"
+        f"({spread:.3g}); {allowed:.0e} is allowed in {dtype}. {report.diagnosis()}"
     )

@@ -155,20 +155,12 @@ def _special(architecture: Architecture) -> list[str]:
     found = []
     if any(write.post_norm for write in writes):
         found.append("a norm after each sublayer")
-    for field in dict.fromkeys(write.scale for write in writes if write.scale):
-        found.append(f"writes times {field}")
     if architecture.positions:
         found.append("learned positions")
     if architecture.position_limit:
         found.append(f"prompts up to {architecture.position_limit}")
     if architecture.after_norm:
         found.append("a projection after the final norm")
-    if architecture.logit_scale:
-        found.append(f"logits times {architecture.logit_scale}")
-    if architecture.logit_divisor:
-        found.append(f"logits over {architecture.logit_divisor}")
-    if architecture.softcap:
-        found.append(f"logits capped at {architecture.softcap}")
     return found
 
 

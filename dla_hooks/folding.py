@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from dla_hooks.errors import UnsupportedModelError
+from dla_hooks.forward import run_model
 from dla_hooks.hooks import Edit, Tap, edited, tapped
 from dla_hooks.locate import HeadSite, Stream
 from dla_hooks.questions import short_prompt
-from dla_hooks.run import run_model
 
 
 def head_constants(stream: Stream) -> dict[str, Tensor]:

@@ -8,15 +8,30 @@ anything, so the model's own activations are as they would be without them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dla_hooks.errors import HookError
+
+
+class Use(NamedTuple):
+    """One run of a module among all that it has in one forward pass.
+
+    Attributes:
+        nth: which run, from 0.
+        of: how many there are.
+    """
+
+    nth: int = 0
+    of: int = 1
+
+
+ONLY_USE = Use()
 
 
 @dataclass
@@ -29,13 +44,21 @@ class Tap:
         see: called once, with the module's input and output hidden states; with ``before`` set
             it is called ahead of the module, with the input alone as both.
         before: look before the module runs (a block may change its input in place).
+        use: which of the module's runs to look at, where it runs several times.
     """
 
     module: nn.Module
     name: str
     see: Callable[[Tensor, Tensor], None]
     before: bool = False
+    use: Use = ONLY_USE
     fired: int = field(default=0, init=False)
+
+    def fire(self, x: Tensor, y: Tensor) -> None:
+        """Count one run of the module, and look if it is the one."""
+        self.fired += 1
+        if self.fired == self.use.nth + 1:
+            self.see(x, y)
 
 
 def hidden_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -56,12 +79,12 @@ def hidden_out(output: Any) -> Tensor:
 
 @contextmanager
 def tapped(taps: Sequence[Tap]) -> Iterator[None]:
-    """Put taps on for the length of a ``with`` block, then check that each looked exactly once.
+    """Put taps on for the length of a ``with`` block, then check that each module ran as expected.
 
     Only what the present thread runs is seen, so that two threads can share a model.
 
     Raises:
-        HookError: when a tap's module did not run, or ran more than once.
+        HookError: when a tap's module did not run, or ran another number of times.
     """
     handles = []
     try:
@@ -78,10 +101,10 @@ def tapped(taps: Sequence[Tap]) -> Iterator[None]:
                 f"{tap.name} never ran during the forward pass, so what it writes was not seen. "
                 "A fused, compiled or skipped module does this; run the plain eager model."
             )
-        if tap.fired > 1:
+        if tap.fired != tap.use.of:
             raise HookError(
-                f"{tap.name} ran {tap.fired} times in one forward pass, where once was expected. "
-                "Gradient checkpointing and blocks that share a module do this."
+                f"{tap.name} ran {tap.fired} times in one forward pass, where {tap.use.of} was "
+                "expected. Gradient checkpointing and modules that share a part do this."
             )
 
 
@@ -90,14 +113,12 @@ def _put_on(tap: Tap, thread: int) -> torch.utils.hooks.RemovableHandle:
     # tap comes off may call that tap without the kwargs: unpack nothing before the thread is known.
     def before(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
         if threading.get_ident() == thread:
-            tap.fired += 1
             x = hidden_in(args, rest[0])
-            tap.see(x, x)
+            tap.fire(x, x)
 
     def after(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
         if threading.get_ident() == thread:
-            tap.fired += 1
-            tap.see(hidden_in(args, rest[0]), hidden_out(rest[1]))
+            tap.fire(hidden_in(args, rest[0]), hidden_out(rest[1]))
 
     if tap.before:
         return tap.module.register_forward_pre_hook(before, with_kwargs=True)
@@ -158,3 +179,24 @@ def _put_in(edit: Edit, thread: int) -> torch.utils.hooks.RemovableHandle:
     if edit.at_input:
         return edit.module.register_forward_pre_hook(before, with_kwargs=True)
     return edit.module.register_forward_hook(after)
+
+
+@contextmanager
+def count_firings(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, int]]:
+    """Count how often each module runs within a ``with`` block; this thread only."""
+    thread = threading.get_ident()
+    fired = dict.fromkeys(modules, 0)
+
+    def count(module: nn.Module, *_: Any) -> None:
+        if threading.get_ident() == thread:
+            fired[module] += 1
+
+    handles = []
+    try:
+        for module in fired:
+            handles.append(module.register_forward_hook(count))
+        with torch.no_grad():
+            yield fired
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from dla_hooks.errors import UnsupportedModelError
+
 
 def pull_back(module: nn.Module, d_KM: Tensor) -> Tensor:
     """Directions at a linear module's output, as directions at its input.
@@ -55,7 +57,9 @@ def input_width(module: nn.Module) -> int:
     width = getattr(module, "in_features", None)
     if isinstance(width, int):
         return width
-    raise TypeError(f"{type(module).__name__} does not say how wide its input is (in_features)")
+    raise UnsupportedModelError(
+        f"{type(module).__name__} does not say how wide its input is (in_features)"
+    )
 
 
 def rows(module: nn.Module, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -71,7 +75,7 @@ def rows(module: nn.Module, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
     """
     weight = _weight_out_in(module)
     if weight is None:
-        raise TypeError(f"{type(module).__name__} has no weight to read rows from")
+        raise UnsupportedModelError(f"{type(module).__name__} has no weight to read rows from")
     ids = ids.to(weight.device)
     W = weight.detach().index_select(0, ids).to(dtype)
     bias = getattr(module, "bias", None)
@@ -83,7 +87,7 @@ def mean_row(module: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The unembedding row and bias averaged over the vocabulary: [d] and []."""
     weight = _weight_out_in(module)
     if weight is None:
-        raise TypeError(f"{type(module).__name__} has no weight to average")
+        raise UnsupportedModelError(f"{type(module).__name__} has no weight to average")
     bias = getattr(module, "bias", None)
     W = weight.detach().mean(0, dtype=dtype)
     b = W.new_zeros(()) if bias is None else bias.detach().mean(dtype=dtype)
@@ -94,7 +98,7 @@ def vocabulary_size(module: nn.Module) -> int:
     """How many tokens an unembedding scores."""
     weight = _weight_out_in(module)
     if weight is None:
-        raise TypeError(f"{type(module).__name__} has no weight to count rows of")
+        raise UnsupportedModelError(f"{type(module).__name__} has no weight to count rows of")
     return int(weight.shape[0])
 
 
@@ -112,4 +116,4 @@ def _parameter_of(module: nn.Module) -> Tensor:
     for parameter in module.parameters():
         if parameter.is_floating_point():
             return parameter
-    raise TypeError(f"{type(module).__name__} has no floating-point parameter")
+    raise UnsupportedModelError(f"{type(module).__name__} has no floating-point parameter")

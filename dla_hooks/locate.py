@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dla_hooks.architecture import Architecture, Write
 from dla_hooks.errors import InputError, TrainingModeError, UnsupportedModelError
+from dla_hooks.hooks import Use
 from dla_hooks.linear import input_width, vocabulary_size
 
 
@@ -42,7 +45,8 @@ class WriteSite:
         module: the module that makes the term, before any post-norm.
         post_norm: the norm between it and the stream, if any.
         name: path of the module whose output enters the stream.
-        scale: what the term is multiplied by on its way in.
+        use: which run of that module it is, where blocks share it.
+        response: what the block's output multiplies the term by, [] or [d_model]; None is one.
         heads: where its heads can be seen, if it has any.
     """
 
@@ -51,8 +55,9 @@ class WriteSite:
     module: nn.Module
     post_norm: nn.Module | None
     name: str
-    scale: float
+    use: Use
     heads: HeadSite | None
+    response: Tensor | None = None
 
     @property
     def written_by(self) -> nn.Module:
@@ -62,11 +67,25 @@ class WriteSite:
 
 @dataclass(frozen=True)
 class Block:
-    """One block of the stack: the module, its path, and its writes in order."""
+    """One block of the stack, or one use of a block that is used several times.
 
+    Attributes:
+        layer: its place in the stack.
+        module: the block.
+        name: its path.
+        use: which run of the module it is.
+        writes: what it adds to the stream, in order.
+        gain: what it multiplies its input by, [] or [d_model]; None is one.
+        constant: what it adds besides its writes [d_model]; None is nothing.
+    """
+
+    layer: int
     module: nn.Module
     name: str
+    use: Use
     writes: tuple[WriteSite, ...]
+    gain: Tensor | None = None
+    constant: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -78,14 +97,19 @@ class Stream:
         architecture: the declaration it was located by.
         blocks: the stack.
         positions: the module that adds positions, if any.
+        start: the module whose output is the beginning of the stream, if it is not block 0's
+            input.
         final_norm: the last norm.
         final_norm_name: its path.
+        final_norm_runs: how often it runs; the last time is the one.
         after_norm: linear modules between it and the unembedding.
         unembed: the output embedding.
         d_model: width of the stream.
         vocabulary: number of tokens that the unembedding scores.
         logit_scale: what the logits are multiplied by.
         softcap: the cap on the logits, or None.
+        stream_dtype: in which the blocks are added up.
+        remembered: whether the answers come from an earlier call.
         position_limit: the longest prompt that can run, or None where there is no fixed limit.
     """
 
@@ -93,15 +117,19 @@ class Stream:
     architecture: Architecture
     blocks: tuple[Block, ...]
     positions: nn.Module | None
+    start: nn.Module | None
     final_norm: nn.Module
     final_norm_name: str
     after_norm: tuple[nn.Module, ...]
     unembed: nn.Module
     d_model: int
     vocabulary: int
-    logit_scale: float
-    softcap: float | None
     position_limit: int | None
+    final_norm_runs: int = 1
+    stream_dtype: torch.dtype = torch.float64
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    remembered: bool = False
 
     @property
     def writes(self) -> tuple[WriteSite, ...]:
@@ -112,6 +140,11 @@ class Stream:
     def dtype(self) -> torch.dtype:
         """The dtype of the model's unembedding."""
         return next(self.unembed.parameters()).dtype
+
+    @property
+    def coarsest_dtype(self) -> torch.dtype:
+        """Of the weights' and the stream's, the dtype that rounds more (Mamba adds in float32)."""
+        return max(self.dtype, self.stream_dtype, key=lambda dtype: torch.finfo(dtype).eps)
 
     @property
     def work_dtype(self) -> torch.dtype:
@@ -165,36 +198,22 @@ def locate(model: Any, architecture: Architecture) -> Stream:
         UnsupportedModelError: when the model does not have what the declaration says.
     """
     finder = _Finder(model, architecture)
-    layers = finder.module(model, architecture.layers)
-    blocks = tuple(
-        Block(
-            module,
-            f"{architecture.layers}.{layer}",
-            tuple(finder.write(module, layer, write) for write in architecture.writes),
-        )
-        for layer, module in enumerate(layers.children())
-    )
-    if not blocks:
-        raise finder.refusal(f"{architecture.layers} holds no blocks")
     after_norm = (finder.optional(model, path) for path in architecture.after_norm)
     unembed = model.get_output_embeddings()
     limit = architecture.position_limit
-    cap = finder.number(architecture.softcap, optional=True) if architecture.softcap else None
     return Stream(
         model=model,
         architecture=architecture,
-        blocks=blocks,
+        blocks=finder.blocks(),
         positions=finder.module(model, architecture.positions) if architecture.positions else None,
+        start=finder.module(model, architecture.start) if architecture.start else None,
         final_norm=finder.module(model, architecture.final_norm),
         final_norm_name=architecture.final_norm,
         after_norm=tuple(module for module in after_norm if module is not None),
         unembed=unembed,
         d_model=int(finder.config.hidden_size),
         vocabulary=vocabulary_size(unembed),
-        logit_scale=finder.number(architecture.logit_scale)
-        / finder.number(architecture.logit_divisor),
-        softcap=cap or None,
-        position_limit=int(finder.number(limit)) if limit else None,
+        position_limit=finder.number(limit) if limit else None,
     )
 
 
@@ -225,45 +244,60 @@ class _Finder:
             found = getattr(found, name, None)
         return found if isinstance(found, nn.Module) else None
 
-    def first_of(self, root: nn.Module, paths: str | tuple[str, ...]) -> tuple[nn.Module, str]:
-        """The first of several names that the block has a module for."""
-        if isinstance(paths, str):
-            return self.module(root, paths), paths
-        for path in paths:
-            found = self.optional(root, path)
-            if found is not None:
-                return found, path
-        raise self.refusal(f"there is no module {' or '.join(map(repr, paths))}")
-
-    def number(self, field: str | None, optional: bool = False) -> float:
-        if field is None:
-            return 1.0
+    def number(self, field: str) -> int:
         value = getattr(self.config, field, None)
-        if value is None and optional:
-            return 0.0
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int):
             raise self.refusal(f"config.{field} should be a number, but is {value!r}")
-        return float(value)
+        return value
 
-    def write(self, block: nn.Module, layer: int, write: Write) -> WriteSite:
-        post_norm = self.module(block, write.post_norm) if write.post_norm else None
-        prefix = f"{self.architecture.layers}.{layer}"
-        module, path = self.first_of(block, write.module)
+    def blocks(self) -> tuple[Block, ...]:
+        path = self.architecture.layers
+        layers: Any = self.module(self.model, path)
+        modules = list(layers) if isinstance(layers, Iterable) else list(layers.children())
+        if not modules:
+            raise self.refusal(f"{path} holds no blocks")
+        uses = Counter(modules)
+        so_far: Counter[nn.Module] = Counter()
+        blocks = []
+        for layer, module in enumerate(modules):
+            use = Use(so_far[module], uses[module])
+            so_far[module] += 1
+            name = f"{path}.{layer}"
+            found = (self.write(module, name, layer, w, use) for w in self.architecture.writes)
+            writes = tuple(write for write in found if write is not None)
+            if not writes:
+                names = [write.module for write in self.architecture.writes]
+                raise self.refusal(f"{name} has none of the modules {names}")
+            blocks.append(Block(layer, module, name, use, writes))
+        return tuple(blocks)
+
+    def write(
+        self, block: nn.Module, prefix: str, layer: int, write: Write, use: Use
+    ) -> WriteSite | None:
+        names = (write.module,) if isinstance(write.module, str) else write.module
+        path = next((name for name in names if self.optional(block, name) is not None), None)
+        if path is None:
+            return None
+        post_norm = self.optional(block, write.post_norm) if write.post_norm else None
         return WriteSite(
             label=f"{layer}_{write.label}",
             layer=layer,
-            module=module,
+            module=self.module(block, path),
             post_norm=post_norm,
-            name=f"{prefix}.{write.post_norm or path}",
-            scale=self.number(write.scale),
+            name=f"{prefix}.{path if post_norm is None else write.post_norm}",
+            use=use,
             heads=self.heads(block, prefix, write),
         )
 
     def heads(self, block: nn.Module, prefix: str, write: Write) -> HeadSite | None:
-        if write.heads is None:
+        proj = self.optional(block, write.heads.proj) if write.heads is not None else None
+        if write.heads is None or proj is None:
             return None
-        proj = self.module(block, write.heads.proj)
-        n_heads = int(self.number(write.heads.count))
+        attention: Any = self.module(block, write.heads.proj.rpartition(".")[0])
+        # The layer knows best: layers of one model may differ, and then the config has no answer.
+        n_heads = getattr(attention, "num_heads", None)
+        if isinstance(n_heads, bool) or not isinstance(n_heads, int):
+            n_heads = self.number(write.heads.count)
         width = input_width(proj)
         if width % n_heads:
             raise self.refusal(
@@ -273,7 +307,7 @@ class _Finder:
         return HeadSite(
             proj=proj,
             name=f"{prefix}.{write.heads.proj}",
-            attention=self.module(block, write.heads.proj.rpartition(".")[0]),
+            attention=attention,
             n_heads=n_heads,
             d_head=width // n_heads,
         )

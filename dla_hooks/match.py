@@ -10,8 +10,10 @@ from torch import nn
 
 from dla_hooks.architecture import Architecture
 from dla_hooks.errors import DLAError, UnsupportedModelError
+from dla_hooks.facts import settle
 from dla_hooks.locate import Stream, check_model, locate
-from dla_hooks.registry import adapter_for, architectures
+from dla_hooks.registry import adapter_for, architectures, refusal_for
+from dla_hooks.sketch import sketch
 from dla_hooks.verification import Verification, trace_report
 
 _matched: WeakKeyDictionary[nn.Module, Architecture] = WeakKeyDictionary()
@@ -31,14 +33,14 @@ def stream_of(model: Any) -> Stream:
     check_model(model)
     declared = adapter_for(model.config.model_type)
     if declared is not None:
-        return locate(model, declared)
+        return settle(locate(model, declared))
     with _lock:
         known = _matched.get(model)
     if known is None:
         known = _match(model)
         with _lock:
             _matched[model] = known
-    return locate(model, known)
+    return settle(locate(model, known))
 
 
 def verify(model: Any, *, show: bool = True) -> Verification:
@@ -62,22 +64,43 @@ def verify(model: Any, *, show: bool = True) -> Verification:
     return report
 
 
-def _match(model: Any) -> Architecture:
-    misses = []
-    for architecture in dict.fromkeys(architectures()):
+def _candidates(model: Any) -> list[tuple[float, Stream]]:
+    """Every known shape whose module names the model has; those that it has more of come first."""
+    found = []
+    for architecture in architectures():
         try:
-            report = trace_report(locate(model, architecture))
+            stream = locate(model, architecture)
         except UnsupportedModelError:
             continue  # other module names: not this shape, and nothing to tell
+        has = sum(1 + (write.post_norm is not None) for write in stream.writes)
+        could = sum(1 + (write.post_norm is not None) for write in architecture.writes)
+        found.append((has / (could * len(stream.blocks)), stream))
+    return sorted(found, key=lambda entry: -entry[0])
+
+
+def _match(model: Any) -> Architecture:
+    misses: dict[str, str] = {}  # what did not add up: the first shape that it was found for
+    for coverage, candidate in _candidates(model):
+        try:
+            settled = settle(candidate)
+            report = trace_report(settled)
         except DLAError as error:
-            misses.append(f"as {architecture.model_types[0]}: {error}")
+            if coverage == 1:
+                misses.setdefault(str(error), candidate.architecture.model_types[0])
             continue
         if report.ok:
-            return architecture
-        misses.append(f"as {architecture.model_types[0]}: {report.diagnosis()}")
-    found = "; ".join(misses) or "none of the known shapes has its module names"
+            return candidate.architecture
+        misses.setdefault(report.diagnosis(), candidate.architecture.model_types[0])
+    what = f"model type {model.config.model_type!r} ({type(model).__name__})"
+    known = refusal_for(model.config.model_type)
+    if known is not None:
+        raise UnsupportedModelError(
+            f"{what} cannot be attributed. {known.place}: {known.reason}. It would need "
+            f"{known.needed}."
+        )
+    found = "; ".join(f"taken for {name}: {miss}" for miss, name in misses.items())
     raise UnsupportedModelError(
-        f"model type {model.config.model_type!r} ({type(model).__name__}) has no declaration, and "
-        f"was not recognised: {found}. Declare it with dla_hooks.register(Architecture(...)) if "
-        "its stream is a sum of writes."
+        f"{what} has no declaration, and was not recognised: "
+        f"{found or 'none of the known shapes has its module names'}. If its stream is a sum of "
+        f"writes, start from these lines:\n{sketch(model)}"
     )

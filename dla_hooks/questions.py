@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from functools import partial
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from dla_hooks.forward import run_model
 from dla_hooks.hooks import Edit, Tap, edited, tapped
-from dla_hooks.locate import Stream
-from dla_hooks.run import run_model
+from dla_hooks.locate import Stream, WriteSite
 from dla_hooks.tokens import Prompt
 
-_asked: WeakKeyDictionary[nn.Module, list[bool]] = WeakKeyDictionary()
+_asked: WeakKeyDictionary[nn.Module, list[int | None]] = WeakKeyDictionary()
 _lock = threading.Lock()
 
 
@@ -28,62 +27,77 @@ def short_prompt(stream: Stream, batch: int = 1, length: int = 4) -> Prompt:
     return Prompt(ids, torch.ones_like(ids, dtype=torch.bool))
 
 
-def mlp_reads_mid(stream: Stream) -> list[bool]:
-    """For each block: does its second write depend on its first?
+def mid_streams(stream: Stream) -> list[int | None]:
+    """For each block: after how many of its writes the stream is read again, if it is.
 
-    It does in a sequential block, where the MLP reads the stream after attention has written, and
-    does not in a parallel one. Asked once per model, by running a few tokens twice: the second
-    time every block is given the input it had before, and every first write is disturbed.
+    In a sequential block the MLP reads the stream after attention has written: 1. In a parallel
+    one nothing reads it before the block's end: None. Asked once per model, by running a few
+    tokens twice: the second time every block is given the input it had before, and every first
+    write is disturbed. The mid stream ends before the first write that this changes.
     """
     with _lock:
         known = _asked.get(stream.model)
-    if known is None:
-        known = _ask_mlp_reads_mid(stream)
+    if known is None or len(known) != len(stream.blocks):
+        known = _ask_mid_streams(stream)
         with _lock:
             _asked[stream.model] = known
     return known
 
 
-def _ask_mlp_reads_mid(stream: Stream) -> list[bool]:
-    pairs = [
-        (block, block.writes[0].written_by, block.writes[1].written_by)
-        for block in stream.blocks
-        if len(block.writes) > 1
-    ]
+def _ask_mid_streams(stream: Stream) -> list[int | None]:
     prompt = short_prompt(stream)
-    inputs: dict[int, Tensor] = {}
-    clean: dict[int, Tensor] = {}
-    disturbed: dict[int, Tensor] = {}
+    inputs: dict[str, Tensor] = {}
+    clean: dict[str, Tensor] = {}
+    disturbed: dict[str, Tensor] = {}
 
-    def keep(where: dict[int, Tensor], key: int) -> Callable[[Tensor, Tensor], None]:
+    def keep(where: dict[str, Tensor], key: str) -> Callable[[Tensor, Tensor], None]:
         return lambda _, out: where.__setitem__(key, out.detach().double().cpu().clone())
 
-    def seconds(where: dict[int, Tensor]) -> list[Tap]:
-        return [Tap(second, block.name, keep(where, id(block))) for block, _, second in pairs]
+    def writes(where: dict[str, Tensor]) -> list[Tap]:
+        return [Tap(w.written_by, w.name, keep(where, w.label), use=w.use) for w in stream.writes]
 
-    before = [Tap(block.module, block.name, keep(inputs, id(block)), True) for block, _, _ in pairs]
-    with tapped([*before, *seconds(clean)]):
+    before = [
+        Tap(block.module, block.name, keep(inputs, block.name), True, block.use)
+        for block in stream.blocks
+    ]
+    with tapped([*before, *writes(clean)]):
         run_model(stream.model, prompt, None)
 
     generator = torch.Generator().manual_seed(1)
-    edits = []
-    for block, first, _ in pairs:
-        as_before = inputs[id(block)]
+    given: dict[nn.Module, list[Tensor]] = {}
+    noises: dict[nn.Module, list[Tensor]] = {}
+    for block in stream.blocks:
+        as_before = inputs[block.name]
         noise = torch.randn(as_before.shape, generator=generator).double()
         noise *= as_before.square().mean().sqrt()
-        edits.append(Edit(block.module, partial(_replaced, by=as_before), at_input=True))
-        edits.append(Edit(first, partial(_disturbed, noise=noise)))
-    with edited(edits), tapped(seconds(disturbed)):
+        given.setdefault(block.module, []).append(as_before)
+        noises.setdefault(block.writes[0].written_by, []).append(noise)
+    edits = [Edit(module, _in_turn(_replaced, uses), True) for module, uses in given.items()]
+    edits += [Edit(module, _in_turn(_disturbed, uses)) for module, uses in noises.items()]
+    # The taps come first, and so see each write as the model made it.
+    with tapped(writes(disturbed)), edited(edits):
         run_model(stream.model, prompt, None)
 
-    depends = {
-        key: bool((disturbed[key] - out).norm() > 0.01 * out.norm()) for key, out in clean.items()
-    }
-    return [depends.get(id(block), False) for block in stream.blocks]
+    def changed(write: WriteSite) -> bool:
+        difference = disturbed[write.label] - clean[write.label]
+        return bool(difference.norm() > 0.01 * clean[write.label].norm())
+
+    return [
+        next((k for k, write in enumerate(block.writes) if k and changed(write)), None)
+        for block in stream.blocks
+    ]
+
+
+def _in_turn(
+    change: Callable[[Tensor, Tensor], Tensor], values: list[Tensor]
+) -> Callable[[Tensor], Tensor]:
+    """A change whose value is another one at each use of the module."""
+    remaining = iter(values)
+    return lambda x: change(x, next(remaining))
 
 
 def _replaced(x: Tensor, by: Tensor) -> Tensor:
-    return by.to(x)
+    return by.to(x, copy=True)
 
 
 def _disturbed(out: Tensor, noise: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dla_hooks import norms
 from dla_hooks.answers import Targets
-from dla_hooks.hooks import Tap
+from dla_hooks.hooks import Tap, Use
 from dla_hooks.kernels import over_tiles, project
 from dla_hooks.linear import mean_row, pull_back, rows, value_at
 from dla_hooks.locate import Stream
@@ -89,7 +89,10 @@ class FinalStream:
         self.scale_N = d.new_zeros(len(sites))
         self.total_RN = d.new_zeros(len(readouts), len(sites))
         self.misfit = 0.0
-        self.tap = Tap(stream.final_norm, stream.final_norm_name, self._see)
+        runs = stream.final_norm_runs
+        self.tap = Tap(
+            stream.final_norm, stream.final_norm_name, self._see, use=Use(runs - 1, runs)
+        )
 
     def total_N(self) -> Tensor:
         """x . d / s [N]: what the whole stream contributes to the logit (or difference)."""

@@ -10,10 +10,11 @@ import importlib
 import pkgutil
 import threading
 
-from dla_hooks.architecture import Architecture
+from dla_hooks.architecture import Architecture, Refusal
 from dla_hooks.errors import InputError
 
 _registered: dict[str, Architecture] = {}
+_refused: dict[str, Refusal] = {}
 _builtin_loaded = False
 _lock = threading.RLock()
 
@@ -37,6 +38,13 @@ def adapter_for(model_type: str) -> Architecture | None:
     with _lock:
         _load_builtin()
         return _registered.get(model_type)
+
+
+def refusal_for(model_type: str) -> Refusal | None:
+    """Why models of this type are refused, where it is known."""
+    with _lock:
+        _load_builtin()
+        return _refused.get(model_type)
 
 
 def architectures() -> tuple[Architecture, ...]:
@@ -69,6 +77,9 @@ def _load_builtin() -> None:
             "the adapters are not installed beside dla_hooks; in a checkout run `pip install -e .`"
         ) from error
     for module in sorted(entry.name for entry in pkgutil.iter_modules(package.__path__)):
-        for architecture in importlib.import_module(f"dla_hooks.adapters.{module}").ARCHITECTURES:
+        declarations = importlib.import_module(f"dla_hooks.adapters.{module}")
+        for architecture in declarations.ARCHITECTURES:
             _add(architecture)
+        for refusal in getattr(declarations, "REFUSALS", ()):
+            _refused.update(dict.fromkeys(refusal.model_types, refusal))
     _builtin_loaded = True

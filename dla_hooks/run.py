@@ -7,17 +7,14 @@ unit. Units add rows of their own, and the parts are what each call is checked b
 
 from __future__ import annotations
 
-import inspect
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from dla_hooks.answers import Targets
-from dla_hooks.errors import UnsupportedModelError
-from dla_hooks.hooks import Tap, tapped
+from dla_hooks.forward import run_model
+from dla_hooks.hooks import ONLY_USE, Tap, Use, tapped
 from dla_hooks.kernels import project
-from dla_hooks.locate import Stream
+from dla_hooks.locate import Block, Stream
 from dla_hooks.readout import FinalStream, read_out
 from dla_hooks.sites import Sites
 from dla_hooks.tokens import Prompt
@@ -35,6 +32,7 @@ class Run:
 
     Attributes:
         labels: names of the parts, in stream order.
+        last_of_block: for every block, the row of the last part that it adds.
         finite_C: whether each part is finite, before the division by the final scale.
         parts_CN: contribution of each part to the logit (difference) at each site.
         final: what the final norm saw.
@@ -63,13 +61,23 @@ class Run:
         self.labels = ["embed"]
         if stream.positions is not None:
             self.labels.append("pos_embed")
-        self.labels += [write.label for write in stream.writes]
+        self.last_of_block: list[int] = []
+        for block in stream.blocks:
+            self.labels += [write.label for write in block.writes]
+            if block.constant is not None:
+                self.labels.append(constant_label(block))
+            self.last_of_block.append(len(self.labels) - 1)
+        self._factors = _path_factors(stream)
         self.parts_CN = self.readout.d_KM.new_zeros(len(self.labels), len(sites))
         self.finite_C = torch.ones(len(self.labels), dtype=torch.bool)
 
     def part(self, label: str) -> Tensor:
         """The row [N] of one part."""
         return self.parts_CN[self.labels.index(label)]
+
+    def direction(self, label: str) -> Tensor:
+        """What one part is projected on [n_targets, d_model]: d, through all later gains."""
+        return times(self.readout.d_KM, self._factors[label])
 
     def forward(self, prompt: Prompt, taps: list[Tap], columns: Tensor | None) -> Tensor:
         """Run the model once, with the parts' taps and a unit's on it.
@@ -88,26 +96,27 @@ class Run:
         return logits
 
     def _taps(self) -> list[Tap]:
-        stream, d_KM = self.stream, self.readout.d_KM
+        stream = self.stream
         first = stream.blocks[0]
 
-        def tap(module: nn.Module, name: str, label: str, before: bool = False) -> Tap:
-            row_N = self.part(label)
+        def tap(module: nn.Module, name: str, label: str, use: Use, before: bool = False) -> Tap:
+            row_N, d_KM = self.part(label), self.direction(label)
 
             def see(_: Tensor, out: Tensor) -> None:
-                if out.shape[-1] != stream.d_model:
-                    raise UnsupportedModelError(
-                        f"{name} puts out {out.shape[-1]} channels, but the stream has "
-                        f"{stream.d_model}: it is not what the block adds to the stream"
-                    )
                 project(out, self.sites, d_KM, row_N)
 
-            return Tap(module, name, see, before)
+            return Tap(module, name, see, before, use)
 
-        taps = [tap(first.module, first.name, "embed", before=True)]
+        if stream.start is not None:
+            taps = [tap(stream.start, stream.architecture.start or "", "embed", ONLY_USE)]
+        else:
+            taps = [tap(first.module, first.name, "embed", first.use, before=True)]
         if stream.positions is not None:
-            taps.append(tap(stream.positions, stream.architecture.positions or "", "pos_embed"))
-        taps += [tap(write.written_by, write.name, write.label) for write in stream.writes]
+            taps.append(
+                tap(stream.positions, stream.architecture.positions or "", "pos_embed", ONLY_USE)
+            )
+        for write in stream.writes:
+            taps.append(tap(write.written_by, write.name, write.label, write.use))
         return taps
 
     def _finish(self) -> None:
@@ -115,36 +124,37 @@ class Run:
         # leave of it, with whatever scaling, norm or projection the model puts on it.
         if self.stream.positions is not None:
             self.part("embed").sub_(self.part("pos_embed"))
-        for write in self.stream.writes:
-            if write.scale != 1.0:
-                self.part(write.label).mul_(write.scale)
+        for block in self.stream.blocks:
+            if block.constant is not None:
+                label = constant_label(block)
+                d_KM = self.direction(label)
+                per_target = d_KM @ block.constant.to(d_KM)
+                self.part(label).copy_(per_target[self.sites.target_on(d_KM.device)])
         self.finite_C = torch.isfinite(self.parts_CN).all(-1)
         self.parts_CN /= self.final.scale_N
 
 
-def run_model(model: Any, prompt: Prompt, columns: Tensor | None) -> Tensor:
-    """The plain forward pass, with logits at a few columns only.
+def constant_label(block: Block) -> str:
+    """The name of what a block adds besides its writes (a bare bias parameter, say)."""
+    return f"{block.layer}_constant"
 
-    Args:
-        model: a Hugging Face causal LM.
-        prompt: the batch.
-        columns: columns of the prompt [n], or None for the last.
 
-    Returns:
-        Logits [batch, n, vocabulary].
-    """
-    accepted = inspect.signature(model.forward).parameters
-    device = model.get_input_embeddings().weight.device
-    arguments: dict[str, Any] = {"input_ids": prompt.input_ids.to(device), "use_cache": False}
-    if prompt.padded:
-        arguments["attention_mask"] = prompt.mask.long().to(device)
-        if "position_ids" in accepted:
-            arguments["position_ids"] = prompt.position_ids().to(device)
-    if columns is None:
-        columns = torch.tensor([prompt.input_ids.shape[1] - 1])
-    if "logits_to_keep" in accepted:
-        arguments["logits_to_keep"] = columns.to(device)
-        logits: Tensor = model(**arguments, return_dict=True).logits
-        return logits
-    logits = model(**arguments, return_dict=True).logits
-    return logits[:, columns.to(logits.device)]
+def times(values: Tensor, factor: Tensor | None) -> Tensor:
+    """Times a factor [] or [d_model]; None is one."""
+    return values if factor is None else values * factor.to(values)
+
+
+def _path_factors(stream: Stream) -> dict[str, Tensor | None]:
+    """What the last stream holds of every part: its response, times all later blocks' gains."""
+    factors: dict[str, Tensor | None] = {}
+    later: Tensor | None = None
+    for block in reversed(stream.blocks):
+        factors[constant_label(block)] = later
+        for write in block.writes:
+            factors[write.label] = _product(write.response, later)
+        later = _product(block.gain, later)
+    return {"embed": later, "pos_embed": later, **factors}
+
+
+def _product(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return other if one is None else times(one, other)

@@ -7,6 +7,7 @@ up, and the readout gives the model's logits. It is what a failed check uses to 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,13 +15,14 @@ import torch
 from torch import Tensor
 
 from dla_hooks.answers import Targets
-from dla_hooks.hooks import Tap, tapped
+from dla_hooks.forward import run_model
+from dla_hooks.hooks import Tap, Use, tapped
 from dla_hooks.linear import pull_back, value_at
 from dla_hooks.locate import Stream, WriteSite
 from dla_hooks.norms import frozen_scale
 from dla_hooks.questions import short_prompt
 from dla_hooks.readout import read_out
-from dla_hooks.run import run_model
+from dla_hooks.run import times
 from dla_hooks.tokens import Prompt
 
 _LONGEST = 8
@@ -123,8 +125,8 @@ class _Trace:
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
         self.seen: dict[tuple[str, Any], tuple[Tensor, Tensor]] = {}
-        rounding = torch.finfo(stream.dtype).eps
-        self.tolerance = max(4 * rounding, 1e-5 if stream.dtype == torch.float32 else 1e-9)
+        rounding = torch.finfo(stream.coarsest_dtype).eps
+        self.tolerance = max(4 * rounding, 1e-5 if rounding > 1e-9 else 1e-9)
         self.logit_tolerance = max(16 * rounding, 1e-5)
         # A few random directions and tokens tell a wrong map from a right one as well as all do.
         generator = torch.Generator().manual_seed(3)
@@ -134,14 +136,24 @@ class _Trace:
     def run(self, prompt: Prompt) -> Tensor:
         stream = self.stream
         self.length = prompt.input_ids.shape[1]
-        taps = [self._tap(b.module, b.name, ("in", i), True) for i, b in enumerate(stream.blocks)]
-        taps.append(self._tap(stream.final_norm, stream.final_norm_name, ("norm", 0)))
+        runs = stream.final_norm_runs
+        norm = self._see("norm", 0)
+        taps = [Tap(stream.final_norm, stream.final_norm_name, norm, use=Use(runs - 1, runs))]
+        for i, block in enumerate(stream.blocks):
+            see = self._see("in", i)
+            if i == 0 and stream.start is not None:
+                taps.append(Tap(stream.start, stream.architecture.start or "", see))
+            else:
+                taps.append(Tap(block.module, block.name, see, True, block.use))
         for write in stream.writes:
-            taps.append(self._tap(write.written_by, write.name, ("write", write.label)))
+            use = write.use
+            taps.append(Tap(write.written_by, write.name, self._see("write", write.label), use=use))
             if write.heads is not None:
-                taps.append(self._tap(write.heads.proj, write.heads.name, ("proj", write.label)))
+                see = self._see("proj", write.label)
+                taps.append(Tap(write.heads.proj, write.heads.name, see, use=use))
                 if write.post_norm is not None:
-                    taps.append(self._tap(write.module, write.name, ("module", write.label)))
+                    see = self._see("module", write.label)
+                    taps.append(Tap(write.module, write.name, see, use=use))
         with tapped(taps):
             return run_model(stream.model, prompt, torch.arange(self.length))
 
@@ -152,13 +164,16 @@ class _Trace:
         for i, block in enumerate(self.stream.blocks):
             before = self._out("in", i)
             after = self._in("norm", 0) if i == last else self._in("in", i + 1)
-            writes = [self._out("write", write.label) for write in block.writes]
-            total = sum(w.scale * x for w, x in zip(block.writes, writes, strict=True))
-            gap = _relative(after - before - total, after)
+            kept = times(before, block.gain)
+            if block.constant is not None:
+                kept = kept + block.constant
+            writes = [times(self._out("write", w.label), w.response) for w in block.writes]
+            gap = _relative(after - kept - sum(writes), after)
             ok = gap <= self.tolerance * max(1.0, _relative(before, after))
             names = " + ".join(w.label.split("_", 1)[1] for w in block.writes)
-            note = "" if ok else self._blame(block.writes, writes, after - before)
-            lines.append(Line(block.name, f"output = input + {names}", gap, ok, note))
+            gained = "input" if block.gain is None else "gain * input"
+            note = "" if ok else self._blame(block.writes, writes, after - kept)
+            lines.append(Line(block.name, f"output = {gained} + {names}", gap, ok, note))
         return lines
 
     def heads(self) -> list[Line]:
@@ -206,19 +221,19 @@ class _Trace:
                 "not declared, or scales the stream itself."
             )
         for site, factor in zip(sites, factors.tolist(), strict=True):
-            if abs(factor - site.scale) > 1e-3 * max(1.0, abs(site.scale)):
+            if abs(factor - 1) > 1e-3:
                 return (
-                    f"{site.label} enters the stream times {factor:.4g}, not {site.scale:g}: a "
-                    "write scale, a logit of another module, or a hook that changes activations."
+                    f"{site.label} enters the stream {factor:.4g} times as strongly as asked: a "
+                    "gate that depends on the tokens, or a hook that changes activations."
                 )
         return "Every write enters as declared, but something small is added besides."
 
-    def _tap(self, module: Any, name: str, key: tuple[str, Any], before: bool = False) -> Tap:
+    def _see(self, kind: str, key: Any) -> Callable[[Tensor, Tensor], None]:
         def see(x: Tensor, y: Tensor) -> None:
             flat = [t.detach().double().cpu().reshape(-1, t.shape[-1]).clone() for t in (x, y)]
-            self.seen[key] = (flat[0], flat[1])
+            self.seen[kind, key] = (flat[0], flat[1])
 
-        return Tap(module, name, see, before)
+        return see
 
     def _in(self, kind: str, key: Any) -> Tensor:
         return self.seen[kind, key][0]

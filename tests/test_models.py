@@ -249,7 +249,7 @@ def test_an_output_cache_asked_for_in_the_config_is_not_built():
     kept = []
     model.register_forward_hook(lambda m, a, out: kept.append(out.past_key_values))
     direct_logit_attribution(model, example_ids("llama"), 5)
-    assert kept == [None]
+    assert set(kept) == {None}
 
 
 # Model types without a declaration
@@ -319,7 +319,7 @@ def declared():
 
 
 def test_an_undeclared_model_of_no_known_shape_is_refused():
-    with pytest.raises(UnsupportedModelError, match="'made_up'.*dla_hooks.register"):
+    with pytest.raises(UnsupportedModelError, match=r"'made_up'[^$]*dla_hooks\.register"):
         direct_logit_attribution(MadeUp(MadeUpConfig()), IDS, 5)
 
 
@@ -334,8 +334,10 @@ def test_an_undeclared_model_of_a_known_shape_is_accepted_once_verified():
 def test_an_undeclared_model_that_fails_verification_is_refused_with_the_place():
     model = build("llama")
     model.config.model_type = "llama_of_tomorrow"
-    model.model.layers[1].register_forward_hook(lambda m, a, out: out * 1.5)
-    with pytest.raises(UnsupportedModelError, match=r"as llama: .*model\.layers\.1"):
+    model.model.layers[1].register_forward_hook(lambda m, a, out: out + 0.1 * out**2)
+    with pytest.raises(
+        UnsupportedModelError, match=r"taken for llama: .*model\.layers\.1 is no sum"
+    ):
         direct_logit_attribution(model, IDS, 5)
 
 
@@ -350,7 +352,7 @@ def test_an_architecture_declared_at_run_time(declared):
     )
     model = MadeUp(MadeUpConfig())
     # Its blocks are called piece by piece, so that no block as a whole ever runs.
-    with pytest.raises(DLAError, match=r"blocks\.0 never ran"):
+    with pytest.raises(DLAError, match="no block of blocks runs as a whole"):
         direct_logit_attribution(model, IDS, 5)
 
 
@@ -367,5 +369,5 @@ def test_every_declared_type_is_listed_once():
 def test_a_declaration_that_does_not_fit_is_an_error_that_names_it():
     model = copy.deepcopy(build("llama"))
     model.config.model_type = "gpt2"
-    with pytest.raises(UnsupportedModelError, match=r"declaration of gpt2: .*'transformer\.h'"):
+    with pytest.raises(UnsupportedModelError, match=r"declaration of gpt2.*: .*'transformer\.h'"):
         verify(model)

@@ -69,7 +69,7 @@ class _LayerHeads:
     ) -> None:
         self._run, self._write, self._heads = run, write, heads
         self._constant_I = constant_I
-        self._d_stream_KM = run.readout.d_KM * write.scale
+        self._d_stream_KM = run.direction(write.label)
         self._d_KM = self._d_stream_KM  # at the projection's output
         self._post_norm = None
         if write.post_norm is not None:
@@ -81,9 +81,10 @@ class _LayerHeads:
         self.labels = [f"L{write.layer}H{head}" for head in range(heads.n_heads)]
 
     def taps(self) -> list[Tap]:
-        taps = [Tap(self._heads.proj, self._heads.name, self._see_z)]
+        use = self._write.use
+        taps = [Tap(self._heads.proj, self._heads.name, self._see_z, use=use)]
         if self._write.post_norm is not None:
-            taps.append(Tap(self._write.post_norm, self._write.name, self._see_post_norm))
+            taps.append(Tap(self._write.post_norm, self._write.name, self._see_post_norm, use=use))
         return taps
 
     def heads_HN(self) -> Tensor:

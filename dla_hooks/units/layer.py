@@ -6,7 +6,7 @@ the part between them.
 
 from __future__ import annotations
 
-from dla_hooks.questions import mlp_reads_mid
+from dla_hooks.questions import mid_streams
 from dla_hooks.units.base import Split, Unit
 
 
@@ -19,19 +19,18 @@ class LayerUnit(Unit):
         A parallel block has no mid stream, and so no ``_mid`` entry.
         """
         run = self.run
-        has_mid = mlp_reads_mid(run.stream)
         running = run.parts_CN.cumsum(0)
-        position = {label: i for i, label in enumerate(run.labels)}
-        last = position[run.stream.blocks[0].writes[0].label] - 1  # the last of the embeddings
+        last = run.labels.index(run.stream.blocks[0].writes[0].label) - 1  # of the embeddings
 
         labels, rows = [], []
-        for layer, block in enumerate(run.stream.blocks):
-            labels.append(f"{layer}_pre")
+        mids = mid_streams(run.stream)
+        for block, end, n_before in zip(run.stream.blocks, run.last_of_block, mids, strict=True):
+            labels.append(f"{block.layer}_pre")
             rows.append(last)
-            if has_mid[layer]:
-                labels.append(f"{layer}_mid")
-                rows.append(position[block.writes[0].label])
-            last = position[block.writes[-1].label]
+            if n_before is not None:
+                labels.append(f"{block.layer}_mid")
+                rows.append(last + n_before)
+            last = end
         labels.append("final_post")
         rows.append(last)
         return Split(labels, running[rows])

@@ -1,0 +1,113 @@
+"""Decoders known not to be sums of writes, or not to be read as one: why, and what it would take.
+
+Nothing but the message depends on this list: a model that is not on it is refused all the same when
+what it does to the stream, or its logits, turn out not to be linear.
+"""
+
+from dla_hooks.architecture import Architecture, Refusal
+
+ARCHITECTURES: tuple[Architecture, ...] = ()
+
+REFUSALS = (
+    Refusal(
+        model_types=(
+            "bart",
+            "bert",
+            "bert-generation",
+            "big_bird",
+            "blenderbot-small",
+            "camembert",
+            "data2vec-text",
+            "electra",
+            "ernie",
+            "git",
+            "marian",
+            "mvp",
+            "openai-gpt",
+            "plbart",
+            "prophetnet",
+            "rembert",
+            "roberta",
+            "roc_bert",
+            "roformer",
+            "trocr",
+            "xlm",
+            "xlm-roberta",
+            "xlnet",
+            "xmod",
+        ),
+        place="every block",
+        reason="each block norms the sum itself, LayerNorm(x + f(x)), so that earlier writes are "
+        "rescaled by a number that depends on later ones",
+        needed="an attribution through a chain of frozen norms, which is another quantity",
+    ),
+    Refusal(
+        model_types=("minimax",),
+        place="every block",
+        reason="the residual is taken after the norm, so that each block rescales the stream",
+        needed="an attribution through a chain of frozen norms, which is another quantity",
+    ),
+    Refusal(
+        model_types=(
+            "deepseek_v4",
+            "gemma3n",
+            "gemma3n_text",
+            "hy_v4",
+            "qwen4_exp",
+            "qwen4_exp_text",
+        ),
+        place="between the blocks",
+        reason="several residual streams are mixed by gates that depend on the tokens",
+        needed="directions that are carried back through those gates, position by position",
+    ),
+    Refusal(
+        model_types=("inkling2_text",),
+        place="between the blocks",
+        reason="what a block reads is a softmax over the outputs of all earlier ones",
+        needed="directions that are carried back through that softmax, position by position",
+    ),
+    Refusal(
+        model_types=("hrm_text",),
+        place="the stack",
+        reason="two stacks call each other in a loop, with a norm on the sum at each turn",
+        needed="an attribution through a chain of frozen norms, which is another quantity",
+    ),
+    Refusal(
+        model_types=("reformer",),
+        place="the stack",
+        reason="its layers are reversible: two streams that are joined at the end",
+        needed="taps that survive its recomputation of activations",
+    ),
+    Refusal(
+        model_types=(
+            "megatron-bert",
+            "modernbert-decoder",
+            "roberta-prelayernorm",
+            "xlm-roberta-xl",
+        ),
+        place="the LM head",
+        reason="a dense layer, an activation and a norm stand between the final norm and the "
+        "unembedding, so that no logit is an affine map of the stream",
+        needed="an attribution to that head's own input",
+    ),
+    Refusal(
+        model_types=("musicgen", "musicgen_decoder", "musicgen_melody", "musicgen_melody_decoder"),
+        place="the LM head",
+        reason="it has one head for every codebook of its audio, and no single logit of a token",
+        needed="a choice of the codebook",
+    ),
+    Refusal(
+        model_types=("cpmant",),
+        place="the embeddings",
+        reason="learned prompt positions are put before the tokens, so that positions of the "
+        "stream are not those of the prompt",
+        needed="an offset between the two",
+    ),
+    Refusal(
+        model_types=("blt",),
+        place="model.local_decoder",
+        reason="a byte-level decoder over patches: cross-attention outside its blocks writes to "
+        "the stream before each of them",
+        needed="a declaration of writes that are not inside a block",
+    ),
+)

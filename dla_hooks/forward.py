@@ -1,0 +1,39 @@
+"""The plain forward pass: the prompt in, a few columns of logits out."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dla_hooks.tokens import Prompt
+
+
+def run_model(model: Any, prompt: Prompt, columns: Tensor | None) -> Tensor:
+    """The plain forward pass, with logits at a few columns only.
+
+    Args:
+        model: a Hugging Face causal LM.
+        prompt: the batch.
+        columns: columns of the prompt [n], or None for the last.
+
+    Returns:
+        Logits [batch, n, vocabulary].
+    """
+    accepted = inspect.signature(model.forward).parameters
+    device = model.get_input_embeddings().weight.device
+    arguments: dict[str, Any] = {"input_ids": prompt.input_ids.to(device), "use_cache": False}
+    if prompt.padded:
+        arguments["attention_mask"] = prompt.mask.long().to(device)
+        if "position_ids" in accepted:
+            arguments["position_ids"] = prompt.position_ids().to(device)
+    if columns is None:
+        columns = torch.tensor([prompt.input_ids.shape[1] - 1])
+    if "logits_to_keep" in accepted:
+        arguments["logits_to_keep"] = columns.to(device)
+        logits: Tensor = model(**arguments, return_dict=True).logits
+        return logits
+    logits = model(**arguments, return_dict=True).logits
+    return logits[:, columns.to(logits.device)]
