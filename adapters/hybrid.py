@@ -56,7 +56,7 @@ ARCHITECTURES = (
                 "attn_out",
                 "self_attn",
                 post_norm="post_operator_norm",
-                heads=Heads("self_attn.out_proj"),
+                heads=Heads("self_attn.o_proj"),
             ),
             Write("mixer_out", "conv", post_norm="post_operator_norm"),
             Write("mlp_out", "feed_forward", post_norm="post_ffn_norm"),

@@ -97,13 +97,6 @@ REFUSALS = (
         needed="a choice of the codebook",
     ),
     Refusal(
-        model_types=("cpmant",),
-        place="the embeddings",
-        reason="learned prompt positions are put before the tokens, so that positions of the "
-        "stream are not those of the prompt",
-        needed="an offset between the two",
-    ),
-    Refusal(
         model_types=("blt",),
         place="model.local_decoder",
         reason="a byte-level decoder over patches: cross-attention outside its blocks writes to "

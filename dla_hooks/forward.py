@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.tokens import Prompt
 
 
@@ -26,6 +27,11 @@ def run_model(model: Any, prompt: Prompt, columns: Tensor | None) -> Tensor:
     device = model.get_input_embeddings().weight.device
     arguments: dict[str, Any] = {"input_ids": prompt.input_ids.to(device), "use_cache": False}
     if prompt.padded:
+        if "attention_mask" not in accepted:
+            raise UnsupportedModelError(
+                f"{type(model).__name__} takes no attention mask, so that padding would change "
+                "its logits; run prompts of different lengths one at a time"
+            )
         arguments["attention_mask"] = prompt.mask.long().to(device)
         if "position_ids" in accepted:
             arguments["position_ids"] = prompt.position_ids().to(device)

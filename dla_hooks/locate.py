@@ -207,7 +207,7 @@ def locate(model: Any, architecture: Architecture) -> Stream:
         blocks=finder.blocks(),
         positions=finder.module(model, architecture.positions) if architecture.positions else None,
         start=finder.module(model, architecture.start) if architecture.start else None,
-        final_norm=finder.module(model, architecture.final_norm),
+        final_norm=finder.final_norm(),
         final_norm_name=architecture.final_norm,
         after_norm=tuple(module for module in after_norm if module is not None),
         unembed=unembed,
@@ -235,6 +235,15 @@ class _Finder:
         found = self.optional(root, path)
         if found is None:
             raise self.refusal(f"there is no module {path!r}")
+        return found
+
+    def final_norm(self) -> nn.Module:
+        found = self.optional(self.model, self.architecture.final_norm)
+        if found is None:
+            raise self.refusal(
+                f"there is no final norm ({self.architecture.final_norm}), as in models whose "
+                "blocks norm their own sum; those are no sums of writes"
+            )
         return found
 
     def optional(self, root: nn.Module, path: str) -> nn.Module | None:

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from dla_hooks.architecture import Architecture
-from dla_hooks.errors import DLAError, UnsupportedModelError
+from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.facts import settle
 from dla_hooks.locate import Stream, check_model, locate
 from dla_hooks.registry import adapter_for, architectures, refusal_for
@@ -82,9 +82,8 @@ def _match(model: Any) -> Architecture:
     misses: dict[str, str] = {}  # what did not add up: the first shape that it was found for
     for coverage, candidate in _candidates(model):
         try:
-            settled = settle(candidate)
-            report = trace_report(settled)
-        except DLAError as error:
+            report = trace_report(settle(candidate))
+        except Exception as error:  # a shape that is not the model's may fail in any way
             if coverage == 1:
                 misses.setdefault(str(error), candidate.architecture.model_types[0])
             continue

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dla_hooks.errors import UnsupportedModelError
+
 
 class Sites:
     """N flat (row, column, target) triples, and how they unfold into the result's axes.
@@ -54,16 +56,20 @@ class Sites:
 
         Args:
             x: [batch, pos, d]; or [1, pos, d], shared by the rows; or [batch * pos, d], as
-                modules that flatten their input see it.
+                modules that flatten their input see it; or [batch, more + pos, d], where the
+                model puts positions of its own before the prompt.
             tile: which sites.
         """
         batch, width = self.prompt_shape
         flat_x = x.reshape(-1, x.shape[-1])
         flat, cols, _ = self._indices(x.device)
+        if x.ndim == 3 and x.shape[0] == batch and x.shape[1] > width:
+            before = x.shape[1] - width
+            return x[:, before:].flatten(0, 1).index_select(0, flat[tile])
         if flat_x.shape[0] == width != batch * width:
             return flat_x.index_select(0, cols[tile])
         if flat_x.shape[0] != batch * width:
-            raise ValueError(
+            raise UnsupportedModelError(
                 f"an activation of shape {tuple(x.shape)} does not line up with a prompt of "
                 f"shape {self.prompt_shape}"
             )

@@ -196,7 +196,8 @@ class _Trace:
         """k * (W_U N(x) + b), capped, is what the model returns."""
         stream = self.stream
         readout = read_out(stream, Targets(self.tokens, None), center_unembed=False)
-        x, y = (t.to(readout.d_KM) for t in self.seen["norm", 0])
+        # The last of them: a model may put positions of its own before the prompt.
+        x, y = (t[-self.length :].to(readout.d_KM) for t in self.seen["norm", 0])
         scale_N, _ = frozen_scale(readout.norm, x, y)
         own = x @ readout.d_KM.T / scale_N[:, None] + readout.bias_K
         own = own.double().cpu()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 from unittest import mock
@@ -287,7 +287,13 @@ def _leave_as_is(model: PreTrainedModel, module: torch.nn.Module) -> None:
 
 
 @torch.no_grad()
-def _randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
+def _randomise(
+    model: PreTrainedModel,
+    generator: torch.Generator,
+    shaped: Callable[[torch.Tensor, str, str], torch.Tensor] | None = None,
+) -> None:
+    """Draws every parameter anew; `shaped` turns noise into a parameter, as `_shaped` does."""
+    shaped = shaped or _shaped
     done: set[int] = set()
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -295,7 +301,7 @@ def _randomise(model: PreTrainedModel, generator: torch.Generator) -> None:
                 continue
             done.add(id(parameter))
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.copy_(_shaped(noise, type(module).__name__, name))
+            parameter.copy_(shaped(noise, type(module).__name__, name))
 
 
 def _shaped(noise: torch.Tensor, module: str, name: str) -> torch.Tensor:
