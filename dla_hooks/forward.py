@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.tokens import Prompt
+from dla_hooks.weights import run_device
 
 
 def run_model(model: Any, prompt: Prompt, columns: Tensor | None) -> Tensor:
@@ -24,7 +25,7 @@ def run_model(model: Any, prompt: Prompt, columns: Tensor | None) -> Tensor:
         Logits [batch, n, vocabulary].
     """
     accepted = inspect.signature(model.forward).parameters
-    device = model.get_input_embeddings().weight.device
+    device = run_device(model.get_input_embeddings())
     arguments: dict[str, Any] = {"input_ids": prompt.input_ids.to(device), "use_cache": False}
     if prompt.padded:
         if "attention_mask" not in accepted:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from dla_hooks.errors import UnsupportedModelError
+from dla_hooks.weights import run_device, stored
 
 
 def pull_back(module: nn.Module, d_KM: Tensor) -> Tensor:
@@ -27,13 +28,12 @@ def pull_back(module: nn.Module, d_KM: Tensor) -> Tensor:
     weight = _weight_out_in(module)
     if weight is not None:
         return d_KM @ weight.to(d_KM)
-    reference = _parameter_of(module)
     with torch.enable_grad():
         z = torch.zeros(
             d_KM.shape[0],
             input_width(module),
-            dtype=reference.dtype,
-            device=reference.device,
+            dtype=_dtype_of(module),
+            device=run_device(module),
             requires_grad=True,
         )
         out = module.forward(z)
@@ -43,9 +43,8 @@ def pull_back(module: nn.Module, d_KM: Tensor) -> Tensor:
 
 def value_at(module: nn.Module, z: Tensor) -> Tensor:
     """The module's output [d_out] for one input [d_in], past any hooks on it."""
-    reference = _parameter_of(module)
     with torch.no_grad():
-        out: Tensor = module.forward(z.to(reference)[None])[0]
+        out: Tensor = module.forward(z.to(run_device(module), _dtype_of(module))[None])[0]
     return out
 
 
@@ -77,9 +76,9 @@ def rows(module: nn.Module, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
     if weight is None:
         raise UnsupportedModelError(f"{type(module).__name__} has no weight to read rows from")
     ids = ids.to(weight.device)
-    W = weight.detach().index_select(0, ids).to(dtype)
-    bias = getattr(module, "bias", None)
-    b = W.new_zeros(len(ids)) if bias is None else bias.detach().index_select(0, ids).to(dtype)
+    W = weight.index_select(0, ids).to(dtype)
+    bias = stored(module, "bias")
+    b = W.new_zeros(len(ids)) if bias is None else bias.index_select(0, ids).to(dtype)
     return W, b
 
 
@@ -88,9 +87,9 @@ def mean_row(module: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     weight = _weight_out_in(module)
     if weight is None:
         raise UnsupportedModelError(f"{type(module).__name__} has no weight to average")
-    bias = getattr(module, "bias", None)
-    W = weight.detach().mean(0, dtype=dtype)
-    b = W.new_zeros(()) if bias is None else bias.detach().mean(dtype=dtype)
+    bias = stored(module, "bias")
+    W = weight.mean(0, dtype=dtype)
+    b = W.new_zeros(()) if bias is None else bias.mean(dtype=dtype)
     return W, b
 
 
@@ -106,14 +105,15 @@ def _weight_out_in(module: nn.Module) -> Tensor | None:
     """The weight as [d_out, d_in], a view; None where the module's map is not just its weight."""
     # The exact types: a subclass may quantise, gate or adapt what it does with the weight.
     if type(module) is nn.Linear:
-        return module.weight.detach()
+        return stored(module, "weight")
     if type(module) is Conv1D:
-        return module.weight.detach().T
+        weight = stored(module, "weight")
+        return None if weight is None else weight.T
     return None
 
 
-def _parameter_of(module: nn.Module) -> Tensor:
+def _dtype_of(module: nn.Module) -> torch.dtype:
     for parameter in module.parameters():
         if parameter.is_floating_point():
-            return parameter
+            return parameter.dtype
     raise UnsupportedModelError(f"{type(module).__name__} has no floating-point parameter")

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dla_hooks.errors import UnsupportedModelError
+from dla_hooks.weights import run_device
 
 _AMPLITUDE = 2.0**12
 """Its square swallows any epsilon, and still fits float32; it fits float16 itself."""
@@ -65,7 +66,7 @@ def probe(module: nn.Module, d_model: int, name: str, dtype: torch.dtype) -> Nor
         UnsupportedModelError: when the norm is none of the form above.
     """
     parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
-    device = parameter.device if parameter is not None else torch.device("cpu")
+    device = run_device(module)
     run_dtype = parameter.dtype if parameter is not None else dtype
 
     signs = torch.ones(d_model, device=device)

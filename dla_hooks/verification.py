@@ -24,6 +24,7 @@ from dla_hooks.questions import short_prompt
 from dla_hooks.readout import read_out
 from dla_hooks.run import times
 from dla_hooks.tokens import Prompt
+from dla_hooks.weights import run_device
 
 _LONGEST = 8
 _TOKENS = 64
@@ -244,7 +245,7 @@ class _Trace:
 
     def _device(self, write: WriteSite) -> torch.device:
         assert write.heads is not None
-        return next(write.heads.proj.parameters()).device
+        return run_device(write.heads.proj)
 
 
 def _relative(difference: Tensor, whole: Tensor) -> float:
