@@ -47,7 +47,7 @@ class Targets:
 
 
 def read_answers(
-    answer_tokens: Any, incorrect_tokens: Any, *, model: Any, tokenizer: Any, vocabulary: int
+    answer_tokens: Any, incorrect_tokens: Any, *, model: Any, tokenizer: Any
 ) -> Answers:
     """Read ``answer_tokens`` and ``incorrect_tokens``.
 
@@ -56,16 +56,15 @@ def read_answers(
         incorrect_tokens: the same form and shape, or None.
         model: asked for a tokenizer when none is given.
         tokenizer: needed for strings.
-        vocabulary: number of tokens that the model scores.
 
     Raises:
         InputError: for any other type, or when the two shapes differ.
-        TokenError: for a string that is not one token, or an id outside the vocabulary.
+        TokenError: for a string that is not one token.
     """
-    correct = _read(answer_tokens, "answer_tokens", model, tokenizer, vocabulary)
+    correct = _read(answer_tokens, "answer_tokens", model, tokenizer)
     if incorrect_tokens is None:
         return Answers(correct, None)
-    incorrect = _read(incorrect_tokens, "incorrect_tokens", model, tokenizer, vocabulary)
+    incorrect = _read(incorrect_tokens, "incorrect_tokens", model, tokenizer)
     if incorrect.shape != correct.shape:
         raise ShapeMismatchError(
             f"incorrect_tokens has shape {list(incorrect.shape)}, but answer_tokens has "
@@ -75,7 +74,7 @@ def read_answers(
 
 
 def align(
-    answers: Answers, selection: Selection, prompt_shape: tuple[int, int]
+    answers: Answers, selection: Selection, prompt_shape: tuple[int, int], vocabulary: int
 ) -> tuple[Sites, Targets]:
     """Lay answers over the selected positions.
 
@@ -83,6 +82,7 @@ def align(
         answers: ids of shape [], [batch], [pos'], [1, pos'], [batch, 1] or [batch, pos'].
         selection: entries [batch] (a single position) or [batch, pos'].
         prompt_shape: (batch, pos) of the prompt.
+        vocabulary: number of tokens that the model scores.
 
     Returns:
         The sites, whose shape is that of the result after its component axis, and the distinct
@@ -90,22 +90,37 @@ def align(
 
     Raises:
         ShapeMismatchError: when they do not broadcast; it names both shapes.
+        TokenError: for an id outside the vocabulary, unless it stands at padding.
     """
     ids = _over_positions(answers.correct, tuple(selection.cols.shape))
     shape = torch.broadcast_shapes(ids.shape, selection.cols.shape)
-    pairs = ids.expand(shape).reshape(-1, 1)
+    valid = selection.valid.expand(shape)
+    pairs = _checked(ids.expand(shape), valid, "answer_tokens", vocabulary).reshape(-1, 1)
     if answers.incorrect is not None:
-        wrong = _over_positions(answers.incorrect, tuple(selection.cols.shape))
-        pairs = torch.cat((pairs, wrong.expand(shape).reshape(-1, 1)), dim=1)
+        wrong = _over_positions(answers.incorrect, tuple(selection.cols.shape)).expand(shape)
+        wrong = _checked(wrong, valid, "incorrect_tokens", vocabulary)
+        pairs = torch.cat((pairs, wrong.reshape(-1, 1)), dim=1)
     distinct, target = pairs.unique(dim=0, return_inverse=True)
     sites = Sites(
         selection.rows.expand(shape),
         selection.cols.expand(shape),
         target.reshape(shape),
-        selection.valid.expand(shape),
+        valid,
         prompt_shape,
     )
     return sites, Targets(distinct[:, 0], distinct[:, 1] if answers.incorrect is not None else None)
+
+
+def _checked(ids: Tensor, valid: Tensor, name: str, vocabulary: int) -> Tensor:
+    """The ids, with any at all allowed where there is only padding."""
+    outside = (ids < 0) | (ids >= vocabulary)
+    bad = ids[outside & valid] if valid.numel() else ids[outside]
+    if bad.numel():
+        raise TokenError(
+            f"{name} holds token id {int(bad[0])}, which is outside the model's vocabulary "
+            f"(0 to {vocabulary - 1})"
+        )
+    return ids.masked_fill(outside, 0)
 
 
 def _over_positions(ids: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -138,7 +153,7 @@ def _over_positions(ids: Tensor, shape: tuple[int, ...]) -> Tensor:
     return fits
 
 
-def _read(value: Any, name: str, model: Any, tokenizer: Any, vocabulary: int) -> Tensor:
+def _read(value: Any, name: str, model: Any, tokenizer: Any) -> Tensor:
     if isinstance(value, Tensor):
         if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
             raise InputError(f"{name} must hold integer token ids, got a tensor of {value.dtype}")
@@ -151,12 +166,6 @@ def _read(value: Any, name: str, model: Any, tokenizer: Any, vocabulary: int) ->
         ids = torch.tensor([_read_one(item, name, model, tokenizer) for item in value])
     else:
         ids = torch.tensor(_read_one(value, name, model, tokenizer))
-    bad = ids[(ids < 0) | (ids >= vocabulary)]
-    if bad.numel():
-        raise TokenError(
-            f"{name} holds token id {int(bad[0])}, which is outside the model's vocabulary "
-            f"(0 to {vocabulary - 1})"
-        )
     return ids
 
 
@@ -165,7 +174,8 @@ def _read_one(value: Any, name: str, model: Any, tokenizer: Any) -> int:
         return single_token(value, name, tokenizer_for(model, tokenizer, name))
     if not isinstance(value, bool) and getattr(value, "ndim", 0) == 0:
         try:
-            return operator.index(value)
+            # Ids beyond 64 bits are outside every vocabulary, and beyond a tensor.
+            return max(-(2**62), min(operator.index(value), 2**62))
         except TypeError:
             pass  # no integer of any kind: refused with everything else
     raise InputError(

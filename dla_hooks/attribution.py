@@ -16,7 +16,7 @@ from dla_hooks.match import stream_of
 from dla_hooks.result import DirectLogitAttribution
 from dla_hooks.run import Run
 from dla_hooks.sites import Sites
-from dla_hooks.tokens import Prompt, read_prompt, to_strings, tokenizer_for
+from dla_hooks.tokens import Prompt, check_tokenizer, read_prompt, to_strings, tokenizer_for
 from dla_hooks.units import Split, unit_named
 
 
@@ -39,7 +39,7 @@ def direct_logit_attribution(
 
     With the final norm's scale s frozen at its actual value, the part of a write x_c in the logit
     of token t is ``x_c . d / s``, where ``d`` is the unembedding row of t with the final norm
-    folded in (``docs`` and the README derive it). The parts and a bias sum to the model's logit;
+    folded in (the README derives it). The parts and a bias sum to the model's logit;
     where logits are capped (Gemma 2), to the logit before the cap.
 
     The model is run once, under hooks that keep one scalar per part and position; no activation
@@ -86,6 +86,7 @@ def direct_logit_attribution(
     if input is None:
         raise InputError("input is required: a prompt, a list of prompts, or token ids")
 
+    check_tokenizer(tokenizer)
     if _holds_string(input):
         tokenizer = tokenizer_for(model, tokenizer, "input")
     prompt = read_prompt(
@@ -96,15 +97,14 @@ def direct_logit_attribution(
         vocabulary=model.get_input_embeddings().weight.shape[0],
     )
     _check_length(stream, prompt)
-    selection = positions.select(positions.parse(pos), prompt.mask)
+    selection = positions.select(positions.parse(pos, prompt.shape[1]), prompt.mask)
     answers = read_answers(
         answer_tokens,
         incorrect_tokens,
         model=model,
         tokenizer=tokenizer,
-        vocabulary=stream.vocabulary,
     )
-    sites, targets = align(answers, selection, prompt.shape)
+    sites, targets = align(answers, selection, prompt.shape, stream.vocabulary)
 
     def measure(stream: Stream) -> tuple[Run, Split, Outcome]:
         run = Run(
@@ -167,7 +167,7 @@ def _holds_string(input: Any) -> bool:
 def _names(ids: Tensor, sites: Sites, tokenizer: Any) -> list[str]:
     """The text of the one answer, or of every entry's answer."""
     if len(ids) > 1:
-        ids = sites.unfold(ids[sites.target].double()).nan_to_num().long().reshape(-1)
+        ids = ids[sites.target_of_entry].reshape(-1)
     return to_strings(ids.tolist(), tokenizer)
 
 

@@ -12,6 +12,7 @@ relative to the spread of the model's logits over its vocabulary.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from dla_hooks.answers import Targets
 from dla_hooks.errors import DecompositionError, NonFiniteError
+from dla_hooks.facts import check_weights
+from dla_hooks.norms import misfit_tolerance
 from dla_hooks.run import Run
 from dla_hooks.tokens import Prompt
 from dla_hooks.units import Claim, Split, Unit
@@ -93,18 +96,28 @@ def hold_against_model(
     allowed, allowed_logit = tolerance(stream.coarsest_dtype, len(stream.writes))
 
     whole = Claim("the parts of the stream", run.parts_CN.sum(0), run.final.total_N())
-    claims = [whole, *unit.claims()]
-    for claim in claims:
-        gap = _largest(claim.parts_N - claim.whole_N)
-        here = allowed_logit if claim.through_norm else allowed
-        if not gap <= here * spread:
-            raise _failure(run, prompt, claim.what, gap, spread, here)
+    rounding_N = _rounding(run)
+    for claim in [whole, *unit.claims()]:
+        relative = allowed_logit if claim.through_norm else allowed
+        gap_N = (claim.parts_N - claim.whole_N).abs()
+        if not bool((gap_N <= relative * spread + rounding_N).all()):
+            raise _failure(run, prompt, claim.what, _largest(gap_N), spread, relative)
+    norms = [(stream.final_norm_name, run.final.misfit), *unit.norms_seen()]
+    for name, misfit in norms:
+        if not misfit <= misfit_tolerance(stream.dtype):
+            raise DecompositionError(
+                f"{name} did something else than gamma * (x - centre) / s + beta at one of the "
+                f"positions: {misfit:.1e} of its output is unexplained. A hook that changes what "
+                "it puts out does this."
+            )
 
     own, theirs = seen.logits(targets, center_unembed)
     logit_gap = _largest(own - theirs)
     # A logit itself is rounded to the model's dtype, and large ones coarsely.
-    coarse = 2 * torch.finfo(stream.dtype).eps * float(theirs.abs().max())
-    if not logit_gap <= allowed_logit * spread + coarse:
+    coarse = 2 * torch.finfo(stream.dtype).eps * _largest(theirs)
+    if not bool(torch.isfinite(theirs).all()):
+        raise NonFiniteError("the model's own logit of an answer is NaN or infinite")
+    if not logit_gap <= allowed_logit * spread + coarse + float(rounding_N.max()):
         what = "the last stream's projection, compared with the model's own logits,"
         raise _failure(run, prompt, what, logit_gap, spread, allowed_logit)
     return Outcome(gap=identity_gap(run), logit_gap=logit_gap)
@@ -113,6 +126,17 @@ def hold_against_model(
 def identity_gap(run: Run) -> float:
     """The largest difference between the parts' sum and the last stream's projection."""
     return _largest(run.parts_CN.sum(0) - run.final.total_N())
+
+
+def _rounding(run: Run) -> Tensor:
+    """What rounding alone may do to the sum of the parts at each site [N].
+
+    Every addition rounds the sum so far, and independent roundings grow as a square root. It
+    matters where large parts cancel, as the massive activations of large models do.
+    """
+    eps = torch.finfo(run.stream.coarsest_dtype).eps
+    largest_N: Tensor = run.parts_CN.cumsum(0).abs().amax(0)
+    return largest_N * (2 * eps * math.sqrt(len(run.labels)))
 
 
 class _Seen:
@@ -130,7 +154,10 @@ class _Seen:
     def spread(self) -> float:
         """Largest less smallest logit over the vocabulary, averaged over the sites seen."""
         rows = self._logits[self._row, self._column]
-        return float((rows.amax(-1).double() - rows.amin(-1).double()).mean())
+        finite = torch.isfinite(rows)  # some models mask the end of their vocabulary with -inf
+        high = rows.masked_fill(~finite, -torch.inf).amax(-1).double()
+        low = rows.masked_fill(~finite, torch.inf).amin(-1).double()
+        return float((high - low).mean())
 
     def logits(self, targets: Targets, center_unembed: bool) -> tuple[Tensor, Tensor]:
         """Our logits (or differences) at the sites seen, and the model's."""
@@ -171,12 +198,7 @@ def _check_finite(run: Run, split: Split) -> None:
     measured = (run.parts_CN, run.final.total_N(), split.values_CN)
     if all(bool(torch.isfinite(values).all()) for values in measured):
         return
-    for name, parameter in run.stream.model.named_parameters():
-        if not bool(torch.isfinite(parameter.sum(dtype=torch.float32))):
-            raise NonFiniteError(
-                f"the weights hold NaN or infinity: {name} is the first such parameter; "
-                "the checkpoint is damaged or was not loaded in full"
-            )
+    check_weights(run.stream.model)
     broken = (label for label, ok in zip(run.labels, run.finite_C, strict=True) if not ok)
     first = next(broken, "the final norm")
     raise NonFiniteError(
@@ -192,6 +214,6 @@ def _failure(
     report = trace_report(stream, prompt)
     dtype = str(stream.coarsest_dtype).removeprefix("torch.")
     return DecompositionError(
-        f"{what} miss by {gap:.3g}, which is {gap / spread:.1e} of the logits' spread "
+        f"{what} miss by {gap:.3g}, which is {gap / max(spread, 1e-300):.1e} of the logits' spread "
         f"({spread:.3g}); {allowed:.0e} is allowed in {dtype}. {report.diagnosis()}"
     )

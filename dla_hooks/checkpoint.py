@@ -7,15 +7,18 @@ tokenizer where there is none; here both are refused, since numbers would still 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from logging import CRITICAL
+from logging import CRITICAL, getLogger
 from pathlib import Path
 from typing import Any
 
 from dla_hooks.errors import CheckpointError, DLAError, InputError, UnsupportedModelError
 
 DTYPES = ("float32", "float64", "bfloat16", "float16", "auto")
+
+_IN_A_STACK = re.compile(r"\.\d+\.")
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -155,6 +158,12 @@ def _check_complete(source: str, info: dict[str, Any]) -> None:
             f"{source} lacks {len(missing)} of the model's weights ({_some(missing)}), which "
             "would be filled with random numbers; check that the checkpoint is complete"
         )
+    unread = sorted(name for name in info["unexpected_keys"] if _IN_A_STACK.search(name))
+    if unread:
+        raise CheckpointError(
+            f"{source} holds {len(unread)} weights that config.json has no place for "
+            f"({_some(unread)}), as when the stack was cut short; the model would be another one"
+        )
     mismatched = sorted(info["mismatched_keys"])
     if mismatched:
         first = mismatched[0]  # its name; in transformers 5 with what was found and expected
@@ -208,12 +217,16 @@ def _quiet() -> Iterator[None]:
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    hub = getLogger("huggingface_hub")
+    hub_level = hub.level
+    hub.setLevel(CRITICAL)
     logging.set_verbosity(CRITICAL)
     logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
+        hub.setLevel(hub_level)
         if bars:
             logging.enable_progress_bar()
 

@@ -200,6 +200,8 @@ def attribute(
             tokenizer=tokenizer,
             prepend_bos=prepend_bos,
         )
+        if not result.attribution.numel():
+            raise dla_hooks.InputError(f"--pos {pos} selects no position of this prompt")
 
     from dla_hooks import cli_views, export
 

@@ -21,13 +21,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from dla_hooks.errors import UnsupportedModelError
+from dla_hooks.errors import NonFiniteError, UnsupportedModelError
 from dla_hooks.forward import run_model
 from dla_hooks.hooks import Edit, Tap, Use, count_firings, edited, tapped
 from dla_hooks.linear import rows as rows_of
 from dla_hooks.linear import value_at
 from dla_hooks.locate import Block, Stream
-from dla_hooks.questions import short_prompt
+from dla_hooks.questions import short_prompt, stamp
 
 _TOKENS = 64  # as many as are needed to see a map of the vocabulary for what it is
 
@@ -75,14 +75,14 @@ def settle(stream: Stream) -> Stream:
     Raises:
         UnsupportedModelError: when a block is no sum, or the logits no affine map of the stream.
     """
-    stamp = (stream.architecture, _stamp(stream.model))
+    now = (stream.architecture, stamp(stream.model))
     with _lock:
         kept = _known.get(stream.model)
-    if kept is not None and kept[0] == stamp:
+    if kept is not None and kept[0] == now:
         return replace(_apply(stream, kept[1]), remembered=True)
     facts = _ask(stream)
     with _lock:  # asking may change the weights itself: RWKV rescales them when it first runs
-        _known[stream.model] = (stream.architecture, _stamp(stream.model)), facts
+        _known[stream.model] = (stream.architecture, stamp(stream.model)), facts
     return _apply(stream, facts)
 
 
@@ -90,17 +90,6 @@ def forget(model: nn.Module) -> None:
     """Drop what is known of a model."""
     with _lock:
         _known.pop(model, None)
-
-
-def _stamp(model: nn.Module) -> int:
-    """A number that moves when a weight is changed in place or replaced, or a hook comes or goes.
-
-    Writing through ``.data`` escapes it; a call whose check then fails asks again.
-    """
-    tensors = (*model.parameters(), *model.buffers())
-    weights = [(t.data_ptr(), t._version) for t in tensors if not t.is_meta]
-    hooks = [(*m._forward_hooks, *m._forward_pre_hooks) for m in model.modules()]
-    return hash((*weights, *hooks))
 
 
 def _apply(stream: Stream, facts: Facts) -> Stream:
@@ -124,6 +113,7 @@ def _apply(stream: Stream, facts: Facts) -> Stream:
 
 
 def _ask(stream: Stream) -> Facts:
+    check_weights(stream.model)
     live, norm_runs = _live(stream)
     interview = _Interview(stream, live, norm_runs)
     logits = interview.run()
@@ -138,6 +128,18 @@ def _ask(stream: Stream) -> Facts:
         blocks.append(BlockFacts(index, writes, gain, tuple(responses), kept))
     scale, cap = interview.readout(logits)
     return Facts(tuple(blocks), norm_runs, interview.stream_dtype, scale, cap, logits.shape[-1])
+
+
+def check_weights(model: nn.Module) -> None:
+    """Refuse weights that are not finite, wherever they are: a run may pass over them unseen."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not parameter.is_meta:
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            if not bool(torch.isfinite(parameter.detach().sum(dtype=wide))):
+                raise NonFiniteError(
+                    f"the weights hold NaN or infinity: {name} is the first such parameter; "
+                    "the checkpoint is damaged or was not loaded in full"
+                )
 
 
 def _live(stream: Stream) -> tuple[list[tuple[int, tuple[int, ...]]], int]:
@@ -271,7 +273,10 @@ class _Interview:
         """The logit scale and the softcap."""
         stream = self.stream
         cap = self._cap(logits)
-        ids = torch.randperm(logits.shape[-1], generator=torch.Generator().manual_seed(5))[:_TOKENS]
+        # Some models mask the end of their vocabulary with -inf.
+        finite = torch.isfinite(logits[1]).nonzero()[:, 0]
+        shuffled = torch.randperm(len(finite), generator=torch.Generator().manual_seed(5))
+        ids = finite[shuffled[:_TOKENS]]
         W, b = (t.double().cpu() for t in rows_of(stream.unembed, ids, torch.float64))
         y = self._normed()[1]
         for module in stream.after_norm:
@@ -292,7 +297,8 @@ class _Interview:
         return (1.0 if abs(scale - 1) < 1e-6 + rounding else scale), cap
 
     def _cap(self, logits: Tensor) -> float | None:
-        large, larger = logits[2].abs().max(), logits[3].abs().max()
+        seen = torch.isfinite(logits[1])
+        large, larger = logits[2][seen].abs().max(), logits[3][seen].abs().max()
         if bool(torch.isfinite(larger)) and bool((larger - large).abs() <= 1e-3 * larger):
             return float(larger)
         return None

@@ -57,7 +57,7 @@ def probe(module: nn.Module, d_model: int, name: str, dtype: torch.dtype) -> Nor
     """Find out what a norm computes.
 
     Args:
-        module: the norm; run on five made-up vectors, past any hooks on it.
+        module: the norm; run on seven made-up vectors, past any hooks on it.
         d_model: the width of the stream.
         name: the module's path, for the message of an error.
         dtype: in which the result is kept (at least float32).
@@ -75,15 +75,18 @@ def probe(module: nn.Module, d_model: int, name: str, dtype: torch.dtype) -> Nor
         signs[-1] = 0.0
     other = signs.roll(1)
     noise = torch.randn(d_model, generator=torch.Generator().manual_seed(0)).to(device)
+    large = (signs * _AMPLITUDE, other * _AMPLITUDE)
     made_up = torch.stack(
-        (torch.zeros_like(signs), signs * _AMPLITUDE, other * _AMPLITUDE, noise, noise + 2.0)
+        (torch.zeros_like(signs), *large, -large[0], -large[1], noise, noise + 2.0)
     )
     with torch.no_grad():
         answers = module.forward(made_up[None].to(run_dtype))[0].to(dtype)
-    beta, first, second, of_noise, of_shifted = answers
+    beta, first, second, minus_first, minus_second, of_noise, of_shifted = answers
 
     rms = signs.to(dtype).square().mean().sqrt()  # one, or sqrt(1 - 1/d_model) for an odd width
     usable = signs != 0
+    if not bool(torch.isfinite(beta).all()):  # an epsilon of zero leaves N(0) undefined
+        beta = torch.where(usable, first + minus_first, second + minus_second) / 2
     pattern = torch.where(usable, signs, other).to(dtype)
     gamma = (torch.where(usable, first, second) - beta) * pattern * rms
     moved = (of_noise - of_shifted).norm()
@@ -92,10 +95,10 @@ def probe(module: nn.Module, d_model: int, name: str, dtype: torch.dtype) -> Nor
     centred = bool(moved <= rounding * (of_noise.norm() + beta.norm()))
     norm = Norm(gamma, beta, centred, name)
 
-    x = made_up[3:].to(run_dtype).to(dtype)
-    _, misfit = frozen_scale(norm, x, answers[3:])
-    tolerance = 4 * torch.finfo(run_dtype).eps + 1e-5
-    if not bool(torch.isfinite(answers).all()):
+    x = made_up[-2:].to(run_dtype).to(dtype)
+    _, misfit = frozen_scale(norm, x, answers[-2:])
+    tolerance = misfit_tolerance(run_dtype)
+    if not bool(torch.isfinite(answers[1:]).all()):
         return norm  # weights that are not finite are found, and named, after the run
     if misfit > tolerance:
         raise UnsupportedModelError(
@@ -123,8 +126,16 @@ def frozen_scale(norm: Norm, x_NM: Tensor, y_NM: Tensor) -> tuple[Tensor, float]
     """
     a = norm.at_scale_one(x_NM)
     y = y_NM - norm.beta.to(y_NM)
-    s = a.square().sum(-1) / (a * y).sum(-1)
+    size = a.square().sum(-1)
+    # Where nothing comes in, or gamma lets nothing through, every product is zero at any scale.
+    s = torch.where(size == 0, torch.ones_like(size), size / (a * y).sum(-1))
     if not len(s):
         return s, 0.0
     unexplained = (y - a / s[:, None]).abs().amax(-1)
-    return s, float((unexplained / y_NM.abs().amax(-1)).max())
+    largest = y_NM.abs().amax(-1)
+    return s, float(torch.where(unexplained == 0, unexplained, unexplained / largest).max())
+
+
+def misfit_tolerance(dtype: torch.dtype) -> float:
+    """How much of a norm's output rounding may leave unexplained, for a model in ``dtype``."""
+    return 4 * torch.finfo(dtype).eps + 1e-5

@@ -46,7 +46,10 @@ def plot(result: DirectLogitAttribution) -> altair.Chart:
 
     Raises:
         MissingExtraError: when Altair is not installed.
+        InputError: when the result holds no number.
     """
+    if not bool(result.attribution.isfinite().any()):
+        raise InputError("there is nothing to draw: no position is selected, or nothing is finite")
     alt = _altair()
     draw = {"head": _heatmap, "layer": _line}.get(result.unit, _bars)
     chart: altair.Chart = (

@@ -33,13 +33,14 @@ class Selection:
     valid: Tensor
 
 
-def parse(pos: Any) -> PositionSpec:
+def parse(pos: Any, width: int) -> PositionSpec:
     """Bring every accepted form of ``pos`` to one of four.
 
     Args:
         pos: an int (or numpy integer, or array or tensor without axes): one position, and no
             position axis in the result; None: all; a tuple: ``slice(*pos)``; a slice; a list or
             one-axis array or tensor of ints, or a boolean mask of that form.
+        width: number of columns of the prompt, which a mask must have too.
 
     Raises:
         ArgumentTypeError: for a tuple that ``slice`` would not take.
@@ -53,13 +54,15 @@ def parse(pos: Any) -> PositionSpec:
             raise ArgumentTypeError(
                 f"pos as a tuple means slice(*pos) and takes 1 to 3 items, got {len(pos)}: {pos!r}"
             )
-        return parse(slice(*pos))
+        return parse(slice(*pos), width)
     if hasattr(pos, "tolist") and hasattr(pos, "ndim"):  # a tensor, an array or a numpy scalar
         if pos.ndim > 1:
             raise InputError(f"pos takes at most one axis, got shape {tuple(pos.shape)}")
         is_mask = str(pos.dtype).removeprefix("torch.") == "bool"
         pos = pos.tolist()
         if is_mask and isinstance(pos, list):
+            if len(pos) != width:
+                raise InputError(f"pos is a mask of {len(pos)} for a prompt of {width} positions")
             return [i for i, wanted in enumerate(pos) if wanted]
     if isinstance(pos, list):
         return [_as_int(item, pos) for item in pos]

@@ -14,8 +14,19 @@ from dla_hooks.hooks import Edit, Tap, edited, tapped
 from dla_hooks.locate import Stream, WriteSite
 from dla_hooks.tokens import Prompt
 
-_asked: WeakKeyDictionary[nn.Module, list[int | None]] = WeakKeyDictionary()
+_asked: WeakKeyDictionary[nn.Module, tuple[int, list[int | None]]] = WeakKeyDictionary()
 _lock = threading.Lock()
+
+
+def stamp(model: nn.Module) -> int:
+    """A number that moves when a weight is changed in place or replaced, or a hook comes or goes.
+
+    Writing through ``.data`` escapes it; a call whose check then fails asks again.
+    """
+    tensors = (*model.parameters(), *model.buffers())
+    weights = [(t.data_ptr(), t._version) for t in tensors if not t.is_meta]
+    hooks = [(*m._forward_hooks, *m._forward_pre_hooks) for m in model.modules()]
+    return hash((*weights, *hooks))
 
 
 def short_prompt(stream: Stream, batch: int = 1, length: int = 4) -> Prompt:
@@ -35,13 +46,15 @@ def mid_streams(stream: Stream) -> list[int | None]:
     tokens twice: the second time every block is given the input it had before, and every first
     write is disturbed. The mid stream ends before the first write that this changes.
     """
+    now = stamp(stream.model)
     with _lock:
-        known = _asked.get(stream.model)
-    if known is None or len(known) != len(stream.blocks):
-        known = _ask_mid_streams(stream)
-        with _lock:
-            _asked[stream.model] = known
-    return known
+        kept = _asked.get(stream.model)
+    if kept is not None and kept[0] == now:
+        return kept[1]
+    answer = _ask_mid_streams(stream)
+    with _lock:
+        _asked[stream.model] = now, answer
+    return answer
 
 
 def _ask_mid_streams(stream: Stream) -> list[int | None]:
@@ -51,10 +64,11 @@ def _ask_mid_streams(stream: Stream) -> list[int | None]:
     disturbed: dict[str, Tensor] = {}
 
     def keep(where: dict[str, Tensor], key: str) -> Callable[[Tensor, Tensor], None]:
-        return lambda _, out: where.__setitem__(key, out.detach().double().cpu().clone())
+        return lambda x, _: where.__setitem__(key, x.detach().double().cpu().clone())
 
     def writes(where: dict[str, Tensor]) -> list[Tap]:
-        return [Tap(w.written_by, w.name, keep(where, w.label), use=w.use) for w in stream.writes]
+        # What a write's module reads, not what it puts out: that may be zero, or mostly bias.
+        return [Tap(w.module, w.name, keep(where, w.label), use=w.use) for w in stream.writes]
 
     before = [
         Tap(block.module, block.name, keep(inputs, block.name), True, block.use)
@@ -74,13 +88,13 @@ def _ask_mid_streams(stream: Stream) -> list[int | None]:
         noises.setdefault(block.writes[0].written_by, []).append(noise)
     edits = [Edit(module, _in_turn(_replaced, uses), True) for module, uses in given.items()]
     edits += [Edit(module, _in_turn(_disturbed, uses)) for module, uses in noises.items()]
-    # The taps come first, and so see each write as the model made it.
+    # Taps on the way out come before the edits there, and so see what the model made.
     with tapped(writes(disturbed)), edited(edits):
         run_model(stream.model, prompt, None)
 
     def changed(write: WriteSite) -> bool:
         difference = disturbed[write.label] - clean[write.label]
-        return bool(difference.norm() > 0.01 * clean[write.label].norm())
+        return bool(difference.norm() > 1e-3 * clean[write.label].norm())
 
     return [
         next((k for k, write in enumerate(block.writes) if k and changed(write)), None)

@@ -56,6 +56,9 @@ def architectures() -> tuple[Architecture, ...]:
 
 
 def _add(architecture: Architecture) -> None:
+    if isinstance(architecture.model_types, str):
+        name = architecture.model_types
+        raise InputError(f"model_types is a tuple of names: write ({name!r},) instead of {name!r}")
     taken = [name for name in architecture.model_types if name in _registered]
     if taken:
         raise InputError(

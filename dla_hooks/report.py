@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["as_html", "as_text", "records"]
 
+_EMPTY = "no position is selected"
 _TEXT_ROWS = 14
 _HTML_ROWS = 24
 _HALF_BAR = 12
@@ -30,6 +31,8 @@ _UP, _DOWN = "#4393c3", "#d6604d"
 
 def as_text(result: DirectLogitAttribution) -> str:
     """A result in at most 25 lines, its strongest rows with bars."""
+    if not result.attribution.numel():
+        return f"{_unit(result)}\n{_EMPTY}"
     rows = strongest(result, _TEXT_ROWS)
     table = [f"  {line.start}{line.end}".rstrip() for line in lines(rows, _HALF_BAR)]
     return "\n".join([headline(result), _unit(result), *table, *closing(result)])
@@ -37,6 +40,8 @@ def as_text(result: DirectLogitAttribution) -> str:
 
 def as_html(result: DirectLogitAttribution) -> str:
     """A result as one self-contained, escaped piece of html with inline styles."""
+    if not result.attribution.numel():
+        return f"<div>{escape(_unit(result))}</div><div>{_EMPTY}</div>"
     rows = strongest(result, _HTML_ROWS)
     digits = decimals([rows.largest, rows.remainder or 0.0])
     cells = [

@@ -118,13 +118,20 @@ class DirectLogitAttribution:
 
         Args:
             path: of the file to write; by custom it ends in ``.safetensors``.
+
+        Raises:
+            CheckpointError: when it cannot be written there.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         tensors = {name: getattr(self, name).cpu().contiguous() for name in _TENSORS}
         rest = {k: v for k, v in self.__dict__.items() if k not in _TENSORS}
         header = {"format": _FORMAT, "version": str(_VERSION), "result": json.dumps(rest)}
-        save_file(tensors, str(path), metadata=header)
+        try:
+            save_file(tensors, str(path), metadata=header)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be written: {error}") from None
         return Path(path)
 
     @classmethod
@@ -145,12 +152,16 @@ class DirectLogitAttribution:
             raise CheckpointError(f"{path} cannot be read as a saved result: {error}") from None
         if header.get("format") != _FORMAT:
             raise InputError(f"{path} is no saved attribution (its header does not say {_FORMAT})")
-        if int(header["version"]) > _VERSION:
+        version = header.get("version", "")
+        if version.isdigit() and int(version) > _VERSION:
             raise InputError(
-                f"{path} was written by a newer dla_hooks (format {header['version']}, this one "
+                f"{path} was written by a newer dla_hooks (format {version}, this one "
                 f"reads up to {_VERSION}); upgrade to read it"
             )
-        return cls(**tensors, **json.loads(header["result"]))
+        try:
+            return cls(**tensors, **json.loads(header["result"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from None
 
     def __repr__(self) -> str:
         from dla_hooks.report import as_text
@@ -163,9 +174,13 @@ class DirectLogitAttribution:
         return as_html(self)
 
     def _ranked(self, k: int, *, largest: bool) -> list[tuple[str, float]]:
-        if k < 0:
-            raise InputError(f"k must not be negative, got {k}")
-        values, rows = self.mean().topk(min(k, len(self.labels)), largest=largest)
+        if isinstance(k, bool) or not isinstance(k, int) or k < 0:
+            raise InputError(f"k must be an int that is not negative, got {k!r}")
+        means = self.mean()
+        last = -torch.inf if largest else torch.inf  # what has no value is ranked behind all else
+        order = means.nan_to_num(nan=last, posinf=torch.inf, neginf=-torch.inf)
+        rows = order.topk(min(k, len(self.labels)), largest=largest).indices
+        values = means[rows]
         return [
             (self.labels[row], value)
             for row, value in zip(rows.tolist(), values.tolist(), strict=True)

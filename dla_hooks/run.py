@@ -76,7 +76,11 @@ class Run:
         return self.parts_CN[self.labels.index(label)]
 
     def direction(self, label: str) -> Tensor:
-        """What one part is projected on [n_targets, d_model]: d, through all later gains."""
+        """What one part is projected on [n_targets, d_model]: d, through all later gains.
+
+        Made anew at each call, and not to be kept: with a target at every position it is as
+        large as an activation.
+        """
         return times(self.readout.d_KM, self._factors[label])
 
     def forward(self, prompt: Prompt, taps: list[Tap], columns: Tensor | None) -> Tensor:
@@ -100,10 +104,10 @@ class Run:
         first = stream.blocks[0]
 
         def tap(module: nn.Module, name: str, label: str, use: Use, before: bool = False) -> Tap:
-            row_N, d_KM = self.part(label), self.direction(label)
+            row_N = self.part(label)
 
             def see(_: Tensor, out: Tensor) -> None:
-                project(out, self.sites, d_KM, row_N)
+                project(out, self.sites, self.direction(label), row_N)
 
             return Tap(module, name, see, before, use)
 

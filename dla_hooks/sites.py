@@ -35,6 +35,7 @@ class Sites:
         self.shape = tuple(valid.shape)
         self.prompt_shape = prompt_shape
         self._valid = valid
+        self.target_of_entry = target  # padding included
         self.rows = rows[valid]
         self.cols = cols[valid]
         self.target = target[valid]

@@ -87,7 +87,8 @@ def read_prompt(
     else:
         raise InputError(
             "input must be a string, a non-empty list of strings, or a tensor of token ids [pos] "
-            f"or [batch, pos]; got {type(input).__name__}: {input!r:.80}"
+            "or [batch, pos] (from a tokenizer: return_tensors='pt'); "
+            f"got {type(input).__name__}: {input!r:.80}"
         )
     _check_ids(ids[mask], vocabulary)
     return Prompt(ids, mask)
@@ -126,6 +127,21 @@ def tokenizer_for(model: Any, tokenizer: Any, needed_for: str) -> Any:
     return tokenizer
 
 
+def check_tokenizer(tokenizer: Any) -> None:
+    """Refuse what is no tokenizer, such as the name of one.
+
+    Raises:
+        InputError: naming what was given.
+    """
+    if tokenizer is not None and not (
+        hasattr(tokenizer, "encode") and hasattr(tokenizer, "convert_ids_to_tokens")
+    ):
+        raise InputError(
+            f"tokenizer must be a tokenizer, got {type(tokenizer).__name__}: {tokenizer!r:.80}; "
+            "AutoTokenizer.from_pretrained(...) makes one"
+        )
+
+
 def _encode(texts: list[str], tokenizer: Any, prepend_bos: bool | None) -> tuple[Tensor, Tensor]:
     rows = [_encode_one(text, tokenizer, prepend_bos) for text in texts]
     width = max(map(len, rows))
@@ -162,7 +178,12 @@ def _as_batch(ids: Tensor, attention_mask: Any) -> tuple[Tensor, Tensor]:
     ids = ids.detach().to("cpu", torch.long).reshape(-1, ids.shape[-1])
     if attention_mask is None:
         return ids, torch.ones_like(ids, dtype=torch.bool)
-    mask = torch.as_tensor(attention_mask).detach().cpu()
+    try:
+        mask = torch.as_tensor(attention_mask).detach().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(
+            f"attention_mask must be a tensor of 0 and 1, got {attention_mask!r:.80}"
+        ) from None
     if mask.ndim == 1:
         mask = mask[None]
     if mask.shape != ids.shape:

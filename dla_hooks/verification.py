@@ -249,4 +249,5 @@ class _Trace:
 
 
 def _relative(difference: Tensor, whole: Tensor) -> float:
-    return float(difference.norm() / whole.norm().clamp_min(1e-300))
+    size = float(whole.norm())
+    return float(difference.norm()) / size if size else float(difference.norm())

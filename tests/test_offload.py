@@ -43,7 +43,7 @@ def test_a_device_map_is_followed(tmp_path):
     spread = AutoModelForCausalLM.from_pretrained(
         tmp_path / "model",
         dtype=torch.float32,
-        device_map={"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk",
+        device_map={"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "cpu",
                     "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "disk"},
         offload_folder=str(tmp_path / "offload"),
     ).eval()  # fmt: skip

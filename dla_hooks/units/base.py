@@ -54,6 +54,10 @@ class Unit:
         """The labelled rows, after the run."""
         raise NotImplementedError(f"{type(self).__name__} must say how it splits the stream")
 
+    def norms_seen(self) -> list[tuple[str, float]]:
+        """Norms that the unit reads through, each with what its form leaves unexplained."""
+        return []
+
     def claims(self) -> list[Claim]:
         """What must hold of the unit's own rows, besides the parts summing to the stream."""
         return []

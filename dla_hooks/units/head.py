@@ -49,6 +49,10 @@ class HeadUnit(Unit):
         remainder_N = self.run.final.total_N() - heads_CN.sum(0)
         return Split([*labels, "remainder"], torch.cat((heads_CN, remainder_N[None])))
 
+    def norms_seen(self) -> list[tuple[str, float]]:
+        """The post-norms, each with what its form leaves unexplained of its outputs."""
+        return [(layer.norm_name, layer.misfit) for layer in self._layers]
+
     def claims(self) -> list[Claim]:
         """Each layer's heads, with the biases, make up what that layer's attention wrote."""
         return [layer.claim() for layer in self._layers]
@@ -69,15 +73,13 @@ class _LayerHeads:
     ) -> None:
         self._run, self._write, self._heads = run, write, heads
         self._constant_I = constant_I
-        self._d_stream_KM = run.direction(write.label)
-        self._d_KM = self._d_stream_KM  # at the projection's output
         self._post_norm = None
+        like = run.readout.d_KM
         if write.post_norm is not None:
-            d_KM = self._d_stream_KM
-            self._post_norm = norms.probe(write.post_norm, d_KM.shape[1], write.name, d_KM.dtype)
-            self._d_KM = self._post_norm.pull_back(d_KM)
-        self._post_scale_N = self._d_KM.new_ones(len(run.sites))
-        self._unscaled_HN = self._d_KM.new_zeros(heads.n_heads, len(run.sites))
+            self._post_norm = norms.probe(write.post_norm, like.shape[1], write.name, like.dtype)
+        self._post_scale_N = like.new_ones(len(run.sites))
+        self._unscaled_HN = like.new_zeros(heads.n_heads, len(run.sites))
+        self.norm_name, self.misfit = write.name, 0.0
         self.labels = [f"L{write.layer}H{head}" for head in range(heads.n_heads)]
 
     def taps(self) -> list[Tap]:
@@ -101,21 +103,27 @@ class _LayerHeads:
 
     def _no_head_N(self) -> Tensor:
         """What the write holds besides its heads: biases, and the constants taken off them."""
+        d_stream_KM, d_KM = self._directions()
         z = self._constant_I
         if z is None:
-            z = self._d_KM.new_zeros(self._heads.n_heads * self._heads.d_head)
-        target_N = self._run.sites.target_on(self._d_KM.device)
-        constant_M = value_at(self._heads.proj, z).to(self._d_KM)
-        constant_N = (self._d_KM @ constant_M)[target_N] / self._post_scale_N
+            z = d_KM.new_zeros(self._heads.n_heads * self._heads.d_head)
+        target_N = self._run.sites.target_on(d_KM.device)
+        constant_M = value_at(self._heads.proj, z).to(d_KM)
+        constant_N = (d_KM @ constant_M)[target_N] / self._post_scale_N
         if self._post_norm is not None:
-            constant_N += (self._d_stream_KM @ self._post_norm.beta.to(self._d_KM))[target_N]
+            constant_N += (d_stream_KM @ self._post_norm.beta.to(d_KM))[target_N]
         return constant_N / self._run.final.scale_N
+
+    def _directions(self) -> tuple[Tensor, Tensor]:
+        """In the stream, and at the output projection's output [n_targets, d_model] each."""
+        d_KM = self._run.direction(self._write.label)
+        return d_KM, d_KM if self._post_norm is None else self._post_norm.pull_back(d_KM)
 
     def _see_z(self, z: Tensor, _: Tensor) -> None:
         project_heads(
             z,
             self._run.sites,
-            self._d_KM,
+            self._directions()[1],
             lambda d_KM: pull_back(self._heads.proj, d_KM),
             self._unscaled_HN,
             self._constant_I,
@@ -124,4 +132,5 @@ class _LayerHeads:
     def _see_post_norm(self, x: Tensor, y: Tensor) -> None:
         assert self._post_norm is not None
         for tile, x_TM, y_TM in over_tiles(x, y, self._run.sites, self._post_scale_N):
-            self._post_scale_N[tile], _ = norms.frozen_scale(self._post_norm, x_TM, y_TM)
+            self._post_scale_N[tile], misfit = norms.frozen_scale(self._post_norm, x_TM, y_TM)
+            self.misfit = max(self.misfit, misfit)
