@@ -12,8 +12,7 @@ from torch import nn
 from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.linear import input_width
 
-_NORMS = ("norm", "ln_f", "ln_out")
-_NOT_WRITES = (*_NORMS, "ln_", "drop", "rotary", "act")
+_NOT_WRITES = ("drop", "rotary", "act")
 
 
 def sketch(model: Any) -> str:
@@ -24,11 +23,11 @@ def sketch(model: Any) -> str:
     """
     stacks = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList)]
     path, blocks = max(stacks, key=lambda entry: len(entry[1]), default=("", nn.ModuleList()))
-    outside = [name for name, _ in model.named_modules() if not name.startswith(f"{path}.")]
-    norms = [name for name in outside if any(part in name.rsplit(".")[-1] for part in _NORMS)]
+    outside = (entry for entry in model.named_modules() if not entry[0].startswith(f"{path}."))
+    norms = [name for name, module in outside if _is_norm(name, module)]
     writes = []
     for name, child in blocks[0].named_children() if len(blocks) else ():
-        if not any(part in name for part in _NOT_WRITES):
+        if not _is_norm(name, child) and not any(part in name for part in _NOT_WRITES):
             writes.append(f"            {_write(name, child)},")
     return "\n".join(
         [
@@ -42,6 +41,10 @@ def sketch(model: Any) -> str:
             "    ))",
         ]
     )
+
+
+def _is_norm(name: str, module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower() or "norm" in name.rsplit(".")[-1]
 
 
 def _write(name: str, child: nn.Module) -> str:
