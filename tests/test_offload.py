@@ -40,13 +40,15 @@ def test_a_device_map_is_followed(tmp_path):
     build("llama", dtype=torch.float32).save_pretrained(tmp_path / "model")
     ids = example_ids("llama")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    places = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.layers.2"), "cpu")
+    places |= {"model.layers.1": "disk", "lm_head": "disk"}
+    places |= {"model.rotary_emb": "cpu", "model.norm": "cpu"}
     spread = AutoModelForCausalLM.from_pretrained(
         tmp_path / "model",
         dtype=torch.float32,
-        device_map={"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "cpu",
-                    "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "disk"},
+        device_map=places,
         offload_folder=str(tmp_path / "offload"),
-    ).eval()  # fmt: skip
+    ).eval()
     for unit in ("component", "head"):
         expected = direct_logit_attribution(plain, ids, 5, 7, unit=unit)
         found = direct_logit_attribution(spread, ids, 5, 7, unit=unit)
