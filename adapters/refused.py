@@ -96,11 +96,4 @@ REFUSALS = (
         reason="it has one head for every codebook of its audio, and no single logit of a token",
         needed="a choice of the codebook",
     ),
-    Refusal(
-        model_types=("blt",),
-        place="model.local_decoder",
-        reason="a byte-level decoder over patches: cross-attention outside its blocks writes to "
-        "the stream before each of them",
-        needed="a declaration of writes that are not inside a block",
-    ),
 )

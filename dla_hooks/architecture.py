@@ -37,12 +37,15 @@ class Write:
         post_norm: the norm, in blocks that have it, between that output and the stream. The term
             is then the norm's output, and parts of ``module``'s output are pushed through it.
         heads: how the term splits into attention heads, if it does.
+        beside: for a term that is added between this block and the next: the list of modules,
+            from the causal LM downwards, whose next element holds ``module``.
     """
 
     label: str
     module: str | tuple[str, ...]
     post_norm: str | None = None
     heads: Heads | None = None
+    beside: str | None = None
 
 
 @dataclass(frozen=True)

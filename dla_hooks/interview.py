@@ -98,7 +98,7 @@ class Interview:
         of_signs, of_noise = out[1 + 2 * slot], out[2 + 2 * slot]
         factor = of_signs * self.signs
         expected = factor * self.noise
-        tolerance = 1e-5 + 16 * torch.finfo(self.stream.dtype).eps
+        tolerance = 1e-5 + 4 * torch.finfo(self.stream.dtype).eps
         off = float((of_noise - expected).norm() / (expected.norm() + of_noise.norm() + 1e-30))
         if slot == 0 and self.stream.dtype == torch.float64 and off > 1e-12:
             self.stream_dtype = torch.float32  # as Mamba does, whatever the model's dtype

@@ -198,7 +198,8 @@ def locate(model: Any, architecture: Architecture) -> Stream:
         UnsupportedModelError: when the model does not have what the declaration says.
     """
     finder = _Finder(model, architecture)
-    after_norm = (finder.optional(model, path) for path in architecture.after_norm)
+    found = (finder.optional(model, path) for path in architecture.after_norm)
+    after_norm = tuple(module for module in found if module is not None)
     unembed = model.get_output_embeddings()
     limit = architecture.position_limit
     return Stream(
@@ -209,9 +210,9 @@ def locate(model: Any, architecture: Architecture) -> Stream:
         start=finder.module(model, architecture.start) if architecture.start else None,
         final_norm=finder.final_norm(),
         final_norm_name=architecture.final_norm,
-        after_norm=tuple(module for module in after_norm if module is not None),
+        after_norm=after_norm,
         unembed=unembed,
-        d_model=int(finder.config.hidden_size),
+        d_model=input_width((*after_norm, unembed)[0]),
         vocabulary=vocabulary_size(unembed),
         position_limit=finder.number(limit) if limit else None,
     )
@@ -283,6 +284,11 @@ class _Finder:
     def write(
         self, block: nn.Module, prefix: str, layer: int, write: Write, use: Use
     ) -> WriteSite | None:
+        if write.beside is not None:
+            neighbours: Any = self.module(self.model, write.beside)
+            if layer + 1 >= len(neighbours):
+                return None
+            block, prefix = neighbours[layer + 1], f"{write.beside}.{layer + 1}"
         names = (write.module,) if isinstance(write.module, str) else write.module
         path = next((name for name in names if self.optional(block, name) is not None), None)
         if path is None:
