@@ -131,7 +131,7 @@ ARCHITECTURES = (
         writes=(
             Write("attn_out", "self_attn.0", heads=Heads("self_attn.0.o_proj")),
             Write("mlp_out", "mlps.0"),
-            Write("attn1_out", "self_attn.1"),
+            Write("attn1_out", "self_attn.1", heads=Heads("self_attn.1.o_proj")),
             Write("mlp1_out", "mlps.1"),
             Write("moe_out", "mlp"),
         ),

@@ -9,10 +9,11 @@ from torch import Tensor
 from dla_hooks import positions
 from dla_hooks.answers import align, read_answers
 from dla_hooks.check import Outcome, columns_to_check, hold_against_model, identity_gap
-from dla_hooks.errors import DecompositionError, InputError
+from dla_hooks.errors import DecompositionError, InputError, UnsupportedModelError
 from dla_hooks.facts import forget
 from dla_hooks.locate import Stream
 from dla_hooks.match import stream_of
+from dla_hooks.questions import padding_is_ignored
 from dla_hooks.result import DirectLogitAttribution
 from dla_hooks.run import Run
 from dla_hooks.sites import Sites
@@ -97,6 +98,7 @@ def direct_logit_attribution(
         vocabulary=model.get_input_embeddings().weight.shape[0],
     )
     _check_length(stream, prompt)
+    _check_padding(stream, prompt)
     selection = positions.select(positions.parse(pos, prompt.shape[1]), prompt.mask)
     answers = read_answers(
         answer_tokens,
@@ -177,6 +179,18 @@ def _check_length(stream: Stream, prompt: Prompt) -> None:
         raise InputError(
             f"the prompt has {longest} tokens, but {type(stream.model).__name__} has positions "
             f"for {stream.position_limit} only; shorten it"
+        )
+
+
+def _check_padding(stream: Stream, prompt: Prompt) -> None:
+    left = not bool(prompt.mask[:, 0].all())
+    if prompt.padded and not padding_is_ignored(stream, left=left):
+        side = "left" if left else "right"
+        raise UnsupportedModelError(
+            f"{type(stream.model).__name__} ({stream.model.config.model_type}) gives a prompt "
+            f"other logits when it is padded on the {side} ({stream.dtype}, "
+            "its attention implementation as it is set): recurrent layers and position tables read "
+            "the padding. Run prompts of different lengths one at a time, or pad the other side."
         )
 
 

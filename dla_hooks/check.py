@@ -213,7 +213,8 @@ def _failure(
     stream = run.stream
     report = trace_report(stream, prompt)
     dtype = str(stream.coarsest_dtype).removeprefix("torch.")
+    relative = gap / max(spread, 1e-300)
     return DecompositionError(
-        f"{what} miss by {gap:.3g}, which is {gap / max(spread, 1e-300):.1e} of the logits' spread "
+        f"{report.model}: {what} miss by {gap:.3g}, which is {relative:.1e} of the logits' spread "
         f"({spread:.3g}); {allowed:.0e} is allowed in {dtype}. {report.diagnosis()}"
     )

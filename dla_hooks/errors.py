@@ -10,7 +10,8 @@
     ├── PositionError (IndexError)              a position that some prompt does not have
     ├── UnsupportedModelError (NotImplementedError)
     │                                           the model is not a sum that we can take apart
-    ├── DecompositionError (ArithmeticError)    the parts did not sum to the model's own numbers
+    ├── DecompositionError (ArithmeticError, NotImplementedError)
+    │   │                                       the parts did not sum to the model's own numbers
     │   └── NonFiniteError                      NaN or infinity in weights or activations
     ├── HookError (RuntimeError)                a module did not run exactly once
     ├── CheckpointError (OSError)               a checkpoint that is missing or cannot be read
@@ -59,7 +60,7 @@ class UnsupportedModelError(DLAError, NotImplementedError):
     """The model's logits are not known to be an affine map of a sum of writes."""
 
 
-class DecompositionError(DLAError, ArithmeticError):
+class DecompositionError(DLAError, ArithmeticError, NotImplementedError):
     """The parts do not add up to the model's own numbers, so no number is given."""
 
 

@@ -30,7 +30,7 @@ _COLUMNS = (
     "incorrect",
     "attribution",
 )
-_HEAD = re.compile(r"L(\d+)H(\d+)")
+_HEAD = re.compile(r"L(\d+)(?:\.\d+)?H(\d+)")
 _LAYER = re.compile(r"(\d+)_.+")
 
 

@@ -52,6 +52,8 @@ class Facts:
     """The answers of one model: plain numbers, so that keeping them keeps no model alive."""
 
     blocks: tuple[BlockFacts, ...]
+    has_positions: bool
+    positions_response: Tensor | None
     final_norm_runs: int
     stream_dtype: torch.dtype
     logit_scale: float
@@ -100,6 +102,8 @@ def _apply(stream: Stream, facts: Facts) -> Stream:
     return replace(
         stream,
         blocks=tuple(blocks),
+        positions=stream.positions if facts.has_positions else None,
+        positions_response=facts.positions_response,
         final_norm_runs=facts.final_norm_runs,
         stream_dtype=facts.stream_dtype,
         logit_scale=facts.logit_scale,
@@ -119,11 +123,22 @@ def _ask(stream: Stream) -> Facts:
         gain, *responses = (
             interview.factor(position, slot, block) for slot in range(1 + len(writes))
         )
+        interview.check_together(position, block, [gain, *responses])
         constant = interview.constant(position)
         kept = constant if bool(constant.any()) else None
         blocks.append(BlockFacts(index, writes, gain, tuple(responses), kept))
     scale, cap = interview.readout(logits)
-    return Facts(tuple(blocks), norm_runs, interview.stream_dtype, scale, cap, logits.shape[-1])
+    has_positions, response = interview.positions() if stream.positions else (False, None)
+    return Facts(
+        blocks=tuple(blocks),
+        has_positions=has_positions,
+        positions_response=response,
+        final_norm_runs=norm_runs,
+        stream_dtype=interview.stream_dtype,
+        logit_scale=scale,
+        softcap=cap,
+        vocabulary=logits.shape[-1],
+    )
 
 
 def check_weights(model: nn.Module) -> None:

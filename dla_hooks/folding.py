@@ -31,7 +31,8 @@ def head_constants(stream: Stream) -> dict[str, Tensor]:
         UnsupportedModelError: where z has no constant part: attention weights that do not sum
             to one (sinks), gated heads, normed values.
     """
-    sites = {write.label: write.heads for write in stream.writes if write.heads is not None}
+    writes = [write for write in stream.writes if write.heads is not None]
+    sites = {write.label: write.heads for write in writes if write.heads is not None}
     seen: dict[str, Tensor] = {}
     # Three rows: the constant itself, as far above it, and as far below. Only if z is an affine map
     # of what attention reads do the outer two lie evenly around the first. Two tokens, alike: only
@@ -39,17 +40,25 @@ def head_constants(stream: Stream) -> dict[str, Tensor]:
     prompt = short_prompt(stream, batch=3, length=2)
     prompt.input_ids.copy_(prompt.input_ids[:1, :1].expand_as(prompt.input_ids))
     step = torch.randn(stream.d_model, generator=torch.Generator().manual_seed(2))
-    steps = torch.stack((torch.zeros_like(step), step, -step))[:, None].expand(3, 2, -1)
+    steps = torch.stack((torch.zeros_like(step), step, -step))[:, None]
 
     def remember(label: str) -> Callable[[Tensor, Tensor], None]:
-        return lambda z, _: seen.__setitem__(label, z.to(stream.work_dtype).reshape(3, 2, -1))
+        return lambda z, _: seen.__setitem__(
+            label, z.to(stream.work_dtype).reshape(3, -1, z.shape[-1])[:, -2:]
+        )
 
     edits = [Edit(block.module, torch.zeros_like, at_input=True) for block in stream.blocks]
     edits += [
-        Edit(site.attention, lambda x: x + steps.to(x).reshape(x.shape), at_input=True)
+        Edit(
+            site.attention, lambda x: (x.reshape(3, -1, x.shape[-1]) + steps.to(x)).view_as(x), True
+        )
         for site in sites.values()
     ]
-    taps = [Tap(site.proj, site.name, remember(label)) for label, site in sites.items()]
+    taps = [
+        Tap(write.heads.proj, write.heads.name, remember(write.label), use=write.use)
+        for write in writes
+        if write.heads is not None
+    ]
     with edited(edits), tapped(taps):
         run_model(stream.model, prompt, None)
     for label, z in seen.items():

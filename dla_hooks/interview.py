@@ -34,7 +34,8 @@ class Interview:
 
     Rows of the batch: 0 has nothing anywhere; then two rows for the input and for each write,
     one with +-1 in every channel (which shows a factor to the last bit) and one with noise (which
-    shows whether the block is linear at all).
+    shows whether the block is linear at all); the last has noise everywhere at once (which shows
+    whether a term depends on another, as with a gate).
     """
 
     def __init__(
@@ -43,7 +44,8 @@ class Interview:
         self.stream = stream
         self.live = live
         self.norm_runs = norm_runs
-        self.n_rows = 1 + 2 * (1 + max(len(writes) for _, writes in live))
+        self.n_slots = 1 + max(len(writes) for _, writes in live)
+        self.n_rows = 1 + 2 * self.n_slots + 1
         generator = torch.Generator().manual_seed(4)
         d_model = stream.d_model
         self.signs = torch.ones(d_model, dtype=torch.float64)
@@ -52,6 +54,8 @@ class Interview:
         # in is what the model sees.
         self.noise = 4 * torch.randn(d_model, generator=generator, dtype=torch.float64)
         self.noise = self.noise.to(stream.dtype).double()
+        together = torch.randn(self.n_slots, d_model, generator=generator, dtype=torch.float64)
+        self.together = together.to(stream.dtype).double()
         self.outputs: dict[int, Tensor] = {}
         self.stream_dtype = stream.dtype
 
@@ -76,6 +80,14 @@ class Interview:
             )
         )
         edits = [self._edit(norm, self.stream.final_norm_name, self._normed())]
+        if self.stream.positions is not None:
+            # What enters block 0 when there is nothing but positions.
+            first = blocks[0]
+            taps.append(Tap(first.module, first.name, self._keep(-1), True, first.use))
+            embedding = self.stream.model.get_input_embeddings()
+            edits.append(Edit(embedding, torch.zeros_like))
+            name = self.stream.architecture.positions or ""
+            edits.append(self._edit(self.stream.positions, name, self._slot(0)))
         for block, (_, writes) in zip(blocks, self.live, strict=True):
             if block is blocks[0] and self.stream.start is not None:
                 name = self.stream.architecture.start or ""
@@ -98,7 +110,7 @@ class Interview:
         of_signs, of_noise = out[1 + 2 * slot], out[2 + 2 * slot]
         factor = of_signs * self.signs
         expected = factor * self.noise
-        tolerance = 1e-5 + 4 * torch.finfo(self.stream.dtype).eps
+        tolerance = self._tolerance()
         off = float((of_noise - expected).norm() / (expected.norm() + of_noise.norm() + 1e-30))
         if slot == 0 and self.stream.dtype == torch.float64 and off > 1e-12:
             self.stream_dtype = torch.float32  # as Mamba does, whatever the model's dtype
@@ -123,6 +135,41 @@ class Interview:
             return None if factor == 1 else factor
         return factor
 
+    def check_together(self, position: int, block: Block, factors: list[Tensor | None]) -> None:
+        """Refuse a block whose terms depend on each other.
+
+        Args:
+            position: of the block among those that run.
+            block: the block.
+            factors: of its input and of each write, as :meth:`factor` found them.
+        """
+        out = self.outputs[position]
+        expected = out[0].clone()
+        for slot, factor in enumerate(factors):
+            put_in = self.together[slot]
+            expected += put_in if factor is None else put_in * factor
+        off = float((out[-1] - expected).norm() / (expected.norm() + 1e-30))
+        if not off <= self._tolerance():
+            raise refusal(
+                self.stream,
+                f"{block.name} is no sum: its terms depend on each other (off by {off:.1e}), as "
+                "with a gate on one that is computed from another",
+            )
+
+    def positions(self) -> tuple[bool, Tensor | None]:
+        """Whether positions enter the stream on their own, and what they are multiplied by."""
+        out = self.outputs[-1] - self.outputs[-1][0]
+        factor = out[1] * self.signs
+        off = float((out[2] - factor * self.noise).norm() / (out[2].norm() + 1e-30))
+        if not off <= self._tolerance() or not bool(factor.any()):
+            return False, None  # normed together with the tokens, say: there is no such part
+        if bool((factor == factor[0]).all()):
+            return True, None if factor[0] == 1 else factor[0]
+        return True, factor
+
+    def _tolerance(self) -> float:
+        return 1e-5 + 3 * torch.finfo(self.stream.dtype).eps
+
     def constant(self, position: int) -> Tensor:
         """What a block adds to nothing [d_model]."""
         return self.outputs[position][0]
@@ -136,11 +183,15 @@ class Interview:
         shuffled = torch.randperm(len(finite), generator=torch.Generator().manual_seed(5))
         ids = finite[shuffled[:_TOKENS]]
         W, b = (t.double().cpu() for t in rows_of(stream.unembed, ids, torch.float64))
-        y = self._normed()[1]
+        # The largest of the small rows that a cap does not bend.
+        row = next(
+            (r for r in (1, 4) if cap is None or float(logits[r, ids].abs().max()) < cap / 2), 5
+        )
+        y = self._normed()[row]
         for module in stream.after_norm:
             y = value_at(module, y).double().cpu()
         linear = W @ y
-        seen = logits[1, ids] if cap is None else cap * torch.atanh(logits[1, ids] / cap)
+        seen = logits[row, ids] if cap is None else cap * torch.atanh(logits[row, ids] / cap)
         # The bias is scaled along with the rest: seen = k * (linear + b).
         ours = linear + b
         scale = float(ours @ seen / ours.square().sum())
@@ -164,12 +215,13 @@ class Interview:
     def _slot(self, slot: int) -> Tensor:
         rows = torch.zeros(self.n_rows, self.stream.d_model, dtype=torch.float64)
         rows[1 + 2 * slot], rows[2 + 2 * slot] = self.signs, self.noise
+        rows[-1] = self.together[slot]
         return rows
 
     def _normed(self) -> Tensor:
         """Rows for the final norm's output: nothing, some noise, and so much that a cap is met."""
         sizes = torch.zeros(self.n_rows, 1, dtype=torch.float64)
-        sizes[1], sizes[2], sizes[3] = 0.25, 2e3, 4e3
+        sizes[1], sizes[2], sizes[3], sizes[4], sizes[5] = 0.25, 1e3, 2e3, 0.02, 0.001
         return sizes * self.noise
 
     def _fill(self, name: str, like: Tensor, rows: Tensor) -> Tensor:
@@ -179,6 +231,8 @@ class Interview:
                 f"{name} puts out {like.shape[-1]} channels, but the stream has "
                 f"{self.stream.d_model}: it is not what the block adds to the stream",
             )
+        if like.numel() < self.n_rows * like.shape[-1]:  # shared by the rows, as positions are
+            like = like.reshape(1, -1, like.shape[-1]).expand(self.n_rows, -1, -1)
         per_row = like.numel() // (self.n_rows * like.shape[-1])
         new = rows[:, None, :].expand(-1, per_row, -1).reshape(like.shape)
         return new.to(like, copy=True)  # a model may go on to write into it

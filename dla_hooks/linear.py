@@ -82,14 +82,14 @@ def rows(module: nn.Module, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
     return W, b
 
 
-def mean_row(module: nn.Module, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The unembedding row and bias averaged over the vocabulary: [d] and []."""
+def mean_row(module: nn.Module, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The unembedding's first ``count`` rows and biases, averaged: [d] and []."""
     weight = _weight_out_in(module)
     if weight is None:
         raise UnsupportedModelError(f"{type(module).__name__} has no weight to average")
     bias = stored(module, "bias")
-    W = weight.mean(0, dtype=dtype)
-    b = W.new_zeros(()) if bias is None else bias.mean(dtype=dtype)
+    W = weight[:count].mean(0, dtype=dtype)
+    b = W.new_zeros(()) if bias is None else bias[:count].mean(dtype=dtype)
     return W, b
 
 

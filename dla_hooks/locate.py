@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -109,6 +109,7 @@ class Stream:
         logit_scale: what the logits are multiplied by.
         softcap: the cap on the logits, or None.
         stream_dtype: in which the blocks are added up.
+        positions_response: what the stream's beginning multiplies positions by; None is one.
         remembered: whether the answers come from an earlier call.
         position_limit: the longest prompt that can run, or None where there is no fixed limit.
     """
@@ -129,6 +130,7 @@ class Stream:
     stream_dtype: torch.dtype = torch.float64
     logit_scale: float = 1.0
     softcap: float | None = None
+    positions_response: Tensor | None = None
     remembered: bool = False
 
     @property
@@ -275,11 +277,28 @@ class _Finder:
             name = f"{path}.{layer}"
             found = (self.write(module, name, layer, w, use) for w in self.architecture.writes)
             writes = tuple(write for write in found if write is not None)
+            twice = [n for n, k in Counter(w.name for w in writes).items() if k > 1]
+            if twice:
+                raise self.refusal(f"{twice[0]} is said to make two writes of one block")
             if not writes:
                 names = [write.module for write in self.architecture.writes]
                 raise self.refusal(f"{name} has none of the modules {names}")
             blocks.append(Block(layer, module, name, use, writes))
-        return tuple(blocks)
+        return self.with_uses(tuple(blocks))
+
+    def with_uses(self, blocks: tuple[Block, ...]) -> tuple[Block, ...]:
+        """The blocks with every write's use counted by its own module, which blocks may share."""
+        total = Counter(write.written_by for block in blocks for write in block.writes)
+        so_far: Counter[nn.Module] = Counter()
+        counted = []
+        for block in blocks:
+            writes = []
+            for write in block.writes:
+                use = Use(so_far[write.written_by], total[write.written_by])
+                so_far[write.written_by] += 1
+                writes.append(replace(write, use=use))
+            counted.append(replace(block, writes=tuple(writes)))
+        return tuple(counted)
 
     def write(
         self, block: nn.Module, prefix: str, layer: int, write: Write, use: Use
@@ -309,6 +328,8 @@ class _Finder:
         if write.heads is None or proj is None:
             return None
         attention: Any = self.module(block, write.heads.proj.rpartition(".")[0])
+        if isinstance(write.module, str) and write.heads.proj.startswith(f"{write.module}."):
+            attention = self.module(block, write.module)  # a projection may be wrapped once more
         # The layer knows best: layers of one model may differ, and then the config has no answer.
         n_heads = getattr(attention, "num_heads", None)
         if isinstance(n_heads, bool) or not isinstance(n_heads, int):

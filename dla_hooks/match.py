@@ -72,10 +72,16 @@ def _candidates(model: Any) -> list[tuple[float, Stream]]:
             stream = locate(model, architecture)
         except UnsupportedModelError:
             continue  # other module names: not this shape, and nothing to tell
-        has = sum(1 + (write.post_norm is not None) for write in stream.writes)
-        could = sum(1 + (write.post_norm is not None) for write in architecture.writes)
+        sites, named = stream.writes, architecture.writes
+        has = sum(1 + (w.post_norm is not None) + (w.heads is not None) for w in sites)
+        could = sum(1 + (w.post_norm is not None) + (w.heads is not None) for w in named)
         found.append((has / (could * len(stream.blocks)), stream))
-    return sorted(found, key=lambda entry: -entry[0])
+    # Of shapes that fit as well, the one that tells more apart.
+    return sorted(found, key=lambda e: (-e[0], e[1].positions is None, -_n_heads(e[1])))
+
+
+def _n_heads(stream: Stream) -> int:
+    return sum(write.heads.n_heads for write in stream.writes if write.heads is not None)
 
 
 def _match(model: Any) -> Architecture:

@@ -23,7 +23,8 @@ from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.weights import run_device
 
 _AMPLITUDE = 2.0**12
-"""Its square swallows any epsilon, and still fits float32; it fits float16 itself."""
+_AMPLITUDE_HALF = 2.0**7
+"""Their squares swallow any epsilon, and still fit float32 (the second, float16)."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +76,18 @@ def probe(module: nn.Module, d_model: int, name: str, dtype: torch.dtype) -> Nor
         signs[-1] = 0.0
     other = signs.roll(1)
     noise = torch.randn(d_model, generator=torch.Generator().manual_seed(0)).to(device)
-    large = (signs * _AMPLITUDE, other * _AMPLITUDE)
+    amplitude = _AMPLITUDE_HALF if run_dtype == torch.float16 else _AMPLITUDE
+    large = (signs * amplitude, other * amplitude)
     made_up = torch.stack(
         (torch.zeros_like(signs), *large, -large[0], -large[1], noise, noise + 2.0)
     )
-    with torch.no_grad():
-        answers = module.forward(made_up[None].to(run_dtype))[0].to(dtype)
+    try:
+        with torch.no_grad():
+            answers = module.forward(made_up[None].to(run_dtype))[0].to(dtype)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise UnsupportedModelError(
+            f"{name} ({type(module).__name__}) cannot be run on vectors of width {d_model}: {error}"
+        ) from error
     beta, first, second, minus_first, minus_second, of_noise, of_shifted = answers
 
     rms = signs.to(dtype).square().mean().sqrt()  # one, or sqrt(1 - 1/d_model) for an odd width

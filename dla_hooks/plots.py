@@ -35,7 +35,7 @@ _TITLES = {
     "head": "Heads",
     "layer": "Layers, running sum of the components",
 }
-_HEAD = re.compile(r"L(\d+)H(\d+)")
+_HEAD = re.compile(r"L(\d+(?:\.\d+)?)H(\d+)")
 _PROMPT_WIDTH = 64
 
 
@@ -119,7 +119,7 @@ def _heatmap(alt: Any, result: DirectLogitAttribution) -> Any:
     for label, value in rows:
         found = _HEAD.fullmatch(label)
         if found:
-            layer, head = int(found[1]), int(found[2])
+            layer, head = float(found[1]), int(found[2])  # L0.1H2: the second attention
             values.append({"label": label, "layer": layer, "head": head, "value": value})
     n_layers = len({cell["layer"] for cell in values})
     n_heads = len({cell["head"] for cell in values})

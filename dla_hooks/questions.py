@@ -15,6 +15,7 @@ from dla_hooks.locate import Stream, WriteSite
 from dla_hooks.tokens import Prompt
 
 _asked: WeakKeyDictionary[nn.Module, tuple[int, list[int | None]]] = WeakKeyDictionary()
+_padding: WeakKeyDictionary[nn.Module, dict[tuple[int, bool], bool]] = WeakKeyDictionary()
 _lock = threading.Lock()
 
 
@@ -24,7 +25,9 @@ def stamp(model: nn.Module) -> int:
     Writing through ``.data`` escapes it; a call whose check then fails asks again.
     """
     tensors = (*model.parameters(), *model.buffers())
-    weights = [(t.data_ptr(), t._version) for t in tensors if not t.is_meta]
+    weights = [
+        (t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors if not t.is_meta
+    ]
     hooks = [(*m._forward_hooks, *m._forward_pre_hooks) for m in model.modules()]
     return hash((*weights, *hooks))
 
@@ -116,3 +119,34 @@ def _replaced(x: Tensor, by: Tensor) -> Tensor:
 
 def _disturbed(out: Tensor, noise: Tensor) -> Tensor:
     return out + noise.reshape(out.shape).to(out)
+
+
+def padding_is_ignored(stream: Stream, *, left: bool) -> bool:
+    """Whether a prompt's logits are the same with padding on one side as they are without.
+
+    Recurrent layers read the padding on the left, and some position tables count it. Asked once
+    per model and side.
+    """
+    now = stamp(stream.model), left
+    with _lock:
+        kept = _padding.setdefault(stream.model, {})
+    if now not in kept:
+        kept[now] = _ask_padding(stream, left)
+    return kept[now]
+
+
+def _ask_padding(stream: Stream, left: bool) -> bool:
+    alone = short_prompt(stream, length=3)
+    padding = torch.zeros(1, 2, dtype=torch.long)
+    ids = [padding, alone.input_ids] if left else [alone.input_ids, padding]
+    real = [padding.bool(), alone.mask] if left else [alone.mask, padding.bool()]
+    padded = Prompt(torch.cat(ids, 1), torch.cat(real, 1))
+    with torch.no_grad():
+        expected = run_model(stream.model, alone, torch.tensor([2])).double()
+        found = run_model(stream.model, padded, torch.tensor([4 if left else 2])).double()
+    finite = torch.isfinite(expected) & torch.isfinite(found)
+    if not bool(torch.equal(torch.isfinite(expected), finite)):
+        return False
+    difference = (found - expected)[finite].norm()
+    tolerance = 1e-4 + 8 * torch.finfo(stream.coarsest_dtype).eps
+    return bool(difference <= tolerance * expected[finite].norm())

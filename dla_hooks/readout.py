@@ -57,7 +57,7 @@ def read_out(stream: Stream, targets: Targets, *, center_unembed: bool) -> Reado
         W_wrong, b_wrong = rows(stream.unembed, targets.incorrect, dtype)
         W_KM, b_K = W_KM - W_wrong, b_K - b_wrong
     elif center_unembed and stream.softcap is None:
-        W_mean, b_mean = mean_row(stream.unembed, dtype)
+        W_mean, b_mean = mean_row(stream.unembed, stream.vocabulary, dtype)
         W_KM, b_K = W_KM - W_mean, b_K - b_mean
 
     constant = norm.beta

@@ -157,7 +157,8 @@ def _path_factors(stream: Stream) -> dict[str, Tensor | None]:
         for write in block.writes:
             factors[write.label] = _product(write.response, later)
         later = _product(block.gain, later)
-    return {"embed": later, "pos_embed": later, **factors}
+    positions = _product(stream.positions_response, later)
+    return {"embed": later, "pos_embed": positions, **factors}
 
 
 def _product(one: Tensor | None, other: Tensor | None) -> Tensor | None:

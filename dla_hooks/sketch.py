@@ -44,7 +44,9 @@ def sketch(model: Any) -> str:
 
 
 def _is_norm(name: str, module: nn.Module) -> bool:
-    return "norm" in type(module).__name__.lower() or "norm" in name.rsplit(".")[-1]
+    return "norm" in type(module).__name__.lower() or name.rsplit(".")[-1].startswith(
+        ("norm", "ln")
+    )
 
 
 def _write(name: str, child: nn.Module) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import sys
 import warnings
 from collections import Counter
@@ -63,6 +64,8 @@ def survey_type(model_type: str, seed: int = 0, attn: str | None = None, **chang
             logits = model(ids, use_cache=False).logits.double()
     except CannotBuild as error:
         return Finding(ABSENT, reason=_first_line(str(error).removeprefix(f"{model_type}: ")))
+    if not bool(logits.isfinite().all()):
+        return Finding(ABSENT, type(model).__name__, reason="its own logits are not finite")
     return examine(model, ids, logits)
 
 
@@ -169,7 +172,8 @@ def count(findings: dict[str, Finding]) -> str:
 
 def _without_gaps(text: str) -> list[str]:
     """The page's lines less its figures, which differ from machine to machine."""
-    return [line.rsplit("|", 3)[0] if "e-" in line else line for line in text.splitlines()]
+    figures = re.compile(r"\| \de[-+]\d+ \| \de[-+]\d+ \|$")
+    return [figures.sub("|", line) for line in text.splitlines()]
 
 
 def _reason(message: str) -> str:

@@ -42,7 +42,6 @@ WRONG_DECLARATIONS = {
     "post-norm of attention": ("gemma2", {"attn_out": {"post_norm": None}}, "0_attn_out"),
     "post-norm of the MLP": ("olmo2", {"mlp_out": {"post_norm": None}}, "0_mlp_out"),
     "residual inside the sublayer": ("bloom", {"mlp_out": {"module": "mlp"}}, "carry its input on"),
-    "one module for two": ("mixtral", {"mlp_out": {"module": "self_attn"}}, "its input"),
     "part of the MLP": ("phi3", {"mlp_out": {"module": "input_layernorm"}}, "its input"),
 }
 
@@ -289,14 +288,29 @@ def test_a_hook_that_ablates_a_head_is_followed():
     assert result.attribution[1].abs().max() > 0
 
 
+def test_one_module_for_two_writes_is_refused(declare):
+    declare("mixtral", {"mlp_out": {"module": "self_attn"}})
+    with pytest.raises(UnsupportedModelError, match="said to make two writes of one block"):
+        direct_logit_attribution(build("mixtral"), example_ids("mixtral"), 5)
+
+
 def test_a_module_that_runs_twice_is_refused():
     model = build("llama")
-    mlp = model.model.layers[0].mlp
-    forward = type(mlp).forward
-    mlp.forward = lambda x: forward(mlp, x) + 0 * mlp.down_proj(mlp.up_proj(x))
-    model.model.layers[1].mlp = model.model.layers[0].mlp
+    model.model.layers[0].register_forward_hook(lambda m, a, out: out + 0 * m.mlp(out))
     with pytest.raises(HookError, match=r"model\.layers\.0\.mlp ran 2 times"):
         direct_logit_attribution(model, example_ids("llama"), 5)
+
+
+def test_a_module_that_two_blocks_share_is_a_part_of_each():
+    model = build("llama")
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    ids = example_ids("llama")
+    result = direct_logit_attribution(model, ids, 5)
+    with torch.no_grad():
+        truth = model(ids).logits[:, -1, 5]
+    torch.testing.assert_close(result.attribution.sum(0) + result.bias, truth, rtol=0, atol=1e-6)
+    first, second = (result.attribution[result.labels.index(f"{i}_mlp_out")] for i in (0, 1))
+    assert not torch.allclose(first, second)
 
 
 def test_a_module_that_is_bypassed_is_refused():

@@ -27,11 +27,15 @@ class HeadUnit(Unit):
     def __init__(self, run: Run) -> None:
         super().__init__(run)
         constants = head_constants(run.stream) if run.fold_value_biases else {}
-        self._layers = [
-            _LayerHeads(run, write, write.heads, constants.get(write.label))
-            for write in run.stream.writes
-            if write.heads is not None
-        ]
+        self._layers = []
+        for block in run.stream.blocks:
+            several = 0  # attentions in one block: the second one's heads are L0.1H0, L0.1H1, ...
+            for write in block.writes:
+                if write.heads is not None:
+                    layer = f"L{block.layer}.{several}" if several else f"L{block.layer}"
+                    constant_I = constants.get(write.label)
+                    self._layers.append(_LayerHeads(run, write, write.heads, constant_I, layer))
+                    several += 1
         if not self._layers:
             raise UnsupportedModelError(
                 f"{type(run.stream.model).__name__} has no attention heads with a direct path to "
@@ -66,10 +70,11 @@ class _LayerHeads:
         write: what the layer's attention writes.
         heads: where its heads can be seen.
         constant_I: what to take off every z [head * d_head], or None.
+        layer: how the labels begin.
     """
 
     def __init__(
-        self, run: Run, write: WriteSite, heads: HeadSite, constant_I: Tensor | None
+        self, run: Run, write: WriteSite, heads: HeadSite, constant_I: Tensor | None, layer: str
     ) -> None:
         self._run, self._write, self._heads = run, write, heads
         self._constant_I = constant_I
@@ -80,7 +85,7 @@ class _LayerHeads:
         self._post_scale_N = like.new_ones(len(run.sites))
         self._unscaled_HN = like.new_zeros(heads.n_heads, len(run.sites))
         self.norm_name, self.misfit = write.name, 0.0
-        self.labels = [f"L{write.layer}H{head}" for head in range(heads.n_heads)]
+        self.labels = [f"{layer}H{head}" for head in range(heads.n_heads)]
 
     def taps(self) -> list[Tap]:
         use = self._write.use
