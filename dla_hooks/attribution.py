@@ -11,12 +11,12 @@ from dla_hooks.answers import align, read_answers
 from dla_hooks.check import Outcome, columns_to_check, hold_against_model, identity_gap
 from dla_hooks.errors import DecompositionError, InputError, UnsupportedModelError
 from dla_hooks.facts import forget
-from dla_hooks.locate import Stream
 from dla_hooks.match import stream_of
 from dla_hooks.questions import padding_is_ignored
 from dla_hooks.result import DirectLogitAttribution
 from dla_hooks.run import Run
 from dla_hooks.sites import Sites
+from dla_hooks.stream import Stream
 from dla_hooks.tokens import Prompt, check_tokenizer, read_prompt, to_strings, tokenizer_for
 from dla_hooks.units import Split, unit_named
 

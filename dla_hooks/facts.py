@@ -24,8 +24,8 @@ from dla_hooks.errors import NonFiniteError
 from dla_hooks.forward import run_model
 from dla_hooks.hooks import count_firings
 from dla_hooks.interview import Interview, refusal
-from dla_hooks.locate import Stream
 from dla_hooks.questions import short_prompt, stamp
+from dla_hooks.stream import Stream
 
 
 @dataclass(frozen=True)

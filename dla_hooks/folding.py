@@ -17,8 +17,8 @@ from torch import Tensor
 from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.forward import run_model
 from dla_hooks.hooks import Edit, Tap, edited, tapped
-from dla_hooks.locate import HeadSite, Stream
 from dla_hooks.questions import short_prompt
+from dla_hooks.stream import HeadSite, Stream
 
 
 def head_constants(stream: Stream) -> dict[str, Tensor]:

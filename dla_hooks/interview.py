@@ -16,8 +16,8 @@ from dla_hooks.forward import run_model
 from dla_hooks.hooks import Edit, Tap, Use, edited, tapped
 from dla_hooks.linear import rows as rows_of
 from dla_hooks.linear import value_at
-from dla_hooks.locate import Block, Stream
 from dla_hooks.questions import short_prompt
+from dla_hooks.stream import Block, Stream
 
 _TOKENS = 64  # as many as are needed to see a map of the vocabulary for what it is
 

@@ -11,9 +11,10 @@ from torch import nn
 from dla_hooks.architecture import Architecture
 from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.facts import settle
-from dla_hooks.locate import Stream, check_model, locate
+from dla_hooks.locate import check_model, locate
 from dla_hooks.registry import adapter_for, architectures, refusal_for
 from dla_hooks.sketch import sketch
+from dla_hooks.stream import Stream
 from dla_hooks.verification import Verification, trace_report
 
 _matched: WeakKeyDictionary[nn.Module, Architecture] = WeakKeyDictionary()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dla_hooks.forward import run_model
 from dla_hooks.hooks import Edit, Tap, edited, tapped
-from dla_hooks.locate import Stream, WriteSite
+from dla_hooks.stream import Stream, WriteSite
 from dla_hooks.tokens import Prompt
 
 _asked: WeakKeyDictionary[nn.Module, tuple[int, list[int | None]]] = WeakKeyDictionary()

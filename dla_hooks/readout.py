@@ -21,9 +21,9 @@ from dla_hooks.answers import Targets
 from dla_hooks.hooks import Tap, Use
 from dla_hooks.kernels import over_tiles, project
 from dla_hooks.linear import mean_row, pull_back, rows, value_at
-from dla_hooks.locate import Stream
 from dla_hooks.norms import Norm
 from dla_hooks.sites import Sites
+from dla_hooks.stream import Stream
 
 
 @dataclass(frozen=True)

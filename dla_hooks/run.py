@@ -14,9 +14,9 @@ from dla_hooks.answers import Targets
 from dla_hooks.forward import run_model
 from dla_hooks.hooks import ONLY_USE, Tap, Use, tapped
 from dla_hooks.kernels import project
-from dla_hooks.locate import Block, Stream
 from dla_hooks.readout import FinalStream, read_out
 from dla_hooks.sites import Sites
+from dla_hooks.stream import Block, Stream
 from dla_hooks.tokens import Prompt
 
 

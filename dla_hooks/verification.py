@@ -18,11 +18,11 @@ from dla_hooks.answers import Targets
 from dla_hooks.forward import run_model
 from dla_hooks.hooks import Tap, Use, tapped
 from dla_hooks.linear import pull_back, value_at
-from dla_hooks.locate import Stream, WriteSite
 from dla_hooks.norms import frozen_scale
 from dla_hooks.questions import short_prompt
 from dla_hooks.readout import read_out
 from dla_hooks.run import times
+from dla_hooks.stream import Stream, WriteSite
 from dla_hooks.tokens import Prompt
 from dla_hooks.weights import run_device
 

@@ -24,9 +24,9 @@ from mapping_zoo import MODEL_TYPES, CannotBuild, build_any, example_ids_any
 from transformers.utils import logging
 
 from dla_hooks import DLAError, UnsupportedModelError, direct_logit_attribution
-from dla_hooks.locate import Stream
 from dla_hooks.match import stream_of
 from dla_hooks.questions import mid_streams
+from dla_hooks.stream import Stream
 
 RIGHT, REFUSED, ABSENT, WRONG = "right", "refused", "cannot be built here", "WRONG"
 ANSWER, INCORRECT = 5, 7

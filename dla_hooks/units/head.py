@@ -16,8 +16,8 @@ from dla_hooks.folding import head_constants
 from dla_hooks.hooks import Tap
 from dla_hooks.kernels import over_tiles, project_heads
 from dla_hooks.linear import pull_back, value_at
-from dla_hooks.locate import HeadSite, WriteSite
 from dla_hooks.run import Run
+from dla_hooks.stream import HeadSite, WriteSite
 from dla_hooks.units.base import Claim, Split, Unit
 
 
