@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dla_hooks.attribution import direct_logit_attribution
     from dla_hooks.errors import (
         ArgumentTypeError,
+        CacheEntryError,
         CheckpointError,
         DecompositionError,
         DLAError,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     )
     from dla_hooks.match import verify
     from dla_hooks.registry import architectures, register
+    from dla_hooks.replay import cache_names
     from dla_hooks.result import DirectLogitAttribution
     from dla_hooks.verification import Verification
 
@@ -44,6 +46,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Architecture": "architecture",
     "ArgumentTypeError": "errors",
+    "CacheEntryError": "errors",
     "CheckpointError": "errors",
     "DLAError": "errors",
     "DecompositionError": "errors",
@@ -62,6 +65,7 @@ _HOME = {
     "Verification": "verification",
     "Write": "architecture",
     "architectures": "registry",
+    "cache_names": "replay",
     "direct_logit_attribution": "attribution",
     "register": "registry",
     "verify": "match",
@@ -70,6 +74,7 @@ _HOME = {
 __all__ = [
     "Architecture",
     "ArgumentTypeError",
+    "CacheEntryError",
     "CheckpointError",
     "DLAError",
     "DecompositionError",
@@ -89,6 +94,7 @@ __all__ = [
     "Write",
     "__version__",
     "architectures",
+    "cache_names",
     "demo",
     "direct_logit_attribution",
     "register",

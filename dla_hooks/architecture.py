@@ -19,10 +19,13 @@ class Heads:
             [batch, pos, head * d_head], head after head. The module that holds it is taken to be
             the attention module itself.
         count: the config field with the number of (query) heads.
+        post_norm: the norm, relative to the block and where it has one, between the projection
+            and the term, if the term's ``module`` comes after it.
     """
 
     proj: str
     count: str = "num_attention_heads"
+    post_norm: str | None = None
 
 
 @dataclass(frozen=True)

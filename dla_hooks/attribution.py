@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from torch import Tensor
 
 from dla_hooks import positions
 from dla_hooks.answers import align, read_answers
-from dla_hooks.check import Outcome, columns_to_check, hold_against_model, identity_gap
+from dla_hooks.check import (
+    Outcome,
+    columns_to_check,
+    hold_against_cache,
+    hold_against_model,
+    identity_gap,
+)
 from dla_hooks.errors import DecompositionError, InputError, UnsupportedModelError
 from dla_hooks.facts import forget
+from dla_hooks.kinds import kind_of
 from dla_hooks.match import stream_of
 from dla_hooks.questions import padding_is_ignored
+from dla_hooks.replay import Replay, check_cache
 from dla_hooks.result import DirectLogitAttribution
 from dla_hooks.run import Run
 from dla_hooks.sites import Sites
@@ -29,6 +38,7 @@ def direct_logit_attribution(
     *,
     unit: str = "component",
     pos: Any = -1,
+    cache: Any = None,
     tokenizer: Any = None,
     attention_mask: Any = None,
     prepend_bos: bool | None = None,
@@ -47,7 +57,8 @@ def direct_logit_attribution(
     outlives the module that made it, and the model is left as it was found.
 
     Args:
-        model: a Hugging Face causal language model in evaluation mode.
+        model: a Hugging Face causal language model in evaluation mode, or TransformerLens'
+            ``HookedTransformer`` or ``TransformerBridge`` (in compatibility mode).
         input: a string, a list of strings, or token ids [pos] or [batch, pos].
         answer_tokens: whose logit: a string of one token, an id, a list of these, or an integer
             tensor of shape [], [batch], [pos'], [1, pos'], [batch, 1] or [batch, pos'], aligned
@@ -59,16 +70,20 @@ def direct_logit_attribution(
         pos: which positions: an int (no position axis in the result), None (all), a tuple meaning
             ``slice(*pos)``, a slice, a list, or a 1-d array or tensor of ints or bools. Counted
             among a row's real tokens, so -1 is the last one whichever side is padded.
+        cache: an ``ActivationCache`` of a TransformerLens model, with or without its batch axis,
+            to take activations from instead of running the model; ``input`` is then ignored.
+            :func:`cache_names` says what it must hold.
         tokenizer: needed for strings, unless the model carries one as ``model.tokenizer``.
         attention_mask: 1 at real tokens [batch, pos], for ids that are padded on either side.
         prepend_bos: for strings: True puts one BOS first, False none, None leaves it to the
-            tokenizer.
+            tokenizer, or for a TransformerLens model to its ``cfg.default_prepend_bos``.
         center_unembed: take the vocabulary's mean off every row of W_U, as TransformerLens does
             by default (unless logits are capped). Differences of two tokens do not change.
         fold_value_biases: move each head's constant part (its value bias) to the remainder, as
             TransformerLens does by default. Only heads change.
         check: hold the parts against the last stream and, at a few positions, against the model's
-            own logits, and raise if they do not add up.
+            own logits, and raise if they do not add up. A cache does not say which logits the
+            model gave; there the parts are held against the last stream alone.
 
     Returns:
         A :class:`DirectLogitAttribution`, whose ``attribution`` is [component, batch] for a
@@ -83,22 +98,35 @@ def direct_logit_attribution(
     unit_class = unit_named(unit)
     if answer_tokens is None:
         raise InputError("answer_tokens is required: the token whose logit is attributed")
+    if cache is not None:
+        model = check_cache(model, cache)
+    kind = kind_of(model)
+    kind.check()
+    if input is None and cache is None:
+        raise InputError(
+            "provide either `input` (a prompt, a list of prompts, or token ids) to run the model, "
+            "or a precomputed `cache`"
+        )
     stream = stream_of(model)
-    if input is None:
-        raise InputError("input is required: a prompt, a list of prompts, or token ids")
 
     check_tokenizer(tokenizer)
-    if _holds_string(input):
-        tokenizer = tokenizer_for(model, tokenizer, "input")
-    prompt = read_prompt(
-        input,
-        tokenizer=tokenizer,
-        attention_mask=attention_mask,
-        prepend_bos=prepend_bos,
-        vocabulary=model.get_input_embeddings().weight.shape[0],
-    )
-    _check_length(stream, prompt)
-    _check_padding(stream, prompt)
+    replay = None if cache is None else Replay(cache, stream, unit)
+    if replay is not None:
+        prompt = replay.prompt()
+        if not unit_class.shows_embeddings:  # and so need not be told apart in the cache
+            stream = dataclasses.replace(stream, positions=None)
+    else:
+        if _holds_string(input):
+            tokenizer = tokenizer_for(model, tokenizer, "input")
+        prompt = read_prompt(
+            input,
+            tokenizer=tokenizer,
+            attention_mask=attention_mask,
+            vocabulary=kind.n_tokens(),
+            encode=lambda text: kind.encode(text, tokenizer, prepend_bos),
+        )
+        _check_length(stream, prompt)
+        _check_padding(stream, prompt)
     selection = positions.select(positions.parse(pos, prompt.shape[1]), prompt.mask)
     answers = read_answers(
         answer_tokens,
@@ -107,6 +135,7 @@ def direct_logit_attribution(
         tokenizer=tokenizer,
     )
     sites, targets = align(answers, selection, prompt.shape, stream.vocabulary)
+    sites.batched = replay is None or replay.batched
 
     def measure(stream: Stream) -> tuple[Run, Split, Outcome]:
         run = Run(
@@ -117,6 +146,12 @@ def direct_logit_attribution(
             fold_value_biases=fold_value_biases,
         )
         splitter = unit_class(run)
+        if replay is not None:
+            run.replay(replay, splitter.taps(), parts=unit_class.made_of_parts)
+            split = splitter.split()
+            if not check:
+                return run, split, Outcome(identity_gap(run), float("nan"))
+            return run, split, hold_against_cache(run, splitter, split)
         columns = columns_to_check(run, prompt) if check else None
         logits = run.forward(prompt, splitter.taps(), columns)
         split = splitter.split()
@@ -148,15 +183,12 @@ def direct_logit_attribution(
         gap=outcome.gap,
         logit_gap=outcome.logit_gap,
         positions=_counted_among_real_tokens(prompt, sites),
-        tokens=[
-            to_strings(ids[mask].tolist(), tokenizer)
-            for ids, mask in zip(prompt.input_ids, prompt.mask, strict=True)
-        ],
+        tokens=_texts(prompt, tokenizer) if replay is None else _unknown(prompt),
         answer=_names(targets.correct, sites, tokenizer),
         incorrect=None
         if targets.incorrect is None
         else _names(targets.incorrect, sites, tokenizer),
-        model=f"{type(model).__name__} ({model.config.model_type})",
+        model=kind.name,
         softcap=stream.softcap,
     )
 
@@ -164,6 +196,20 @@ def direct_logit_attribution(
 def _holds_string(input: Any) -> bool:
     texts = input if isinstance(input, list) else [input]
     return any(isinstance(text, str) for text in texts)
+
+
+def _texts(prompt: Prompt, tokenizer: Any) -> list[list[str]]:
+    """The tokens of every row, as text."""
+    return [
+        to_strings(ids[mask].tolist(), tokenizer)
+        for ids, mask in zip(prompt.input_ids, prompt.mask, strict=True)
+    ]
+
+
+def _unknown(prompt: Prompt) -> list[list[str]]:
+    """The same for a cache, which does not say what its tokens were."""
+    batch, width = prompt.shape
+    return [["?"] * width for _ in range(batch)]
 
 
 def _names(ids: Tensor, sites: Sites, tokenizer: Any) -> list[str]:
@@ -187,7 +233,7 @@ def _check_padding(stream: Stream, prompt: Prompt) -> None:
     if prompt.padded and not padding_is_ignored(stream, left=left):
         side = "left" if left else "right"
         raise UnsupportedModelError(
-            f"{type(stream.model).__name__} ({stream.model.config.model_type}) gives a prompt "
+            f"{stream.kind.name} gives a prompt "
             f"other logits when it is padded on the {side} ({stream.dtype}, "
             "its attention implementation as it is set): recurrent layers and position tables read "
             "the padding. Run prompts of different lengths one at a time, or pad the other side."

@@ -123,9 +123,36 @@ def hold_against_model(
     return Outcome(gap=identity_gap(run), logit_gap=logit_gap)
 
 
+def hold_against_cache(run: Run, unit: Unit, split: Split) -> Outcome:
+    """Hold a stored cache's scalars against each other, as far as it has the parts.
+
+    Which logits the model gave, a cache does not say; the parts are held against its last stream.
+
+    Raises:
+        NonFiniteError: when anything is NaN or infinite.
+        DecompositionError: when something does not add up.
+    """
+    _check_finite(run, split)
+    if not run.has_parts:
+        return Outcome(float("nan"), float("nan"))
+    allowed, through_norm = tolerance(run.stream.coarsest_dtype, len(run.stream.writes))
+    largest_N = run.parts_CN.abs().amax(0) + run.final.total_N().abs()
+    whole = Claim("the parts in the cache", run.parts_CN.sum(0), run.final.total_N())
+    for claim in [whole, *unit.claims()]:
+        relative = through_norm if claim.through_norm else allowed
+        gap_N = (claim.parts_N - claim.whole_N).abs()
+        if not bool((gap_N <= relative * largest_N + _rounding(run)).all()):
+            raise DecompositionError(
+                f"{claim.what} miss by {_largest(gap_N):.3g}, where rounding explains "
+                f"{relative:.0e} of {_largest(largest_N):.3g}: the cache does not hold what one "
+                "run of this model wrote (its entries were changed, or its weights were)"
+            )
+    return Outcome(identity_gap(run), float("nan"))
+
+
 def identity_gap(run: Run) -> float:
     """The largest difference between the parts' sum and the last stream's projection."""
-    return _largest(run.parts_CN.sum(0) - run.final.total_N())
+    return _largest(run.parts_CN.sum(0) - run.final.total_N()) if run.has_parts else float("nan")
 
 
 def _rounding(run: Run) -> Tensor:
@@ -195,7 +222,8 @@ def _largest(difference: Tensor) -> float:
 
 
 def _check_finite(run: Run, split: Split) -> None:
-    measured = (run.parts_CN, run.final.total_N(), split.values_CN)
+    parts = (run.parts_CN,) if run.has_parts else ()
+    measured = (*parts, run.final.total_N(), split.values_CN)
     if all(bool(torch.isfinite(values).all()) for values in measured):
         return
     check_weights(run.stream.model)

@@ -4,6 +4,7 @@
     ├── InputError (ValueError)                 an argument has the wrong value
     │   ├── TokenError                          an answer or a prompt cannot be read as tokens
     │   ├── TokenizerMissingError               a string was given and nothing to tokenize it with
+    │   ├── CacheEntryError (KeyError)          a stored cache lacks an activation
     │   ├── ShapeMismatchError (RuntimeError)   answers and positions do not broadcast
     │   └── TrainingModeError                   the model would drop activations at random
     ├── ArgumentTypeError (TypeError)           an argument has the wrong type or length
@@ -38,6 +39,12 @@ class TokenError(InputError):
 
 class TokenizerMissingError(InputError):
     """A string was given, but there is no tokenizer to read it with."""
+
+
+class CacheEntryError(InputError, KeyError):
+    """A stored cache does not hold an activation that is needed."""
+
+    __str__ = Exception.__str__  # a KeyError would show its message in quotes
 
 
 class ShapeMismatchError(InputError, RuntimeError):

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from dla_hooks.errors import NonFiniteError
-from dla_hooks.forward import run_model
 from dla_hooks.hooks import count_firings
 from dla_hooks.interview import Interview, refusal
 from dla_hooks.questions import short_prompt, stamp
@@ -160,7 +159,7 @@ def _live(stream: Stream) -> tuple[list[tuple[int, tuple[int, ...]]], int]:
         modules += [block.module, *(write.written_by for write in block.writes)]
     prompt = short_prompt(stream, length=2)
     with count_firings(modules) as fired:
-        run_model(stream.model, prompt, None)
+        stream.kind.forward(prompt, None)
     if not fired[stream.final_norm]:
         raise refusal(stream, f"its final norm {stream.final_norm_name} never runs")
     live = []

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from dla_hooks.errors import UnsupportedModelError
-from dla_hooks.forward import run_model
 from dla_hooks.hooks import Edit, Tap, edited, tapped
 from dla_hooks.questions import short_prompt
 from dla_hooks.stream import HeadSite, Stream
@@ -43,9 +42,11 @@ def head_constants(stream: Stream) -> dict[str, Tensor]:
     steps = torch.stack((torch.zeros_like(step), step, -step))[:, None]
 
     def remember(label: str) -> Callable[[Tensor, Tensor], None]:
-        return lambda z, _: seen.__setitem__(
-            label, z.to(stream.work_dtype).reshape(3, -1, z.shape[-1])[:, -2:]
-        )
+        def see(z: Tensor, _: Tensor) -> None:
+            z = sites[label].flat(z).to(stream.work_dtype)
+            seen[label] = z.reshape(3, -1, z.shape[-1])[:, -2:]
+
+        return see
 
     edits = [Edit(block.module, torch.zeros_like, at_input=True) for block in stream.blocks]
     edits += [
@@ -60,7 +61,7 @@ def head_constants(stream: Stream) -> dict[str, Tensor]:
         if write.heads is not None
     ]
     with edited(edits), tapped(taps):
-        run_model(stream.model, prompt, None)
+        stream.kind.forward(prompt, None)
     for label, z in seen.items():
         _check(stream, sites[label], z)
     return {label: z[0, 0].clone() for label, z in seen.items()}

@@ -45,6 +45,8 @@ class Tap:
             it is called ahead of the module, with the input alone as both.
         before: look before the module runs (a block may change its input in place).
         use: which of the module's runs to look at, where it runs several times.
+        see_scale: for a norm: what to do with its scale [batch, pos, 1], where a source of
+            activations has stored that instead of what went in and came out.
     """
 
     module: nn.Module
@@ -52,6 +54,7 @@ class Tap:
     see: Callable[[Tensor, Tensor], None]
     before: bool = False
     use: Use = ONLY_USE
+    see_scale: Callable[[Tensor], None] | None = None
     fired: int = field(default=0, init=False)
 
     def fire(self, x: Tensor, y: Tensor) -> None:

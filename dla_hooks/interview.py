@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from dla_hooks.errors import UnsupportedModelError
-from dla_hooks.forward import run_model
 from dla_hooks.hooks import Edit, Tap, Use, edited, tapped
 from dla_hooks.linear import rows as rows_of
 from dla_hooks.linear import value_at
@@ -24,7 +23,7 @@ _TOKENS = 64  # as many as are needed to see a map of the vocabulary for what it
 
 def refusal(stream: Stream, what: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{type(stream.model).__name__} (model type {stream.model.config.model_type!r}) cannot be "
+        f"{type(stream.model).__name__} (model type {stream.kind.model_type!r}) cannot be "
         f"attributed: {what}"
     )
 
@@ -84,7 +83,7 @@ class Interview:
             # What enters block 0 when there is nothing but positions.
             first = blocks[0]
             taps.append(Tap(first.module, first.name, self._keep(-1), True, first.use))
-            embedding = self.stream.model.get_input_embeddings()
+            embedding = self.stream.kind.embedding()
             edits.append(Edit(embedding, torch.zeros_like))
             name = self.stream.architecture.positions or ""
             edits.append(self._edit(self.stream.positions, name, self._slot(0)))
@@ -99,7 +98,7 @@ class Interview:
                 edits.append(self._edit(write.written_by, write.name, self._slot(slot)))
         # Taps first: they must see what reaches a block before it is replaced.
         with tapped(taps), edited(edits):
-            logits = run_model(self.stream.model, prompt, torch.tensor([0]))
+            logits = self.stream.kind.forward(prompt, torch.tensor([0]))
         if logits.ndim != 3 or logits.shape[0] != self.n_rows:
             raise refusal(self.stream, f"its logits have the shape {list(logits.shape)}")
         return logits[:, 0].double().cpu()

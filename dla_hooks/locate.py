@@ -10,89 +10,59 @@ from typing import Any
 from torch import nn
 
 from dla_hooks.architecture import Architecture, Write
-from dla_hooks.errors import InputError, TrainingModeError, UnsupportedModelError
+from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.hooks import Use
+from dla_hooks.kinds import Kind
 from dla_hooks.linear import input_width, vocabulary_size
 from dla_hooks.stream import Block, HeadSite, Stream, WriteSite
 
 
-def check_model(model: Any) -> None:
-    """Refuse what is not a causal language model in evaluation mode.
-
-    Raises:
-        InputError: for something that is no Hugging Face model at all.
-        UnsupportedModelError: for encoders, encoder-decoders and models without an LM head.
-        TrainingModeError: when the model or any part of it is in training mode.
-    """
-    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
-        raise InputError(
-            f"model must be a Hugging Face causal language model, got {type(model).__name__}; "
-            "load one with AutoModelForCausalLM.from_pretrained(folder)"
-        )
-    config: Any = model.config
-    name = f"{type(model).__name__} (model type {config.model_type!r})"
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(
-            f"{name} is an encoder-decoder: its decoder's stream also holds what the encoder "
-            "wrote. Only decoder-only causal language models can be attributed."
-        )
-    find_unembed: Any = getattr(model, "get_output_embeddings", lambda: None)
-    if find_unembed() is None:
-        raise UnsupportedModelError(
-            f"{name} has no unembedding, so there are no logits to attribute; "
-            "load it with AutoModelForCausalLM"
-        )
-    for path, module in model.named_modules():
-        if module.training:
-            place = f" (in {path})" if path else ""
-            raise TrainingModeError(
-                f"the model is in training mode{place}, where dropout changes every run; "
-                "call model.eval() first"
-            )
-
-
-def locate(model: Any, architecture: Architecture) -> Stream:
+def locate(kind: Kind, architecture: Architecture) -> Stream:
     """Find every module that a declaration names.
 
     Args:
-        model: a causal LM that :func:`check_model` let through.
+        kind: of a model that it let through.
         architecture: the declaration.
 
     Raises:
         UnsupportedModelError: when the model does not have what the declaration says.
     """
-    finder = _Finder(model, architecture)
+    model = kind.model
+    finder = _Finder(kind, architecture)
     found = (finder.optional(model, path) for path in architecture.after_norm)
     after_norm = tuple(module for module in found if module is not None)
-    unembed = model.get_output_embeddings()
+    unembed = kind.unembed()
     limit = architecture.position_limit
+    final_norm, final_norm_name = finder.final_norm()
     return Stream(
-        model=model,
+        kind=kind,
         architecture=architecture,
         blocks=finder.blocks(),
-        positions=finder.module(model, architecture.positions) if architecture.positions else None,
+        positions=finder.optional(model, architecture.positions)
+        if architecture.positions
+        else None,
         start=finder.module(model, architecture.start) if architecture.start else None,
-        final_norm=finder.final_norm(),
-        final_norm_name=architecture.final_norm,
+        final_norm=final_norm,
+        final_norm_name=final_norm_name,
         after_norm=after_norm,
         unembed=unembed,
         d_model=input_width((*after_norm, unembed)[0]),
         vocabulary=vocabulary_size(unembed),
-        position_limit=finder.number(limit) if limit else None,
+        position_limit=finder.number(limit) if limit and kind.number(limit) is not None else None,
     )
 
 
 class _Finder:
     """Resolves a declaration's paths and field names, and says what is missing."""
 
-    def __init__(self, model: Any, architecture: Architecture) -> None:
-        self.model = model
+    def __init__(self, kind: Kind, architecture: Architecture) -> None:
+        self.kind = kind
+        self.model = kind.model
         self.architecture = architecture
-        self.config = model.config.get_text_config()
 
     def refusal(self, what: str) -> UnsupportedModelError:
         return UnsupportedModelError(
-            f"{type(self.model).__name__} (model type {self.model.config.model_type!r}) does not "
+            f"{type(self.model).__name__} (model type {self.kind.model_type!r}) does not "
             f"fit the declaration of {', '.join(self.architecture.model_types)}: {what}"
         )
 
@@ -102,14 +72,19 @@ class _Finder:
             raise self.refusal(f"there is no module {path!r}")
         return found
 
-    def final_norm(self) -> nn.Module:
+    def final_norm(self) -> tuple[nn.Module, str]:
         found = self.optional(self.model, self.architecture.final_norm)
+        if found is None and self.kind.keeps_caches:
+            # A model made without norms: the last stream's own hook point is the identity.
+            last = len(self.model.blocks) - 1
+            name = f"{self.architecture.layers}.{last}.hook_resid_post"
+            return self.module(self.model, name), name
         if found is None:
             raise self.refusal(
                 f"there is no final norm ({self.architecture.final_norm}), as in models whose "
                 "blocks norm their own sum; those are no sums of writes"
             )
-        return found
+        return found, self.architecture.final_norm
 
     def optional(self, root: nn.Module, path: str) -> nn.Module | None:
         """None where there is no such module, or the config has switched it off."""
@@ -119,7 +94,7 @@ class _Finder:
         return found if isinstance(found, nn.Module) else None
 
     def number(self, field: str) -> int:
-        value = getattr(self.config, field, None)
+        value = self.kind.number(field)
         if isinstance(value, bool) or not isinstance(value, int):
             raise self.refusal(f"config.{field} should be a number, but is {value!r}")
         return value
@@ -196,16 +171,21 @@ class _Finder:
         n_heads = getattr(attention, "num_heads", None)
         if isinstance(n_heads, bool) or not isinstance(n_heads, int):
             n_heads = self.number(write.heads.count)
-        width = input_width(proj)
+        linear = self.kind.linear(attention, proj)
+        width = input_width(linear)
         if width % n_heads:
             raise self.refusal(
                 f"{prefix}.{write.heads.proj} reads {width} channels, which {n_heads} heads "
                 f"(config.{write.heads.count}) cannot share evenly"
             )
+        after = write.heads.post_norm or write.post_norm
         return HeadSite(
             proj=proj,
             name=f"{prefix}.{write.heads.proj}",
+            linear=linear,
             attention=attention,
             n_heads=n_heads,
             d_head=width // n_heads,
+            post_norm=self.optional(block, after) if after else None,
+            post_norm_name=f"{prefix}.{after}" if after else "",
         )

@@ -11,7 +11,8 @@ from torch import nn
 from dla_hooks.architecture import Architecture
 from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.facts import settle
-from dla_hooks.locate import check_model, locate
+from dla_hooks.kinds import Kind, kind_of
+from dla_hooks.locate import locate
 from dla_hooks.registry import adapter_for, architectures, refusal_for
 from dla_hooks.sketch import sketch
 from dla_hooks.stream import Stream
@@ -31,17 +32,19 @@ def stream_of(model: Any) -> Stream:
         InputError: for what is no causal language model in evaluation mode.
         UnsupportedModelError: when no declaration is true of the model.
     """
-    check_model(model)
-    declared = adapter_for(model.config.model_type)
+    kind = kind_of(model)
+    kind.check()
+    kind.check_evaluation_mode()
+    declared = adapter_for(kind.model_type)
     if declared is not None:
-        return settle(locate(model, declared))
+        return settle(locate(kind, declared))
     with _lock:
         known = _matched.get(model)
     if known is None:
-        known = _match(model)
+        known = _match(kind)
         with _lock:
             _matched[model] = known
-    return settle(locate(model, known))
+    return settle(locate(kind, known))
 
 
 def verify(model: Any, *, show: bool = True) -> Verification:
@@ -65,12 +68,12 @@ def verify(model: Any, *, show: bool = True) -> Verification:
     return report
 
 
-def _candidates(model: Any) -> list[tuple[float, Stream]]:
+def _candidates(kind: Kind) -> list[tuple[float, Stream]]:
     """Every known shape whose module names the model has; those that it has more of come first."""
     found = []
     for architecture in architectures():
         try:
-            stream = locate(model, architecture)
+            stream = locate(kind, architecture)
         except UnsupportedModelError:
             continue  # other module names: not this shape, and nothing to tell
         sites, named = stream.writes, architecture.writes
@@ -85,9 +88,9 @@ def _n_heads(stream: Stream) -> int:
     return sum(write.heads.n_heads for write in stream.writes if write.heads is not None)
 
 
-def _match(model: Any) -> Architecture:
+def _match(kind: Kind) -> Architecture:
     misses: dict[str, str] = {}  # what did not add up: the first shape that it was found for
-    for coverage, candidate in _candidates(model):
+    for coverage, candidate in _candidates(kind):
         try:
             report = trace_report(settle(candidate))
         except Exception as error:  # a shape that is not the model's may fail in any way
@@ -97,8 +100,8 @@ def _match(model: Any) -> Architecture:
         if report.ok:
             return candidate.architecture
         misses.setdefault(report.diagnosis(), candidate.architecture.model_types[0])
-    what = f"model type {model.config.model_type!r} ({type(model).__name__})"
-    known = refusal_for(model.config.model_type)
+    what = f"model type {kind.model_type!r} ({type(kind.model).__name__})"
+    known = refusal_for(kind.model_type)
     if known is not None:
         raise UnsupportedModelError(
             f"{what} cannot be attributed. {known.place}: {known.reason}. It would need "
@@ -108,5 +111,5 @@ def _match(model: Any) -> Architecture:
     raise UnsupportedModelError(
         f"{what} has no declaration, and was not recognised: "
         f"{found or 'none of the known shapes has its module names'}. If its stream is a sum of "
-        f"writes, start from these lines:\n{sketch(model)}"
+        f"writes, start from these lines:\n{sketch(kind.model)}"
     )

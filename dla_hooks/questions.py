@@ -9,7 +9,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from dla_hooks.forward import run_model
 from dla_hooks.hooks import Edit, Tap, edited, tapped
 from dla_hooks.stream import Stream, WriteSite
 from dla_hooks.tokens import Prompt
@@ -36,7 +35,7 @@ def short_prompt(stream: Stream, batch: int = 1, length: int = 4) -> Prompt:
     """A few tokens from all over the vocabulary, the same ones each time."""
     length = min(length, stream.position_limit or length)
     generator = torch.Generator().manual_seed(0)
-    vocabulary = stream.model.get_input_embeddings().weight.shape[0]
+    vocabulary = stream.kind.n_tokens()
     ids = torch.randint(vocabulary, (batch, length), generator=generator)
     return Prompt(ids, torch.ones_like(ids, dtype=torch.bool))
 
@@ -78,7 +77,7 @@ def _ask_mid_streams(stream: Stream) -> list[int | None]:
         for block in stream.blocks
     ]
     with tapped([*before, *writes(clean)]):
-        run_model(stream.model, prompt, None)
+        stream.kind.forward(prompt, None)
 
     generator = torch.Generator().manual_seed(1)
     given: dict[nn.Module, list[Tensor]] = {}
@@ -93,7 +92,7 @@ def _ask_mid_streams(stream: Stream) -> list[int | None]:
     edits += [Edit(module, _in_turn(_disturbed, uses)) for module, uses in noises.items()]
     # Taps on the way out come before the edits there, and so see what the model made.
     with tapped(writes(disturbed)), edited(edits):
-        run_model(stream.model, prompt, None)
+        stream.kind.forward(prompt, None)
 
     def changed(write: WriteSite) -> bool:
         difference = disturbed[write.label] - clean[write.label]
@@ -142,8 +141,8 @@ def _ask_padding(stream: Stream, left: bool) -> bool:
     real = [padding.bool(), alone.mask] if left else [alone.mask, padding.bool()]
     padded = Prompt(torch.cat(ids, 1), torch.cat(real, 1))
     with torch.no_grad():
-        expected = run_model(stream.model, alone, torch.tensor([2])).double()
-        found = run_model(stream.model, padded, torch.tensor([4 if left else 2])).double()
+        expected = stream.kind.forward(alone, torch.tensor([2])).double()
+        found = stream.kind.forward(padded, torch.tensor([4 if left else 2])).double()
     finite = torch.isfinite(expected) & torch.isfinite(found)
     if not bool(torch.equal(torch.isfinite(expected), finite)):
         return False

@@ -90,9 +90,11 @@ class FinalStream:
         self.total_RN = d.new_zeros(len(readouts), len(sites))
         self.misfit = 0.0
         runs = stream.final_norm_runs
-        self.tap = Tap(
-            stream.final_norm, stream.final_norm_name, self._see, use=Use(runs - 1, runs)
-        )
+        norm, name, use = stream.final_norm, stream.final_norm_name, Use(runs - 1, runs)
+        self.taps = [
+            Tap(norm, name, self._see_stream, before=True, use=use),
+            Tap(norm, name, self._see_norm, use=use, see_scale=self._see_scale),
+        ]
 
     def total_N(self) -> Tensor:
         """x . d / s [N]: what the whole stream contributes to the logit (or difference)."""
@@ -107,10 +109,15 @@ class FinalStream:
         """x . d / s + bias [N]: the logit (or difference) before any cap."""
         return self.total_RN[which] / self.scale_N + self.bias_N(which)
 
-    def _see(self, x: Tensor, y: Tensor) -> None:
+    def _see_stream(self, x: Tensor, _: Tensor) -> None:
+        for readout, total_N in zip(self._readouts, self.total_RN, strict=True):
+            project(x, self._sites, readout.d_KM, total_N)
+
+    def _see_scale(self, scale: Tensor) -> None:
+        self.scale_N.copy_(self._sites.take(scale, slice(None))[:, 0])
+
+    def _see_norm(self, x: Tensor, y: Tensor) -> None:
         norm = self._readouts[0].norm
         for tile, x_TM, y_TM in over_tiles(x, y, self._sites, self.scale_N):
             self.scale_N[tile], misfit = norms.frozen_scale(norm, x_TM, y_TM)
             self.misfit = max(self.misfit, misfit)
-        for readout, total_N in zip(self._readouts, self.total_RN, strict=True):
-            project(x, self._sites, readout.d_KM, total_N)

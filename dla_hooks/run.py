@@ -7,17 +7,21 @@ unit. Units add rows of their own, and the parts are what each call is checked b
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from dla_hooks.answers import Targets
-from dla_hooks.forward import run_model
 from dla_hooks.hooks import ONLY_USE, Tap, Use, tapped
 from dla_hooks.kernels import project
 from dla_hooks.readout import FinalStream, read_out
 from dla_hooks.sites import Sites
 from dla_hooks.stream import Block, Stream
 from dla_hooks.tokens import Prompt
+
+if TYPE_CHECKING:
+    from dla_hooks.replay import Replay
 
 
 class Run:
@@ -33,6 +37,7 @@ class Run:
     Attributes:
         labels: names of the parts, in stream order.
         last_of_block: for every block, the row of the last part that it adds.
+        has_parts: whether the parts were measured, as they are in every run.
         finite_C: whether each part is finite, before the division by the final scale.
         parts_CN: contribution of each part to the logit (difference) at each site.
         final: what the final norm saw.
@@ -69,6 +74,7 @@ class Run:
             self.last_of_block.append(len(self.labels) - 1)
         self._factors = _path_factors(stream)
         self.parts_CN = self.readout.d_KM.new_zeros(len(self.labels), len(sites))
+        self.has_parts = True
         self.finite_C = torch.ones(len(self.labels), dtype=torch.bool)
 
     def part(self, label: str) -> Tensor:
@@ -83,6 +89,23 @@ class Run:
         """
         return times(self.readout.d_KM, self._factors[label])
 
+    def replay(self, cache: Replay, taps: list[Tap], *, parts: bool) -> None:
+        """The same from a stored cache, instead of a run.
+
+        Args:
+            cache: the source of activations.
+            taps: the unit's own taps.
+            parts: whether the unit is made of the parts. Otherwise a cache need not hold them;
+                then they are NaN, and nothing is checked by them.
+        """
+        own = self._taps()
+        if not parts and not all(cache.holds(tap) for tap in own):
+            own = []
+            self.parts_CN.fill_(float("nan"))
+        self.has_parts = bool(own)
+        cache.play([*own, *self.final.taps, *taps])
+        self._finish()
+
     def forward(self, prompt: Prompt, taps: list[Tap], columns: Tensor | None) -> Tensor:
         """Run the model once, with the parts' taps and a unit's on it.
 
@@ -94,8 +117,8 @@ class Run:
         Returns:
             Logits [batch, n_columns, vocabulary].
         """
-        with tapped([*self._taps(), self.final.tap, *taps]):
-            logits = run_model(self.stream.model, prompt, columns)
+        with tapped([*self._taps(), *self.final.taps, *taps]):
+            logits = self.stream.kind.forward(prompt, columns)
         self._finish()
         return logits
 

@@ -35,6 +35,7 @@ class Sites:
         self.shape = tuple(valid.shape)
         self.prompt_shape = prompt_shape
         self._valid = valid
+        self.batched = True  # whether the result has an axis for the batch
         self.target_of_entry = target  # padding included
         self.rows = rows[valid]
         self.cols = cols[valid]
@@ -86,7 +87,7 @@ class Sites:
         """Scalars [..., N] as [..., *shape], with NaN where the prompt has no token."""
         out = values.new_full((*values.shape[:-1], *self.shape), float("nan"))
         out[..., self._valid.to(values.device)] = values
-        return out
+        return out if self.batched else out.squeeze(-len(self.shape))
 
     def _indices(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         if device not in self._on:

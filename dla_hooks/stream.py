@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dla_hooks.architecture import Architecture
 from dla_hooks.hooks import Use
+from dla_hooks.kinds import Kind
 
 
 @dataclass(frozen=True)
@@ -17,18 +18,29 @@ class HeadSite:
     """Where the heads of one write can be seen, side by side.
 
     Attributes:
-        proj: the output projection, whose input is z [batch, pos, n_heads * d_head].
+        proj: the module at whose input z can be seen: [batch, pos, n_heads * d_head], or with an
+            axis for the heads.
         name: its path.
+        linear: what maps z to the stream; mostly ``proj`` itself.
         attention: the module that holds the projection and reads the (normed) stream.
         n_heads: number of heads.
         d_head: width of one head.
+        post_norm: the norm between the projection and the stream, if any.
+        post_norm_name: its path.
     """
 
     proj: nn.Module
     name: str
+    linear: nn.Module
     attention: nn.Module
     n_heads: int
     d_head: int
+    post_norm: nn.Module | None = None
+    post_norm_name: str = ""
+
+    def flat(self, z: Tensor) -> Tensor:
+        """z with its heads side by side [..., n_heads * d_head]."""
+        return z if z.shape[-1] == self.n_heads * self.d_head else z.flatten(-2)
 
 
 @dataclass(frozen=True)
@@ -89,7 +101,7 @@ class Stream:
     """A model's residual stream, from block 0 to the logits.
 
     Attributes:
-        model: the causal LM.
+        kind: what kind of model it is, and how it is run.
         architecture: the declaration it was located by.
         blocks: the stack.
         positions: the module that adds positions, if any.
@@ -110,7 +122,7 @@ class Stream:
         position_limit: the longest prompt that can run, or None where there is no fixed limit.
     """
 
-    model: Any
+    kind: Kind
     architecture: Architecture
     blocks: tuple[Block, ...]
     positions: nn.Module | None
@@ -128,6 +140,11 @@ class Stream:
     softcap: float | None = None
     positions_response: Tensor | None = None
     remembered: bool = False
+
+    @property
+    def model(self) -> Any:
+        """The model itself."""
+        return self.kind.model
 
     @property
     def writes(self) -> tuple[WriteSite, ...]:

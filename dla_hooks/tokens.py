@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,24 +45,22 @@ def read_prompt(
     *,
     tokenizer: Any,
     attention_mask: Any,
-    prepend_bos: bool | None,
     vocabulary: int,
+    encode: Callable[[str], list[int]],
 ) -> Prompt:
     """Read the ``input`` argument.
 
     Args:
         input: a string, a list of strings, token ids [pos] or [batch, pos], or what a tokenizer
             returns for ``return_tensors="pt"``.
-        tokenizer: needed for strings.
+        tokenizer: asked what to pad strings with.
         attention_mask: 1 at real tokens, for ids that are padded on either side.
-        prepend_bos: True puts exactly one BOS before a string, False none; None leaves it to
-            the tokenizer. Token ids are taken as they are.
         vocabulary: number of tokens that the model embeds.
+        encode: token ids of a string. Token ids are taken as they are.
 
     Raises:
         InputError: for an input that is neither, is empty, or whose mask does not fit.
         TokenError: for ids outside the vocabulary.
-        TokenizerMissingError: for a string without a tokenizer.
     """
     if isinstance(input, Mapping):
         if "input_ids" not in input:
@@ -81,7 +79,7 @@ def read_prompt(
     if isinstance(input, list) and input and all(isinstance(text, str) for text in input):
         if attention_mask is not None:
             raise InputError("attention_mask goes with token ids; strings are padded for you")
-        ids, mask = _encode(input, tokenizer, prepend_bos)
+        ids, mask = _encode_all(input, tokenizer, encode)
     elif isinstance(input, Tensor):
         ids, mask = _as_batch(input, attention_mask)
     else:
@@ -142,8 +140,14 @@ def check_tokenizer(tokenizer: Any) -> None:
         )
 
 
-def _encode(texts: list[str], tokenizer: Any, prepend_bos: bool | None) -> tuple[Tensor, Tensor]:
-    rows = [_encode_one(text, tokenizer, prepend_bos) for text in texts]
+def _encode_all(
+    texts: list[str], tokenizer: Any, encode: Callable[[str], list[int]]
+) -> tuple[Tensor, Tensor]:
+    rows = []
+    for text in texts:
+        rows.append(encode(text) if text else [])
+        if not rows[-1]:
+            raise InputError(f"the prompt {text!r} is empty: there is no position to attribute")
     width = max(map(len, rows))
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
@@ -155,11 +159,16 @@ def _encode(texts: list[str], tokenizer: Any, prepend_bos: bool | None) -> tuple
     return ids, mask
 
 
-def _encode_one(text: str, tokenizer: Any, prepend_bos: bool | None) -> list[int]:
+def encode(text: str, tokenizer: Any, prepend_bos: bool | None) -> list[int]:
+    """Token ids of a prompt.
+
+    Args:
+        text: the prompt.
+        tokenizer: the tokenizer.
+        prepend_bos: True puts exactly one BOS first, False none; None leaves it to the tokenizer.
+    """
     tokens = list(tokenizer.encode(text, add_special_tokens=prepend_bos is None))
-    if not text or not tokens:
-        raise InputError(f"the prompt {text!r} is empty: there is no position to attribute")
-    if prepend_bos:
+    if prepend_bos and tokens:
         bos = getattr(tokenizer, "bos_token_id", None)
         if bos is None:
             raise InputError("prepend_bos=True, but the tokenizer has no BOS token")

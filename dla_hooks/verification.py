@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from dla_hooks.answers import Targets
-from dla_hooks.forward import run_model
 from dla_hooks.hooks import Tap, Use, tapped
 from dla_hooks.linear import pull_back, value_at
 from dla_hooks.norms import frozen_scale
 from dla_hooks.questions import short_prompt
 from dla_hooks.readout import read_out
 from dla_hooks.run import times
-from dla_hooks.stream import Stream, WriteSite
+from dla_hooks.stream import HeadSite, Stream, WriteSite
 from dla_hooks.tokens import Prompt
 from dla_hooks.weights import run_device
 
@@ -114,7 +113,7 @@ def trace_report(stream: Stream, prompt: Prompt | None = None) -> Verification:
     logits = trace.run(prompt).double().cpu()
     lines = [*trace.blocks(), *trace.heads(), trace.readout(logits)]
     return Verification(
-        model=f"{type(stream.model).__name__} ({stream.model.config.model_type})",
+        model=stream.kind.name,
         dtype=str(stream.dtype).removeprefix("torch."),
         lines=tuple(lines),
     )
@@ -150,13 +149,14 @@ class _Trace:
             use = write.use
             taps.append(Tap(write.written_by, write.name, self._see("write", write.label), use=use))
             if write.heads is not None:
-                see = self._see("proj", write.label)
+                see = self._see("proj", write.label, write.heads)
                 taps.append(Tap(write.heads.proj, write.heads.name, see, use=use))
-                if write.post_norm is not None:
-                    see = self._see("module", write.label)
-                    taps.append(Tap(write.module, write.name, see, use=use))
+                if write.heads.post_norm is not None:
+                    see = self._see("post", write.label)
+                    name = write.heads.post_norm_name
+                    taps.append(Tap(write.heads.post_norm, name, see, use=use))
         with tapped(taps):
-            return run_model(stream.model, prompt, torch.arange(self.length))
+            return stream.kind.forward(prompt, torch.arange(self.length))
 
     def blocks(self) -> list[Line]:
         """Output = input + writes, block by block."""
@@ -184,9 +184,11 @@ class _Trace:
             if write.heads is None:
                 continue
             z = self._in("proj", write.label)
-            wrote = self._out("write" if write.post_norm is None else "module", write.label)
-            bias = value_at(write.heads.proj, torch.zeros(z.shape[-1])).double().cpu()
-            u = pull_back(write.heads.proj, self.directions.to(self._device(write))).cpu()
+            before_norm = write.heads.post_norm is not None
+            seen = self.seen["post" if before_norm else "write", write.label]
+            wrote = seen[0] if before_norm else seen[1]
+            bias = value_at(write.heads.linear, torch.zeros(z.shape[-1])).double().cpu()
+            u = pull_back(write.heads.linear, self.directions.to(self._device(write))).cpu()
             split, whole = z @ u.T + self.directions @ bias, wrote @ self.directions.T
             gap = _relative(split - whole, whole)
             ok = gap <= 4 * self.tolerance
@@ -230,8 +232,11 @@ class _Trace:
                 )
         return "Every write enters as declared, but something small is added besides."
 
-    def _see(self, kind: str, key: Any) -> Callable[[Tensor, Tensor], None]:
+    def _see(
+        self, kind: str, key: Any, heads: HeadSite | None = None
+    ) -> Callable[[Tensor, Tensor], None]:
         def see(x: Tensor, y: Tensor) -> None:
+            x = x if heads is None else heads.flat(x)
             flat = [t.detach().double().cpu().reshape(-1, t.shape[-1]).clone() for t in (x, y)]
             self.seen[kind, key] = (flat[0], flat[1])
 
@@ -245,7 +250,7 @@ class _Trace:
 
     def _device(self, write: WriteSite) -> torch.device:
         assert write.heads is not None
-        return run_device(write.heads.proj)
+        return run_device(write.heads.linear)
 
 
 def _relative(difference: Tensor, whole: Tensor) -> float:

@@ -39,9 +39,16 @@ class Claim:
 class Unit:
     """A way to split the stream, for one run.
 
+    Attributes:
+        made_of_parts: whether its rows are computed from the parts.
+        shows_embeddings: whether tokens and positions have rows of their own.
+
     Args:
         run: the plan; its scalars are there once its ``forward`` has returned.
     """
+
+    made_of_parts = True
+    shows_embeddings = False
 
     def __init__(self, run: Run) -> None:
         self.run = run

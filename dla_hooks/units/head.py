@@ -24,6 +24,8 @@ from dla_hooks.units.base import Claim, Split, Unit
 class HeadUnit(Unit):
     """Every attention head, and a remainder."""
 
+    made_of_parts = False
+
     def __init__(self, run: Run) -> None:
         super().__init__(run)
         constants = head_constants(run.stream) if run.fold_value_biases else {}
@@ -80,18 +82,27 @@ class _LayerHeads:
         self._constant_I = constant_I
         self._post_norm = None
         like = run.readout.d_KM
-        if write.post_norm is not None:
-            self._post_norm = norms.probe(write.post_norm, like.shape[1], write.name, like.dtype)
+        if heads.post_norm is not None:
+            name = heads.post_norm_name
+            self._post_norm = norms.probe(heads.post_norm, like.shape[1], name, like.dtype)
         self._post_scale_N = like.new_ones(len(run.sites))
         self._unscaled_HN = like.new_zeros(heads.n_heads, len(run.sites))
-        self.norm_name, self.misfit = write.name, 0.0
+        self.norm_name, self.misfit = heads.post_norm_name, 0.0
         self.labels = [f"{layer}H{head}" for head in range(heads.n_heads)]
 
     def taps(self) -> list[Tap]:
         use = self._write.use
         taps = [Tap(self._heads.proj, self._heads.name, self._see_z, use=use)]
-        if self._write.post_norm is not None:
-            taps.append(Tap(self._write.post_norm, self._write.name, self._see_post_norm, use=use))
+        if self._heads.post_norm is not None:
+            taps.append(
+                Tap(
+                    self._heads.post_norm,
+                    self._heads.post_norm_name,
+                    self._see_post_norm,
+                    use=use,
+                    see_scale=self._see_post_scale,
+                )
+            )
         return taps
 
     def heads_HN(self) -> Tensor:
@@ -113,7 +124,7 @@ class _LayerHeads:
         if z is None:
             z = d_KM.new_zeros(self._heads.n_heads * self._heads.d_head)
         target_N = self._run.sites.target_on(d_KM.device)
-        constant_M = value_at(self._heads.proj, z).to(d_KM)
+        constant_M = value_at(self._heads.linear, z).to(d_KM)
         constant_N = (d_KM @ constant_M)[target_N] / self._post_scale_N
         if self._post_norm is not None:
             constant_N += (d_stream_KM @ self._post_norm.beta.to(d_KM))[target_N]
@@ -126,13 +137,16 @@ class _LayerHeads:
 
     def _see_z(self, z: Tensor, _: Tensor) -> None:
         project_heads(
-            z,
+            self._heads.flat(z),
             self._run.sites,
             self._directions()[1],
-            lambda d_KM: pull_back(self._heads.proj, d_KM),
+            lambda d_KM: pull_back(self._heads.linear, d_KM),
             self._unscaled_HN,
             self._constant_I,
         )
+
+    def _see_post_scale(self, scale: Tensor) -> None:
+        self._post_scale_N.copy_(self._run.sites.take(scale, slice(None))[:, 0])
 
     def _see_post_norm(self, x: Tensor, y: Tensor) -> None:
         assert self._post_norm is not None

@@ -1,0 +1,100 @@
+"""What every kind of model has in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from dla_hooks.errors import TrainingModeError
+from dla_hooks.tokens import Prompt, encode
+
+
+class Kind:
+    """How one kind of model is talked to.
+
+    Args:
+        model: the model, not checked yet.
+
+    Attributes:
+        model_type: the name that its declaration is found by.
+        keeps_caches: whether its activations may come from a stored ``ActivationCache``.
+    """
+
+    keeps_caches = False
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    @property
+    def model_type(self) -> str:
+        """The name that a declaration is found by."""
+        raise NotImplementedError
+
+    @property
+    def name(self) -> str:
+        """The model's class and type, for messages and results."""
+        return f"{type(self.model).__name__} ({self.model_type})"
+
+    def check(self) -> None:
+        """Refuse a model that is of this kind, but can tell nothing about itself as it stands."""
+
+    def check_evaluation_mode(self) -> None:
+        """Refuse a model any part of which is in training mode.
+
+        Raises:
+            TrainingModeError: naming the first such part.
+        """
+        for path, module in self.modules():
+            if module.training:
+                place = f" (in {path})" if path else ""
+                raise TrainingModeError(
+                    f"the model is in training mode{place}, where dropout changes every run; "
+                    "call model.eval() first"
+                )
+
+    def modules(self) -> list[tuple[str, nn.Module]]:
+        """Every module, with its path."""
+        return list(self.model.named_modules())
+
+    def embedding(self) -> nn.Module:
+        """The module whose output are the token embeddings."""
+        raise NotImplementedError
+
+    def n_tokens(self) -> int:
+        """How many tokens can be embedded."""
+        raise NotImplementedError
+
+    def unembed(self) -> nn.Module:
+        """The unembedding, as a linear module."""
+        raise NotImplementedError
+
+    def number(self, field: str) -> Any:
+        """A field of the model's config, or None."""
+        raise NotImplementedError
+
+    def linear(self, attention: nn.Module, seen: nn.Module) -> nn.Module:
+        """What maps z to the stream: the module at whose input z is seen, or one beside it."""
+        return seen
+
+    def encode(self, text: str, tokenizer: Any, prepend_bos: bool | None) -> list[int]:
+        """Token ids of a prompt.
+
+        Args:
+            text: the prompt.
+            tokenizer: one that the caller gave, or the model's own.
+            prepend_bos: True for exactly one BOS, False for none, None for the kind's custom.
+        """
+        return encode(text, tokenizer, prepend_bos)
+
+    def forward(self, prompt: Prompt, columns: Tensor | None) -> Tensor:
+        """The plain forward pass, with logits at a few columns only.
+
+        Args:
+            prompt: the batch.
+            columns: columns of the prompt [n], or None for the last.
+
+        Returns:
+            Logits [batch, n, vocabulary].
+        """
+        raise NotImplementedError

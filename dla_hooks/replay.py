@@ -1,0 +1,226 @@
+"""Activations from a stored ``ActivationCache`` instead of a run.
+
+The taps are the same. Each is shown what the cache holds under its name, or what follows from
+other entries: the stream before a block is the one after the block before, the last stream is the
+sum of all that was written, attention's write is the difference of the streams around it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dla_hooks.errors import CacheEntryError, InputError
+from dla_hooks.hooks import Tap
+from dla_hooks.kinds import kind_of
+from dla_hooks.run import times
+from dla_hooks.stream import Block, Stream
+from dla_hooks.tokens import Prompt
+from dla_hooks.units import UNITS
+
+
+def cache_names(model: Any, unit: str = "component") -> list[str]:
+    """The fewest activations that a cache needs for a unit, as a ``names_filter``.
+
+    >>> _, cache = model.run_with_cache(tokens, names_filter=cache_names(model, "head"))
+    ...                                                              # doctest: +SKIP
+    >>> direct_logit_attribution(model, cache=cache, answer_tokens=" Paris", unit="head")
+    ...                                                              # doctest: +SKIP
+
+    Args:
+        model: a ``HookedTransformer`` or ``TransformerBridge``.
+        unit: ``"component"``, ``"layer"`` or ``"head"``.
+
+    Raises:
+        InputError: for a model that keeps no caches, or another unit.
+    """
+    from dla_hooks.match import stream_of
+
+    if unit not in UNITS:
+        raise InputError(f"unit must be one of {tuple(UNITS)}, got {unit!r}")
+    if not kind_of(model).keeps_caches:
+        raise InputError(
+            f"{type(model).__name__} keeps no ActivationCache; "
+            "direct_logit_attribution(model, input, ...) needs none"
+        )
+    stream = stream_of(model)
+    norm = _scale_name(stream)
+    last = f"{stream.blocks[-1].name}.hook_resid_post"
+    first = f"{stream.blocks[0].name}.hook_resid_pre"
+    writes = [write.name for write in stream.writes]
+    if unit == "head":
+        heads = [write.heads for write in stream.writes if write.heads is not None]
+        scales = [f"{site.post_norm_name}.hook_scale" for site in heads if site.post_norm]
+        return [*(site.name for site in heads), *scales, last, *norm]
+    if unit == "layer":
+        return [first, *writes, *norm]
+    embeds = [] if stream.positions is None else [stream.architecture.positions or ""]
+    return ["hook_embed", *embeds, *writes, *norm]
+
+
+def _scale_name(stream: Stream) -> list[str]:
+    """The final norm's scale; a model without a final norm has none."""
+    return (
+        [f"{stream.final_norm_name}.hook_scale"] if hasattr(stream.final_norm, "hook_scale") else []
+    )
+
+
+def check_cache(model: Any, cache: Any) -> Any:
+    """Refuse what is no cache, or another model's; the model that made it.
+
+    Raises:
+        InputError: naming what was given.
+    """
+    if not all(hasattr(cache, name) for name in ("cache_dict", "has_batch_dim", "model")):
+        raise InputError(
+            f"cache must be an ActivationCache, as model.run_with_cache(...) returns it, got "
+            f"{type(cache).__name__}"
+        )
+    if model is None:
+        return cache.model
+    if cache.model is not model:
+        raise InputError(
+            "the cache was made by another model object than the one given; pass the model that "
+            "made it (cache.model)"
+        )
+    return model
+
+
+class Replay:
+    """A cache as the source of activations, in place of a forward pass.
+
+    Args:
+        cache: the ``ActivationCache``; never written to.
+        stream: the located model.
+        unit: the unit asked for, for messages.
+    """
+
+    def __init__(self, cache: Any, stream: Stream, unit: str) -> None:
+        self._cache = cache
+        self._stream = stream
+        self._unit = unit
+        self._batched = bool(cache.has_batch_dim)
+        self._block = {block.name: block for block in stream.blocks}
+        self._writes = {write.name: write for write in stream.writes}
+
+    @property
+    def batched(self) -> bool:
+        """Whether the entries have their batch axis."""
+        return self._batched
+
+    def prompt(self) -> Prompt:
+        """A prompt of the cache's shape; which tokens it had, a cache does not say."""
+        # Any of these has the axes [batch, pos, ...], whatever else was kept.
+        norm, last = self._stream.final_norm_name, self._stream.blocks[-1].name
+        for name in (f"{norm}.hook_scale", f"{last}.hook_resid_post", *self._writes):
+            if name in self._cache.cache_dict:
+                ids = torch.zeros(self._entry(name).shape[:2], dtype=torch.long)
+                return Prompt(ids, torch.ones_like(ids, dtype=torch.bool))
+        raise self._missing(f"{norm}.hook_scale")
+
+    def holds(self, tap: Tap) -> bool:
+        """Whether a tap can be shown what it is for."""
+        try:
+            self._read(tap)
+        except CacheEntryError:
+            return False
+        return True
+
+    def play(self, taps: list[Tap]) -> None:
+        """Show every tap its activation.
+
+        Raises:
+            CacheEntryError: (a KeyError) for one that the cache does not hold; it names it.
+        """
+        with torch.no_grad():
+            for tap in taps:
+                value = self._read(tap)
+                if tap.see_scale is not None and hasattr(tap.module, "hook_scale"):
+                    tap.see_scale(value)
+                else:
+                    tap.see(value, value)
+
+    def _read(self, tap: Tap) -> Tensor:
+        if tap.see_scale is not None and hasattr(tap.module, "hook_scale"):
+            return self._entry(f"{tap.name}.hook_scale")
+        if tap.name == self._stream.final_norm_name:
+            return self._last()
+        if tap.before and tap.name in self._block:
+            return self._before(self._block[tap.name])
+        if tap.name in self._writes:
+            return self._write(tap.name)
+        return self._entry(tap.name)
+
+    def _before(self, block: Block) -> Tensor:
+        names = [f"{block.name}.hook_resid_pre"]
+        if block.layer:
+            names.append(f"{self._stream.blocks[block.layer - 1].name}.hook_resid_post")
+        for name in names:
+            if name in self._cache.cache_dict:
+                return self._entry(name)
+        if block.layer or "hook_embed" not in self._cache.cache_dict:
+            raise self._missing(names[0])
+        start = self._entry("hook_embed")
+        if self._stream.positions is not None:
+            positions = self._entry(self._stream.architecture.positions or "")
+            start = start + times(positions, self._stream.positions_response)
+        return start
+
+    def _last(self) -> Tensor:
+        stream = self._stream
+        name = f"{stream.blocks[-1].name}.hook_resid_post"
+        if name in self._cache.cache_dict:
+            return self._entry(name)
+        x = self._before(stream.blocks[0])
+        for block in stream.blocks:
+            x = times(x, block.gain)
+            for write in block.writes:
+                x = x + times(self._write(write.name), write.response)
+            if block.constant is not None:
+                x = x + block.constant.to(x)
+        return x
+
+    def _write(self, name: str) -> Tensor:
+        """A write, or what the streams around it say of it."""
+        if name in self._cache.cache_dict:
+            return self._entry(name)
+        write = self._writes[name]
+        block = self._stream.blocks[write.layer]
+        plain = block.gain is None and block.constant is None and len(block.writes) <= 2
+        if not plain or any(other.response is not None for other in block.writes):
+            raise self._missing(name)
+        mid = f"{block.name}.hook_resid_mid"
+        try:
+            if len(block.writes) == 1:
+                return self._after(block) - self._before(block)
+            if mid not in self._cache.cache_dict:
+                raise self._missing(name)
+            if write is block.writes[0]:
+                return self._entry(mid) - self._before(block)
+            return self._after(block) - self._entry(mid)
+        except CacheEntryError:
+            raise self._missing(name) from None
+
+    def _after(self, block: Block) -> Tensor:
+        names = [f"{block.name}.hook_resid_post"]
+        if block is not self._stream.blocks[-1]:
+            names.append(f"{self._stream.blocks[block.layer + 1].name}.hook_resid_pre")
+        for name in names:
+            if name in self._cache.cache_dict:
+                return self._entry(name)
+        raise self._missing(names[0])
+
+    def _entry(self, name: str) -> Tensor:
+        if name not in self._cache.cache_dict:
+            raise self._missing(name)
+        value: Tensor = self._cache.cache_dict[name].detach()
+        return value if self._batched else value[None]
+
+    def _missing(self, name: str) -> CacheEntryError:
+        return CacheEntryError(
+            f"the cache has no {name!r}, which unit={self._unit!r} reads. Keep it: "
+            "model.run_with_cache(tokens, names_filter="
+            f"dla_hooks.cache_names(model, {self._unit!r})), or no names_filter at all"
+        )
