@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from dla_hooks.match import verify
     from dla_hooks.registry import architectures, register
     from dla_hooks.result import DirectLogitAttribution
+    from dla_hooks.shim import Wrapped, wrap
     from dla_hooks.verification import Verification
 
 __version__ = "0.1.0"
@@ -60,11 +61,13 @@ _HOME = {
     "TrainingModeError": "errors",
     "UnsupportedModelError": "errors",
     "Verification": "verification",
+    "Wrapped": "shim",
     "Write": "architecture",
     "architectures": "registry",
     "direct_logit_attribution": "attribution",
     "register": "registry",
     "verify": "match",
+    "wrap": "shim",
 }
 
 __all__ = [
@@ -86,6 +89,7 @@ __all__ = [
     "TrainingModeError",
     "UnsupportedModelError",
     "Verification",
+    "Wrapped",
     "Write",
     "__version__",
     "architectures",
@@ -93,6 +97,7 @@ __all__ = [
     "direct_logit_attribution",
     "register",
     "verify",
+    "wrap",
 ]
 
 
