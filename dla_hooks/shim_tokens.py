@@ -46,7 +46,8 @@ class TokenMethods:
                 that the text itself begins with is not counted. Without a BOS token EOS is used.
             padding_side: "left" or "right"; None takes the tokenizer's.
             move_to_device: put the result where the model's embedding is.
-            truncate: cut to ``cfg.n_ctx`` tokens, on the tokenizer's truncation side.
+            truncate: cut to ``cfg.n_ctx`` tokens, on the tokenizer's truncation side; one of them
+                is kept for a BOS, if the tokenizer has one, also where none is wanted.
 
         Raises:
             InputError: for an argument of another form.
@@ -200,9 +201,10 @@ class TokenMethods:
             prepend_bos = self.cfg.default_prepend_bos
         does_itself = prepends_bos(tokenizer)
         first = [_bos(tokenizer)] if prepend_bos else []
-        # The BOS has its place in the window also when it is taken away again, as there.
+        # A BOS has its place in the window also where none is wanted, as in the reference.
+        has_bos = prepend_bos or getattr(tokenizer, "bos_token_id", None) is not None
         n_ctx = self.cfg.n_ctx if truncate else None
-        room = None if n_ctx is None else n_ctx - (1 if prepend_bos or does_itself else 0)
+        room = None if n_ctx is None else n_ctx - (1 if has_bos else 0)
         rows = []
         for text in texts:
             ids = list(tokenizer.encode(text))[1 if does_itself else 0 :]
@@ -262,7 +264,8 @@ class TokenMethods:
             raise InputError(f"{name} must hold integer token ids, got {ids.dtype}: {value!r:.80}")
         ids = ids.long()
         if vocabulary is None:  # a tokenizer may know fewer tokens than the model, or more
-            vocabulary = max(self.cfg.d_vocab, len(self.tokenizer))
+            known = 0 if self.tokenizer is None else len(self.tokenizer)
+            vocabulary = max(self.cfg.d_vocab, known)
         bad = ids[(ids < 0) | (ids >= vocabulary)]
         if bad.numel():
             raise TokenError(

@@ -125,7 +125,7 @@ def embedding(stream: Stream, processing: Processing) -> Tensor:
         start = start - positions
     weight = W_VM[ids.to(W_VM.device)].to(start)
     scale = (start * weight).sum() / weight.square().sum()
-    if _equal(start, scale * weight, stream) and scale != 1:
+    if not _equal(start, weight, stream) and _equal(start, scale * weight, stream):
         W_VM = W_VM * scale.to(W_VM)
     return _centred(W_VM) if centres_writes(stream, processing) else W_VM
 
