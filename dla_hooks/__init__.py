@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from dla_hooks.registry import architectures, register
     from dla_hooks.replay import cache_names
     from dla_hooks.result import DirectLogitAttribution
+    from dla_hooks.shim import Wrapped, wrap
     from dla_hooks.verification import Verification
 
 __version__ = "0.1.0"
@@ -63,12 +64,14 @@ _HOME = {
     "TrainingModeError": "errors",
     "UnsupportedModelError": "errors",
     "Verification": "verification",
+    "Wrapped": "shim",
     "Write": "architecture",
     "architectures": "registry",
     "cache_names": "replay",
     "direct_logit_attribution": "attribution",
     "register": "registry",
     "verify": "match",
+    "wrap": "shim",
 }
 
 __all__ = [
@@ -91,6 +94,7 @@ __all__ = [
     "TrainingModeError",
     "UnsupportedModelError",
     "Verification",
+    "Wrapped",
     "Write",
     "__version__",
     "architectures",
@@ -99,6 +103,7 @@ __all__ = [
     "direct_logit_attribution",
     "register",
     "verify",
+    "wrap",
 ]
 
 

@@ -20,8 +20,13 @@ from dla_hooks.questions import short_prompt
 from dla_hooks.stream import HeadSite, Stream
 
 
-def head_constants(stream: Stream) -> dict[str, Tensor]:
+def head_constants(stream: Stream, *, norm_bias: bool = True) -> dict[str, Tensor]:
     """The constant part of every z, by the write's label.
+
+    Args:
+        stream: the located model.
+        norm_bias: count in the bias of the norm before attention, as seen through W_V; without
+            it the constant is the value bias alone.
 
     Returns:
         ``{label: [head * d_head]}``, in the contraction's dtype.
@@ -49,12 +54,12 @@ def head_constants(stream: Stream) -> dict[str, Tensor]:
         return see
 
     edits = [Edit(block.module, torch.zeros_like, at_input=True) for block in stream.blocks]
-    edits += [
-        Edit(
-            site.attention, lambda x: (x.reshape(3, -1, x.shape[-1]) + steps.to(x)).view_as(x), True
-        )
-        for site in sites.values()
-    ]
+
+    def stepped(x: Tensor) -> Tensor:
+        constant = x if norm_bias else torch.zeros_like(x)
+        return (constant.reshape(3, -1, x.shape[-1]) + steps.to(x)).view_as(x)
+
+    edits += [Edit(site.attention, stepped, at_input=True) for site in sites.values()]
     taps = [
         Tap(write.heads.proj, write.heads.name, remember(write.label), use=write.use)
         for write in writes

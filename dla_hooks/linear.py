@@ -14,6 +14,9 @@ from transformers.pytorch_utils import Conv1D
 from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.weights import run_device, stored
 
+_TILE = 256
+"""Rows of an identity that are pulled back at once."""
+
 
 def pull_back(module: nn.Module, d_KM: Tensor) -> Tensor:
     """Directions at a linear module's output, as directions at its input.
@@ -39,6 +42,24 @@ def pull_back(module: nn.Module, d_KM: Tensor) -> Tensor:
         out = module.forward(z)
         (u,) = torch.autograd.grad(out, z, grad_outputs=d_KM.to(out))
     return u.to(d_KM)
+
+
+def matrix(module: nn.Module) -> Tensor:
+    """A linear module's whole map [d_out, d_in].
+
+    Where the module keeps a plain weight that is a view of it. For any other linear module it is
+    made anew, by pulling back the identity a tile at a time, in the dtype the module runs in.
+    """
+    weight = _weight_out_in(module)
+    if weight is not None:
+        return weight
+    out = value_at(module, torch.zeros(input_width(module)))
+    made = out.new_empty(len(out), input_width(module))
+    for tile in torch.arange(len(out), device=out.device).split(_TILE):
+        identity = out.new_zeros(len(tile), len(out))
+        identity[torch.arange(len(tile), device=out.device), tile] = 1
+        made[tile] = pull_back(module, identity).to(made)
+    return made
 
 
 def value_at(module: nn.Module, z: Tensor) -> Tensor:

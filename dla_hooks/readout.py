@@ -60,17 +60,33 @@ def read_out(stream: Stream, targets: Targets, *, center_unembed: bool) -> Reado
         W_mean, b_mean = mean_row(stream.unembed, stream.vocabulary, dtype)
         W_KM, b_K = W_KM - W_mean, b_K - b_mean
 
-    constant = norm.beta
+    d_KM, bias_K = before_norm(stream, norm, W_KM, b_K)
+    return Readout(d_KM, bias_K, norm)
+
+
+def before_norm(
+    stream: Stream, norm: Norm | None, W_KM: Tensor, b_K: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Rows of the unembedding as directions in the stream, with the final norm folded in.
+
+    Args:
+        stream: the located model.
+        norm: the final norm, or None to stop behind it: what is returned then reads the norm's
+            output.
+        W_KM: rows of W_U, or sums of rows [n, width].
+        b_K: their biases [n].
+
+    Returns:
+        Directions [n, d_model] and what the logits have besides [n], both times the logit scale.
+    """
+    constant = W_KM.new_zeros(stream.d_model) if norm is None else norm.beta
     for module in stream.after_norm:
-        constant = value_at(module, constant).to(dtype)
+        constant = value_at(module, constant).to(W_KM.dtype)
     bias_K = W_KM @ constant.to(W_KM) + b_K
     for module in reversed(stream.after_norm):
         W_KM = pull_back(module, W_KM)
-    return Readout(
-        d_KM=stream.logit_scale * norm.pull_back(W_KM),
-        bias_K=stream.logit_scale * bias_K,
-        norm=norm,
-    )
+    d_KM = W_KM if norm is None else norm.pull_back(W_KM)
+    return stream.logit_scale * d_KM, stream.logit_scale * bias_K
 
 
 class FinalStream:

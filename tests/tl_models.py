@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 
-def hooked(model: Any, folder: Path) -> Any:
-    """A ``HookedTransformer`` with default processing, from a HF model saved to ``folder``.
+def hooked(model: Any, folder: Path, *, processed: bool = True) -> Any:
+    """A ``HookedTransformer`` from a HF model saved to ``folder``, processed by default or not.
 
     Its ``from_pretrained`` asks the hub even for a model that is given, so the pieces below it are
     called instead. The folder's path must contain neither "llama" nor "gemma".
@@ -27,12 +27,18 @@ def hooked(model: Any, folder: Path) -> Any:
     model.save_pretrained(folder)
     dtype = next(model.parameters()).dtype
     config = loading.get_pretrained_model_config(
-        str(folder), fold_ln=True, device="cpu", dtype=dtype
+        str(folder), fold_ln=processed, device="cpu", dtype=dtype
     )
     state = loading.get_pretrained_state_dict(str(folder), config, model, dtype=dtype)
     config.tokenizer_name = None
     reference = HookedTransformer(config, tokenizer=None, move_to_device=False)
-    reference.load_and_process_state_dict(state, fold_ln=True)
+    reference.load_and_process_state_dict(
+        state,
+        fold_ln=processed,
+        center_writing_weights=processed,
+        center_unembed=processed and config.output_logits_soft_cap <= 0,
+        fold_value_biases=processed,
+    )
     return reference.eval()
 
 
