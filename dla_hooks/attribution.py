@@ -16,17 +16,16 @@ from dla_hooks.check import (
     hold_against_model,
     identity_gap,
 )
-from dla_hooks.errors import DecompositionError, InputError, UnsupportedModelError
+from dla_hooks.errors import DecompositionError, InputError
 from dla_hooks.facts import forget
-from dla_hooks.kinds import kind_of
+from dla_hooks.inputs import read_inputs
 from dla_hooks.match import stream_of
-from dla_hooks.questions import padding_is_ignored
-from dla_hooks.replay import Replay, check_cache
 from dla_hooks.result import DirectLogitAttribution
 from dla_hooks.run import Run
+from dla_hooks.shim import Wrapped
 from dla_hooks.sites import Sites
 from dla_hooks.stream import Stream
-from dla_hooks.tokens import Prompt, check_tokenizer, read_prompt, to_strings, tokenizer_for
+from dla_hooks.tokens import Prompt, to_strings
 from dla_hooks.units import Split, unit_named
 
 
@@ -42,8 +41,8 @@ def direct_logit_attribution(
     tokenizer: Any = None,
     attention_mask: Any = None,
     prepend_bos: bool | None = None,
-    center_unembed: bool = False,
-    fold_value_biases: bool = False,
+    center_unembed: bool | None = None,
+    fold_value_biases: bool | None = None,
     check: bool = True,
 ) -> DirectLogitAttribution:
     """Split a logit, or a difference of two logits, into what each part of the model wrote.
@@ -58,7 +57,8 @@ def direct_logit_attribution(
 
     Args:
         model: a Hugging Face causal language model in evaluation mode, or TransformerLens'
-            ``HookedTransformer`` or ``TransformerBridge`` (in compatibility mode).
+            ``HookedTransformer`` or ``TransformerBridge`` (in compatibility mode), or what
+            :func:`wrap` made of a Hugging Face model.
         input: a string, a list of strings, or token ids [pos] or [batch, pos].
         answer_tokens: whose logit: a string of one token, an id, a list of these, or an integer
             tensor of shape [], [batch], [pos'], [1, pos'], [batch, 1] or [batch, pos'], aligned
@@ -78,7 +78,8 @@ def direct_logit_attribution(
         prepend_bos: for strings: True puts one BOS first, False none, None leaves it to the
             tokenizer, or for a TransformerLens model to its ``cfg.default_prepend_bos``.
         center_unembed: take the vocabulary's mean off every row of W_U, as TransformerLens does
-            by default (unless logits are capped). Differences of two tokens do not change.
+            by default (unless logits are capped). Differences of two tokens do not change. None
+            is False, or for a wrapped model what it was wrapped with; so is the next.
         fold_value_biases: move each head's constant part (its value bias) to the remainder, as
             TransformerLens does by default. Only heads change.
         check: hold the parts against the last stream and, at a few positions, against the model's
@@ -98,35 +99,22 @@ def direct_logit_attribution(
     unit_class = unit_named(unit)
     if answer_tokens is None:
         raise InputError("answer_tokens is required: the token whose logit is attributed")
-    if cache is not None:
-        model = check_cache(model, cache)
-    kind = kind_of(model)
-    kind.check()
-    if input is None and cache is None:
-        raise InputError(
-            "provide either `input` (a prompt, a list of prompts, or token ids) to run the model, "
-            "or a precomputed `cache`"
-        )
-    stream = stream_of(model)
-
-    check_tokenizer(tokenizer)
-    replay = None if cache is None else Replay(cache, stream, unit)
-    if replay is not None:
-        prompt = replay.prompt()
-        if not unit_class.shows_embeddings:  # and so need not be told apart in the cache
-            stream = dataclasses.replace(stream, positions=None)
-    else:
-        if _holds_string(input):
-            tokenizer = tokenizer_for(model, tokenizer, "input")
-        prompt = read_prompt(
-            input,
-            tokenizer=tokenizer,
-            attention_mask=attention_mask,
-            vocabulary=kind.n_tokens(),
-            encode=lambda text: kind.encode(text, tokenizer, prepend_bos),
-        )
-        _check_length(stream, prompt)
-        _check_padding(stream, prompt)
+    if isinstance(model, Wrapped):  # whose numbers are processed as its weights are
+        center_unembed = _else(center_unembed, model.processing.center_unembed)
+        fold_value_biases = _else(fold_value_biases, model.processing.fold_value_biases)
+    inputs = read_inputs(
+        model,
+        input,
+        cache=cache,
+        tokenizer=tokenizer,
+        attention_mask=attention_mask,
+        prepend_bos=prepend_bos,
+        purpose=unit,
+    )
+    stream, prompt, replay = inputs.stream, inputs.prompt, inputs.replay
+    model, tokenizer = stream.model, inputs.tokenizer
+    if replay is not None and not unit_class.shows_embeddings:
+        stream = dataclasses.replace(stream, positions=None)  # a cache need not tell them apart
     selection = positions.select(positions.parse(pos, prompt.shape[1]), prompt.mask)
     answers = read_answers(
         answer_tokens,
@@ -142,8 +130,8 @@ def direct_logit_attribution(
             stream,
             sites,
             targets,
-            center_unembed=center_unembed,
-            fold_value_biases=fold_value_biases,
+            center_unembed=bool(center_unembed),
+            fold_value_biases=bool(fold_value_biases),
         )
         splitter = unit_class(run)
         if replay is not None:
@@ -161,7 +149,7 @@ def direct_logit_attribution(
             run,
             split,
             hold_against_model(
-                run, splitter, split, prompt, targets, columns, logits, center_unembed
+                run, splitter, split, prompt, targets, columns, logits, bool(center_unembed)
             ),
         )
 
@@ -173,7 +161,6 @@ def direct_logit_attribution(
         forget(model)  # the weights may have changed in a way that leaves no trace
         run, split, outcome = measure(stream_of(model))
 
-    tokenizer = tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
     return DirectLogitAttribution(
         attribution=sites.unfold(split.values_CN),
         labels=split.labels,
@@ -188,14 +175,13 @@ def direct_logit_attribution(
         incorrect=None
         if targets.incorrect is None
         else _names(targets.incorrect, sites, tokenizer),
-        model=kind.name,
+        model=stream.kind.name,
         softcap=stream.softcap,
     )
 
 
-def _holds_string(input: Any) -> bool:
-    texts = input if isinstance(input, list) else [input]
-    return any(isinstance(text, str) for text in texts)
+def _else(given: bool | None, otherwise: bool) -> bool:
+    return otherwise if given is None else given
 
 
 def _texts(prompt: Prompt, tokenizer: Any) -> list[list[str]]:
@@ -217,27 +203,6 @@ def _names(ids: Tensor, sites: Sites, tokenizer: Any) -> list[str]:
     if len(ids) > 1:
         ids = ids[sites.target_of_entry].reshape(-1)
     return to_strings(ids.tolist(), tokenizer)
-
-
-def _check_length(stream: Stream, prompt: Prompt) -> None:
-    longest = int(prompt.mask.sum(-1).max())
-    if stream.position_limit is not None and longest > stream.position_limit:
-        raise InputError(
-            f"the prompt has {longest} tokens, but {type(stream.model).__name__} has positions "
-            f"for {stream.position_limit} only; shorten it"
-        )
-
-
-def _check_padding(stream: Stream, prompt: Prompt) -> None:
-    left = not bool(prompt.mask[:, 0].all())
-    if prompt.padded and not padding_is_ignored(stream, left=left):
-        side = "left" if left else "right"
-        raise UnsupportedModelError(
-            f"{stream.kind.name} gives a prompt "
-            f"other logits when it is padded on the {side} ({stream.dtype}, "
-            "its attention implementation as it is set): recurrent layers and position tables read "
-            "the padding. Run prompts of different lengths one at a time, or pad the other side."
-        )
 
 
 def _counted_among_real_tokens(prompt: Prompt, sites: Sites) -> Tensor:

@@ -22,9 +22,10 @@ _TOKENS = 64  # as many as are needed to see a map of the vocabulary for what it
 
 
 def refusal(stream: Stream, what: str) -> UnsupportedModelError:
+    instead = ". The Hugging Face model itself can be passed" if stream.kind.keeps_caches else ""
     return UnsupportedModelError(
         f"{type(stream.model).__name__} (model type {stream.kind.model_type!r}) cannot be "
-        f"attributed: {what}"
+        f"attributed: {what}{instead}"
     )
 
 

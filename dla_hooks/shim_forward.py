@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from dla_hooks.errors import InputError, TokenError
-from dla_hooks.forward import run_model
+from dla_hooks.kinds import kind_of
 from dla_hooks.shim_cfg import NO_SOFTCAP
 from dla_hooks.shim_tokens import TokenMethods, check_bos, check_flag
 from dla_hooks.shim_weights import Processing
-from dla_hooks.tokens import Prompt, read_prompt
+from dla_hooks.tokens import Prompt, encode, read_prompt
 
 
 class LogitsAndLoss(NamedTuple):
@@ -66,11 +66,11 @@ class ForwardMethods(TokenMethods):
         check_flag(loss_per_token, "loss_per_token")
         prompt = self._prompt(input, prepend_bos, padding_side, attention_mask)
         if return_type is None:
-            run_model(self.model, prompt, None)
+            kind_of(self.model).forward(prompt, None)
             return None
         if return_type != "logits" and prompt.shape[1] < 2:
             raise InputError("a loss needs at least two tokens: the last one has no next")
-        logits = run_model(self.model, prompt, torch.arange(prompt.shape[1]))
+        logits = kind_of(self.model).forward(prompt, torch.arange(prompt.shape[1]))
         if self.processing.center_unembed and self.cfg.output_logits_soft_cap == NO_SOFTCAP:
             logits = logits - logits.mean(-1, keepdim=True)  # what W_U and b_U give
         if return_type == "logits":
@@ -97,8 +97,8 @@ class ForwardMethods(TokenMethods):
             input,
             tokenizer=self.tokenizer,
             attention_mask=attention_mask,
-            prepend_bos=None,
             vocabulary=self.cfg.d_vocab,
+            encode=lambda text: encode(text, self.tokenizer, None),
         )
         if attention_mask is None and side == "left" and self.tokenizer is not None:
             return Prompt(prompt.input_ids, self._leading_pads_out(prompt.input_ids, prepend_bos))

@@ -16,7 +16,6 @@ from torch import Tensor
 from dla_hooks import norms
 from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.folding import head_constants
-from dla_hooks.forward import run_model
 from dla_hooks.hooks import Tap, tapped
 from dla_hooks.linear import input_width, matrix, mean_row, rows, value_at
 from dla_hooks.questions import short_prompt
@@ -169,7 +168,7 @@ def _beginning(stream: Stream) -> tuple[Tensor, Tensor, Tensor | None]:
         name = stream.architecture.positions or ""
         taps.append(Tap(stream.positions, name, lambda x, out: keep(x, out, "positions")))
     with tapped(taps):
-        run_model(stream.model, prompt, None)
+        stream.kind.forward(prompt, None)
     positions = seen.get("positions")
     if positions is not None and stream.positions_response is not None:
         positions = positions * stream.positions_response.to(positions)
@@ -202,7 +201,7 @@ def head_site(stream: Stream, layer: int) -> tuple[WriteSite, HeadSite]:
 def output_matrix(stream: Stream, layer: int, processing: Processing) -> Tensor:
     """W_O [H, D, M] of one block, from whatever its output projection is."""
     write, site = head_site(stream, layer)
-    W_O = matrix(site.proj).T.reshape(site.n_heads, site.d_head, -1)
+    W_O = matrix(site.linear).T.reshape(site.n_heads, site.d_head, -1)
     return _centred(W_O) if centres_writes(stream, processing, write) else W_O
 
 
@@ -214,8 +213,8 @@ def output_biases(stream: Stream, processing: Processing, layers: list[int]) -> 
         constants = head_constants(stream, norm_bias=processing.fold_ln)
     biases = []
     for write, site in sites:
-        nothing = torch.zeros(input_width(site.proj))
-        bias = value_at(site.proj, constants.get(write.label, nothing))
+        nothing = torch.zeros(input_width(site.linear))
+        bias = value_at(site.linear, constants.get(write.label, nothing))
         biases.append(_centred(bias) if centres_writes(stream, processing, write) else bias)
     return torch.stack([bias.to(biases[0]) for bias in biases])
 

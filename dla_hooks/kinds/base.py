@@ -77,6 +77,13 @@ class Kind:
         """What maps z to the stream: the module at whose input z is seen, or one beside it."""
         return seen
 
+    def neurons(self, mlp: nn.Module) -> nn.Module:
+        """What maps an MLP's hidden activations to the stream, where it cannot be found by a run.
+
+        Only kinds whose activations have hook points of their own have this.
+        """
+        raise NotImplementedError
+
     def encode(self, text: str, tokenizer: Any, prepend_bos: bool | None) -> list[int]:
         """Token ids of a prompt.
 

@@ -47,6 +47,10 @@ class Hooked(Kind):
         found: Any = attention
         return as_linear(found.W_O.flatten(0, 1).T, getattr(found, "b_O", None))
 
+    def neurons(self, mlp: nn.Module) -> nn.Module:
+        found: Any = mlp
+        return as_linear(found.W_out.T, getattr(found, "b_out", None))
+
     def encode(self, text: str, tokenizer: Any, prepend_bos: bool | None) -> list[int]:
         if tokenizer is not getattr(self.model, "tokenizer", None):
             custom = getattr(self.model.cfg, "default_prepend_bos", None)
