@@ -15,6 +15,7 @@ from dla_hooks.errors import InputError
 
 _registered: dict[str, Architecture] = {}
 _refused: dict[str, Refusal] = {}
+_without_bos: set[str] = set()
 _builtin_loaded = False
 _lock = threading.RLock()
 
@@ -45,6 +46,13 @@ def refusal_for(model_type: str) -> Refusal | None:
     with _lock:
         _load_builtin()
         return _refused.get(model_type)
+
+
+def begins_with_bos(model_type: str) -> bool:
+    """Whether prompts of this model type begin with a BOS by custom."""
+    with _lock:
+        _load_builtin()
+        return model_type not in _without_bos
 
 
 def architectures() -> tuple[Architecture, ...]:
@@ -85,4 +93,5 @@ def _load_builtin() -> None:
             _add(architecture)
         for refusal in getattr(declarations, "REFUSALS", ()):
             _refused.update(dict.fromkeys(refusal.model_types, refusal))
+        _without_bos.update(getattr(declarations, "WITHOUT_BOS", ()))
     _builtin_loaded = True

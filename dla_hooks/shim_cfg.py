@@ -17,6 +17,7 @@ from dla_hooks import norms
 from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.linear import input_width
 from dla_hooks.questions import mid_streams
+from dla_hooks.registry import begins_with_bos
 from dla_hooks.shim_weights import Processing
 from dla_hooks.stream import HeadSite, Stream
 from dla_hooks.weights import run_device
@@ -25,16 +26,6 @@ T = TypeVar("T")
 
 NO_SOFTCAP = -1.0
 """What TransformerLens has in place of a softcap that is off."""
-
-_STARTS_WITHOUT_BOS = frozenset(
-    {
-        *("bloom", "exaone", "exaone4", "gpt_neox", "granite", "minimax_m2", "mpt"),
-        *("ernie4_5", "ernie4_5_moe", "glm", "glm4_moe", "phi", "phimoe", "qwen2", "qwen3"),
-        *("qwen3_moe", "recurrent_gemma", "seed_oss", "smollm3", "starcoder2"),
-    }
-)
-"""Model types that TransformerLens gives no BOS by default. A convention: no model can be asked
-for it, and a BOS more or less moves every number."""
 
 
 class Config:
@@ -137,7 +128,7 @@ def describe(
     norm = norms.probe(stream.final_norm, stream.d_model, stream.final_norm_name, stream.work_dtype)
     if default_prepend_bos is None:
         has_bos = tokenizer is None or getattr(tokenizer, "bos_token_id", None) is not None
-        default_prepend_bos = has_bos and config.model_type not in _STARTS_WITHOUT_BOS
+        default_prepend_bos = has_bos and begins_with_bos(config.model_type)
     name = str(getattr(config, "_name_or_path", "") or "")
     positions = _positions(stream, config)
     fields = {

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM
 from zoo import ZOO, build, example_ids, tiny_tokenizer
 
 from dla_hooks import (
@@ -23,10 +23,12 @@ from dla_hooks import (
     TokenizerMissingError,
     TrainingModeError,
     UnsupportedModelError,
+    registry,
     wrap,
 )
 from dla_hooks.linear import matrix
 from dla_hooks.match import stream_of
+from dla_hooks.registry import begins_with_bos
 
 FLAGS = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
 RAW = dict.fromkeys(FLAGS, False)
@@ -76,6 +78,26 @@ def test_raw_unembedding_gives_the_models_logits(spec, model, center):
         logits = logits - logits.mean(-1, keepdim=True)
     torch.testing.assert_close(ours, logits, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(wrapped(example_ids(spec)), logits, rtol=1e-9, atol=1e-9)
+
+
+def test_an_unembedding_in_tiles_behind_a_projection():
+    """More tokens than one tile holds, and a linear module between the final norm and W_U."""
+    config = AutoConfig.for_model("opt", vocab_size=3001, hidden_size=32, num_hidden_layers=1,
+                                  ffn_dim=64, num_attention_heads=4, word_embed_proj_dim=16,
+                                  max_position_embeddings=64)  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
+    ids = torch.tensor([[5, 3000, 7]])
+    x, normed, logits = final_norm_run(model, ids)
+    wrapped = wrap(model, **RAW)
+    assert wrapped.W_U.shape == (32, 3001)
+    assert torch.equal(wrapped.W_E, model.get_input_embeddings().weight)
+    torch.testing.assert_close(normed @ wrapped.W_U + wrapped.b_U, logits)
+    wrapped = wrap(model)
+    n = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
+    centred = logits - logits.mean(-1, keepdim=True)
+    torch.testing.assert_close(n @ wrapped.W_U + wrapped.b_U, centred, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(wrapped.tokens_to_residual_directions(ids), wrapped.W_U.T[ids])
 
 
 @pytest.mark.parametrize("center", [False, True])
@@ -347,6 +369,13 @@ def test_bos_by_default_is_the_references():
     assert wrap(build("gpt2"), tiny_tokenizer(True)).cfg.tokenizer_prepends_bos is True
     assert wrapped.cfg.tokenizer_prepends_bos is False
     assert wrap(build("gpt2")).cfg.tokenizer_prepends_bos is None
+
+
+def test_types_without_bos_are_types_of_transformers():
+    begins_with_bos("gpt2")  # loads the lists
+    assert registry._without_bos <= set(CONFIG_MAPPING)
+    assert begins_with_bos("gpt2")
+    assert not begins_with_bos("qwen3")
 
 
 def test_cfg_follows_the_model():
