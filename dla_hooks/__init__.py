@@ -35,6 +35,14 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from dla_hooks.match import verify
+    from dla_hooks.primitives import (
+        accumulated_resid,
+        apply_ln_to_stack,
+        decompose_resid,
+        logit_attrs,
+        stack_head_results,
+        stack_neuron_results,
+    )
     from dla_hooks.registry import architectures, register
     from dla_hooks.replay import cache_names
     from dla_hooks.result import DirectLogitAttribution
@@ -66,10 +74,16 @@ _HOME = {
     "Verification": "verification",
     "Wrapped": "shim",
     "Write": "architecture",
+    "accumulated_resid": "primitives",
+    "apply_ln_to_stack": "primitives",
     "architectures": "registry",
     "cache_names": "replay",
+    "decompose_resid": "primitives",
     "direct_logit_attribution": "attribution",
+    "logit_attrs": "primitives",
     "register": "registry",
+    "stack_head_results": "primitives",
+    "stack_neuron_results": "primitives",
     "verify": "match",
     "wrap": "shim",
 }
@@ -97,11 +111,17 @@ __all__ = [
     "Wrapped",
     "Write",
     "__version__",
+    "accumulated_resid",
+    "apply_ln_to_stack",
     "architectures",
     "cache_names",
+    "decompose_resid",
     "demo",
     "direct_logit_attribution",
+    "logit_attrs",
     "register",
+    "stack_head_results",
+    "stack_neuron_results",
     "verify",
     "wrap",
 ]

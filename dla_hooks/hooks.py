@@ -24,7 +24,7 @@ class Use(NamedTuple):
 
     Attributes:
         nth: which run, from 0.
-        of: how many there are.
+        of: how many there are; 0 where it does not matter.
     """
 
     nth: int = 0
@@ -106,7 +106,7 @@ def tapped(taps: Sequence[Tap]) -> Iterator[None]:
                 f"{tap.name} never ran during the forward pass, so what it writes was not seen. "
                 "A fused, compiled or skipped module does this; run the plain eager model."
             )
-        if tap.fired != tap.use.of:
+        if tap.use.of and tap.fired != tap.use.of:
             raise HookError(
                 f"{tap.name} ran {tap.fired} times in one forward pass, where {tap.use.of} was "
                 "expected. Gradient checkpointing and modules that share a part do this."

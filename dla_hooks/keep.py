@@ -30,6 +30,7 @@ class Kept:
     sites: Sites
     _taps: list[Tap] = field(default_factory=list)
     _values: dict[Any, Tensor] = field(default_factory=dict)
+    _norms: dict[Any, norms.Norm] = field(default_factory=dict)
 
     @classmethod
     def of(cls, inputs: Inputs, pos_slice: Any) -> Kept:
@@ -91,11 +92,16 @@ class Kept:
         """Keep the activations that enter a down projection."""
         return self._keep(module, name, use, before=True)
 
-    def scale(self, module: nn.Module, name: str, use: Use = ONLY_USE) -> Any:
+    def norm(self, key: Any) -> norms.Norm:
+        """The norm whose scale is kept under a key."""
+        return self._norms[key]
+
+    def scale(self, module: nn.Module, name: str, use: Use) -> Any:
         """Keep the scale that a norm divides by [*batch_and_pos, 1]."""
         key = (name, "scale")
         stream = self.stream
         norm = norms.probe(module, stream.d_model, name, stream.work_dtype)
+        self._norms[key] = norm
 
         def see(x: Tensor, y: Tensor) -> None:
             rows = [self.sites.take(t, slice(None)).to(stream.work_dtype) for t in (x, y)]

@@ -33,11 +33,12 @@ def locate(kind: Kind, architecture: Architecture) -> Stream:
     after_norm = tuple(module for module in found if module is not None)
     unembed = kind.unembed()
     limit = architecture.position_limit
+    blocks = finder.blocks()
     final_norm, final_norm_name = finder.final_norm()
     return Stream(
         kind=kind,
         architecture=architecture,
-        blocks=finder.blocks(),
+        blocks=blocks,
         positions=finder.optional(model, architecture.positions)
         if architecture.positions
         else None,

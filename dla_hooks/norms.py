@@ -88,6 +88,11 @@ def probe(module: nn.Module, d_model: int, name: str, dtype: torch.dtype) -> Nor
         raise UnsupportedModelError(
             f"{name} ({type(module).__name__}) cannot be run on vectors of width {d_model}: {error}"
         ) from error
+    if answers.shape != made_up.shape:
+        raise UnsupportedModelError(
+            f"{name} ({type(module).__name__}) returns vectors of width {answers.shape[-1]}, not "
+            f"{d_model}: it is no norm"
+        )
     beta, first, second, minus_first, minus_second, of_noise, of_shifted = answers
 
     rms = signs.to(dtype).square().mean().sqrt()  # one, or sqrt(1 - 1/d_model) for an odd width
@@ -101,6 +106,8 @@ def probe(module: nn.Module, d_model: int, name: str, dtype: torch.dtype) -> Nor
     rounding = 16 * torch.finfo(run_dtype).eps + 1e-4
     centred = bool(moved <= rounding * (of_noise.norm() + beta.norm()))
     norm = Norm(gamma, beta, centred, name)
+    if torch.equal(answers[1:], made_up[1:].to(run_dtype).to(dtype)):
+        return Norm(torch.ones_like(gamma), torch.zeros_like(beta), False, name)  # no norm at all
 
     x = made_up[-2:].to(run_dtype).to(dtype)
     _, misfit = frozen_scale(norm, x, answers[-2:])

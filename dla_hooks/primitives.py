@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dla_hooks import norms
 from dla_hooks.answers import Targets, read_answers
 from dla_hooks.errors import InputError, UnsupportedModelError
+from dla_hooks.hooks import Use
 from dla_hooks.inputs import Inputs, read_inputs
 from dla_hooks.keep import Kept, later_gains
 from dla_hooks.linear import pull_back
@@ -223,10 +223,7 @@ def stack_head_results(
         for head in range(site.n_heads):
             wrote = z_HD[..., head, :] @ W_HDM[head].to(z_HD.device)
             if after is not None:
-                assert site.post_norm is not None
-                name = site.post_norm_name
-                norm = norms.probe(site.post_norm, stream.d_model, name, stream.work_dtype)
-                wrote = norm.at_scale_one(wrote) / kept[after].to(wrote)
+                wrote = kept.norm(after).at_scale_one(wrote) / kept[after].to(wrote)
             rows.append(times(wrote, factor))
             labels.append(f"L{index}H{head}")
     stack = torch.stack(rows) if rows else kept[whole].new_zeros(0, *kept[whole].shape)
@@ -299,7 +296,7 @@ def stack_neuron_results(
         x = x + times(kept[key], write.response)
 
     onto = None if project_output_onto is None else _directions(project_output_onto, stream)
-    centred = None if scale is None else _centred(kept, end, mlp_input)
+    centred = scale is not None and kept.norm(scale).centred
     labels, rows = [], []
     for index, key, linear, factor in plan:
         acts = kept[key]
@@ -375,7 +372,7 @@ def apply_ln_to_stack(
         scale = scale[rows]
     if not has_batch_dim and kept.sites.batched and scale.shape[0] == 1:
         scale = scale[0]
-    if _centred(kept, end, mlp_input):
+    if kept.norm(key).centred:
         residual_stack = residual_stack - residual_stack.mean(-1, keepdim=True)
     return residual_stack / scale.to(residual_stack)
 
@@ -409,7 +406,6 @@ def logit_attrs(
     Returns:
         [component, *batch_and_pos]: vector . d / s, with d the final norm folded into W_U.
     """
-    options = {**options}
     normed = apply_ln_to_stack(
         model,
         input,
@@ -468,28 +464,19 @@ def _stream_at(kept: Kept, layer: int) -> Any:
     return kept.last_stream() if layer == len(blocks) else kept.block_input(blocks[layer])
 
 
-def _norm(kept: Kept, layer: int, mlp_input: bool) -> tuple[Any, str]:
+def _scale(kept: Kept, layer: int, mlp_input: bool) -> Any:
+    """Keep the scale of the norm that reads the stream there; for a key."""
     stream = kept.stream
     if layer == len(stream.blocks):
-        return stream.final_norm, stream.final_norm_name
-    return norm_before(stream, layer, mlp=mlp_input)
-
-
-def _scale(kept: Kept, layer: int, mlp_input: bool) -> Any:
-    return kept.scale(*_norm(kept, layer, mlp_input))
-
-
-def _centred(kept: Kept, layer: int, mlp_input: bool) -> bool:
-    module, name = _norm(kept, layer, mlp_input)
-    return norms.probe(module, kept.stream.d_model, name, kept.stream.work_dtype).centred
+        runs = stream.final_norm_runs
+        return kept.scale(stream.final_norm, stream.final_norm_name, Use(runs - 1, runs))
+    module, name = norm_before(stream, layer, mlp=mlp_input)
+    return kept.scale(module, name, Use(0, 0))  # it may run for queries, keys and values apart
 
 
 def _finish(stack: Tensor, labels: list[str], scale: Any, kept: Kept, return_labels: bool) -> Stack:
     if scale is not None:
-        name, _ = scale
-        module = kept.stream.model.get_submodule(name)
-        stream = kept.stream
-        if norms.probe(module, stream.d_model, name, stream.work_dtype).centred:
+        if kept.norm(scale).centred:
             stack = stack - stack.mean(-1, keepdim=True)
         stack = stack / kept[scale].to(stack)
     return (stack, labels) if return_labels else stack

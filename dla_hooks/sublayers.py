@@ -25,6 +25,13 @@ def norm_before(stream: Stream, layer: int, *, mlp: bool) -> tuple[nn.Module, st
         UnsupportedModelError: when there is none, as in blocks that norm what they write.
     """
     block = stream.blocks[layer]
+    what = "MLP" if mlp else "attention"
+    if stream.kind.keeps_caches:
+        name = "ln2" if mlp else "ln1"
+        found = getattr(block.module, name, None)
+        if isinstance(found, nn.Module):
+            return found, f"{block.name}.{name}"
+        raise _no_norm(block, what)
     kept = _short_run(stream, block)
     x = kept[block.name][0]
     if mlp:
@@ -38,10 +45,12 @@ def norm_before(stream: Stream, layer: int, *, mlp: bool) -> tuple[nn.Module, st
                 probe(module, stream.d_model, name, stream.work_dtype)
             except UnsupportedModelError:
                 continue  # it reads the stream, but is no norm
-            if isinstance(module, nn.Identity) or not _is_hook(module):
-                return module, name
-    what = "MLP" if mlp else "attention"
-    raise UnsupportedModelError(
+            return module, name
+    raise _no_norm(block, what)
+
+
+def _no_norm(block: Block, what: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
         f"{block.name} has no norm before its {what}, so apply_ln has no scale to use there; "
         "use apply_ln=False, or apply it at the final layer"
     )
@@ -109,10 +118,6 @@ def _flat(x: Tensor) -> Tensor:
 def _same(one: Tensor, other: Tensor) -> bool:
     tolerance = 8 * torch.finfo(other.dtype).eps if other.is_floating_point() else 0
     return bool((one.double() - other.double()).norm() <= tolerance * other.double().norm())
-
-
-def _is_hook(module: nn.Module) -> bool:
-    return hasattr(module, "fwd_hooks")
 
 
 def _at(stream: Stream, name: str) -> nn.Module:
