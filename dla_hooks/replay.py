@@ -173,13 +173,16 @@ class Replay:
         name = f"{stream.blocks[-1].name}.hook_resid_post"
         if name in self._cache.cache_dict:
             return self._entry(name)
-        x = self._before(stream.blocks[0])
-        for block in stream.blocks:
-            x = times(x, block.gain)
-            for write in block.writes:
-                x = x + times(self._write(write.name), write.response)
-            if block.constant is not None:
-                x = x + block.constant.to(x)
+        try:
+            x = self._before(stream.blocks[0])
+            for block in stream.blocks:
+                x = times(x, block.gain)
+                for write in block.writes:
+                    x = x + times(self._write(write.name), write.response)
+                if block.constant is not None:
+                    x = x + block.constant.to(x)
+        except CacheEntryError:
+            raise self._missing(name) from None
         return x
 
     def _write(self, name: str) -> Tensor:

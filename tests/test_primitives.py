@@ -76,9 +76,9 @@ def test_heads_and_remainder_make_up_the_stream_and_the_attribution(pair, pos_sl
 def test_logit_attrs_of_components_is_the_attribution(pair, answer):
     model, ids = pair
     stack = dla_hooks.decompose_resid(model, ids)
-X    result = dla_hooks.direct_logit_attribution(
-        model, ids, answer, 3 * torch.ones_like(torch.as_tensor(answer)), pos=None
-    )
+    wrong = 3 * torch.ones_like(torch.as_tensor(answer))
+    attrs = dla_hooks.logit_attrs(model, ids, stack, answer, wrong)
+    result = dla_hooks.direct_logit_attribution(model, ids, answer, wrong, pos=None)
     torch.testing.assert_close(attrs, result.attribution, rtol=1e-5, atol=1e-5)
 
 
