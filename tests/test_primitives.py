@@ -180,3 +180,17 @@ def test_a_post_norm_block_has_no_norm_before_attention():
         dla_hooks.decompose_resid(model, ids, layer=1, apply_ln=True)
     with pytest.raises(DLAError, match="norm"):
         dla_hooks.stack_neuron_results(model, ids)
+
+
+def test_a_wrapped_models_stacks_are_read_as_its_attribution_is():
+    model, ids = build("gpt2"), example_ids("gpt2")
+    wrapped = dla_hooks.wrap(model)
+    stack = dla_hooks.decompose_resid(wrapped, ids)
+    attrs = dla_hooks.logit_attrs(wrapped, ids, stack, 5)
+    result = dla_hooks.direct_logit_attribution(wrapped, ids, 5, pos=None)
+    torch.testing.assert_close(attrs, result.attribution, rtol=1e-5, atol=1e-5)
+    raw = dla_hooks.direct_logit_attribution(model, ids, 5, pos=None)
+    assert not torch.allclose(raw.attribution, result.attribution, atol=1e-3)
+    torch.testing.assert_close(
+        result.logit, wrapped(ids)[..., 5], rtol=1e-5, atol=1e-5, check_dtype=False
+    )

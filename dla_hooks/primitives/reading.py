@@ -16,6 +16,7 @@ from dla_hooks.primitives.common import (
 )
 from dla_hooks.primitives.keep import Kept
 from dla_hooks.readout import read_out
+from dla_hooks.shim import Wrapped
 
 
 def apply_ln_to_stack(
@@ -77,7 +78,7 @@ def logit_attrs(
     pos_slice: Any = None,
     batch_slice: Any = None,
     has_batch_dim: bool = True,
-    center_unembed: bool = False,
+    center_unembed: bool | None = None,
     **options: Any,
 ) -> Tensor:
     """How much each vector of a stack adds to a token's logit, or to a difference of two.
@@ -97,6 +98,8 @@ def logit_attrs(
     Returns:
         [component, *batch_and_pos]: vector . d / s, with d the final norm folded into W_U.
     """
+    if center_unembed is None and isinstance(model, Wrapped):
+        center_unembed = model.processing.center_unembed
     normed = apply_ln_to_stack(
         model,
         input,
@@ -114,7 +117,7 @@ def logit_attrs(
         answers.correct.reshape(-1),
         None if answers.incorrect is None else answers.incorrect.reshape(-1),
     )
-    d_KM = read_out(inputs.stream, flat, center_unembed=center_unembed).d_KM
+    d_KM = read_out(inputs.stream, flat, center_unembed=bool(center_unembed)).d_KM
     shape = answers.correct.shape if answers.correct.numel() > 1 else ()
     d = d_KM.reshape(*shape, -1).to(normed.device)
     if has_batch_dim and normed.ndim == 4 and d.ndim == 2 and len(d) == normed.shape[1]:
