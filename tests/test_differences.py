@@ -126,28 +126,13 @@ def test_a_cap_is_no_part(tmp_path):
 @pytest.mark.skipif(not OLD, reason="HookedTransformer was removed in 4.0")
 def test_an_unfolded_hooked_transformer(tmp_path):
     model, ids = build("gpt2", dtype=torch.float32), example_ids("gpt2")
-    unfolded = _unfolded(model, tmp_path)
+    raw = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
+    unfolded = hooked(model, tmp_path, **dict.fromkeys(raw, False))
     theirs = reference(unfolded, ids, 5)
     assert miss(theirs, unfolded, ids, unfolded.b_U[5].item()) > 0.01
     for unit in ("component", "head"):
         ours = direct_logit_attribution(unfolded, ids, 5, unit=unit)
         assert miss(ours, unfolded, ids, ours.bias) < 1e-4
-
-
-def _unfolded(model, folder):
-    from transformer_lens import HookedTransformer
-    from transformer_lens import loading_from_pretrained as loading
-
-    folded = hooked(model, folder)
-    config = loading.get_pretrained_model_config(str(folder), fold_ln=False, device="cpu")
-    state = loading.get_pretrained_state_dict(str(folder), config, model)
-    config.tokenizer_name = None
-    unfolded = HookedTransformer(config, tokenizer=folded.tokenizer, move_to_device=False)
-    unfolded.load_and_process_state_dict(
-        state, fold_ln=False, center_writing_weights=False, center_unembed=False,
-        fold_value_biases=False,
-    )  # fmt: skip
-    return unfolded.eval()
 
 
 def test_rows_of_different_lengths(references):

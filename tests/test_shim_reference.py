@@ -37,7 +37,8 @@ def pair(request, spec, tmp_path_factory):
 
     model = build(spec, dtype=torch.float32)
     ids = example_ids(spec)
-    reference = hooked(model, tmp_path_factory.mktemp("reference"), processed=request.param)
+    folder = tmp_path_factory.mktemp("reference")
+    reference = hooked(model, folder, **({} if request.param else RAW))
     assert log_probabilities_agree(reference, model, ids)
     return wrap(model, None, **({} if request.param else RAW)), reference, ids
 

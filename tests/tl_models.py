@@ -83,8 +83,8 @@ def ids_for(model: Any, batch: int = 2, length: int = 7, seed: int = 0) -> torch
     return torch.randint(3, model.config.vocab_size, (batch, length), generator=generator)
 
 
-def hooked(model: Any, folder: Path, **processing: bool) -> Any:
-    """A ``HookedTransformer`` with default processing, from a HF model saved to ``folder``.
+def hooked(model: Any, folder: Path, fold_ln: bool = True, **processing: bool) -> Any:
+    """A ``HookedTransformer``, processed by default, from a HF model saved to ``folder``.
 
     Its ``from_pretrained`` asks the hub even for a model that is given, so the pieces below it are
     called instead. The folder's path must contain neither "llama" nor "gemma".
@@ -99,13 +99,13 @@ def hooked(model: Any, folder: Path, **processing: bool) -> Any:
     _save(model, folder)
     with _quietly():
         config = loading.get_pretrained_model_config(
-            str(folder), fold_ln=True, device="cpu", dtype=dtype
+            str(folder), fold_ln=fold_ln, device="cpu", dtype=dtype
         )
         state = loading.get_pretrained_state_dict(str(folder), config, model, dtype=dtype)
         config.tokenizer_name = None  # else it is looked up on the hub
         tokenizer = AutoTokenizer.from_pretrained(folder)  # it wants one that knows its folder
         reference = HookedTransformer(config, tokenizer=tokenizer, move_to_device=False)
-        reference.load_and_process_state_dict(state, fold_ln=True, **processing)
+        reference.load_and_process_state_dict(state, fold_ln=fold_ln, **processing)
     reference.eval()
     _check(reference, original)
     return reference
