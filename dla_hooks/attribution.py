@@ -16,7 +16,7 @@ from dla_hooks.check import (
     hold_against_model,
     identity_gap,
 )
-from dla_hooks.errors import DecompositionError, InputError
+from dla_hooks.errors import DecompositionError, InputError, ShapeMismatchError
 from dla_hooks.facts import forget
 from dla_hooks.inputs import read_inputs
 from dla_hooks.match import stream_of
@@ -124,6 +124,11 @@ def direct_logit_attribution(
     )
     sites, targets = align(answers, selection, prompt.shape, stream.vocabulary)
     sites.batched = replay is None or replay.batched
+    if not sites.batched and sites.shape[0] > 1:
+        raise ShapeMismatchError(
+            f"answers of shape {list(answers.correct.shape)} do not fit the one position of a "
+            "cache without its batch axis; give one token"
+        )
 
     def measure(stream: Stream) -> tuple[Run, Split, Outcome]:
         run = Run(
@@ -139,7 +144,7 @@ def direct_logit_attribution(
             split = splitter.split()
             if not check:
                 return run, split, Outcome(identity_gap(run), float("nan"))
-            return run, split, hold_against_cache(run, splitter, split)
+            return run, split, hold_against_cache(run, splitter, split, replay.dtype())
         columns = columns_to_check(run, prompt) if check else None
         logits = run.forward(prompt, splitter.taps(), columns)
         split = splitter.split()

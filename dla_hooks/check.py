@@ -123,10 +123,11 @@ def hold_against_model(
     return Outcome(gap=identity_gap(run), logit_gap=logit_gap)
 
 
-def hold_against_cache(run: Run, unit: Unit, split: Split) -> Outcome:
+def hold_against_cache(run: Run, unit: Unit, split: Split, dtype: torch.dtype) -> Outcome:
     """Hold a stored cache's scalars against each other, as far as it has the parts.
 
     Which logits the model gave, a cache does not say; the parts are held against its last stream.
+    ``dtype`` is the coarsest of its entries', which may have been converted.
 
     Raises:
         NonFiniteError: when anything is NaN or infinite.
@@ -135,7 +136,8 @@ def hold_against_cache(run: Run, unit: Unit, split: Split) -> Outcome:
     _check_finite(run, split)
     if not run.has_parts:
         return Outcome(float("nan"), float("nan"))
-    allowed, through_norm = tolerance(run.stream.coarsest_dtype, len(run.stream.writes))
+    dtype = max(dtype, run.stream.coarsest_dtype, key=lambda kind: torch.finfo(kind).eps)
+    allowed, through_norm = tolerance(dtype, len(run.stream.writes))
     largest_N = run.parts_CN.abs().amax(0) + run.final.total_N().abs()
     whole = Claim("the parts in the cache", run.parts_CN.sum(0), run.final.total_N())
     for claim in [whole, *unit.claims()]:
@@ -226,7 +228,7 @@ def _check_finite(run: Run, split: Split) -> None:
     measured = (*parts, run.final.total_N(), split.values_CN)
     if all(bool(torch.isfinite(values).all()) for values in measured):
         return
-    check_weights(run.stream.model)
+    check_weights(run.stream.kind)
     broken = (label for label, ok in zip(run.labels, run.finite_C, strict=True) if not ok)
     first = next(broken, "the final norm")
     raise NonFiniteError(

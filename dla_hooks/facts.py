@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from dla_hooks.errors import NonFiniteError
 from dla_hooks.hooks import count_firings
 from dla_hooks.interview import Interview, refusal
+from dla_hooks.kinds import Kind
 from dla_hooks.questions import short_prompt, stamp
 from dla_hooks.stream import Stream
 
@@ -112,7 +113,7 @@ def _apply(stream: Stream, facts: Facts) -> Stream:
 
 
 def _ask(stream: Stream) -> Facts:
-    check_weights(stream.model)
+    check_weights(stream.kind)
     live, norm_runs = _live(stream)
     interview = Interview(stream, live, norm_runs)
     logits = interview.run()
@@ -140,9 +141,9 @@ def _ask(stream: Stream) -> Facts:
     )
 
 
-def check_weights(model: nn.Module) -> None:
+def check_weights(kind: Kind) -> None:
     """Refuse weights that are not finite, wherever they are: a run may pass over them unseen."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in kind.named_weights():
         if parameter.is_floating_point() and not parameter.is_meta:
             wide = torch.promote_types(parameter.dtype, torch.float32)
             if not bool(torch.isfinite(parameter.detach().sum(dtype=wide))):
@@ -159,7 +160,7 @@ def _live(stream: Stream) -> tuple[list[tuple[int, tuple[int, ...]]], int]:
         modules += [block.module, *(write.written_by for write in block.writes)]
     prompt = short_prompt(stream, length=2)
     with count_firings(modules) as fired:
-        stream.kind.forward(prompt, None)
+        stream.kind.ask(prompt, None)
     if not fired[stream.final_norm]:
         raise refusal(stream, f"its final norm {stream.final_norm_name} never runs")
     live = []
@@ -167,7 +168,10 @@ def _live(stream: Stream) -> tuple[list[tuple[int, tuple[int, ...]]], int]:
         if fired[block.module]:
             writes = tuple(j for j, w in enumerate(block.writes) if fired[w.written_by])
             if not writes:
-                raise refusal(stream, f"nothing that {block.name} is said to write ever runs")
+                raise refusal(
+                    stream,
+                    f"nothing that {block.name} is said to write ever runs in a plain forward pass",
+                )
             live.append((index, writes))
     if not live:
         raise refusal(stream, f"no block of {stream.architecture.layers} runs as a whole")

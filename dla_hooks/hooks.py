@@ -125,6 +125,7 @@ def _put_on(tap: Tap, thread: int) -> torch.utils.hooks.RemovableHandle:
         if threading.get_ident() == thread:
             tap.fire(hidden_in(args, rest[0]), hidden_out(rest[1]))
 
+    _mark(before, after)
     if tap.before:
         return tap.module.register_forward_pre_hook(before, with_kwargs=True)
     return tap.module.register_forward_hook(after, with_kwargs=True)
@@ -181,9 +182,20 @@ def _put_in(edit: Edit, thread: int) -> torch.utils.hooks.RemovableHandle:
         new = edit.change(hidden_out(output))
         return new if isinstance(output, Tensor) else (new, *output[1:])
 
+    _mark(before, after)
     if edit.at_input:
         return edit.module.register_forward_pre_hook(before, with_kwargs=True)
     return edit.module.register_forward_hook(after)
+
+
+def is_ours(hook: Any) -> bool:
+    """Whether a hook on a module is one of this library's."""
+    return hasattr(hook, "_dla_hooks")
+
+
+def _mark(*hooks: Any) -> None:
+    for hook in hooks:
+        hook._dla_hooks = True
 
 
 @contextmanager
@@ -196,6 +208,7 @@ def count_firings(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, int]
         if threading.get_ident() == thread:
             fired[module] += 1
 
+    _mark(count)
     handles = []
     try:
         for module in fired:

@@ -99,7 +99,7 @@ class Interview:
                 edits.append(self._edit(write.written_by, write.name, self._slot(slot)))
         # Taps first: they must see what reaches a block before it is replaced.
         with tapped(taps), edited(edits):
-            logits = self.stream.kind.forward(prompt, torch.tensor([0]))
+            logits = self.stream.kind.ask(prompt, torch.tensor([0]))
         if logits.ndim != 3 or logits.shape[0] != self.n_rows:
             raise refusal(self.stream, f"its logits have the shape {list(logits.shape)}")
         return logits[:, 0].double().cpu()

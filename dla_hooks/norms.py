@@ -83,11 +83,14 @@ def probe(module: nn.Module, d_model: int, name: str, dtype: torch.dtype) -> Nor
     )
     try:
         with torch.no_grad():
-            answers = module.forward(made_up[None].to(run_dtype))[0].to(dtype)
+            out = module.forward(made_up[None].to(run_dtype))[0]
+            answers = out.to(dtype)
     except (RuntimeError, TypeError, ValueError) as error:
         raise UnsupportedModelError(
             f"{name} ({type(module).__name__}) cannot be run on vectors of width {d_model}: {error}"
         ) from error
+    # A norm without parameters says only by its output in what dtype it works.
+    run_dtype = max(run_dtype, out.dtype, key=lambda kind: torch.finfo(kind).eps)
     if answers.shape != made_up.shape:
         raise UnsupportedModelError(
             f"{name} ({type(module).__name__}) returns vectors of width {answers.shape[-1]}, not "

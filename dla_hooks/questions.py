@@ -27,7 +27,12 @@ def stamp(model: nn.Module) -> int:
     weights = [
         (t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors if not t.is_meta
     ]
-    hooks = [(*m._forward_hooks, *m._forward_pre_hooks) for m in model.modules()]
+    # Those on hook points are not seen by a question: see `Kind.quiet`.
+    hooks = [
+        (*m._forward_hooks, *m._forward_pre_hooks)
+        for m in model.modules()
+        if not hasattr(m, "fwd_hooks")
+    ]
     return hash((*weights, *hooks))
 
 
@@ -77,7 +82,7 @@ def _ask_mid_streams(stream: Stream) -> list[int | None]:
         for block in stream.blocks
     ]
     with tapped([*before, *writes(clean)]):
-        stream.kind.forward(prompt, None)
+        stream.kind.ask(prompt, None)
 
     generator = torch.Generator().manual_seed(1)
     given: dict[nn.Module, list[Tensor]] = {}
@@ -92,7 +97,7 @@ def _ask_mid_streams(stream: Stream) -> list[int | None]:
     edits += [Edit(module, _in_turn(_disturbed, uses)) for module, uses in noises.items()]
     # Taps on the way out come before the edits there, and so see what the model made.
     with tapped(writes(disturbed)), edited(edits):
-        stream.kind.forward(prompt, None)
+        stream.kind.ask(prompt, None)
 
     def changed(write: WriteSite) -> bool:
         difference = disturbed[write.label] - clean[write.label]
@@ -141,8 +146,8 @@ def _ask_padding(stream: Stream, left: bool) -> bool:
     real = [padding.bool(), alone.mask] if left else [alone.mask, padding.bool()]
     padded = Prompt(torch.cat(ids, 1), torch.cat(real, 1))
     with torch.no_grad():
-        expected = stream.kind.forward(alone, torch.tensor([2])).double()
-        found = stream.kind.forward(padded, torch.tensor([4 if left else 2])).double()
+        expected = stream.kind.ask(alone, torch.tensor([2])).double()
+        found = stream.kind.ask(padded, torch.tensor([4 if left else 2])).double()
     finite = torch.isfinite(expected) & torch.isfinite(found)
     if not bool(torch.equal(torch.isfinite(expected), finite)):
         return False

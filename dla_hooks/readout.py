@@ -51,7 +51,8 @@ def read_out(stream: Stream, targets: Targets, *, center_unembed: bool) -> Reado
             TransformerLens does unless the logits are capped. Differences do not change.
     """
     dtype = stream.work_dtype
-    norm = norms.probe(stream.final_norm, stream.d_model, stream.final_norm_name, dtype)
+    with stream.kind.quiet():
+        norm = norms.probe(stream.final_norm, stream.d_model, stream.final_norm_name, dtype)
     W_KM, b_K = rows(stream.unembed, targets.correct, dtype)
     if targets.incorrect is not None:
         W_wrong, b_wrong = rows(stream.unembed, targets.incorrect, dtype)

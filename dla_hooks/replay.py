@@ -120,6 +120,11 @@ class Replay:
                 return Prompt(ids, torch.ones_like(ids, dtype=torch.bool))
         raise self._missing(f"{norm}.hook_scale")
 
+    def dtype(self) -> torch.dtype:
+        """The coarsest dtype of its entries: a cache may have been converted to save memory."""
+        found = {v.dtype for v in self._cache.cache_dict.values() if v.is_floating_point()}
+        return max(found, key=lambda kind: torch.finfo(kind).eps, default=torch.float64)
+
     def holds(self, tap: Tap) -> bool:
         """Whether a tap can be shown what it is for."""
         try:

@@ -168,7 +168,7 @@ def _beginning(stream: Stream) -> tuple[Tensor, Tensor, Tensor | None]:
         name = stream.architecture.positions or ""
         taps.append(Tap(stream.positions, name, lambda x, out: keep(x, out, "positions")))
     with tapped(taps):
-        stream.kind.forward(prompt, None)
+        stream.kind.ask(prompt, None)
     positions = seen.get("positions")
     if positions is not None and stream.positions_response is not None:
         positions = positions * stream.positions_response.to(positions)

@@ -38,6 +38,10 @@ class HeadSite:
     post_norm: nn.Module | None = None
     post_norm_name: str = ""
 
+    def z(self, entered: Tensor, left: Tensor) -> Tensor:
+        """z of what entered and left ``proj``: a hook point hands on what hooks make of it."""
+        return self.flat(entered if self.linear is self.proj else left)
+
     def flat(self, z: Tensor) -> Tensor:
         """z with its heads side by side [..., n_heads * d_head]."""
         return z if z.shape[-1] == self.n_heads * self.d_head else z.flatten(-2)

@@ -88,7 +88,7 @@ def read_prompt(
             "or [batch, pos] (from a tokenizer: return_tensors='pt'); "
             f"got {type(input).__name__}: {input!r:.80}"
         )
-    _check_ids(ids[mask], vocabulary)
+    check_ids(ids[mask], vocabulary)
     return Prompt(ids, mask)
 
 
@@ -208,7 +208,12 @@ def _as_batch(ids: Tensor, attention_mask: Any) -> tuple[Tensor, Tensor]:
     return ids.masked_fill(~mask, 0), mask  # padding may hold ids that have no embedding
 
 
-def _check_ids(ids: Tensor, vocabulary: int) -> None:
+def check_ids(ids: Tensor, vocabulary: int) -> None:
+    """Refuse ids that are no tokens of the model.
+
+    Raises:
+        TokenError: naming the first of them.
+    """
     bad = ids[(ids < 0) | (ids >= vocabulary)]
     if len(bad):
         raise TokenError(

@@ -156,7 +156,7 @@ class _Trace:
                     name = write.heads.post_norm_name
                     taps.append(Tap(write.heads.post_norm, name, see, use=use))
         with tapped(taps):
-            return stream.kind.forward(prompt, torch.arange(self.length))
+            return stream.kind.ask(prompt, torch.arange(self.length))
 
     def blocks(self) -> list[Line]:
         """Output = input + writes, block by block."""

@@ -27,6 +27,7 @@ from dla_hooks import (
 def default_model(model_type: str, **changes):
     sizes = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2,
              "num_attention_heads": 2, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+    torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(
         AutoConfig.for_model(model_type, **{**sizes, **changes})
     ).eval()

@@ -250,3 +250,54 @@ def test_transformer_lens_is_not_imported_for_other_models():
 def test_an_encoder_is_refused():
     with pytest.raises((InputError, UnsupportedModelError)):
         direct_logit_attribution(torch.nn.Linear(3, 3), torch.tensor([1, 2]), 1)
+
+
+def test_hooks_made_for_the_prompt_do_not_meet_made_up_runs(model, ids):
+    _, clean = model.run_with_cache(ids.flip(0))
+    names = ("hook_mlp_out", "attn.hook_z", "hook_attn_out")
+    for name in (f"blocks.1.{name}" for name in names):
+
+        def patch(value, hook, name=name):
+            value = value.clone()
+            value[:, 5] = clean[name][:, 5]
+            return value
+
+        for unit in ("component", "head"):
+            with model.hooks(fwd_hooks=[(name, patch)]):
+                with torch.no_grad():
+                    logits = model(ids)[..., 5]
+                if unit == "head" and name.endswith("hook_attn_out"):
+                    with pytest.raises(DecompositionError, match="heads"):  # they did not write it
+                        direct_logit_attribution(model, ids, 5, unit=unit, pos=None)
+                    continue
+                result = direct_logit_attribution(model, ids, 5, unit=unit, pos=None)
+                assert len(model.hook_dict[name].fwd_hooks) == 1
+            torch.testing.assert_close(result.logit, logits, rtol=1e-4, atol=1e-4)
+            total = result.attribution.sum(0) + result.bias
+            torch.testing.assert_close(total, logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_vector_added_to_the_stream_between_writes_is_said_to_be_missing(model, ids):
+    def steer(value, hook):
+        return value + 3.0 * torch.arange(value.shape[-1]).to(value)
+
+    with (
+        model.hooks(fwd_hooks=[("blocks.1.hook_resid_pre", steer)]),
+        pytest.raises(DecompositionError, match="hooks of your own"),
+    ):
+        direct_logit_attribution(model, ids, 5)
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_a_converted_cache(model, ids, unit):
+    _, cache = model.run_with_cache(ids)
+    run = direct_logit_attribution(model, ids, 5, unit=unit)
+    coarse = type(cache)({k: v.bfloat16() for k, v in cache.cache_dict.items()}, model)
+    stored = direct_logit_attribution(model, answer_tokens=5, unit=unit, cache=coarse)
+    torch.testing.assert_close(stored.attribution, run.attribution, rtol=0.1, atol=0.1)
+
+
+def test_several_answers_do_not_fit_one_position_without_a_batch(model, ids):
+    _, cache = model.run_with_cache(ids[:1], remove_batch_dim=True)
+    with pytest.raises(RuntimeError, match="without its batch axis"):
+        direct_logit_attribution(model, answer_tokens=torch.tensor([5, 9]), cache=cache)

@@ -194,3 +194,19 @@ def test_a_wrapped_models_stacks_are_read_as_its_attribution_is():
     torch.testing.assert_close(
         result.logit, wrapped(ids)[..., 5], rtol=1e-5, atol=1e-5, check_dtype=False
     )
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        (lambda stack: {"tokens": -1}, dla_hooks.TokenError, "-1"),
+        (lambda stack: {"tokens": 5, "incorrect_tokens": 10**6}, dla_hooks.TokenError, "1000000"),
+        (lambda stack: {"tokens": 5, "residual_stack": stack[..., :3]}, RuntimeError, "shape"),
+        (lambda stack: {"tokens": 5, "residual_stack": stack[:, :, -1]}, RuntimeError, "pos_slice"),
+    ],
+)
+def test_logit_attrs_of_what_does_not_fit(change, error, says):
+    model, ids = build("gpt2"), example_ids("gpt2")
+    stack = dla_hooks.decompose_resid(model, ids)
+    with pytest.raises(error, match=says):
+        dla_hooks.logit_attrs(model, ids, **{"residual_stack": stack, **change(stack)})

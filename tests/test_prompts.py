@@ -120,7 +120,7 @@ IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
 @pytest.mark.parametrize(
     ("input", "mask", "error", "said"),
     [
-        (None, None, InputError, "input is required"),
+        (None, None, InputError, "either `input`"),
         ([], None, InputError, "non-empty list of strings"),
         ([[1, 2]], None, InputError, "list"),
         (5, None, InputError, "int"),

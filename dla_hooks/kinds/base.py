@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -93,6 +95,20 @@ class Kind:
             prepend_bos: True for exactly one BOS, False for none, None for the kind's custom.
         """
         return encode(text, tokenizer, prepend_bos)
+
+    def named_weights(self) -> list[tuple[str, nn.Parameter]]:
+        """Every parameter that is used, with its name."""
+        return list(self.model.named_parameters())
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Past the user's hooks, where made-up activations would run into them."""
+        yield
+
+    def ask(self, prompt: Prompt, columns: Tensor | None) -> Tensor:
+        """A made-up run, to find out about the model; see :meth:`forward`."""
+        with self.quiet():
+            return self.forward(prompt, columns)
 
     def forward(self, prompt: Prompt, columns: Tensor | None) -> Tensor:
         """The plain forward pass, with logits at a few columns only.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dla_hooks.hooks import Edit, edited
+from dla_hooks.hooks import Edit, edited, is_ours
 from dla_hooks.kinds.base import Kind
 from dla_hooks.tokens import Prompt, encode
 from dla_hooks.weights import run_device
@@ -58,6 +60,39 @@ class Hooked(Kind):
         # Its own tokenizer, by its own rules; but a prompt that is too long is for us to refuse.
         ids = self.model.to_tokens(text, prepend_bos=prepend_bos, truncate=False)
         return [int(i) for i in ids[0]]
+
+    def named_weights(self) -> list[tuple[str, nn.Parameter]]:
+        named = super().named_weights()
+        if getattr(self.model.cfg, "positional_embedding_type", None) in ("alibi", "rotary"):
+            # The table is there all the same, unused and never filled.
+            return [(name, weight) for name, weight in named if name != "pos_embed.W_pos"]
+        return named
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        # Hooks on hook points are made for the user's prompt: they index its positions, and put in
+        # activations of its shape. Our own stay. Entries are taken out of each table and put back
+        # in place, since handles hold on to the tables.
+        tables = [
+            (table, list(table.items()))
+            for module in self.model.modules()
+            if hasattr(module, "fwd_hooks")
+            for table in (module._forward_hooks, module._forward_pre_hooks)
+            if any(not is_ours(hook) for hook in table.values())
+        ]
+        try:
+            for table, entries in tables:
+                for key, hook in entries:
+                    if not is_ours(hook):
+                        table.pop(key, None)
+            yield
+        finally:
+            for table, entries in tables:
+                added = [entry for entry in table.items() if entry not in entries]
+                gone = {key for key, hook in entries if is_ours(hook) and key not in table}
+                table.clear()
+                table.update((key, hook) for key, hook in entries if key not in gone)
+                table.update(added)
 
     def forward(self, prompt: Prompt, columns: Tensor | None) -> Tensor:
         device = run_device(self.model.embed)

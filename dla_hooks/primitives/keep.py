@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,7 +85,7 @@ class Kept:
 
     def heads(self, write: WriteSite, site: HeadSite) -> Any:
         """Keep z, its heads side by side."""
-        return self._keep(site.proj, site.name, write.use, before=True, change=site.flat)
+        return self._keep(site.proj, site.name, write.use, site=site)
 
     def neurons(self, module: nn.Module, name: str, use: Use) -> Any:
         """Keep the activations that enter a down projection."""
@@ -100,7 +99,8 @@ class Kept:
         """Keep the scale that a norm divides by [*batch_and_pos, 1]."""
         key = (name, "scale")
         stream = self.stream
-        norm = norms.probe(module, stream.d_model, name, stream.work_dtype)
+        with stream.kind.quiet():
+            norm = norms.probe(module, stream.d_model, name, stream.work_dtype)
         self._norms[key] = norm
 
         def see(x: Tensor, y: Tensor) -> None:
@@ -122,17 +122,17 @@ class Kept:
         name: str,
         use: Use,
         *,
-        before: bool,
-        change: Callable[[Tensor], Tensor] = lambda x: x,
+        before: bool = True,
+        site: HeadSite | None = None,
     ) -> Any:
         key = (name, before, use.nth)
 
         def see(x: Tensor, y: Tensor) -> None:
-            seen = change(x if before else y)
+            seen = site.z(x, y) if site is not None else x if before else y
             self._values[key] = self._unfold(self.sites.take(seen, slice(None)).clone())
 
         if not self._planned(key):
-            self._taps.append(Tap(module, name, see, before, use))
+            self._taps.append(Tap(module, name, see, before and site is None, use))
             self._values[key] = torch.empty(0)
         return key
 

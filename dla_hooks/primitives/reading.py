@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from dla_hooks.answers import Targets, read_answers
+from dla_hooks.errors import ShapeMismatchError
 from dla_hooks.positions import parse
 from dla_hooks.primitives.common import (
     apply_final_norm,
@@ -17,6 +18,7 @@ from dla_hooks.primitives.common import (
 from dla_hooks.primitives.keep import Kept
 from dla_hooks.readout import read_out
 from dla_hooks.shim import Wrapped
+from dla_hooks.tokens import check_ids
 
 
 def apply_ln_to_stack(
@@ -54,6 +56,7 @@ def apply_ln_to_stack(
     kept = Kept.of(inputs, pos_slice)
     key = scale_at(kept, end, mlp_input)
     kept.run()
+    _check_stack(residual_stack, kept, has_batch_dim, inputs.prompt.shape[0])
     rows = _slice(batch_slice, inputs.prompt.shape[0])
     if has_batch_dim and rows is not None:
         residual_stack = residual_stack[:, rows]
@@ -113,6 +116,9 @@ def logit_attrs(
     answers = read_answers(
         tokens, incorrect_tokens, model=inputs.stream.model, tokenizer=inputs.tokenizer
     )
+    for ids in (answers.correct, answers.incorrect):
+        if ids is not None:
+            check_ids(ids, inputs.stream.vocabulary)
     flat = Targets(
         answers.correct.reshape(-1),
         None if answers.incorrect is None else answers.incorrect.reshape(-1),
@@ -124,6 +130,20 @@ def logit_attrs(
         d = d.unsqueeze(-2)  # one per row of the batch, at every position
     normed = normed.to(d.dtype)
     return (normed * d).sum(-1)
+
+
+def _check_stack(stack: Tensor, kept: Kept, batched: bool, batch: int) -> None:
+    """Refuse a stack that does not hold the positions that were selected."""
+    places = kept.sites.shape if kept.sites.batched else kept.sites.shape[1:]
+    if not batched and kept.sites.batched and batch == 1:
+        places = places[1:]
+    expected = (*places, kept.stream.d_model)
+    if tuple(stack.shape[1:]) != expected:
+        raise ShapeMismatchError(
+            f"the stack has shape {list(stack.shape)}, but these positions of this prompt need "
+            f"[component, {', '.join(map(str, expected))}]; pass the pos_slice that it was made "
+            "with"
+        )
 
 
 def _slice(batch_slice: Any, batch: int) -> Any:

@@ -104,7 +104,7 @@ def _short_run(stream: Stream, block: Block) -> dict[str, tuple[Tensor, Tensor]]
         see = keep(block.name)
         tap = Tap(block.module, block.name, lambda x, y: see(None, (x,), {}, y), use=block.use)
         with tapped([tap]):
-            stream.kind.forward(short_prompt(stream), None)
+            stream.kind.ask(short_prompt(stream), None)
     finally:
         for handle in handles:
             handle.remove()

@@ -84,7 +84,8 @@ class _LayerHeads:
         like = run.readout.d_KM
         if heads.post_norm is not None:
             name = heads.post_norm_name
-            self._post_norm = norms.probe(heads.post_norm, like.shape[1], name, like.dtype)
+            with run.stream.kind.quiet():
+                self._post_norm = norms.probe(heads.post_norm, like.shape[1], name, like.dtype)
         self._post_scale_N = like.new_ones(len(run.sites))
         self._unscaled_HN = like.new_zeros(heads.n_heads, len(run.sites))
         self.norm_name, self.misfit = heads.post_norm_name, 0.0
@@ -135,9 +136,10 @@ class _LayerHeads:
         d_KM = self._run.direction(self._write.label)
         return d_KM, d_KM if self._post_norm is None else self._post_norm.pull_back(d_KM)
 
-    def _see_z(self, z: Tensor, _: Tensor) -> None:
+    def _see_z(self, entered: Tensor, left: Tensor) -> None:
+        z = self._heads.z(entered, left)
         project_heads(
-            self._heads.flat(z),
+            z,
             self._run.sites,
             self._directions()[1],
             lambda d_KM: pull_back(self._heads.linear, d_KM),
