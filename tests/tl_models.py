@@ -38,8 +38,8 @@ FROM_THE_ZOO = (
     *("phi", "phi3", "phi3-mha-tied", "falcon-7b", "falcon-rw"),
     *("stablelm-parallel", "stablelm-sequential", "olmo"),
 )
-# Families that the zoo lacks, or has only with a switch that some reference misses: bridges drop the
-# epsilon of starcoder2 and fold through olmo's clipped values; HookedTransformers know neither
+# Families that the zoo lacks, or has only with a switch that some reference misses: bridges drop
+# the epsilon of starcoder2 and fold through olmo's clipped values; HookedTransformers know neither
 # bloom with another number of heads than a power of two nor gpt_neo with an MLP of its own width.
 MORE = (
     _spec("bloom-four-heads", _old_sizes(71, 32, 2, 4)),
