@@ -110,8 +110,7 @@ def theirs(
     if isinstance(pos, np.integer):
         pos = int(pos)  # which 3.9.0 refuses
     rows = _rows(input, cache)
-    if kept(pos) is not None:
-        answer, incorrect = _one_per_row(answer, rows), _one_per_row(incorrect, rows)
+    answer, incorrect = _one_per_row(answer, rows, pos), _one_per_row(incorrect, rows, pos)
     try:
         return direct_logit_attribution(
             model, input, answer, incorrect, unit=unit, pos=pos, cache=cache
@@ -122,11 +121,11 @@ def theirs(
         return _without_mid(model, input, answer, incorrect, pos, cache)
 
 
-def _one_per_row(ids: Any, rows: int) -> Any:
+def _one_per_row(ids: Any, rows: int, pos: Any) -> Any:
     """3.9.0 reads [batch] as positions when several are kept; [batch, 1] is read alike by both."""
-    if isinstance(ids, torch.Tensor) and ids.ndim == 1 and len(ids) == rows > 1:
-        return ids[:, None]
-    return ids
+    one_axis = isinstance(ids, torch.Tensor) and ids.ndim == 1
+    per_row = one_axis and len(ids) == rows > 1 and kept(pos) is not None
+    return ids[:, None] if per_row else ids
 
 
 def _rows(input: Any, cache: Any) -> int:

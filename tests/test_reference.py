@@ -23,6 +23,7 @@ pytestmark = [
 WRONG = {("gemma3_text", "head")}
 RIGHT = [(name, unit) for name in NAMES for unit in UNITS if (name, unit) not in WRONG]
 SLOW = pytest.mark.slow
+QUICK = ("gpt2", "gpt_neox-parallel", "llama-bias", "gemma")
 DIFFERENCE = pytest.mark.parametrize("incorrect", [None, 7], ids=["logit", "difference"])
 HOOKED_HERE = HOOKED if has_hooked() else ()  # only TransformerLens 3 has it
 # Bridges of these mix float32 into float64 in TransformerLens 3, where some bias is missing.
@@ -62,8 +63,14 @@ def test_hooked_transformers(references, name, seed, unit, place, incorrect):
     assert_same(ours(model, ids, 5, incorrect, **options), expected)
 
 
+# All families are in `test_reference_exact`; here the reference rounds as it comes.
 @pytest.mark.parametrize(
-    "name", [name for name in NAMES if not (has_hooked() and name in NO_DOUBLES)]
+    "name",
+    [
+        pytest.param(name, marks=[SLOW] * (name not in QUICK))
+        for name in NAMES
+        if not (has_hooked() and name in NO_DOUBLES)
+    ],
 )
 def test_float64_models(references, name):
     model = references.raw(name, dtype=torch.float64)
@@ -82,7 +89,7 @@ CONVENTIONS = [
     for name in NAMES
     for centre in (False, True)
     for fold in (False, True)
-    for m in [[SLOW] * ((centre or fold) and name not in ("gpt2", "gptj", "llama-bias", "qwen2"))]
+    for m in [[SLOW] * ((centre or fold) and name not in QUICK)]
 ]
 
 

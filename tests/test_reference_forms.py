@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from parity import FEW_POSITIONS, LENGTH, UNITS, assert_same, cells, theirs
+from parity import FEW_POSITIONS, LENGTH, POSITIONS, UNITS, assert_same, cells, theirs
 from tl_models import NAMES, ids_for
 from zoo import tiny_tokenizer
 
@@ -30,6 +30,9 @@ INPUTS = {
 }
 
 
+MORE_POSITIONS = [place for place in POSITIONS if place not in FEW_POSITIONS]
+
+
 def ours(model, *args, **options):
     processed = {"center_unembed": True, "fold_value_biases": True, "tokenizer": tiny_tokenizer()}
     return direct_logit_attribution(model, *args, **{**processed, **options})
@@ -50,10 +53,10 @@ def caches(references):
     return cache_of
 
 
-def sweep(names, units, positions=None, batches=(1, 2, 3), slow=True):
+def sweep(names, units, positions=POSITIONS, batches=(1, 2, 3), slow=True):
     for name in names:
         for unit in units:
-            for cell in cells(positions, batches) if positions else cells(batches=batches):
+            for cell in cells(positions, batches):
                 marks = [pytest.mark.slow] * slow
                 yield pytest.param(
                     name, unit, *cell[1:], id=f"{name}-{unit}-{cell[0]}", marks=marks
@@ -63,11 +66,12 @@ def sweep(names, units, positions=None, batches=(1, 2, 3), slow=True):
 @pytest.mark.parametrize(
     ("name", "unit", "batch", "pos", "answer", "incorrect"),
     [
-        *sweep(["gpt2"], ["component"], batches=(1, 2), slow=False),
-        *sweep(["gpt2"], ["component"], batches=(3,)),
-        *sweep(["llama"], ["head"], FEW_POSITIONS, slow=False),
-        *sweep(["gpt2"], ["layer", "head"]),
-        *sweep(["llama"], ["component", "layer"]),
+        *sweep(["gpt2"], ["component"], batches=(2,), slow=False),
+        *sweep(["gpt2"], ["component"], FEW_POSITIONS, batches=(1,), slow=False),
+        *sweep(["llama"], ["head"], FEW_POSITIONS, batches=(3,), slow=False),
+        *sweep(["gpt2"], ["component"], MORE_POSITIONS, batches=(1,)),
+        *sweep(["gpt2"], ["layer", "head"], batches=(3,)),
+        *sweep(["llama"], ["component", "head"], batches=(1,)),
         *sweep(["gpt_neox-parallel", "gemma"], UNITS, batches=(2,)),
         *sweep(NAMES, ["component"], ["(start,stop)"], batches=(2,)),
     ],
