@@ -57,10 +57,12 @@ def read_inputs(
         UnsupportedModelError: for a model that is no sum of writes.
     """
     model, tokenizer, prepend_bos = unwrap(model, tokenizer, prepend_bos)
-    if cache is not None:
-        model = check_cache(model, cache)
+    if model is None and cache is not None:
+        model = getattr(cache, "model", None)
     kind = kind_of(model)
     kind.check()
+    if cache is not None:
+        check_cache(model, cache)
     if input is None and cache is None:
         raise InputError(
             "provide either `input` (a prompt, a list of prompts, or token ids) to run the model, "

@@ -15,6 +15,7 @@ from torch import Tensor
 from dla_hooks.errors import CacheEntryError, InputError
 from dla_hooks.hooks import Tap
 from dla_hooks.kinds import kind_of
+from dla_hooks.questions import mid_streams
 from dla_hooks.run import times
 from dla_hooks.stream import Block, Stream
 from dla_hooks.tokens import Prompt
@@ -67,8 +68,8 @@ def _scale_name(stream: Stream) -> list[str]:
     )
 
 
-def check_cache(model: Any, cache: Any) -> Any:
-    """Refuse what is no cache, or another model's; the model that made it.
+def check_cache(model: Any, cache: Any) -> None:
+    """Refuse what is no cache, or another model's.
 
     Raises:
         InputError: naming what was given.
@@ -78,14 +79,11 @@ def check_cache(model: Any, cache: Any) -> Any:
             f"cache must be an ActivationCache, as model.run_with_cache(...) returns it, got "
             f"{type(cache).__name__}"
         )
-    if model is None:
-        return cache.model
     if cache.model is not model:
         raise InputError(
             "the cache was made by another model object than the one given; pass the model that "
             "made it (cache.model)"
         )
-    return model
 
 
 class Replay:
@@ -196,6 +194,10 @@ class Replay:
             return self._entry(name)
         write = self._writes[name]
         block = self._stream.blocks[write.layer]
+        if self._unit == "layer" and mid_streams(self._stream)[block.layer] is None:
+            # Only where the block ends is shown: all that it added may stand in its last write.
+            added = self._after(block) - times(self._before(block), block.gain)
+            return added if write is block.writes[-1] else torch.zeros_like(added)
         plain = block.gain is None and block.constant is None and len(block.writes) <= 2
         if not plain or any(other.response is not None for other in block.writes):
             raise self._missing(name)

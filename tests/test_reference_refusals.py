@@ -67,16 +67,15 @@ def training(request, references, tmp_path):
 
 @pytest.mark.parametrize("training", KINDS, indirect=True)
 def test_a_model_in_training_mode(training):
-    """3.9.0 lets it pass. A cache was made earlier, so its model's mode does not matter."""
-    with pytest.raises(ValueError):  # noqa: PT011
-        ours(training, IDS, 5)
+    """3.9.0 lets it pass. A HookedTransformer has no dropout, and comes in training mode."""
+    if type(training).__name__ == "HookedTransformer":
+        assert_same(ours(training, IDS, 5), theirs(training, IDS, 5))
+    else:
+        with pytest.raises(ValueError, match="eval"):
+            ours(training, IDS, 5)
     if not has_hooked():
-        with pytest.raises(ValueError):  # noqa: PT011
+        with pytest.raises(ValueError, match="evaluation"):
             theirs(training, IDS, 5)
-    given, there = (training.eval().run_with_cache(IDS)[1] for _ in range(2))
-    training.train()
-    expected = theirs(training, None, 5, cache=there)
-    assert_same(ours(training, None, 5, cache=given), expected)
     assert training.training
 
 
@@ -107,7 +106,6 @@ MISSING = [
     ("component", "blocks.1.hook_attn_out"),
     ("component", "blocks.0.hook_mlp_out"),
     ("component", "ln_final.hook_scale"),
-    ("layer", "blocks.1.hook_resid_pre"),
     ("layer", "blocks.1.hook_resid_mid"),
     ("layer", "ln_final.hook_scale"),
     ("head", "blocks.1.attn.hook_z"),
@@ -128,7 +126,11 @@ def test_a_cache_that_lacks_a_name(references, kind, unit, missing):
             IDS, names_filter=lambda name: name.endswith(wanted) and name != missing
         )[1]
 
-    raises_as_theirs(KeyError, model, None, 5, unit=unit, cache=cache())
+    if missing == "ln_final.hook_scale" and not has_hooked():
+        with pytest.raises(KeyError, match=missing):  # there an IndexError, on the way to one
+            ours(model, None, 5, unit=unit, cache=cache())
+    else:
+        raises_as_theirs(KeyError, model, None, 5, unit=unit, cache=cache())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -138,8 +140,12 @@ def test_a_cache_that_lacks_an_embedding(references, kind, missing):
     model = getattr(references, kind)("gpt2")
     cache = model.run_with_cache(IDS, names_filter=lambda name: name != missing)[1]
     assert missing.removeprefix("hook_") not in theirs(model, None, 5, cache=cache).labels
-    with pytest.raises(KeyError):
-        ours(model, None, 5, cache=cache)
+    if missing == "hook_embed":  # what enters the first block still says it
+        whole = model.run_with_cache(IDS)[1]
+        assert_same(ours(model, None, 5, cache=cache), theirs(model, None, 5, cache=whole))
+    else:
+        with pytest.raises(KeyError, match=missing):
+            ours(model, None, 5, cache=cache)
 
 
 @pytest.mark.parametrize("kind", KINDS)
