@@ -8,11 +8,14 @@ from tl_models import has_hooked, hooked, ids_for
 from zoo import build, example_ids
 
 from dla_hooks import (
+    DecompositionError,
     InputError,
     TokenError,
     TrainingModeError,
     UnsupportedModelError,
+    decompose_resid,
     direct_logit_attribution,
+    stack_head_results,
 )
 
 pytest.importorskip("transformer_lens")
@@ -206,3 +209,61 @@ def test_training_mode(references):
     else:
         with pytest.raises(ValueError, match="evaluation"):
             reference(bridge, ids, 5)
+
+
+def test_the_cache_of_a_bridge_in_training_mode(references):
+    bridge, ids = references.bridged("gpt2", seed=4), ids_for(references.raw("gpt2", seed=4))
+    _, cache = bridge.run_with_cache(ids)
+    bridge.train()
+    with pytest.raises(TrainingModeError):
+        direct_logit_attribution(bridge, answer_tokens=5, cache=cache)
+    assert reference(bridge, answer_tokens=5, cache=cache).labels
+
+
+def test_the_remainder_before_the_first_block(references):
+    bridge, ids = references.bridged("gpt2"), ids_for(references.raw("gpt2"))
+    _, cache = bridge.run_with_cache(ids)
+    theirs = cache.stack_head_results(layer=0, incl_remainder=True)
+    ours = stack_head_results(bridge, ids, layer=0, incl_remainder=True)
+    last = f"blocks.{bridge.cfg.n_layers - 1}.hook_resid_post"
+    torch.testing.assert_close(theirs[0], cache[last])
+    torch.testing.assert_close(ours[0], cache["blocks.0.hook_resid_pre"])
+
+
+@pytest.mark.parametrize(("name", "layer"), [("gpt2", None), ("gpt_neox-parallel", 1)])
+def test_what_no_mlp_reads(references, name, layer):
+    bridge, ids = references.bridged(name), ids_for(references.raw(name))
+    _, cache = bridge.run_with_cache(ids)
+    with pytest.raises(InputError, match="MLP"):
+        decompose_resid(bridge, ids, layer=layer, mlp_input=True)
+    if layer is None:
+        with pytest.raises(KeyError):
+            cache.decompose_resid(mlp_input=True)
+    else:
+        sums = cache.decompose_resid(layer=layer, mlp_input=True).sum(0)
+        assert not torch.allclose(sums, cache[f"blocks.{layer}.hook_resid_pre"], atol=1e-3)
+
+
+def test_hooks_that_change_the_stream(references):
+    bridge, ids = references.bridged("gpt2"), ids_for(references.raw("gpt2"))
+
+    def halve(value, hook):
+        return value * 0.5
+
+    def steer(value, hook):
+        return value + 3.0 * torch.arange(value.shape[-1]).to(value)
+
+    for name in ("hook_mlp_out", "hook_attn_out", "attn.hook_z"):
+        with bridge.hooks(fwd_hooks=[(f"blocks.1.{name}", halve)]):
+            ours = direct_logit_attribution(bridge, ids, 5).attribution
+            theirs = reference(bridge, ids, 5).attribution
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    with bridge.hooks(fwd_hooks=[("blocks.1.hook_attn_out", halve)]):
+        assert reference(bridge, ids, 5, unit="head").labels
+        with pytest.raises(DecompositionError, match="heads"):
+            direct_logit_attribution(bridge, ids, 5, unit="head")
+    with bridge.hooks(fwd_hooks=[("blocks.1.hook_resid_pre", steer)]):
+        theirs = reference(bridge, ids, 5)
+        assert miss(theirs, bridge, ids, bridge.b_U[5].item()) > 0.01
+        with pytest.raises(DecompositionError, match="hooks of your own"):
+            direct_logit_attribution(bridge, ids, 5)
