@@ -5,11 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tl_models import has_hooked
 from zoo import build, example_ids, tiny_tokenizer
 
 from dla_hooks import TokenError, wrap
 
 pytest.importorskip("transformer_lens")
+if not has_hooked():
+    pytest.skip("HookedTransformer was removed in 4.0", allow_module_level=True)
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # the reference's own
     pytest.mark.tl,
