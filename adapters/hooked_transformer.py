@@ -1,10 +1,10 @@
-"""TransformerLens' HookedTransformer: the names of its hook points."""
+"""TransformerLens' models: hook points of the same names on both kinds."""
 
 from dla_hooks.architecture import Architecture, Heads, Write
 
 ARCHITECTURES = (
     Architecture(
-        model_types=("HookedTransformer",),
+        model_types=("HookedTransformer", "TransformerBridge"),
         layers="blocks",
         final_norm="ln_final",
         writes=(
