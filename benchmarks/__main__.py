@@ -109,7 +109,8 @@ def table(
     lines = _or_exit(measure, settings, [OURS], repeats, report.say)
     head, rows = report.cost_rows(lines)
     title = f"{model}, {tokens:,} tokens, over model(ids, use_cache=False, logits_to_keep=1)"
-    report.show(title, head, rows, report.caption(count, repeats), markdown)
+    columns = ("case", "time ratio", "memory ratio") if markdown else ()
+    report.show(title, head, rows, report.caption(count, repeats), columns)
     if json_file is not None:
         report.write_json(json_file, count, {"lines": [line.as_dict() for line in lines]})
 
@@ -170,9 +171,10 @@ def compare(
         report.say(f"left out: {name}. {reason}")
     lines = _or_exit(measure, grid(**axes), names, repeats, report.say, memory)
     under = report.caption(count, repeats)
+    brief = ("contender", "time ratio", "peak over weights, MB", "memory ratio")
     for setting in dict.fromkeys(line.setting for line in lines):
-        of_it = [line for line in lines if line.setting == setting]
-        report.show(setting.named(), *report.compared_rows(of_it), under, markdown)
+        head, rows = report.compared_rows([line for line in lines if line.setting == setting])
+        report.show(setting.named(), head, rows, under, brief if markdown else ())
     if json_file is not None:
         body = {"skipped": skipped, "lines": [line.as_dict() for line in lines]}
         report.write_json(json_file, count, body)

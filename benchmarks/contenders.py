@@ -7,6 +7,7 @@ that only run the model.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -258,15 +259,10 @@ COMPARED = tuple(name for name in CONTENDERS if name not in (CHUNKED, PLAIN_CHUN
 
 def missing(name: str) -> str | None:
     """Why a contender cannot run here, with what helps; None if it can."""
-    import inspect
-
-    if name == CHUNKED and "chunk_size" not in inspect.signature(_library()).parameters:
+    known = inspect.signature(direct_logit_attribution).parameters
+    if name == CHUNKED and "chunk_size" not in known:
         return "this dla_hooks has no chunk_size"
     return peers.missing(CONTENDERS[name].kind)
-
-
-def _library() -> Any:
-    return direct_logit_attribution
 
 
 def split_missing(names: Iterable[str]) -> tuple[list[str], dict[str, str]]:

@@ -108,7 +108,10 @@ def cost_rows(lines: Sequence[Line]) -> tuple[Row, list[Row]]:
 
 def compared_rows(lines: Sequence[Line]) -> tuple[Row, list[Row]]:
     """One setting's contenders."""
-    head = ("contender", "time, s", "time ratio", "quartiles", "peak over weights, MB", "ratio")
+    head = (
+        *("contender", "time, s", "time ratio", "quartiles"),
+        *("peak over weights, MB", "memory ratio"),
+    )
     rows: list[Row] = [
         (
             line.contender,
@@ -138,24 +141,32 @@ def show_bars(name: str, found: Sequence[Measured], under: str) -> None:
     show(name, ("case", "measured", "quartiles", "bar", "", "behind it"), rows, under)
 
 
-def show(title: str, head: Row, rows: Sequence[Row], under: str, markdown: bool = False) -> None:
-    """Print a table, as Markdown if asked: what a README can take as it is."""
-    console = out()
+def show(
+    title: str, head: Row, rows: Sequence[Row], under: str, markdown: Sequence[str] = ()
+) -> None:
+    """Print a table, or as Markdown some of its columns: what a README can take as it is.
+
+    Args:
+        title: what stands above.
+        head: names of the columns.
+        rows: cells.
+        under: what stands below.
+        markdown: which columns to print as Markdown; none for a table with all of them.
+    """
     if markdown:
-        text = [f"{title}", "", _cells(head), _cells(("---", *["---:"] * (len(head) - 1)))]
-        text += [_cells(row) for row in rows]
-        sys.stdout.write("\n".join([*text, "", f"({under})", ""]))
+        kept = [head.index(name) for name in markdown]
+        lines = [" | ".join(row[i] for i in kept) for row in (head, *rows)]
+        rule = "|".join(["---", *["---:"] * (len(kept) - 1)])
+        body = [f"| {lines[0]} |", f"|{rule}|", *(f"| {line} |" for line in lines[1:])]
+        sys.stdout.write("\n".join([title, "", *body, "", f"({under})", ""]))
         return
+    console = out()
     table = Table(title=title, caption=under, title_justify="left", caption_justify="left")
     for i, name in enumerate(head):
         table.add_column(name, justify="right" if i else "left", no_wrap=bool(i))
     for row in rows:
         table.add_row(*row)
     console.print(table)
-
-
-def _cells(row: Row) -> str:
-    return f"| {' | '.join(row)} |" if row[0] != "---" else f"|{'|'.join(row)}|"
 
 
 def _mb(found: int | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import json
 import struct
@@ -183,6 +184,8 @@ def test_ratios_are_taken_round_by_round():
 
 
 def test_compare_prints_files_and_draws(tmp_path):
+    pytest.importorskip("altair")
+    pytest.importorskip("vl_convert")
     figures, picture = tmp_path / "out.json", tmp_path / "out.png"
     axes = ("--model", ",".join(TINY), "--tokens", "12,24", "--pos", "last")
     files = ("--json", str(figures), "--png", str(picture))
@@ -241,7 +244,7 @@ def test_the_table_as_markdown(monkeypatch):
     monkeypatch.setattr("benchmarks.compare.measurable", lambda device: False)
     done = run("table", "--model", "tiny-llama", "--tokens", "12", "--repeats", "1", "--markdown")
     rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
-    assert rows[0].startswith("| case | time ratio |")
+    assert rows[:2] == ["| case | time ratio | memory ratio |", "|---|---:|---:|"]
     assert [row.split(" | ")[0] for row in rows[2:]] == [
         "| component, last position",
         "| layer, last position",
@@ -350,3 +353,21 @@ def test_named_sizes_are_what_their_names_say():
         "llama-1b": 1100,
         "llama-3-8b": 8030,
     }
+
+
+@pytest.mark.tl
+@pytest.mark.filterwarnings("ignore")  # the peers' own
+@pytest.mark.parametrize("pos", POSITIONS)
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("model", TINY)
+def test_the_peers_that_are_installed_agree_too(model, unit, pos):
+    names, skipped = contenders.split_missing(set(contenders.COMPARED) - set(HERE))
+    if not names:
+        pytest.skip("; ".join(dict.fromkeys(skipped.values())))
+    setting = Setting(model, tokens=12, batch=2, unit=unit, pos=pos)
+    assert all(one.rows > 0 for one in prove_on(_peers(model), names, setting))
+
+
+@functools.cache
+def _peers(model):
+    return Bench(Setting(model))
