@@ -62,6 +62,19 @@ def matrix(module: nn.Module) -> Tensor:
     return made
 
 
+def bias_of(module: nn.Module) -> Tensor | None:
+    """What an affine module puts out for an input of nothing [d_out]; None is nothing."""
+    if _weight_out_in(module) is not None:
+        return stored(module, "bias")
+    return value_at(module, torch.zeros(input_width(module)))
+
+
+def at_hand(module: nn.Module) -> bool:
+    """Whether the module's plain weight lies in memory, so that reading it again costs nothing."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and not weight.is_meta and _weight_out_in(module) is not None
+
+
 def value_at(module: nn.Module, z: Tensor) -> Tensor:
     """The module's output [d_out] for one input [d_in], past any hooks on it."""
     with torch.no_grad():

@@ -200,9 +200,10 @@ class _Trace:
         stream = self.stream
         readout = read_out(stream, Targets(self.tokens, None), center_unembed=False)
         # The last of them: a model may put positions of its own before the prompt.
-        x, y = (t[-self.length :].to(readout.d_KM) for t in self.seen["norm", 0])
+        d_KM = readout.d_KM
+        x, y = (t[-self.length :].to(d_KM) for t in self.seen["norm", 0])
         scale_N, _ = frozen_scale(readout.norm, x, y)
-        own = x @ readout.d_KM.T / scale_N[:, None] + readout.bias_K
+        own = x @ d_KM.T / scale_N[:, None] + readout.bias_K
         own = own.double().cpu()
         if stream.softcap is not None:
             own = stream.softcap * torch.tanh(own / stream.softcap)

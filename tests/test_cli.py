@@ -284,7 +284,9 @@ class TestDemo:
             assert example.prompt in demo_text
             assert f"{example.answer!r} - {example.incorrect!r}" in demo_text
         assert len(re.findall(r"= \+\d\S+, the logit difference", demo_text)) == len(TASKS)
-        assert len(re.findall(r"^gap \d.\de-0[5-9]", demo_text, re.MULTILINE)) == len(TASKS)
+        gaps = re.findall(r"^gap (\d.\de[-+]\d+)", demo_text, re.MULTILINE)
+        assert len(gaps) == len(TASKS)
+        assert all(float(gap) < 1e-4 for gap in gaps)
 
     def test_no_line_is_wider_than_a_terminal_or_cut(self, demo_text):
         assert max(map(len, demo_text.splitlines())) <= 80

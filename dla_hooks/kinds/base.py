@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dla_hooks.errors import TrainingModeError
+from dla_hooks.errors import TrainingModeError, UnsupportedModelError
 from dla_hooks.tokens import Prompt, encode
 
 
@@ -121,3 +121,25 @@ class Kind:
             Logits [batch, n, vocabulary].
         """
         raise NotImplementedError
+
+    def forward_chunk(
+        self, prompt: Prompt, chunk: range, columns: Tensor | None, past: Any
+    ) -> tuple[Tensor, Any]:
+        """The forward pass of some columns, on top of what the model has read before them.
+
+        Args:
+            prompt: the whole batch.
+            chunk: the columns to run.
+            columns: some of these [n], or None for the last.
+            past: what the chunk before returned, or None.
+
+        Returns:
+            Logits [batch, n, vocabulary], and what the next chunk is to be given.
+
+        Raises:
+            UnsupportedModelError: for a kind, or a model, that cannot be run so.
+        """
+        raise UnsupportedModelError(
+            f"{self.name} cannot be run in chunks; leave chunk_size out, or pass the Hugging Face "
+            "model itself"
+        )
