@@ -129,13 +129,19 @@ def _length_dependent(model: torch.nn.Module, width: int) -> str | None:
     """The kind of rotary positions that a prompt of this width would change, if there is any."""
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
-        settings = getattr(getattr(module, "config", None), "rope_parameters", None) or {}
+        config = getattr(module, "config", None)
+        # The second is its name in transformers 4.
+        settings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
         named = kinds if isinstance(kinds, dict) else {None: kinds}
         for layer_type, kind in named.items():
             if not isinstance(kind, str) or not ("dynamic" in kind or kind == "longrope"):
                 continue
-            own = settings if layer_type is None else settings.get(layer_type) or {}
-            limit: Any = own.get("original_max_position_embeddings")
-            if width > (limit or getattr(module, "original_max_seq_len", 0)):
+            own = (settings if layer_type is None else (settings or {}).get(layer_type)) or {}
+            limit: Any = (
+                own.get("original_max_position_embeddings")
+                or getattr(config, "original_max_position_embeddings", None)
+                or getattr(module, "original_max_seq_len", 0)
+            )
+            if width > limit:
                 return kind
     return None

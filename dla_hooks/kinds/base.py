@@ -140,6 +140,5 @@ class Kind:
             UnsupportedModelError: for a kind, or a model, that cannot be run so.
         """
         raise UnsupportedModelError(
-            f"{self.name} cannot be run in chunks; leave chunk_size out, or pass the Hugging Face "
-            "model itself"
+            "models of TransformerLens are run at once; the Hugging Face model itself can be passed"
         )

@@ -92,8 +92,7 @@ class HuggingFace(Kind):
         }
         if not found:
             raise UnsupportedModelError(
-                f"{self.name} hands on no cache of what it has read, so a prompt cannot be run in "
-                "chunks; leave chunk_size out"
+                f"{type(self.model).__name__} hands on no cache of what it has read"
             )
         unknown = {
             type(layer).__name__
@@ -102,9 +101,8 @@ class HuggingFace(Kind):
         } - _EXACT_LAYERS
         if unknown:
             raise UnsupportedModelError(
-                f"{self.name} keeps a cache of a sort that is not known to be exact "
-                f"({', '.join(sorted(unknown))}); sparse attention, say, picks other tokens where "
-                "scores tie"
+                f"its cache ({', '.join(sorted(unknown))}) is of a sort that is not known to be "
+                "exact; sparse attention, say, picks other tokens where scores tie"
             )
         return logits, found
 
