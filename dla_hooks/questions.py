@@ -184,19 +184,22 @@ def _ask_chunks(stream: Stream, left: bool | None) -> bool:
         prompt = _padded(prompt, left)
         last += 2 if left else 0
     width = prompt.shape[1]
+    first = (width + 1) // 2
+    found, past = None, None
     with torch.no_grad(), stream.kind.quiet():
-        expected = stream.kind.forward(prompt, torch.tensor([last])).double()
-        past = None
-        # Several tokens on top of several, and one alone, which some layers treat apart.
-        first = (width + 1) // 2
-        for start, stop in ((0, first), (first, width - 1), (width - 1, width)):
-            if start >= stop:
-                return False  # a model for prompts so short has no use for chunks
-            column = torch.tensor([last]) if start <= last < stop else None
-            chunk = range(start, stop)
-            logits, past = stream.kind.forward_chunk(prompt, chunk, column, past)
-            if column is not None:
-                found = logits.double()
+        try:
+            # Several tokens on top of several, and one alone, which some layers treat apart.
+            for start, stop in ((0, first), (first, width - 1), (width - 1, width)):
+                if start >= stop:
+                    return False  # a model for prompts so short has no use for chunks
+                column = torch.tensor([last]) if start <= last < stop else None
+                chunk = range(start, stop)
+                logits, past = stream.kind.forward_chunk(prompt, chunk, column, past)
+                if column is not None:
+                    found = logits.double()
+        finally:  # the last run, for models that keep a state of their own until the next
+            expected = stream.kind.forward(prompt, torch.tensor([last])).double()
+    assert found is not None
     return _alike(stream, expected, found)
 
 
