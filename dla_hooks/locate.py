@@ -27,7 +27,7 @@ def locate(kind: Kind, architecture: Architecture) -> Stream:
     Raises:
         UnsupportedModelError: when the model does not have what the declaration says.
     """
-    model = kind.model
+    model = kind.root
     finder = _Finder(kind, architecture)
     found = (finder.optional(model, path) for path in architecture.after_norm)
     after_norm = tuple(module for module in found if module is not None)
@@ -58,7 +58,7 @@ class _Finder:
 
     def __init__(self, kind: Kind, architecture: Architecture) -> None:
         self.kind = kind
-        self.model = kind.model
+        self.model = kind.root
         self.architecture = architecture
 
     def refusal(self, what: str) -> UnsupportedModelError:

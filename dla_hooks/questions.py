@@ -21,6 +21,8 @@ _lock = threading.Lock()
 def stamp(model: nn.Module) -> int:
     """A number that moves when a weight is changed in place or replaced, or a hook comes or goes.
 
+    So it does when another PEFT adapter is made the active one, which leaves the weights alone.
+
     Writing through ``.data`` escapes it; a call whose check then fails asks again.
     """
     tensors = (*model.parameters(), *model.buffers())
@@ -33,7 +35,12 @@ def stamp(model: nn.Module) -> int:
         for m in model.modules()
         if not hasattr(m, "fwd_hooks")
     ]
-    return hash((*weights, *hooks))
+    adapters = [
+        (str(m.active_adapters), m.disable_adapters)
+        for m in model.modules()
+        if hasattr(m, "_disable_adapters")
+    ]
+    return hash((*weights, *hooks, *adapters))
 
 
 def short_prompt(stream: Stream, batch: int = 1, length: int = 4) -> Prompt:

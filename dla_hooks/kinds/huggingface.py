@@ -19,7 +19,7 @@ class HuggingFace(Kind):
 
     @property
     def model_type(self) -> str:
-        return str(self.model.config.model_type)
+        return str(self.root.config.model_type)
 
     def check(self) -> None:
         """Refuse what is no causal language model.
@@ -28,7 +28,7 @@ class HuggingFace(Kind):
             InputError: for something that is no Hugging Face model at all.
             UnsupportedModelError: for encoders, encoder-decoders and models without an LM head.
         """
-        model = self.model
+        model = self.root
         if not isinstance(model, nn.Module) or not hasattr(model, "config"):
             raise InputError(
                 "model must be a Hugging Face causal language model, a HookedTransformer or a "
@@ -49,7 +49,7 @@ class HuggingFace(Kind):
             )
 
     def embedding(self) -> nn.Module:
-        found: nn.Module = self.model.get_input_embeddings()
+        found: nn.Module = self.root.get_input_embeddings()
         return found
 
     def n_tokens(self) -> int:
@@ -57,22 +57,22 @@ class HuggingFace(Kind):
         return int(weight.shape[0])
 
     def unembed(self) -> nn.Module:
-        found: nn.Module = self.model.get_output_embeddings()
+        found: nn.Module = self.root.get_output_embeddings()
         return found
 
     def number(self, field: str) -> Any:
-        return getattr(self.model.config.get_text_config(), field, None)
+        return getattr(self.root.config.get_text_config(), field, None)
 
-    def forward(self, prompt: Prompt, columns: Tensor | None) -> Tensor:
+    def run(self, prompt: Prompt, columns: Tensor | None) -> Tensor:
         model = self.model
-        accepted = inspect.signature(model.forward).parameters
+        accepted = inspect.signature(self.root.forward).parameters
         device = run_device(self.embedding())
         arguments: dict[str, Any] = {"input_ids": prompt.input_ids.to(device), "use_cache": False}
         if prompt.padded:
             if "attention_mask" not in accepted:
                 raise UnsupportedModelError(
-                    f"{type(model).__name__} takes no attention mask, so that padding would change "
-                    "its logits; run prompts of different lengths one at a time"
+                    f"{type(self.root).__name__} takes no attention mask, so that padding would "
+                    "change its logits; run prompts of different lengths one at a time"
                 )
             arguments["attention_mask"] = prompt.mask.long().to(device)
             if "position_ids" in accepted:
