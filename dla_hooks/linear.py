@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from dla_hooks.errors import UnsupportedModelError
-from dla_hooks.weights import run_device, stored
+from dla_hooks.errors import InputError, UnsupportedModelError
+from dla_hooks.weights import described, run_device, selected, stored, tiles
 
 _TILE = 256
 """Rows of an identity that are pulled back at once."""
@@ -71,9 +71,9 @@ def value_at(module: nn.Module, z: Tensor) -> Tensor:
 
 def input_width(module: nn.Module) -> int:
     """The size of the space that a linear module reads."""
-    weight = _weight_out_in(module)
-    if weight is not None:
-        return int(weight.shape[1])
+    shape = _shape_out_in(module)
+    if shape is not None:
+        return shape[1]
     width = getattr(module, "in_features", None)
     if isinstance(width, int):
         return width
@@ -93,44 +93,64 @@ def rows(module: nn.Module, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
     Returns:
         ``W_U`` rows [n, d] and biases [n].
     """
-    weight = _weight_out_in(module)
+    axis = _out_axis(module)
+    weight = None if axis is None else selected(module, "weight", ids, axis)
     if weight is None:
         raise UnsupportedModelError(f"{type(module).__name__} has no weight to read rows from")
-    ids = ids.to(weight.device)
-    W = weight.index_select(0, ids).to(dtype)
-    bias = stored(module, "bias")
-    b = W.new_zeros(len(ids)) if bias is None else bias.index_select(0, ids).to(dtype)
+    W = (weight.T if axis else weight).to(dtype)
+    bias = selected(module, "bias", ids)
+    b = W.new_zeros(len(ids)) if bias is None else bias.to(dtype)
     return W, b
 
 
 def mean_row(module: nn.Module, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The unembedding's first ``count`` rows and biases, averaged: [d] and []."""
-    weight = _weight_out_in(module)
-    if weight is None:
+    axis = _out_axis(module)
+    if axis is None:
         raise UnsupportedModelError(f"{type(module).__name__} has no weight to average")
-    bias = stored(module, "bias")
-    W = weight[:count].mean(0, dtype=dtype)
-    b = W.new_zeros(()) if bias is None else bias[:count].mean(dtype=dtype)
-    return W, b
+    W = torch.zeros(input_width(module), dtype=dtype, device=run_device(module))
+    for tile in tiles(module, "weight", count, axis):
+        W += tile.to(dtype).sum(axis)
+    b = W.new_zeros(())
+    for tile in tiles(module, "bias", count):
+        b += tile.to(dtype).sum()
+    return W / count, b / count
 
 
 def vocabulary_size(module: nn.Module) -> int:
     """How many tokens an unembedding scores."""
-    weight = _weight_out_in(module)
-    if weight is None:
+    shape = _shape_out_in(module)
+    if shape is None:
         raise UnsupportedModelError(f"{type(module).__name__} has no weight to count rows of")
-    return int(weight.shape[0])
+    return shape[0]
 
 
 def _weight_out_in(module: nn.Module) -> Tensor | None:
     """The weight as [d_out, d_in], a view; None where the module's map is not just its weight."""
+    axis = _out_axis(module)
+    weight = None if axis is None else stored(module, "weight")
+    return weight.T if weight is not None and axis else weight
+
+
+def _shape_out_in(module: nn.Module) -> tuple[int, int] | None:
+    """That weight's shape, for which nothing is read."""
+    axis = _out_axis(module)
+    weight = None if axis is None else described(module, "weight")
+    if weight is None or axis is None:
+        return None
+    if weight.ndim != 2:
+        raise InputError(
+            f"the weight of {type(module).__name__} has the shape {list(weight.shape)}, so its "
+            "values are elsewhere, as when they are sharded or gathered only while it runs; of "
+            "such models only those that accelerate offloads can be attributed"
+        )
+    return int(weight.shape[axis]), int(weight.shape[1 - axis])
+
+
+def _out_axis(module: nn.Module) -> int | None:
+    """Which axis of the weight is the output's; None where the map is not just the weight."""
     # The exact types: a subclass may quantise, gate or adapt what it does with the weight.
-    if type(module) is nn.Linear:
-        return stored(module, "weight")
-    if type(module) is Conv1D:
-        weight = stored(module, "weight")
-        return None if weight is None else weight.T
-    return None
+    return {nn.Linear: 0, Conv1D: 1}.get(type(module))
 
 
 def _dtype_of(module: nn.Module) -> torch.dtype:
