@@ -38,6 +38,13 @@ class Dtype(str, Enum):
     auto = "auto"
 
 
+class DeviceMap(str, Enum):
+    """What ``--device-map`` takes: :data:`dla_hooks.placement.DEVICE_MAPS`."""
+
+    auto = "auto"
+    disk = "disk"
+
+
 class _Commands(TyperGroup):
     """Commands whose expected failures are one line on stderr and an exit code."""
 
@@ -78,7 +85,27 @@ DtypeOption = Annotated[
         "the checkpoint's own.",
     ),
 ]
-Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps.")]
+Device = Annotated[
+    str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps.", show_default="cpu")
+]
+DeviceMapOption = Annotated[
+    DeviceMap | None,
+    typer.Option(
+        metavar="MAP",
+        help="For models that do not fit: auto spreads the weights over GPUs, memory and disk; "
+        "disk leaves them on disk and reads them as they are needed. Instead of a device.",
+        show_default=False,
+    ),
+]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="With --device-map: the most that the weights may take of memory and of each GPU, "
+        "as in 4GiB or 500MB. With disk: of memory, nothing by default.",
+        show_default=False,
+    ),
+]
 TrustRemoteCode = Annotated[
     bool,
     typer.Option(
@@ -169,7 +196,9 @@ def attribute(
         Path | None, typer.Option(metavar="FILE", help="Also draw it: .html, .png or .svg.")
     ] = None,
     dtype: DtypeOption = Dtype.float32,
-    device: Device = "cpu",
+    device: Device = None,
+    device_map: DeviceMapOption = None,
+    max_memory: MaxMemory = None,
     prepend_bos: Annotated[
         bool | None,
         typer.Option(
@@ -183,7 +212,9 @@ def attribute(
     """Split a logit, or the difference of two, into what each part of a model wrote."""
     where = _parse_pos(pos)
     _check_outputs(json, csv, plot)
-    loaded, tokenizer = _load(model, dtype, device, trust_remote_code)
+    loaded, tokenizer = _load(
+        model, dtype, device, trust_remote_code, device_map=device_map, max_memory=max_memory
+    )
     if tokenizer is None:
         raise TokenizerMissingError(
             f"{model} has no tokenizer, which the prompt and the answer are read with; save one "
@@ -223,10 +254,19 @@ def attribute(
 def verify(
     model: Model,
     dtype: DtypeOption = Dtype.float32,
+    device_map: DeviceMapOption = None,
+    max_memory: MaxMemory = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Verify, block by block, that a model is a sum of writes. Exits with 1 if it is not."""
-    loaded, _ = _load(model, dtype, trust_remote_code=trust_remote_code, with_tokenizer=False)
+    loaded, _ = _load(
+        model,
+        dtype,
+        trust_remote_code=trust_remote_code,
+        device_map=device_map,
+        max_memory=max_memory,
+        with_tokenizer=False,
+    )
     with _progress("verifying"):
         report = dla_hooks.verify(loaded, show=False)
 
@@ -268,8 +308,11 @@ def _progress(what: str) -> Any:
 def _load(
     model: str,
     dtype: Dtype = Dtype.float32,
-    device: str = "cpu",
+    device: str | None = None,
     trust_remote_code: bool = False,
+    *,
+    device_map: DeviceMap | None = None,
+    max_memory: str | None = None,
     with_tokenizer: bool = True,
 ) -> tuple[Any, Any]:
     with _progress(f"loading {model}"):
@@ -280,7 +323,14 @@ def _load(
             from dla_hooks.demo import path
 
             source = path()
-        loaded = checkpoint.load_model(source, dtype.value, device, trust_remote_code)
+        loaded = checkpoint.load_model(
+            source,
+            dtype.value,
+            device,
+            trust_remote_code,
+            device_map=None if device_map is None else device_map.value,
+            max_memory=max_memory,
+        )
         if not with_tokenizer:
             return loaded, None
         return loaded, checkpoint.load_tokenizer(source, trust_remote_code)

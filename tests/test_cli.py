@@ -16,7 +16,8 @@ from zoo import build, tiny_tokenizer
 
 import dla_hooks
 from dla_hooks.checkpoint import DTYPES
-from dla_hooks.cli import Dtype, Unit, app
+from dla_hooks.cli import DeviceMap, Dtype, Unit, app
+from dla_hooks.placement import DEVICE_MAPS
 from dla_hooks.units import UNITS
 
 PROMPT = "The cat sat on the mat"
@@ -155,6 +156,17 @@ class TestAttribute:
         attribute(folder, "--dtype", "bfloat16", "--json", tmp_path / "b.json")
         assert json.loads((tmp_path / "b.json").read_text())["gap"] > 1e-4
 
+    @pytest.mark.parametrize("options", [("disk",), ("auto", "--max-memory", "40KB")])
+    def test_weights_that_are_left_on_disk(self, folder, options):
+        pytest.importorskip("accelerate")
+        done = attribute(folder, "--unit", "head", "--device-map", *options)
+        assert done.exit_code == 0, done.output
+        assert done.stderr == ""
+        rows = dict(re.findall(r"^(\w+) +([+-]\d\S*)", done.stdout, re.MULTILINE))
+        result = expected(unit="head")
+        for label, value in zip(result.labels, result.mean().tolist(), strict=True):
+            assert float(rows[label]) == pytest.approx(value, abs=1e-3)
+
     def test_bos_is_put_first_when_asked(self, folder, tmp_path):
         for option, first in (("--prepend-bos", "<bos>"), ("--no-prepend-bos", "The")):
             attribute(folder, option, "--json", tmp_path / "r.json")
@@ -187,6 +199,12 @@ class TestErrors:
     def test_a_position_out_of_range(self, folder):
         failed(attribute(folder, "--pos", "6"), "position 6 is out of range")
 
+    def test_where_the_weights_go(self, folder):
+        pytest.importorskip("accelerate")
+        failed(attribute(folder, "--max-memory", "4GiB"), "max_memory='4GiB'", "--device-map")
+        failed(attribute(folder, "--device-map", "disk", "--max-memory", "4"), "is no size")
+        failed(attribute(folder, "--device-map", "disk", "--device", "cpu"), "give one of them")
+
     def test_a_folder_that_is_not_there(self):
         failed(attribute("./nowhere"), "there is no folder ./nowhere")
 
@@ -213,6 +231,7 @@ class TestErrors:
             ("attribute", "m", "p", "--answer", "a", "--unit", "neuron"),
             ("attribute", "m", "p", "--answer", "a", "--dtype", "int8"),
             ("attribute", "m", "p", "--answer", "a", "--top", "0"),
+            ("attribute", "m", "p", "--answer", "a", "--device-map", "balanced"),
             ("nonsense",),
             (),
         ],
@@ -223,14 +242,14 @@ class TestErrors:
         assert "Traceback" not in done.output
 
     def test_interrupted(self, monkeypatch):
-        def interrupt(*_):
+        def interrupt(*_, **__):
             raise KeyboardInterrupt
 
         monkeypatch.setattr("dla_hooks.checkpoint.load_model", interrupt)
         assert call("verify", "demo").exit_code == 130
 
     def test_an_error_of_another_kind_is_not_hidden(self, monkeypatch):
-        def fail(*_):
+        def fail(*_, **__):
             raise ZeroDivisionError
 
         monkeypatch.setattr("dla_hooks.checkpoint.load_model", fail)
@@ -256,6 +275,18 @@ class TestVerify:
 
     def test_dtype(self, folder):
         assert "(gpt2), float64: adds up" in call("verify", folder, "--dtype", "float64").stdout
+
+    def test_weights_that_are_left_on_disk(self, folder):
+        pytest.importorskip("accelerate")
+        done = call("verify", folder, "--device-map", "disk", "--max-memory", "40KB")
+        assert "(gpt2), float32: adds up" in done.stdout
+
+    def test_the_options_for_weights_that_do_not_fit_are_explained(self):
+        for command in ("attribute", "verify"):
+            text = call(command, "--help", COLUMNS="120").stdout
+            assert "--device-map" in text
+            assert "--max-memory" in text
+            assert "4GiB" in text
 
 
 class TestList:
@@ -304,6 +335,7 @@ class TestStartsFast:
     def test_options_are_those_of_the_library(self):
         assert [unit.value for unit in Unit] == list(UNITS)
         assert tuple(dtype.value for dtype in Dtype) == DTYPES
+        assert tuple(where.value for where in DeviceMap) == DEVICE_MAPS
 
     HEAVY = ("torch", "transformers", "altair", "pandas")
 
