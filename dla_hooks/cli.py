@@ -7,7 +7,6 @@ command needs them, so that ``--help`` and mistyped options answer at once.
 from __future__ import annotations
 
 import sys
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,32 +16,19 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 import dla_hooks
+from dla_hooks.cli_options import (
+    ChunkSize,
+    Device,
+    DeviceMap,
+    DeviceMapOption,
+    Dtype,
+    DtypeOption,
+    MaxMemory,
+    Model,
+    TrustRemoteCode,
+    Unit,
+)
 from dla_hooks.errors import DLAError, InputError, TokenizerMissingError
-
-
-class Unit(str, Enum):
-    """What ``--unit`` takes: the names in :data:`dla_hooks.units.UNITS`."""
-
-    component = "component"
-    layer = "layer"
-    head = "head"
-
-
-class Dtype(str, Enum):
-    """What ``--dtype`` takes: :data:`dla_hooks.checkpoint.DTYPES`."""
-
-    float32 = "float32"
-    float64 = "float64"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    auto = "auto"
-
-
-class DeviceMap(str, Enum):
-    """What ``--device-map`` takes: :data:`dla_hooks.placement.DEVICE_MAPS`."""
-
-    auto = "auto"
-    disk = "disk"
 
 
 class _Commands(TyperGroup):
@@ -68,50 +54,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="A folder, a Hugging Face hub id, or 'demo' for the small model that is included.",
-        show_default=False,
-    ),
-]
-DtypeOption = Annotated[
-    Dtype,
-    typer.Option(
-        metavar="DTYPE",
-        help="Precision to load the weights in: float32, float64, bfloat16, float16, or auto, "
-        "the checkpoint's own.",
-    ),
-]
-Device = Annotated[
-    str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps.", show_default="cpu")
-]
-DeviceMapOption = Annotated[
-    DeviceMap | None,
-    typer.Option(
-        metavar="MAP",
-        help="For models that do not fit: auto spreads the weights over GPUs, memory and disk; "
-        "disk leaves them on disk and reads them as they are needed. Instead of a device.",
-        show_default=False,
-    ),
-]
-MaxMemory = Annotated[
-    str | None,
-    typer.Option(
-        metavar="SIZE",
-        help="With --device-map: the most that the weights may take of memory and of each GPU, "
-        "as in 4GiB or 500MB. With disk: of memory, nothing by default.",
-        show_default=False,
-    ),
-]
-TrustRemoteCode = Annotated[
-    bool,
-    typer.Option(
-        "--trust-remote-code", metavar="", help="Run Python code that comes with the model."
-    ),
-]
 
 
 def _show_version(wanted: bool) -> None:
@@ -207,6 +149,7 @@ def attribute(
             show_default=False,
         ),
     ] = None,
+    chunk_size: ChunkSize = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Split a logit, or the difference of two, into what each part of a model wrote."""
@@ -230,6 +173,7 @@ def attribute(
             pos=where,
             tokenizer=tokenizer,
             prepend_bos=prepend_bos,
+            chunk_size=chunk_size,
         )
         if not result.attribution.numel():
             raise dla_hooks.InputError(f"--pos {pos} selects no position of this prompt")

@@ -16,7 +16,8 @@ from zoo import build, tiny_tokenizer
 
 import dla_hooks
 from dla_hooks.checkpoint import DTYPES
-from dla_hooks.cli import DeviceMap, Dtype, Unit, app
+from dla_hooks.cli import app
+from dla_hooks.cli_options import DeviceMap, Dtype, Unit
 from dla_hooks.placement import DEVICE_MAPS
 from dla_hooks.units import UNITS
 
@@ -166,6 +167,15 @@ class TestAttribute:
         result = expected(unit="head")
         for label, value in zip(result.labels, result.mean().tolist(), strict=True):
             assert float(rows[label]) == pytest.approx(value, abs=1e-3)
+
+    def test_a_prompt_in_chunks(self, folder, tmp_path):
+        whole, chunks = tmp_path / "whole.json", tmp_path / "chunks.json"
+        attribute(folder, "--unit", "head", "--json", whole)
+        done = attribute(folder, "--unit", "head", "--json", chunks, "--chunk-size", "2")
+        assert done.exit_code == 0, done.output
+        found = [json.loads(path.read_text())["attribution"] for path in (whole, chunks)]
+        assert found[1] == [pytest.approx(row, abs=1e-4) for row in found[0]]
+        failed(attribute(folder, "--chunk-size", "0"), "chunk_size must be a positive number")
 
     def test_bos_is_put_first_when_asked(self, folder, tmp_path):
         for option, first in (("--prepend-bos", "<bos>"), ("--no-prepend-bos", "The")):
