@@ -16,6 +16,7 @@ from dla_hooks.check import (
     hold_against_model,
     identity_gap,
 )
+from dla_hooks.chunks import chunk_size_for
 from dla_hooks.errors import DecompositionError, InputError, ShapeMismatchError
 from dla_hooks.facts import forget
 from dla_hooks.inputs import read_inputs
@@ -44,6 +45,7 @@ def direct_logit_attribution(
     center_unembed: bool | None = None,
     fold_value_biases: bool | None = None,
     check: bool = True,
+    chunk_size: int | None = None,
 ) -> DirectLogitAttribution:
     """Split a logit, or a difference of two logits, into what each part of the model wrote.
 
@@ -85,6 +87,10 @@ def direct_logit_attribution(
         check: hold the parts against the last stream and, at a few positions, against the model's
             own logits, and raise if they do not add up. A cache does not say which logits the
             model gave; there the parts are held against the last stream alone.
+        chunk_size: run the prompt so many tokens at a time, against the model's own cache of what
+            came before, so that activation memory grows with the chunk and not with the prompt.
+            The numbers are the same; a model whose numbers would not be is refused. None runs
+            prompts of more than 8,192 tokens in chunks of 2,048, where the model allows it.
 
     Returns:
         A :class:`DirectLogitAttribution`, whose ``attribution`` is [component, batch] for a
@@ -115,6 +121,10 @@ def direct_logit_attribution(
     model, tokenizer = stream.model, inputs.tokenizer
     if replay is not None and not unit_class.shows_embeddings:
         stream = dataclasses.replace(stream, positions=None)  # a cache need not tell them apart
+    if replay is None:
+        chunk_size = chunk_size_for(stream, prompt, chunk_size)
+    elif chunk_size is not None:
+        raise InputError("chunk_size goes with a run of the model; a cache is read as it is")
     selection = positions.select(positions.parse(pos, prompt.shape[1]), prompt.mask)
     answers = read_answers(
         answer_tokens,
@@ -146,7 +156,7 @@ def direct_logit_attribution(
                 return run, split, Outcome(identity_gap(run), float("nan"))
             return run, split, hold_against_cache(run, splitter, split, replay.dtype())
         columns = columns_to_check(run, prompt) if check else None
-        logits = run.forward(prompt, splitter.taps(), columns)
+        logits = run.forward(prompt, splitter.taps(), columns, chunk_size)
         split = splitter.split()
         if not check:
             return run, split, Outcome(identity_gap(run), float("nan"))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dla_hooks.errors import CheckpointError, DLAError, InputError, UnsupportedModelError
+from dla_hooks.placement import Placement, first_line
 
 DTYPES = ("float32", "float64", "bfloat16", "float16", "auto")
 
@@ -35,16 +36,24 @@ _TOKENIZER_FILES = (
 def load(
     path: str | Path,
     dtype: str = "float32",
-    device: str = "cpu",
+    device: str | None = None,
     trust_remote_code: bool = False,
+    *,
+    device_map: str | None = None,
+    max_memory: str | None = None,
 ) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer.
 
     Args:
         path: a folder, or an id on the Hugging Face hub.
         dtype: one of ``DTYPES``; "auto" is the checkpoint's own.
-        device: as torch names it: "cpu", "cuda", "cuda:1", "mps".
+        device: as torch names it: "cpu", "cuda", "cuda:1", "mps"; None is "cpu".
         trust_remote_code: run Python code that comes with the checkpoint.
+        device_map: instead of ``device``, for models that do not fit (extra: offload). "auto" puts
+            the weights on GPUs first, then in memory, then on disk, as accelerate decides. "disk"
+            leaves them on disk, from where each module's are read while it runs, on the CPU.
+        max_memory: with ``device_map``: the most that the weights may take of each GPU and of
+            memory, as in "4GiB" or "500MB". For "disk": of memory, nothing by default.
 
     Returns:
         The model, in evaluation mode, and the tokenizer, or None where there is none.
@@ -52,43 +61,48 @@ def load(
     Raises:
         CheckpointError: when anything is missing or cannot be read.
         UnsupportedModelError: when it holds no causal language model.
-        InputError: for a dtype or device that cannot be used.
+        InputError: for a dtype, device, map or size that cannot be used.
+        MissingExtraError: for a ``device_map`` without accelerate.
     """
-    model = load_model(path, dtype, device, trust_remote_code)
+    model = load_model(
+        path, dtype, device, trust_remote_code, device_map=device_map, max_memory=max_memory
+    )
     return model, load_tokenizer(path, trust_remote_code)
 
 
 def load_model(
     path: str | Path,
     dtype: str = "float32",
-    device: str = "cpu",
+    device: str | None = None,
     trust_remote_code: bool = False,
+    *,
+    device_map: str | None = None,
+    max_memory: str | None = None,
 ) -> Any:
     """Load the model alone; see :func:`load`."""
     if dtype not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     source = _source(path)
-    target = _usable(device)
+    placement = Placement(device, device_map, max_memory)
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with _quiet(), _one_line(source, "config.json"):
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    with _quiet(), _one_line(source, "the weights", config.model_type):
-        auto: Any = AutoModelForCausalLM  # not typed for output_loading_info
-        model, info = auto.from_pretrained(
-            source,
-            config=config,
-            dtype="auto" if dtype == "auto" else getattr(torch, dtype),
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, in one line
-        )
-    _check_complete(source, info)
-    try:
-        return model.to(target)
-    except RuntimeError as error:  # out of memory there
-        raise InputError(f"{source} cannot be put on {device}: {_first_line(error)}") from error
+    with placement as arguments:
+        with _quiet(), _one_line(source, "the weights", config.model_type):
+            auto: Any = AutoModelForCausalLM  # not typed for output_loading_info
+            model, info = auto.from_pretrained(
+                source,
+                config=config,
+                dtype="auto" if dtype == "auto" else getattr(torch, dtype),
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # refused below, in one line
+                **arguments,
+            )
+        _check_complete(source, model, info)
+        return placement.put(model)
 
 
 def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
@@ -134,24 +148,14 @@ def _check_folder(folder: Path) -> None:
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {_first_line(error)}") from None
+        raise CheckpointError(f"{file} cannot be read: {first_line(error)}") from None
     if not isinstance(config, dict) or "model_type" not in config:
         raise CheckpointError(f"{file} names no model_type, so it is no model's configuration")
 
 
-def _usable(device: str) -> Any:
-    """The device, tried before any weights are loaded."""
-    import torch
+def _check_complete(source: str, model: Any, info: dict[str, Any]) -> None:
+    from dla_hooks.weights import misfits
 
-    try:
-        target = torch.device(device)
-        torch.zeros((), device=target)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"device {device!r} cannot be used: {_first_line(error)}") from None
-    return target
-
-
-def _check_complete(source: str, info: dict[str, Any]) -> None:
     missing = sorted(info["missing_keys"])
     if missing:
         raise CheckpointError(
@@ -164,7 +168,7 @@ def _check_complete(source: str, info: dict[str, Any]) -> None:
             f"{source} holds {len(unread)} weights that config.json has no place for "
             f"({_some(unread)}), as when the stack was cut short; the model would be another one"
         )
-    mismatched = sorted(info["mismatched_keys"])
+    mismatched = sorted([*info["mismatched_keys"], *misfits(model)], key=str)
     if mismatched:
         first = mismatched[0]  # its name; in transformers 5 with what was found and expected
         if not isinstance(first, str):
@@ -208,7 +212,7 @@ def _one_line(source: str, what: str, model_type: str = "") -> Iterator[None]:
                 f"{source} is neither a folder here nor in the local cache, and the Hugging Face "
                 "hub cannot be reached"
             ) from error
-        raise CheckpointError(f"{source}: {what} cannot be read: {_first_line(error)}") from error
+        raise CheckpointError(f"{source}: {what} cannot be read: {first_line(error)}") from error
 
 
 @contextmanager
@@ -217,23 +221,20 @@ def _quiet() -> Iterator[None]:
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    hub = getLogger("huggingface_hub")
-    hub_level = hub.level
-    hub.setLevel(CRITICAL)
+    others = [getLogger(name) for name in ("huggingface_hub", "accelerate")]
+    levels = [logger.level for logger in others]
+    for logger in others:
+        logger.setLevel(CRITICAL)
     logging.set_verbosity(CRITICAL)
     logging.disable_progress_bar()
     try:
         yield
     finally:
         logging.set_verbosity(level)
-        hub.setLevel(hub_level)
+        for logger, before in zip(others, levels, strict=True):
+            logger.setLevel(before)
         if bars:
             logging.enable_progress_bar()
-
-
-def _first_line(error: BaseException) -> str:
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return line or type(error).__name__
 
 
 def _some(names: list[str]) -> str:

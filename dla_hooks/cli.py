@@ -7,7 +7,6 @@ command needs them, so that ``--help`` and mistyped options answer at once.
 from __future__ import annotations
 
 import sys
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,25 +16,19 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 import dla_hooks
+from dla_hooks.cli_options import (
+    ChunkSize,
+    Device,
+    DeviceMap,
+    DeviceMapOption,
+    Dtype,
+    DtypeOption,
+    MaxMemory,
+    Model,
+    TrustRemoteCode,
+    Unit,
+)
 from dla_hooks.errors import DLAError, InputError, TokenizerMissingError
-
-
-class Unit(str, Enum):
-    """What ``--unit`` takes: the names in :data:`dla_hooks.units.UNITS`."""
-
-    component = "component"
-    layer = "layer"
-    head = "head"
-
-
-class Dtype(str, Enum):
-    """What ``--dtype`` takes: :data:`dla_hooks.checkpoint.DTYPES`."""
-
-    float32 = "float32"
-    float64 = "float64"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    auto = "auto"
 
 
 class _Commands(TyperGroup):
@@ -61,30 +54,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="A folder, a Hugging Face hub id, or 'demo' for the small model that is included.",
-        show_default=False,
-    ),
-]
-DtypeOption = Annotated[
-    Dtype,
-    typer.Option(
-        metavar="DTYPE",
-        help="Precision to load the weights in: float32, float64, bfloat16, float16, or auto, "
-        "the checkpoint's own.",
-    ),
-]
-Device = Annotated[str, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps.")]
-TrustRemoteCode = Annotated[
-    bool,
-    typer.Option(
-        "--trust-remote-code", metavar="", help="Run Python code that comes with the model."
-    ),
-]
 
 
 def _show_version(wanted: bool) -> None:
@@ -169,7 +138,9 @@ def attribute(
         Path | None, typer.Option(metavar="FILE", help="Also draw it: .html, .png or .svg.")
     ] = None,
     dtype: DtypeOption = Dtype.float32,
-    device: Device = "cpu",
+    device: Device = None,
+    device_map: DeviceMapOption = None,
+    max_memory: MaxMemory = None,
     prepend_bos: Annotated[
         bool | None,
         typer.Option(
@@ -178,12 +149,15 @@ def attribute(
             show_default=False,
         ),
     ] = None,
+    chunk_size: ChunkSize = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Split a logit, or the difference of two, into what each part of a model wrote."""
     where = _parse_pos(pos)
     _check_outputs(json, csv, plot)
-    loaded, tokenizer = _load(model, dtype, device, trust_remote_code)
+    loaded, tokenizer = _load(
+        model, dtype, device, trust_remote_code, device_map=device_map, max_memory=max_memory
+    )
     if tokenizer is None:
         raise TokenizerMissingError(
             f"{model} has no tokenizer, which the prompt and the answer are read with; save one "
@@ -199,6 +173,7 @@ def attribute(
             pos=where,
             tokenizer=tokenizer,
             prepend_bos=prepend_bos,
+            chunk_size=chunk_size,
         )
         if not result.attribution.numel():
             raise dla_hooks.InputError(f"--pos {pos} selects no position of this prompt")
@@ -223,10 +198,19 @@ def attribute(
 def verify(
     model: Model,
     dtype: DtypeOption = Dtype.float32,
+    device_map: DeviceMapOption = None,
+    max_memory: MaxMemory = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Verify, block by block, that a model is a sum of writes. Exits with 1 if it is not."""
-    loaded, _ = _load(model, dtype, trust_remote_code=trust_remote_code, with_tokenizer=False)
+    loaded, _ = _load(
+        model,
+        dtype,
+        trust_remote_code=trust_remote_code,
+        device_map=device_map,
+        max_memory=max_memory,
+        with_tokenizer=False,
+    )
     with _progress("verifying"):
         report = dla_hooks.verify(loaded, show=False)
 
@@ -268,8 +252,11 @@ def _progress(what: str) -> Any:
 def _load(
     model: str,
     dtype: Dtype = Dtype.float32,
-    device: str = "cpu",
+    device: str | None = None,
     trust_remote_code: bool = False,
+    *,
+    device_map: DeviceMap | None = None,
+    max_memory: str | None = None,
     with_tokenizer: bool = True,
 ) -> tuple[Any, Any]:
     with _progress(f"loading {model}"):
@@ -280,7 +267,14 @@ def _load(
             from dla_hooks.demo import path
 
             source = path()
-        loaded = checkpoint.load_model(source, dtype.value, device, trust_remote_code)
+        loaded = checkpoint.load_model(
+            source,
+            dtype.value,
+            device,
+            trust_remote_code,
+            device_map=None if device_map is None else device_map.value,
+            max_memory=max_memory,
+        )
         if not with_tokenizer:
             return loaded, None
         return loaded, checkpoint.load_tokenizer(source, trust_remote_code)

@@ -111,7 +111,7 @@ def _check_length(stream: Stream, prompt: Prompt) -> None:
     longest = int(prompt.mask.sum(-1).max())
     if stream.position_limit is not None and longest > stream.position_limit:
         raise InputError(
-            f"the prompt has {longest} tokens, but {type(stream.model).__name__} has positions "
+            f"the prompt has {longest} tokens, but {type(stream.kind.root).__name__} has positions "
             f"for {stream.position_limit} only; shorten it"
         )
 

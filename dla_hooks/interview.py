@@ -24,7 +24,7 @@ _TOKENS = 64  # as many as are needed to see a map of the vocabulary for what it
 def refusal(stream: Stream, what: str) -> UnsupportedModelError:
     instead = ". The Hugging Face model itself can be passed" if stream.kind.keeps_caches else ""
     return UnsupportedModelError(
-        f"{type(stream.model).__name__} (model type {stream.kind.model_type!r}) cannot be "
+        f"{type(stream.kind.root).__name__} (model type {stream.kind.model_type!r}) cannot be "
         f"attributed: {what}{instead}"
     )
 

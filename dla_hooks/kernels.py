@@ -3,7 +3,8 @@
 Letters in names give the axes:
 
     B batch, S column of the prompt, N selected site (a row and column), T tile of sites,
-    M d_model, H head, D d_head, I = H * D, K distinct target (an answer, or answer - incorrect).
+    M d_model, H head, D d_head, I = H * D, K distinct target (an answer, or answer - incorrect),
+    C row of scalars.
 
 Nothing of size N x M is built beyond one tile, whatever the dtype of the activations and however
 many targets there are.
@@ -11,86 +12,140 @@ many targets there are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-from einops import einsum, rearrange
+import torch
+from einops import einsum, rearrange, reduce
 from torch import Tensor
 
-from dla_hooks.sites import Sites
+from dla_hooks.directions import Directions
+from dla_hooks.norms import Norm, frozen_scale
+from dla_hooks.sites import Sites, Tile
 
-_TILE_ELEMENTS = 2**18
-"""Entries of an activation held at once in the accumulation dtype (1 MiB in float32)."""
+
+class Scalars:
+    """Rows of one number per site, each written where its activation lives.
+
+    A model may be spread over devices; its numbers meet on one of them once it has run, so that
+    no hook waits for another device.
+
+    Args:
+        n_rows: number of rows.
+        n_sites: numbers in each.
+        dtype: of the numbers.
+    """
+
+    def __init__(self, n_rows: int, n_sites: int, dtype: torch.dtype) -> None:
+        self._shape = n_rows, n_sites
+        self._dtype = dtype
+        self._on: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device) -> Tensor:
+        """The rows [C, N] to write to on a device; each row is for one device only."""
+        if device not in self._on:
+            self._on[device] = torch.zeros(self._shape, dtype=self._dtype, device=device)
+        return self._on[device]
+
+    def gathered(self, device: torch.device | None = None) -> Tensor:
+        """All rows [C, N] on one device (by default the first that was written on)."""
+        device = device or next(iter(self._on), torch.device("cpu"))
+        whole = self.on(device)
+        for other, rows in self._on.items():
+            if other != device:
+                whole += rows.to(device)  # zero but for the rows that were written there
+        self._on = {device: whole}
+        return whole
 
 
-def project(x: Tensor, sites: Sites, d_KM: Tensor, out_N: Tensor) -> None:
+def project(x: Tensor, sites: Sites, directions: Directions, out_N: Tensor) -> None:
     """out[n] = x[site n] . d[target of n].
 
     Args:
         x: activations as the hook sees them; see :meth:`Sites.take`.
         sites: where to read, and which target each site has.
-        d_KM: directions [n_targets, d_model], in the accumulation dtype.
+        directions: one per target [d_model].
         out_N: one scalar per site, written in place.
     """
-    d_KM = d_KM.to(x.device)
-    for tile, x_TM in _tiles(x, sites, d_KM):
-        if len(d_KM) == 1:
-            out_N[tile] = einsum(x_TM, d_KM[0], "t m, m -> t")
-        else:
-            d_TM = d_KM[sites.target_on(x.device)[tile]]
-            out_N[tile] = einsum(x_TM, d_TM, "t m, t m -> t")
+    for x_TM, tile in tiles(x, sites, directions.dtype):
+        out_N[tile.index] = _dot(x_TM, directions.at(tile, x.device), tile)
 
 
 def project_heads(
     z: Tensor,
     sites: Sites,
-    d_KM: Tensor,
-    fold: Callable[[Tensor], Tensor],
+    folded: Directions,
     out_HN: Tensor,
     constant_I: Tensor | None = None,
+    of_constant_N: Tensor | None = None,
 ) -> None:
-    """out[h, n] = (z_h[site n] - constant_h) . u_h[target of n], with u = ``fold(d)``.
-
-    The direction is folded through the output projection first (u_h = W_O[h] d), so that no
-    head's write to the stream is ever built.
+    """out[h, n] = (z_h[site n] - constant_h) . u_h[target of n].
 
     Args:
         z: the output projection's input [batch, pos, head * d_head].
         sites: where to read, and which target each site has.
-        d_KM: directions at the projection's output.
-        fold: pulls directions [n, d_model] back through the projection, to [n, head * d_head].
+        folded: u, the directions pulled back through the output projection [head * d_head]
+            (u_h = W_O[h] d), so that no head's write to the stream is ever built.
         out_HN: one scalar per head and site, written in place.
         constant_I: what to take off every z first [head * d_head].
+        of_constant_N: what was taken off all heads together, added to in place.
     """
     n_heads = len(out_HN)
-    d_KM = d_KM.to(z.device)
-    shared = len(d_KM) <= max(1, len(sites) // 2)  # otherwise most sites have a target of their own
-    if shared:
-        u_KHD = rearrange(fold(d_KM), "k (h d) -> k h d", h=n_heads)
-    for tile, z_TI in _tiles(z, sites, d_KM):
-        if constant_I is not None:
+    for z_TI, tile in tiles(z, sites, folded.dtype):
+        u_KI = folded.at(tile, z.device)
+        if constant_I is not None and of_constant_N is not None:
             z_TI = z_TI - constant_I
-        z_THD = rearrange(z_TI, "t (h d) -> t h d", h=n_heads)
-        if len(d_KM) == 1:
-            out_HN[:, tile] = einsum(z_THD, u_KHD[0], "t h d, h d -> h t")
-            continue
-        target_T = sites.target_on(z.device)[tile]
-        if shared:
-            u_THD = u_KHD[target_T]
+            of_constant_N[tile.index] += tile.spread(u_KI @ constant_I)
+        if len(u_KI) == 1:
+            out_HN[:, tile.index] = einsum(_heads_apart(u_KI[0], n_heads), z_TI, "h i, t i -> h t")
         else:
-            u_THD = rearrange(fold(d_KM[target_T]), "t (h d) -> t h d", h=n_heads)
-        out_HN[:, tile] = einsum(z_THD, u_THD, "t h d, t h d -> h t")
+            products_TI = z_TI * tile.spread(u_KI)
+            out_HN[:, tile.index] = reduce(products_TI, "t (h d) -> h t", "sum", h=n_heads)
 
 
-def over_tiles(
-    x: Tensor, y: Tensor, sites: Sites, like: Tensor
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Pairs of tiles of two activations of the same shape, in the dtype of ``like``."""
-    for (tile, x_TM), (_, y_TM) in zip(_tiles(x, sites, like), _tiles(y, sites, like), strict=True):
-        yield tile, x_TM, y_TM
+def frozen_scales(norm: Norm, x: Tensor, y: Tensor, sites: Sites, out_N: Tensor) -> list[Tensor]:
+    """The scale that a norm divided by at each site; see :func:`dla_hooks.norms.frozen_scale`.
+
+    Args:
+        norm: its constants.
+        x: what went in, as the hook sees it.
+        y: what came out.
+        sites: where to read.
+        out_N: one scale per site, written in place.
+
+    Returns:
+        What the norm's form leaves unexplained, for each tile.
+    """
+    misfits = []
+    pairs = zip(tiles(x, sites, out_N.dtype), tiles(y, sites, out_N.dtype), strict=True)
+    for (x_TM, tile), (y_TM, _) in pairs:
+        out_N[tile.index], misfit = frozen_scale(norm, x_TM, y_TM)
+        misfits.append(misfit)
+    return misfits
 
 
-def _tiles(x: Tensor, sites: Sites, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    size = max(1, _TILE_ELEMENTS // x.shape[-1])
-    for start in range(0, len(sites), size):
-        tile = slice(start, min(start + size, len(sites)))
-        yield tile, sites.take(x, tile).to(like.dtype)
+def project_constant(
+    constant_M: Tensor, sites: Sites, directions: Directions, out_N: Tensor
+) -> None:
+    """out[n] = constant . d[target of n], for a vector [d_model] that is the same everywhere."""
+    for _, tile in sites.tiles(len(constant_M), out_N.device):
+        d_KM = directions.at(tile, out_N.device)
+        out_N[tile.index] = tile.spread(d_KM @ constant_M.to(d_KM))
+
+
+def tiles(x: Tensor, sites: Sites, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tile]]:
+    """An activation at the sites in view, a tile at a time [T, d], in the accumulation dtype."""
+    for place, tile in sites.tiles(x.shape[-1], x.device):
+        yield sites.take(x, place).to(dtype), tile
+
+
+def _dot(x_TM: Tensor, d_KM: Tensor, tile: Tile) -> Tensor:
+    if len(d_KM) == 1:
+        return x_TM @ d_KM[0]
+    products_T: Tensor = torch.linalg.vecdot(x_TM, tile.spread(d_KM))
+    return products_T
+
+
+def _heads_apart(u_I: Tensor, n_heads: int) -> Tensor:
+    """u as [H, I], zero outside each head's own channels: all heads are then one product."""
+    apart_HHD = torch.diag_embed(rearrange(u_I, "(h d) -> d h", h=n_heads))
+    return rearrange(apart_HHD, "d h g -> h (g d)")

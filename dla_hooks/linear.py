@@ -7,41 +7,76 @@ module (quantised, LoRA-wrapped, ...) it is the module's own vector-Jacobian pro
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from dla_hooks.errors import UnsupportedModelError
-from dla_hooks.weights import run_device, stored
+from dla_hooks import vjp
+from dla_hooks.errors import InputError, UnsupportedModelError
+from dla_hooks.weights import described, run_device, selected, stored, tiles
 
 _TILE = 256
 """Rows of an identity that are pulled back at once."""
 
+_TILE_ELEMENTS = 2**21
+"""Entries of a module's output that are there at once, where its rows are pulled back."""
 
-def pull_back(module: nn.Module, d_KM: Tensor) -> Tensor:
+_CAST_ELEMENTS = 2**22
+"""Entries of a weight that are there at once in another dtype (16 MiB in float32)."""
+
+_NO_HEADS = (
+    "unit='component' and unit='layer' do not need that; for heads dequantise this module, "
+    "quantise its weights alone and in a form that can be trained through, or merge its adapter"
+)
+_UNEMBED = "the unembedding"
+_NO_ROWS = (
+    "Logits are attributed through the rows of the unembedding: leave it out when quantising the "
+    "model, or dequantise it"
+)
+
+
+def pull_back(module: nn.Module, d_KM: Tensor, name: str = "") -> Tensor:
     """Directions at a linear module's output, as directions at its input.
 
     Args:
         module: any module that is an affine map along its last axis.
         d_KM: directions [n, d_out].
+        name: its path, for the message of an error.
 
     Returns:
-        [n, d_in], in the dtype and on the device of ``d_KM``.
+        [n, d_in], in the dtype of ``d_KM``, and where the module's weight is: it is the larger.
+
+    Raises:
+        UnsupportedModelError: for a module without a plain weight that cannot be read through.
     """
     weight = _weight_out_in(module)
     if weight is not None:
-        return d_KM @ weight.to(d_KM)
-    with torch.enable_grad():
-        z = torch.zeros(
-            d_KM.shape[0],
-            input_width(module),
-            dtype=_dtype_of(module),
-            device=run_device(module),
-            requires_grad=True,
-        )
-        out = module.forward(z)
-        (u,) = torch.autograd.grad(out, z, grad_outputs=d_KM.to(out))
-    return u.to(d_KM)
+        return _product(d_KM.to(weight.device), weight)
+    return vjp.pull_back(module, d_KM, input_width(module), name, _NO_HEADS)
+
+
+def _product(d_KO: Tensor, weight_OI: Tensor) -> Tensor:
+    """d @ weight in the dtype of d, without a copy of the whole weight in that dtype."""
+    if weight_OI.dtype == d_KO.dtype:
+        return d_KO @ weight_OI
+    product = d_KO.new_zeros(len(d_KO), weight_OI.shape[1])
+    step = max(1, _CAST_ELEMENTS // max(1, weight_OI.shape[1]))
+    for d_KT, weight_TI in zip(d_KO.split(step, 1), weight_OI.split(step), strict=True):
+        product += d_KT @ weight_TI.to(d_KO)
+    return product
+
+
+def check_readable(module: nn.Module, name: str) -> None:
+    """Refuse a module that cannot be read through, before the model runs.
+
+    Raises:
+        UnsupportedModelError: naming it, and why.
+    """
+    if _out_axis(module) is None:
+        nothing = torch.zeros(0, output_width(module), device=run_device(module))
+        vjp.pull_back(module, nothing, input_width(module), name, _NO_HEADS)
 
 
 def matrix(module: nn.Module) -> Tensor:
@@ -62,21 +97,37 @@ def matrix(module: nn.Module) -> Tensor:
     return made
 
 
+def bias_of(module: nn.Module) -> Tensor | None:
+    """What an affine module puts out for an input of nothing [d_out]; None is nothing."""
+    if _out_axis(module) is not None:
+        return stored(module, "bias")
+    return value_at(module, torch.zeros(input_width(module)))
+
+
+def at_hand(module: nn.Module) -> bool:
+    """Whether the module's plain weight lies in memory, so that reading it again costs nothing."""
+    weight: Any = getattr(module, "weight", None)
+    return _out_axis(module) is not None and not weight.is_meta
+
+
 def value_at(module: nn.Module, z: Tensor) -> Tensor:
     """The module's output [d_out] for one input [d_in], past any hooks on it."""
-    with torch.no_grad():
-        out: Tensor = module.forward(z.to(run_device(module), _dtype_of(module))[None])[0]
+    with vjp.alone(module), torch.no_grad():
+        out: Tensor = module.forward(z.to(run_device(module), vjp.dtype_of(module))[None])[0]
     return out
 
 
 def input_width(module: nn.Module) -> int:
     """The size of the space that a linear module reads."""
-    weight = _weight_out_in(module)
-    if weight is not None:
-        return int(weight.shape[1])
+    shape = _shape_out_in(module)
+    if shape is not None:
+        return shape[1]
     width = getattr(module, "in_features", None)
     if isinstance(width, int):
         return width
+    inside = getattr(module, "original_module", None)  # PEFT's wrappers do not all hand it on
+    if isinstance(inside, nn.Module):
+        return input_width(inside)
     raise UnsupportedModelError(
         f"{type(module).__name__} does not say how wide its input is (in_features)"
     )
@@ -93,48 +144,88 @@ def rows(module: nn.Module, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
     Returns:
         ``W_U`` rows [n, d] and biases [n].
     """
-    weight = _weight_out_in(module)
+    axis = _out_axis(module)
+    weight = None if axis is None else selected(module, "weight", ids, axis)
     if weight is None:
-        raise UnsupportedModelError(f"{type(module).__name__} has no weight to read rows from")
-    ids = ids.to(weight.device)
-    W = weight.index_select(0, ids).to(dtype)
-    bias = stored(module, "bias")
-    b = W.new_zeros(len(ids)) if bias is None else bias.index_select(0, ids).to(dtype)
+        return _pulled_back_rows(module, ids, dtype)
+    W = (weight.T if axis else weight).to(dtype)
+    bias = selected(module, "bias", ids)
+    b = W.new_zeros(len(ids)) if bias is None else bias.to(dtype)
     return W, b
 
 
 def mean_row(module: nn.Module, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The unembedding's first ``count`` rows and biases, averaged: [d] and []."""
-    weight = _weight_out_in(module)
-    if weight is None:
-        raise UnsupportedModelError(f"{type(module).__name__} has no weight to average")
-    bias = stored(module, "bias")
-    W = weight[:count].mean(0, dtype=dtype)
-    b = W.new_zeros(()) if bias is None else bias[:count].mean(dtype=dtype)
-    return W, b
+    axis = _out_axis(module)
+    if axis is None:
+        b_V = _biases(module)
+        average = torch.zeros_like(b_V, dtype=dtype)[None]
+        average[:, :count] = 1 / count
+        W_mean = vjp.pull_back(module, average, input_width(module), _UNEMBED, _NO_ROWS)[0]
+        return W_mean, b_V[:count].mean(dtype=dtype)
+    W = torch.zeros(input_width(module), dtype=dtype, device=run_device(module))
+    for tile in tiles(module, "weight", count, axis):
+        W += tile.to(dtype).sum(axis)
+    b = W.new_zeros(())
+    for tile in tiles(module, "bias", count):
+        b += tile.to(dtype).sum()
+    return W / count, b / count
 
 
-def vocabulary_size(module: nn.Module) -> int:
-    """How many tokens an unembedding scores."""
-    weight = _weight_out_in(module)
-    if weight is None:
-        raise UnsupportedModelError(f"{type(module).__name__} has no weight to count rows of")
-    return int(weight.shape[0])
+def output_width(module: nn.Module) -> int:
+    """The size of the space that a linear module writes; of an unembedding, the vocabulary's."""
+    shape = _shape_out_in(module)
+    if shape is None:
+        size = getattr(module, "out_features", None)
+        return size if isinstance(size, int) else len(_biases(module))
+    return shape[0]
+
+
+def _pulled_back_rows(module: nn.Module, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """:func:`rows` of a module without a plain weight: one-hot directions, pulled back in tiles."""
+    b_V, width = _biases(module), input_width(module)
+    ids = ids.to(b_V.device)
+    W = torch.empty(len(ids), width, dtype=dtype, device=b_V.device)
+    for tile in torch.arange(len(ids)).split(max(1, _TILE_ELEMENTS // len(b_V))):
+        one_hot = torch.zeros(len(tile), len(b_V), dtype=dtype, device=b_V.device)
+        one_hot[torch.arange(len(tile)), ids[tile]] = 1
+        W[tile] = vjp.pull_back(module, one_hot, width, _UNEMBED, _NO_ROWS)
+    return W, b_V.index_select(0, ids).to(dtype)
+
+
+def _biases(module: nn.Module) -> Tensor:
+    """What a linear module puts out for nothing [d_out]."""
+    return value_at(module, torch.zeros(input_width(module)))
 
 
 def _weight_out_in(module: nn.Module) -> Tensor | None:
     """The weight as [d_out, d_in], a view; None where the module's map is not just its weight."""
-    # The exact types: a subclass may quantise, gate or adapt what it does with the weight.
-    if type(module) is nn.Linear:
-        return stored(module, "weight")
-    if type(module) is Conv1D:
-        weight = stored(module, "weight")
-        return None if weight is None else weight.T
-    return None
+    axis = _out_axis(module)
+    weight = None if axis is None else stored(module, "weight")
+    return weight.T if weight is not None and axis else weight
 
 
-def _dtype_of(module: nn.Module) -> torch.dtype:
-    for parameter in module.parameters():
-        if parameter.is_floating_point():
-            return parameter.dtype
-    raise UnsupportedModelError(f"{type(module).__name__} has no floating-point parameter")
+def _shape_out_in(module: nn.Module) -> tuple[int, int] | None:
+    """That weight's shape, for which nothing is read."""
+    axis = _out_axis(module)
+    weight = None if axis is None else described(module, "weight")
+    if weight is None or axis is None:
+        return None
+    if weight.ndim != 2:
+        raise InputError(
+            f"the weight of {type(module).__name__} has the shape {list(weight.shape)}, so its "
+            "values are elsewhere, as when they are sharded or gathered only while it runs; of "
+            "such models only those that accelerate offloads can be attributed"
+        )
+    return int(weight.shape[axis]), int(weight.shape[1 - axis])
+
+
+def _out_axis(module: nn.Module) -> int | None:
+    """Which axis of the weight is the output's; None where the map is not just the weight."""
+    # The exact types: a subclass may quantise, gate or adapt what it does with the weight, and so
+    # may a weight that is no plain tensor, or a forward pass of the module's own. accelerate's
+    # brings the weights and takes them away, no more.
+    own_forward = "forward" in vars(module) and not hasattr(module, "_hf_hook")
+    if own_forward or type(getattr(module, "weight", None)) not in (Tensor, nn.Parameter):
+        return None
+    return {nn.Linear: 0, Conv1D: 1}.get(type(module))

@@ -13,7 +13,7 @@ from dla_hooks.architecture import Architecture, Write
 from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.hooks import Use
 from dla_hooks.kinds import Kind
-from dla_hooks.linear import input_width, vocabulary_size
+from dla_hooks.linear import input_width, output_width
 from dla_hooks.stream import Block, HeadSite, Stream, WriteSite
 
 
@@ -27,7 +27,7 @@ def locate(kind: Kind, architecture: Architecture) -> Stream:
     Raises:
         UnsupportedModelError: when the model does not have what the declaration says.
     """
-    model = kind.model
+    model = kind.root
     finder = _Finder(kind, architecture)
     found = (finder.optional(model, path) for path in architecture.after_norm)
     after_norm = tuple(module for module in found if module is not None)
@@ -48,7 +48,7 @@ def locate(kind: Kind, architecture: Architecture) -> Stream:
         after_norm=after_norm,
         unembed=unembed,
         d_model=input_width((*after_norm, unembed)[0]),
-        vocabulary=vocabulary_size(unembed),
+        vocabulary=output_width(unembed),
         position_limit=finder.number(limit) if limit and kind.number(limit) is not None else None,
     )
 
@@ -58,7 +58,7 @@ class _Finder:
 
     def __init__(self, kind: Kind, architecture: Architecture) -> None:
         self.kind = kind
-        self.model = kind.model
+        self.model = kind.root
         self.architecture = architecture
 
     def refusal(self, what: str) -> UnsupportedModelError:

@@ -100,7 +100,7 @@ def _match(kind: Kind) -> Architecture:
         if report.ok:
             return candidate.architecture
         misses.setdefault(report.diagnosis(), candidate.architecture.model_types[0])
-    what = f"model type {kind.model_type!r} ({type(kind.model).__name__})"
+    what = f"model type {kind.model_type!r} ({type(kind.root).__name__})"
     known = refusal_for(kind.model_type)
     if known is not None:
         raise UnsupportedModelError(
@@ -111,5 +111,5 @@ def _match(kind: Kind) -> Architecture:
     raise UnsupportedModelError(
         f"{what} has no declaration, and was not recognised: "
         f"{found or 'none of the known shapes has its module names'}. If its stream is a sum of "
-        f"writes, start from these lines:\n{sketch(kind.model)}"
+        f"writes, start from these lines:\n{sketch(kind.root)}"
     )

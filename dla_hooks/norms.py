@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dla_hooks.errors import UnsupportedModelError
+from dla_hooks.vjp import alone
 from dla_hooks.weights import run_device
 
 _AMPLITUDE = 2.0**12
@@ -82,7 +83,7 @@ def probe(module: nn.Module, d_model: int, name: str, dtype: torch.dtype) -> Nor
         (torch.zeros_like(signs), *large, -large[0], -large[1], noise, noise + 2.0)
     )
     try:
-        with torch.no_grad():
+        with alone(module), torch.no_grad():
             out = module.forward(made_up[None].to(run_dtype))[0]
             answers = out.to(dtype)
     except (RuntimeError, TypeError, ValueError) as error:
@@ -126,7 +127,7 @@ def probe(module: nn.Module, d_model: int, name: str, dtype: torch.dtype) -> Nor
     return norm
 
 
-def frozen_scale(norm: Norm, x_NM: Tensor, y_NM: Tensor) -> tuple[Tensor, float]:
+def frozen_scale(norm: Norm, x_NM: Tensor, y_NM: Tensor) -> tuple[Tensor, Tensor]:
     """The scale that a norm actually divided by, from what went in and what came out.
 
     With ``a = gamma * (x - centre(x))`` the norm's output is ``a / s + beta``; s is the least
@@ -139,7 +140,8 @@ def frozen_scale(norm: Norm, x_NM: Tensor, y_NM: Tensor) -> tuple[Tensor, float]
 
     Returns:
         s [n], and the largest part of an output that the fit leaves unexplained (relative to the
-        output's largest entry), which is rounding alone for a norm of the right form.
+        output's largest entry) [], which is rounding alone for a norm of the right form. It stays
+        on the device: a number asked for in a hook would make the device wait.
     """
     a = norm.at_scale_one(x_NM)
     y = y_NM - norm.beta.to(y_NM)
@@ -147,10 +149,15 @@ def frozen_scale(norm: Norm, x_NM: Tensor, y_NM: Tensor) -> tuple[Tensor, float]
     # Where nothing comes in, or gamma lets nothing through, every product is zero at any scale.
     s = torch.where(size == 0, torch.ones_like(size), size / (a * y).sum(-1))
     if not len(s):
-        return s, 0.0
+        return s, s.new_zeros(())
     unexplained = (y - a / s[:, None]).abs().amax(-1)
-    largest = y_NM.abs().amax(-1)
-    return s, float(torch.where(unexplained == 0, unexplained, unexplained / largest).max())
+    of_all = y_NM.abs().amax(-1)
+    return s, torch.where(unexplained == 0, unexplained, unexplained / of_all).max()
+
+
+def largest(misfits: list[Tensor]) -> float:
+    """The largest of several misfits; NaN if any is."""
+    return float(torch.stack([misfit.cpu() for misfit in misfits]).max()) if misfits else 0.0
 
 
 def misfit_tolerance(dtype: torch.dtype) -> float:

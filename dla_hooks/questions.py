@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,25 +16,30 @@ from dla_hooks.tokens import Prompt
 
 _asked: WeakKeyDictionary[nn.Module, tuple[int, list[int | None]]] = WeakKeyDictionary()
 _padding: WeakKeyDictionary[nn.Module, dict[tuple[int, bool], bool]] = WeakKeyDictionary()
+_chunks: WeakKeyDictionary[nn.Module, dict[tuple[int, bool | None], bool]] = WeakKeyDictionary()
 _lock = threading.Lock()
 
 
 def stamp(model: nn.Module) -> int:
     """A number that moves when a weight is changed in place or replaced, or a hook comes or goes.
 
+    So it does when another PEFT adapter is made the active one, which leaves the weights alone.
+
     Writing through ``.data`` escapes it; a call whose check then fails asks again.
     """
-    tensors = (*model.parameters(), *model.buffers())
-    weights = [
-        (t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors if not t.is_meta
-    ]
-    # Those on hook points are not seen by a question: see `Kind.quiet`.
-    hooks = [
-        (*m._forward_hooks, *m._forward_pre_hooks)
-        for m in model.modules()
-        if not hasattr(m, "fwd_hooks")
-    ]
-    return hash((*weights, *hooks))
+    seen: list[Any] = []
+    for module in model.modules():
+        # Tables that a model makes anew as it runs (rotary frequencies, say) are no weights.
+        passing = module._non_persistent_buffers_set
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and name not in passing and not tensor.is_meta:
+                seen += tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+        # Hooks on hook points are not seen by a question: see `Kind.quiet`.
+        if not hasattr(module, "fwd_hooks"):
+            seen += (*module._forward_hooks, *module._forward_pre_hooks)
+        if hasattr(module, "_disable_adapters"):
+            seen += str(module.active_adapters), module.disable_adapters
+    return hash(tuple(seen))
 
 
 def short_prompt(stream: Stream, batch: int = 1, length: int = 4) -> Prompt:
@@ -141,13 +147,67 @@ def padding_is_ignored(stream: Stream, *, left: bool) -> bool:
 
 def _ask_padding(stream: Stream, left: bool) -> bool:
     alone = short_prompt(stream, length=3)
-    padding = torch.zeros(1, 2, dtype=torch.long)
-    ids = [padding, alone.input_ids] if left else [alone.input_ids, padding]
-    real = [padding.bool(), alone.mask] if left else [alone.mask, padding.bool()]
-    padded = Prompt(torch.cat(ids, 1), torch.cat(real, 1))
+    padded = _padded(alone, left)
     with torch.no_grad():
         expected = stream.kind.ask(alone, torch.tensor([2])).double()
         found = stream.kind.ask(padded, torch.tensor([4 if left else 2])).double()
+    return _alike(stream, expected, found)
+
+
+def _padded(prompt: Prompt, left: bool) -> Prompt:
+    padding = torch.zeros(len(prompt.input_ids), 2, dtype=torch.long)
+    ids = [padding, prompt.input_ids] if left else [prompt.input_ids, padding]
+    real = [padding.bool(), prompt.mask] if left else [prompt.mask, padding.bool()]
+    return Prompt(torch.cat(ids, 1), torch.cat(real, 1))
+
+
+def chunks_are_ignored(stream: Stream, *, left: bool | None) -> bool:
+    """Whether a prompt that is run in chunks gives the logits that it gives at once.
+
+    Some recurrent layers start anew with each chunk. Asked once per model and side.
+
+    Args:
+        stream: the located model.
+        left: the side on which the prompt is padded, or None if it is not.
+
+    Raises:
+        UnsupportedModelError: for a model that has no cache to run chunks against.
+    """
+    now = stamp(stream.model), left
+    with _lock:
+        kept = _chunks.setdefault(stream.model, {})
+    if now not in kept:
+        kept[now] = _ask_chunks(stream, left)
+    return kept[now]
+
+
+def _ask_chunks(stream: Stream, left: bool | None) -> bool:
+    prompt = short_prompt(stream, length=17)
+    last = prompt.shape[1] - 1
+    if left is not None:
+        prompt = _padded(prompt, left)
+        last += 2 if left else 0
+    width = prompt.shape[1]
+    first = (width + 1) // 2
+    found, past = None, None
+    with torch.no_grad(), stream.kind.quiet():
+        try:
+            # Several tokens on top of several, and one alone, which some layers treat apart.
+            for start, stop in ((0, first), (first, width - 1), (width - 1, width)):
+                if start >= stop:
+                    return False  # a model for prompts so short has no use for chunks
+                column = torch.tensor([last]) if start <= last < stop else None
+                chunk = range(start, stop)
+                logits, past = stream.kind.forward_chunk(prompt, chunk, column, past)
+                if column is not None:
+                    found = logits.double()
+        finally:  # the last run, for models that keep a state of their own until the next
+            expected = stream.kind.forward(prompt, torch.tensor([last])).double()
+    assert found is not None
+    return _alike(stream, expected, found)
+
+
+def _alike(stream: Stream, expected: Tensor, found: Tensor) -> bool:
     finite = torch.isfinite(expected) & torch.isfinite(found)
     if not bool(torch.equal(torch.isfinite(expected), finite)):
         return False

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from dla_hooks.answers import Targets
+from dla_hooks.chunks import chunks
+from dla_hooks.directions import Directions
 from dla_hooks.hooks import ONLY_USE, Tap, Use, tapped
-from dla_hooks.kernels import project
+from dla_hooks.kernels import Scalars, project, project_constant
 from dla_hooks.readout import FinalStream, read_out
 from dla_hooks.sites import Sites
 from dla_hooks.stream import Block, Stream
@@ -38,10 +40,14 @@ class Run:
         labels: names of the parts, in stream order.
         last_of_block: for every block, the row of the last part that it adds.
         has_parts: whether the parts were measured, as they are in every run.
-        finite_C: whether each part is finite, before the division by the final scale.
-        parts_CN: contribution of each part to the logit (difference) at each site.
         final: what the final norm saw.
+        finite_C: whether each part is finite, before the division by the final scale; once the
+            model has run.
+        parts_CN: contribution of each part to the logit (difference) at each site; as above.
     """
+
+    finite_C: Tensor
+    parts_CN: Tensor
 
     def __init__(
         self,
@@ -72,22 +78,20 @@ class Run:
             if block.constant is not None:
                 self.labels.append(constant_label(block))
             self.last_of_block.append(len(self.labels) - 1)
+        self._row = {label: row for row, label in enumerate(self.labels)}
         self._factors = _path_factors(stream)
-        self.parts_CN = self.readout.d_KM.new_zeros(len(self.labels), len(sites))
+        self._scalars = Scalars(len(self.labels), len(sites), stream.work_dtype)
         self.has_parts = True
-        self.finite_C = torch.ones(len(self.labels), dtype=torch.bool)
 
     def part(self, label: str) -> Tensor:
         """The row [N] of one part."""
-        return self.parts_CN[self.labels.index(label)]
+        return self.parts_CN[self._row[label]]
 
-    def direction(self, label: str) -> Tensor:
-        """What one part is projected on [n_targets, d_model]: d, through all later gains.
-
-        Made anew at each call, and not to be kept: with a target at every position it is as
-        large as an activation.
-        """
-        return times(self.readout.d_KM, self._factors[label])
+    def directions(self, label: str) -> Directions:
+        """What one part is projected on: d, through all later gains."""
+        factor = self._factors[label]
+        d = self.readout.directions
+        return d if factor is None else d.then(lambda d_KM: times(d_KM, factor))
 
     def replay(self, cache: Replay, taps: list[Tap], *, parts: bool) -> None:
         """The same from a stored cache, instead of a run.
@@ -101,36 +105,49 @@ class Run:
         own = self._taps()
         if not parts and not all(cache.holds(tap) for tap in own):
             own = []
-            self.parts_CN.fill_(float("nan"))
+            self._scalars.on(torch.device("cpu")).fill_(float("nan"))
         self.has_parts = bool(own)
         cache.play([*own, *self.final.taps, *taps])
         self._finish()
 
-    def forward(self, prompt: Prompt, taps: list[Tap], columns: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        prompt: Prompt,
+        taps: list[Tap],
+        columns: Tensor | None,
+        chunk_size: int | None = None,
+    ) -> Tensor:
         """Run the model once, with the parts' taps and a unit's on it.
 
         Args:
             prompt: what to run on.
             taps: the unit's own taps.
             columns: where the model's own logits are wanted, or None for the least it can do.
+            chunk_size: run so many columns at a time, against the model's own cache of what came
+                before; None is all at once. Chunks without a site are run without taps.
 
         Returns:
             Logits [batch, n_columns, vocabulary].
         """
-        with tapped([*self._taps(), *self.final.taps, *taps]):
-            logits = self.stream.kind.forward(prompt, columns)
+        taps = [*self._taps(), *self.final.taps, *taps]
+        logits = []
+        for chunk, run in chunks(self.stream.kind, prompt, columns, chunk_size):
+            seen = self.sites.look_at(chunk.start, chunk.stop)
+            with tapped(taps if seen or chunk_size is None else []):
+                logits.append(run())
+        self.sites.look_at(0, prompt.shape[1])
         self._finish()
-        return logits
+        return logits[0] if len(logits) == 1 else torch.cat(logits, dim=1)
 
     def _taps(self) -> list[Tap]:
         stream = self.stream
         first = stream.blocks[0]
 
         def tap(module: nn.Module, name: str, label: str, use: Use, before: bool = False) -> Tap:
-            row_N = self.part(label)
+            row, directions = self._row[label], self.directions(label)
 
             def see(_: Tensor, out: Tensor) -> None:
-                project(out, self.sites, self.direction(label), row_N)
+                project(out, self.sites, directions, self._scalars.on(out.device)[row])
 
             return Tap(module, name, see, before, use)
 
@@ -147,6 +164,9 @@ class Run:
         return taps
 
     def _finish(self) -> None:
+        self.final.finish()
+        device = self.final.scale_N.device
+        self.parts_CN = self._scalars.gathered(device)
         # What enters block 0 is the sum of the embeddings; the tokens' part is what positions
         # leave of it, with whatever scaling, norm or projection the model puts on it.
         if self.stream.positions is not None:
@@ -154,9 +174,9 @@ class Run:
         for block in self.stream.blocks:
             if block.constant is not None:
                 label = constant_label(block)
-                d_KM = self.direction(label)
-                per_target = d_KM @ block.constant.to(d_KM)
-                self.part(label).copy_(per_target[self.sites.target_on(d_KM.device)])
+                project_constant(
+                    block.constant, self.sites, self.directions(label), self.part(label)
+                )
         self.finite_C = torch.isfinite(self.parts_CN).all(-1)
         self.parts_CN /= self.final.scale_N
 

@@ -22,6 +22,7 @@ from dla_hooks.shim_tokens import check_flag
 from dla_hooks.shim_weights import Processing
 from dla_hooks.stream import Stream
 from dla_hooks.tokens import check_tokenizer
+from dla_hooks.vjp import dtype_of
 from dla_hooks.weights import run_device
 
 _NO_CACHE = (
@@ -130,7 +131,7 @@ class Wrapped(ForwardMethods):
         """The model's sizes and conventions, under TransformerLens' names."""
         # The model may have been moved or converted since.
         self._cfg.device = str(run_device(self.model.get_input_embeddings()))
-        self._cfg.dtype = self.model.get_output_embeddings().weight.dtype
+        self._cfg.dtype = dtype_of(self.model.get_output_embeddings())
         return self._cfg
 
     @property

@@ -120,7 +120,7 @@ def describe(
         default_prepend_bos: None takes TransformerLens' default for the model type, and False
             for a tokenizer without BOS.
     """
-    model = stream.model
+    model = stream.kind.root
     config = model.config.get_text_config()
     embedding = model.get_input_embeddings()
     sites = [write.heads for write in stream.writes if write.heads is not None]
@@ -155,7 +155,7 @@ def describe(
         "parallel_attn_mlp": _is_parallel(stream),
         "attn_only": all(write.heads is not None for write in stream.writes),
         "output_logits_soft_cap": NO_SOFTCAP if stream.softcap is None else stream.softcap,
-        "tie_word_embeddings": stream.unembed.weight is embedding.weight,
+        "tie_word_embeddings": _own_weight(stream.unembed) is _own_weight(embedding) is not None,
         "window_size": _first(config, int, "sliding_window window_size"),
         "rotary_base": _rotary_base(config) if positions == "rotary" else None,
         "dtype": stream.dtype,
@@ -238,6 +238,10 @@ def _eps(norm: nn.Module, config: Any) -> float | None:
     return _first(
         config, float, "rms_norm_eps layer_norm_eps layer_norm_epsilon norm_epsilon norm_eps"
     )
+
+
+def _own_weight(module: nn.Module) -> nn.Parameter | None:
+    return module._parameters.get("weight")  # not what a wrapper, around an adapter, hands on
 
 
 def _positions(stream: Stream, config: Any) -> str | None:

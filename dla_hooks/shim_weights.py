@@ -21,7 +21,8 @@ from dla_hooks.linear import input_width, matrix, mean_row, rows, value_at
 from dla_hooks.questions import short_prompt
 from dla_hooks.readout import before_norm
 from dla_hooks.stream import HeadSite, Stream, WriteSite
-from dla_hooks.weights import stored
+from dla_hooks.vjp import alone
+from dla_hooks.weights import run_device, stored
 
 _TILE = 1024
 """Rows of the unembedding that are folded at once."""
@@ -110,8 +111,12 @@ def embedding(stream: Stream, processing: Processing) -> Tensor:
 
     Where a norm or a projection stands between the two it is the module's weight as it is.
     """
-    module = stream.model.get_input_embeddings()
-    W_VM = stored(module, "weight")
+    module = stream.kind.embedding()
+    W_VM = stored(module, "weight") if "weight" in module._parameters else None
+    if W_VM is None and isinstance(getattr(module, "weight", None), Tensor):
+        # A wrapper, as an adapter puts one around the module: its weight is not the whole of it.
+        with alone(module), torch.no_grad():
+            W_VM = module.forward(torch.arange(stream.kind.n_tokens(), device=run_device(module)))
     if W_VM is None:
         raise UnsupportedModelError(
             f"W_E: {type(module).__name__} keeps no plain weight; "

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dla_hooks.architecture import Architecture
 from dla_hooks.hooks import Use
 from dla_hooks.kinds import Kind
+from dla_hooks.vjp import dtype_of
 
 
 @dataclass(frozen=True)
@@ -157,8 +158,8 @@ class Stream:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the model's unembedding."""
-        return next(self.unembed.parameters()).dtype
+        """The dtype that the model's unembedding runs in."""
+        return dtype_of(self.unembed)
 
     @property
     def coarsest_dtype(self) -> torch.dtype:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dla_hooks.answers import Targets
+from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.hooks import Tap, Use, tapped
 from dla_hooks.linear import pull_back, value_at
 from dla_hooks.norms import frozen_scale
@@ -25,6 +26,7 @@ from dla_hooks.stream import HeadSite, Stream, WriteSite
 from dla_hooks.tokens import Prompt
 from dla_hooks.weights import run_device
 
+_MARKS = {True: "ok ", False: "BAD", None: "?  "}
 _LONGEST = 8
 _TOKENS = 64
 
@@ -37,14 +39,14 @@ class Line:
         place: a module's path, or a layer.
         claim: what should hold there.
         gap: how far it is off, over the size of what it should equal.
-        ok: whether that is rounding.
-        note: what was seen instead, when it is not.
+        ok: whether that is rounding; None where the model's form does not let it be told.
+        note: what was seen instead, when it is not, or why it cannot be told.
     """
 
     place: str
     claim: str
     gap: float
-    ok: bool
+    ok: bool | None
     note: str = ""
 
 
@@ -64,8 +66,8 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether everything holds."""
-        return all(line.ok for line in self.lines)
+        """Whether everything holds that can be told."""
+        return all(line.ok is not False for line in self.lines)
 
     @property
     def largest_gap(self) -> float:
@@ -75,7 +77,7 @@ class Verification:
     def diagnosis(self) -> str:
         """One sentence: the first thing that does not add up, or that everything does."""
         for line in self.lines:
-            if not line.ok:
+            if line.ok is False:
                 broken = f"First break: {line.place}: {line.claim}, but is off by {line.gap:.1e}."
                 return f"{broken} {line.note}".rstrip()
         return (
@@ -88,7 +90,7 @@ class Verification:
         claims = max(len(line.claim) for line in self.lines)
         head = f"{self.model}, {self.dtype}: {'adds up' if self.ok else 'DOES NOT ADD UP'}"
         rows = [
-            f"  {'ok ' if line.ok else 'BAD'}  {line.place:<{width}}  {line.claim:<{claims}}"
+            f"  {_MARKS[line.ok]}  {line.place:<{width}}  {line.claim:<{claims}}"
             f"  {line.gap:.1e}  {line.note}".rstrip()
             for line in self.lines
         ]
@@ -183,16 +185,22 @@ class _Trace:
         for write in self.stream.writes:
             if write.heads is None:
                 continue
+            claim = f"heads + bias = {write.label}"
             z = self._in("proj", write.label)
             before_norm = write.heads.post_norm is not None
             seen = self.seen["post" if before_norm else "write", write.label]
             wrote = seen[0] if before_norm else seen[1]
             bias = value_at(write.heads.linear, torch.zeros(z.shape[-1])).double().cpu()
-            u = pull_back(write.heads.linear, self.directions.to(self._device(write))).cpu()
+            directions, name = self.directions.to(self._device(write)), write.heads.name
+            try:
+                u = pull_back(write.heads.linear, directions, name).cpu()
+            except UnsupportedModelError as error:  # the components may add up all the same
+                lines.append(Line(name, claim, 0.0, None, str(error)))
+                continue
             split, whole = z @ u.T + self.directions @ bias, wrote @ self.directions.T
             gap = _relative(split - whole, whole)
             ok = gap <= 4 * self.tolerance
-            lines.append(Line(write.heads.name, f"heads + bias = {write.label}", gap, ok))
+            lines.append(Line(name, claim, gap, ok))
         return lines
 
     def readout(self, logits: Tensor) -> Line:
@@ -200,9 +208,10 @@ class _Trace:
         stream = self.stream
         readout = read_out(stream, Targets(self.tokens, None), center_unembed=False)
         # The last of them: a model may put positions of its own before the prompt.
-        x, y = (t[-self.length :].to(readout.d_KM) for t in self.seen["norm", 0])
+        d_KM = readout.d_KM
+        x, y = (t[-self.length :].to(d_KM) for t in self.seen["norm", 0])
         scale_N, _ = frozen_scale(readout.norm, x, y)
-        own = x @ readout.d_KM.T / scale_N[:, None] + readout.bias_K
+        own = x @ d_KM.T / scale_N[:, None] + readout.bias_K
         own = own.double().cpu()
         if stream.softcap is not None:
             own = stream.softcap * torch.tanh(own / stream.softcap)

@@ -1,30 +1,109 @@
 """A module's parameters, also while they are offloaded.
 
 accelerate keeps the parameters of an offloaded module on the meta device, and their values in a
-store (memory, or files) that hangs on the module's hook; they are there only while it runs.
+store (memory, or files) that hangs on the module's hook; they are there only while it runs. What
+a parameter looks like is read off the parameter itself. Of its values no more is read than is
+asked for: a file is cut into slices, or mapped, so that only what is looked at comes into memory.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
+from dla_hooks.errors import InputError
 
-def stored(module: nn.Module, name: str) -> Tensor | None:
-    """A parameter's values, or None where the module has no such parameter."""
+_TILE_ELEMENTS = 2**18
+"""Entries of a weight that are read at once, where a few of them are asked for (1 MiB)."""
+
+
+def described(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter, for its shape and dtype; its values may be elsewhere. Nothing is read.
+
+    Args:
+        module: the module that has it.
+        name: its name there.
+
+    Returns:
+        The parameter, maybe on the meta device, or None where the module has no such parameter.
+
+    Raises:
+        InputError: when it is on the meta device, and accelerate has no store for its values.
+    """
     parameter = getattr(module, name, None)
     if not isinstance(parameter, Tensor):
         return None
-    if not parameter.is_meta:
-        return parameter.detach()
-    for hook in _hooks(module):
-        store = getattr(hook, "weights_map", None)
-        if store is not None:
-            values: Tensor = store[name]
-            return values
-    raise RuntimeError(f"{name} of {type(module).__name__} is on the meta device, without values")
+    if parameter.is_meta:
+        _find(module, name)
+    return parameter
+
+
+def stored(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter's values, or None where the module has no such parameter.
+
+    What is offloaded is put where the module runs. On a CPU that is a view of the file, if that
+    has the model's dtype.
+
+    Raises:
+        InputError: see :func:`described`.
+    """
+    values = _values(module, name)
+    return None if values is None else values.whole()
+
+
+def selected(module: nn.Module, name: str, ids: Tensor, axis: int = 0) -> Tensor | None:
+    """A few of a parameter's rows: no other part of a file is read.
+
+    Args:
+        module: the module that has it.
+        name: its name there.
+        ids: which rows [n], on any device.
+        axis: along which axis of the parameter they lie.
+
+    Returns:
+        The rows [n, ...] (for axis 1, columns [..., n]) where the module runs, or None where it
+        has no such parameter.
+
+    Raises:
+        InputError: see :func:`described`.
+    """
+    values = _values(module, name)
+    return None if values is None else values.select(ids, axis)
+
+
+def tiles(module: nn.Module, name: str, count: int, axis: int = 0) -> Iterator[Tensor]:
+    """The first ``count`` rows of a parameter, a few at a time; nothing if there is none.
+
+    Raises:
+        InputError: see :func:`described`.
+    """
+    values = _values(module, name)
+    if values is not None:
+        step = values.rows_at_once(axis)
+        for start in range(0, count, step):
+            yield values.cut(slice(start, min(start + step, count)), axis)
+
+
+def misfits(model: nn.Module) -> list[tuple[str, list[int], list[int]]]:
+    """Offloaded parameters whose values have another shape: their names, that shape, and theirs.
+
+    accelerate finds out only when it puts the values in. Nothing but the files' heads is read.
+    """
+    found = []
+    for path, parameter in model.named_parameters():
+        if parameter.is_meta:
+            owner, _, name = path.rpartition(".")
+            kept, _ = _open(*_find(model.get_submodule(owner), name))
+            shape = list(kept.shape if isinstance(kept, Tensor) else kept.get_shape())
+            if shape != list(parameter.shape):
+                found.append((path, shape, list(parameter.shape)))
+    return found
 
 
 def run_device(module: nn.Module) -> torch.device:
@@ -37,6 +116,109 @@ def run_device(module: nn.Module) -> torch.device:
     return torch.device("cpu") if parameter is None or parameter.is_meta else parameter.device
 
 
+@dataclass(frozen=True)
+class _Values:
+    """A parameter's values where they are kept, and how they become what the module runs with.
+
+    Attributes:
+        kept: a tensor, or safetensors' stand-in for one in a file: both are cut by slices.
+        shape: the parameter's.
+        dtypes: what they are converted to, one after the other.
+        device: where they are put.
+    """
+
+    kept: Any
+    shape: torch.Size
+    dtypes: tuple[torch.dtype, ...]
+    device: torch.device
+
+    def whole(self) -> Tensor:
+        return self._ready(self.kept if isinstance(self.kept, Tensor) else self.kept[:])
+
+    def cut(self, where: slice, axis: int = 0) -> Tensor:
+        return self._ready(self.kept[(slice(None),) * axis + (where,)])
+
+    def select(self, ids: Tensor, axis: int) -> Tensor:
+        if isinstance(self.kept, Tensor):
+            return self._ready(self.kept.index_select(axis, ids.to(self.kept.device)))
+        # A file is read in cuts, of which most hold none of a few rows.
+        ids, step = ids.cpu(), self.rows_at_once(axis)
+        shape = [*self.shape]
+        shape[axis] = len(ids)
+        rows = torch.empty(shape, dtype=self.dtypes[-1], device=self.device)
+        cut_of = ids // step
+        for number in cut_of.unique().tolist():
+            start = number * step
+            here = (cut_of == number).nonzero()[:, 0]
+            cut = self.kept[(slice(None),) * axis + (slice(start, start + step),)]
+            found = self._ready(cut.index_select(axis, ids[here] - start))
+            rows.index_copy_(axis, here.to(self.device), found)
+        return rows
+
+    def rows_at_once(self, axis: int) -> int:
+        return max(1, _TILE_ELEMENTS * self.shape[axis] // max(1, self.shape.numel()))
+
+    def _ready(self, values: Tensor) -> Tensor:
+        for dtype in self.dtypes:
+            values = values.to(dtype)
+        return values.to(self.device)
+
+
+def _values(module: nn.Module, name: str) -> _Values | None:
+    parameter = getattr(module, name, None)
+    if not isinstance(parameter, Tensor):
+        return None
+    if not parameter.is_meta:
+        return _Values(
+            parameter.detach(), parameter.shape, (parameter.dtype,), device=parameter.device
+        )
+    store, key = _find(module, name)
+    kept, dtype = _open(store, key)
+    # As accelerate does it: first to the dtype that its index names, then to the parameter's.
+    return _Values(kept, parameter.shape, (dtype, parameter.dtype), run_device(module))
+
+
+def _find(module: nn.Module, name: str) -> tuple[Any, str]:
+    """The store that accelerate takes a parameter's values from, and their name in it."""
+    for hook in _hooks(module):
+        store = getattr(hook, "weights_map", None)
+        if store is not None:
+            key = name
+            while hasattr(store, "prefix"):  # one module's part of a store for the whole model
+                store, key = store.dataset, store.prefix + key
+            return store, key
+    raise InputError(
+        f"{name} of {type(module).__name__} is on the meta device, and its values are in no store "
+        "that accelerate keeps for that module; load the model with from_pretrained(folder), "
+        "where it does not fit with device_map='auto' and offload_folder=, or offload it with "
+        "accelerate's cpu_offload or disk_offload, without preload_module_classes"
+    )
+
+
+def _open(store: Any, key: str) -> tuple[Any, torch.dtype]:
+    """What a store holds under a name, in memory or on disk, and the dtype that it is given."""
+    if key not in getattr(store, "state_dict", ()):
+        entry = getattr(store, "index", {}).get(key)
+        if entry is not None and entry.get("safetensors_file") is not None:
+            with safe_open(entry["safetensors_file"], framework="pt") as file:
+                kept = file.get_slice(entry.get("weight_name", key))
+            dtype = entry.get("dtype")
+            return kept, kept[:0].dtype if dtype is None else getattr(torch, dtype)
+        if entry is not None:
+            shape, dtype = torch.Size(entry["shape"]), getattr(torch, entry["dtype"])
+            path = str(Path(store.save_folder) / f"{key}.dat")
+            flat = torch.from_file(path, shared=False, size=shape.numel(), dtype=dtype)
+            return flat.reshape(shape), dtype
+    values: Tensor = store[key]
+    return values, values.dtype
+
+
 def _hooks(module: nn.Module) -> list[Any]:
-    hook = getattr(module, "_hf_hook", None)
-    return [] if hook is None else list(getattr(hook, "hooks", (hook,)))
+    return _flat(getattr(module, "_hf_hook", None))
+
+
+def _flat(hook: Any) -> list[Any]:
+    if hook is None:
+        return []
+    inner = getattr(hook, "hooks", None)  # accelerate's hooks in a row, which may be nested
+    return [hook] if inner is None else [h for each in inner for h in _flat(each)]

@@ -182,8 +182,7 @@ def test_heads_folded_through_a_wrong_projection_are_noticed(monkeypatch, spec):
 def test_an_output_bias_left_out_is_noticed(monkeypatch, spec):
     import dla_hooks.units.head as head
 
-    value_at = dla_hooks.linear.value_at
-    monkeypatch.setattr(head, "value_at", lambda module, z: 0 * value_at(module, z))
+    monkeypatch.setattr(head, "bias_of", lambda module: None)
     with pytest.raises(DecompositionError, match="the heads in"):
         direct_logit_attribution(build(spec), example_ids(spec), 5, unit="head")
 

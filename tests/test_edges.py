@@ -307,10 +307,18 @@ def test_an_unembedding_that_is_no_plain_linear_layer():
         def forward(self, x):
             return super().forward(x).sigmoid()
 
-    model = build("llama")
+    class Scaled(torch.nn.Linear):
+        def forward(self, x):
+            return 3 * super().forward(x)
+
+    model, ids = build("llama"), example_ids("llama")
     model.lm_head.__class__ = Gated
-    with pytest.raises(UnsupportedModelError, match="Gated has no weight"):
-        direct_logit_attribution(model, example_ids("llama"), 5)
+    with pytest.raises(UnsupportedModelError, match=r"the unembedding \(Gated\) is not linear"):
+        direct_logit_attribution(model, ids, 5)
+    model.lm_head.__class__ = Scaled
+    found = direct_logit_attribution(model, ids, 5, center_unembed=True)
+    expected = direct_logit_attribution(build("llama"), ids, 5, center_unembed=True)
+    torch.testing.assert_close(found.attribution, 3 * expected.attribution)
 
 
 def test_results_that_cannot_be_written_or_read(tmp_path):

@@ -9,26 +9,34 @@ from __future__ import annotations
 
 from typing import Any
 
+from dla_hooks.kinds.adapted import Adapted
 from dla_hooks.kinds.base import Kind
 from dla_hooks.kinds.bridge import Bridge
 from dla_hooks.kinds.hooked import Hooked
 from dla_hooks.kinds.huggingface import HuggingFace
 
-# By the names of the classes that a model's own class descends from: TransformerLens is not
-# imported to find out, and a model of its cannot be here without it.
+# By the names of the classes that a model's own class descends from: no library is imported to find
+# out, and a model of its cannot be here without it.
 _BY_CLASS: dict[str, type[Kind]] = {
+    "peft.PeftMixedModel": Adapted,
+    "peft.PeftModel": Adapted,
     "transformer_lens.HookedTransformer": Hooked,
     "transformer_lens.TransformerBridge": Bridge,
 }
+_COMPILED = "torch.OptimizedModule"
 
 
 def kind_of(model: Any) -> Kind:
     """How to talk to a model; nothing about it is checked yet."""
-    for base in model.__class__.__mro__:
-        name = f"{base.__module__.partition('.')[0]}.{base.__name__}"
-        if name in _BY_CLASS:
-            return _BY_CLASS[name](model)
-    return HuggingFace(model)
+    names = _class_names(model)
+    while _COMPILED in names:
+        model = model._orig_mod
+        names = _class_names(model)
+    return next((_BY_CLASS[name] for name in names if name in _BY_CLASS), HuggingFace)(model)
+
+
+def _class_names(model: Any) -> list[str]:
+    return [f"{base.__module__.partition('.')[0]}.{base.__name__}" for base in type(model).__mro__]
 
 
 __all__ = ["Kind", "kind_of"]

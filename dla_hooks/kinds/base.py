@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
 
-from dla_hooks.errors import TrainingModeError
+from dla_hooks.compiled import eagerly, is_compiled
+from dla_hooks.errors import TrainingModeError, UnsupportedModelError
 from dla_hooks.tokens import Prompt, encode
 
 
@@ -29,6 +31,16 @@ class Kind:
         self.model = model
 
     @property
+    def root(self) -> Any:
+        """The module that declared paths begin at: the model, or the one that it wraps."""
+        return self.model
+
+    @cached_property
+    def compiled(self) -> bool:
+        """Whether a part of the model is compiled, and has to be run eagerly to be seen."""
+        return is_compiled(self.model)
+
+    @property
     def model_type(self) -> str:
         """The name that a declaration is found by."""
         raise NotImplementedError
@@ -36,7 +48,7 @@ class Kind:
     @property
     def name(self) -> str:
         """The model's class and type, for messages and results."""
-        return f"{type(self.model).__name__} ({self.model_type})"
+        return f"{type(self.root).__name__} ({self.model_type})"
 
     def check(self) -> None:
         """Refuse a model that is of this kind, but can tell nothing about itself as it stands."""
@@ -102,8 +114,9 @@ class Kind:
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """Past the user's hooks, where made-up activations would run into them."""
-        yield
+        """Past the user's hooks, where made-up activations would run into them; eagerly."""
+        with eagerly(self.compiled):
+            yield
 
     def ask(self, prompt: Prompt, columns: Tensor | None) -> Tensor:
         """A made-up run, to find out about the model; see :meth:`forward`."""
@@ -111,7 +124,7 @@ class Kind:
             return self.forward(prompt, columns)
 
     def forward(self, prompt: Prompt, columns: Tensor | None) -> Tensor:
-        """The plain forward pass, with logits at a few columns only.
+        """The plain forward pass, run eagerly, with logits at a few columns only.
 
         Args:
             prompt: the batch.
@@ -120,4 +133,37 @@ class Kind:
         Returns:
             Logits [batch, n, vocabulary].
         """
+        with eagerly(self.compiled):
+            return self.run(prompt, columns)
+
+    def run(self, prompt: Prompt, columns: Tensor | None) -> Tensor:
+        """:meth:`forward`, as this kind does it."""
         raise NotImplementedError
+
+    def forward_chunk(
+        self, prompt: Prompt, chunk: range, columns: Tensor | None, past: Any
+    ) -> tuple[Tensor, Any]:
+        """The forward pass of some columns, on top of what the model has read before them.
+
+        Args:
+            prompt: the whole batch.
+            chunk: the columns to run.
+            columns: some of these [n], or None for the last.
+            past: what the chunk before returned, or None.
+
+        Returns:
+            Logits [batch, n, vocabulary], and what the next chunk is to be given.
+
+        Raises:
+            UnsupportedModelError: for a kind, or a model, that cannot be run so.
+        """
+        with eagerly(self.compiled):
+            return self.run_chunk(prompt, chunk, columns, past)
+
+    def run_chunk(
+        self, prompt: Prompt, chunk: range, columns: Tensor | None, past: Any
+    ) -> tuple[Tensor, Any]:
+        """:meth:`forward_chunk`, as this kind does it."""
+        raise UnsupportedModelError(
+            "models of TransformerLens are run at once; the Hugging Face model itself can be passed"
+        )

@@ -85,7 +85,8 @@ class Hooked(Kind):
                 for key, hook in entries:
                     if not is_ours(hook):
                         table.pop(key, None)
-            yield
+            with super().quiet():
+                yield
         finally:
             for table, entries in tables:
                 added = [entry for entry in table.items() if entry not in entries]
@@ -94,7 +95,7 @@ class Hooked(Kind):
                 table.update((key, hook) for key, hook in entries if key not in gone)
                 table.update(added)
 
-    def forward(self, prompt: Prompt, columns: Tensor | None) -> Tensor:
+    def run(self, prompt: Prompt, columns: Tensor | None) -> Tensor:
         device = run_device(self.model.embed)
         if columns is None:
             columns = torch.tensor([prompt.input_ids.shape[1] - 1])

@@ -13,13 +13,26 @@ from dla_hooks.kinds.base import Kind
 from dla_hooks.tokens import Prompt
 from dla_hooks.weights import run_device
 
+_PAST = ("past_key_values", "cache_params", "state")
+"""What models call the cache of what they have read, both as an argument and in their output."""
+
+_EXACT_LAYERS = {
+    "DynamicLayer",
+    "DynamicSlidingWindowLayer",
+    "LinearAttentionLayer",
+    "LinearAttentionAndFullAttentionLayer",
+    "LinearAttentionAndSlidingWindowAttentionLayer",
+    "DummyLayer",
+}
+"""Layers of transformers' caches that hold all that later tokens read, as it was."""
+
 
 class HuggingFace(Kind):
     """A causal LM with a ``config``."""
 
     @property
     def model_type(self) -> str:
-        return str(self.model.config.model_type)
+        return str(self.root.config.model_type)
 
     def check(self) -> None:
         """Refuse what is no causal language model.
@@ -28,7 +41,7 @@ class HuggingFace(Kind):
             InputError: for something that is no Hugging Face model at all.
             UnsupportedModelError: for encoders, encoder-decoders and models without an LM head.
         """
-        model = self.model
+        model = self.root
         if not isinstance(model, nn.Module) or not hasattr(model, "config"):
             raise InputError(
                 "model must be a Hugging Face causal language model, a HookedTransformer or a "
@@ -49,7 +62,7 @@ class HuggingFace(Kind):
             )
 
     def embedding(self) -> nn.Module:
-        found: nn.Module = self.model.get_input_embeddings()
+        found: nn.Module = self.root.get_input_embeddings()
         return found
 
     def n_tokens(self) -> int:
@@ -57,31 +70,73 @@ class HuggingFace(Kind):
         return int(weight.shape[0])
 
     def unembed(self) -> nn.Module:
-        found: nn.Module = self.model.get_output_embeddings()
+        found: nn.Module = self.root.get_output_embeddings()
         return found
 
     def number(self, field: str) -> Any:
-        return getattr(self.model.config.get_text_config(), field, None)
+        return getattr(self.root.config.get_text_config(), field, None)
 
-    def forward(self, prompt: Prompt, columns: Tensor | None) -> Tensor:
+    def run(self, prompt: Prompt, columns: Tensor | None) -> Tensor:
+        return self._run(prompt, range(prompt.shape[1]), columns, {"use_cache": False})[0]
+
+    def run_chunk(
+        self, prompt: Prompt, chunk: range, columns: Tensor | None, past: Any
+    ) -> tuple[Tensor, Any]:
+        logits, output = self._run(prompt, chunk, columns, {"use_cache": True, **(past or {})})
+        # The model makes the cache that suits it: sliding windows, states, whatever it needs.
+        accepted = inspect.signature(self.root.forward).parameters
+        found = {
+            name: output[name]
+            for name in _PAST
+            if name in accepted and output.get(name) is not None
+        }
+        if not found:
+            raise UnsupportedModelError(
+                f"{type(self.root).__name__} hands on no cache of what it has read"
+            )
+        unknown = {
+            type(layer).__name__
+            for cache in found.values()
+            for layer in getattr(cache, "layers", ())
+        } - _EXACT_LAYERS
+        if unknown:
+            raise UnsupportedModelError(
+                f"its cache ({', '.join(sorted(unknown))}) is of a sort that is not known to be "
+                "exact; sparse attention, say, picks other tokens where scores tie"
+            )
+        return logits, found
+
+    def _run(
+        self, prompt: Prompt, chunk: range, columns: Tensor | None, options: dict[str, Any]
+    ) -> tuple[Tensor, Any]:
+        """Logits at some columns of the prompt, all in the chunk, and all that the model returns.
+
+        Args:
+            prompt: the whole batch.
+            chunk: the columns to run; those before are in the cache.
+            columns: as in :meth:`forward`.
+            options: what the model is called with besides.
+        """
         model = self.model
-        accepted = inspect.signature(model.forward).parameters
+        accepted = inspect.signature(self.root.forward).parameters
         device = run_device(self.embedding())
-        arguments: dict[str, Any] = {"input_ids": prompt.input_ids.to(device), "use_cache": False}
+        here = slice(chunk.start, chunk.stop)
+        arguments: dict[str, Any] = {"input_ids": prompt.input_ids[:, here].to(device), **options}
         if prompt.padded:
             if "attention_mask" not in accepted:
                 raise UnsupportedModelError(
-                    f"{type(model).__name__} takes no attention mask, so that padding would change "
-                    "its logits; run prompts of different lengths one at a time"
+                    f"{type(self.root).__name__} takes no attention mask, so that padding would "
+                    "change its logits; run prompts of different lengths one at a time"
                 )
-            arguments["attention_mask"] = prompt.mask.long().to(device)
+            arguments["attention_mask"] = prompt.mask[:, : chunk.stop].long().to(device)
             if "position_ids" in accepted:
-                arguments["position_ids"] = prompt.position_ids().to(device)
+                arguments["position_ids"] = prompt.position_ids()[:, here].to(device)
         if columns is None:
-            columns = torch.tensor([prompt.input_ids.shape[1] - 1])
+            columns = torch.tensor([chunk.stop - 1])
+        wanted = columns - chunk.start
         if "logits_to_keep" in accepted:
-            arguments["logits_to_keep"] = columns.to(device)
-            logits: Tensor = model(**arguments, return_dict=True).logits
-            return logits
-        logits = model(**arguments, return_dict=True).logits
-        return logits[:, columns.to(logits.device)]
+            arguments["logits_to_keep"] = wanted.to(device)
+            output = model(**arguments, return_dict=True)
+            return output.logits, output
+        output = model(**arguments, return_dict=True)
+        return output.logits[:, wanted.to(output.logits.device)], output

@@ -121,5 +121,5 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def _at(stream: Stream, name: str) -> nn.Module:
-    found: nn.Module = stream.model.get_submodule(name)
+    found: nn.Module = stream.kind.root.get_submodule(name)
     return found

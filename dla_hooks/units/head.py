@@ -14,8 +14,8 @@ from dla_hooks import norms
 from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.folding import head_constants
 from dla_hooks.hooks import Tap
-from dla_hooks.kernels import over_tiles, project_heads
-from dla_hooks.linear import pull_back, value_at
+from dla_hooks.kernels import Scalars, frozen_scales, project_constant, project_heads
+from dla_hooks.linear import bias_of, check_readable, pull_back
 from dla_hooks.run import Run
 from dla_hooks.stream import HeadSite, WriteSite
 from dla_hooks.units.base import Claim, Split, Unit
@@ -29,31 +29,40 @@ class HeadUnit(Unit):
     def __init__(self, run: Run) -> None:
         super().__init__(run)
         constants = head_constants(run.stream) if run.fold_value_biases else {}
-        self._layers = []
+        self._layers: list[_LayerHeads] = []
+        n_heads = 0
         for block in run.stream.blocks:
             several = 0  # attentions in one block: the second one's heads are L0.1H0, L0.1H1, ...
             for write in block.writes:
                 if write.heads is not None:
                     layer = f"L{block.layer}.{several}" if several else f"L{block.layer}"
                     constant_I = constants.get(write.label)
-                    self._layers.append(_LayerHeads(run, write, write.heads, constant_I, layer))
+                    rows = slice(n_heads, n_heads + write.heads.n_heads)
+                    heads = _LayerHeads(run, write, write.heads, constant_I, layer, rows)
+                    self._layers.append(heads)
+                    n_heads = rows.stop
                     several += 1
         if not self._layers:
             raise UnsupportedModelError(
-                f"{type(run.stream.model).__name__} has no attention heads with a direct path to "
-                "the stream; use unit='component' or 'layer'"
+                f"{type(run.stream.kind.root).__name__} has no attention heads with a direct path "
+                "to the stream; use unit='component' or 'layer'"
             )
+        # One row more, for what no head wrote.
+        self._scalars = Scalars(n_heads + 1, len(run.sites), run.stream.work_dtype)
 
     def taps(self) -> list[Tap]:
         """Every output projection, and every post-norm behind one."""
-        return [tap for layer in self._layers for tap in layer.taps()]
+        return [tap for layer in self._layers for tap in layer.taps(self._scalars)]
 
     def split(self) -> Split:
         """``L0H0``, ``L0H1``, …, ``remainder``."""
+        final = self.run.final
+        values_CN = self._scalars.gathered(final.scale_N.device)
+        for layer in self._layers:
+            layer.finish(values_CN)
+        torch.sub(final.total_N(), values_CN[:-1].sum(0), out=values_CN[-1])
         labels = [label for layer in self._layers for label in layer.labels]
-        heads_CN = torch.cat([layer.heads_HN() for layer in self._layers])
-        remainder_N = self.run.final.total_N() - heads_CN.sum(0)
-        return Split([*labels, "remainder"], torch.cat((heads_CN, remainder_N[None])))
+        return Split([*labels, "remainder"], values_CN)
 
     def norms_seen(self) -> list[tuple[str, float]]:
         """The post-norms, each with what its form leaves unexplained of its outputs."""
@@ -73,27 +82,57 @@ class _LayerHeads:
         heads: where its heads can be seen.
         constant_I: what to take off every z [head * d_head], or None.
         layer: how the labels begin.
+        rows: its heads' rows of the unit's scalars.
     """
 
     def __init__(
-        self, run: Run, write: WriteSite, heads: HeadSite, constant_I: Tensor | None, layer: str
+        self,
+        run: Run,
+        write: WriteSite,
+        heads: HeadSite,
+        constant_I: Tensor | None,
+        layer: str,
+        rows: slice,
     ) -> None:
         self._run, self._write, self._heads = run, write, heads
         self._constant_I = constant_I
-        self._post_norm = None
-        like = run.readout.d_KM
+        self._rows = rows
+        self._post_norm: norms.Norm | None = None
+        self._beta: Tensor | None = None
+        self._in_stream = self._at_output = run.directions(write.label)
+        dtype = run.stream.work_dtype
         if heads.post_norm is not None:
             name = heads.post_norm_name
             with run.stream.kind.quiet():
-                self._post_norm = norms.probe(heads.post_norm, like.shape[1], name, like.dtype)
-        self._post_scale_N = like.new_ones(len(run.sites))
-        self._unscaled_HN = like.new_zeros(heads.n_heads, len(run.sites))
-        self.norm_name, self.misfit = heads.post_norm_name, 0.0
+                norm = norms.probe(heads.post_norm, run.stream.d_model, name, dtype)
+            self._post_norm = norm
+            self._beta = norm.beta if bool(norm.beta.any()) else None
+            self._at_output = self._in_stream.then(norm.pull_back)
+        check_readable(heads.linear, heads.name)
+        self._folded = self._at_output.then(lambda d_KM: pull_back(heads.linear, d_KM))
+        # Besides the heads: the biases' part, the post-norm's scale, and its own bias' part.
+        self._aside = Scalars(3, len(run.sites), dtype)
+        self._misfits: list[Tensor] = []
+        self.norm_name = heads.post_norm_name
         self.labels = [f"{layer}H{head}" for head in range(heads.n_heads)]
 
-    def taps(self) -> list[Tap]:
+    @property
+    def misfit(self) -> float:
+        """The largest part of the post-norm's output that its form leaves unexplained."""
+        return norms.largest(self._misfits)
+
+    def taps(self, scalars: Scalars) -> list[Tap]:
+        """What to watch.
+
+        Args:
+            scalars: where to write what each head contributes.
+        """
+
+        def see_z(entered: Tensor, left: Tensor) -> None:
+            self._see_z(self._heads.z(entered, left), scalars)
+
         use = self._write.use
-        taps = [Tap(self._heads.proj, self._heads.name, self._see_z, use=use)]
+        taps = [Tap(self._heads.proj, self._heads.name, see_z, use=use)]
         if self._heads.post_norm is not None:
             taps.append(
                 Tap(
@@ -106,52 +145,47 @@ class _LayerHeads:
             )
         return taps
 
-    def heads_HN(self) -> Tensor:
-        """What each head contributed at each site."""
-        return self._unscaled_HN / (self._post_scale_N * self._run.final.scale_N)
+    def finish(self, values_CN: Tensor) -> None:
+        """Divide by all scales, after the run.
+
+        Args:
+            values_CN: the unit's rows, on the final norm's device; this layer's are changed.
+        """
+        final_N = self._run.final.scale_N
+        biases_N, post_scale_N, beta_N = self._aside.gathered(values_CN.device)
+        self._heads_HN = values_CN[self._rows]
+        scale_N = final_N if self._post_norm is None else post_scale_N * final_N
+        self._heads_HN /= scale_N
+        self._no_head_N = biases_N / scale_N + beta_N / final_N
 
     def claim(self) -> Claim:
+        """The heads, and the biases beside them, make up what attention wrote."""
         return Claim(
             f"the heads in {self._heads.name}",
-            self.heads_HN().sum(0) + self._no_head_N(),
+            self._heads_HN.sum(0) + self._no_head_N,
             self._run.part(self._write.label),
             through_norm=self._post_norm is not None,
         )
 
-    def _no_head_N(self) -> Tensor:
-        """What the write holds besides its heads: biases, and the constants taken off them."""
-        d_stream_KM, d_KM = self._directions()
-        z = self._constant_I
-        if z is None:
-            z = d_KM.new_zeros(self._heads.n_heads * self._heads.d_head)
-        target_N = self._run.sites.target_on(d_KM.device)
-        constant_M = value_at(self._heads.linear, z).to(d_KM)
-        constant_N = (d_KM @ constant_M)[target_N] / self._post_scale_N
-        if self._post_norm is not None:
-            constant_N += (d_stream_KM @ self._post_norm.beta.to(d_KM))[target_N]
-        return constant_N / self._run.final.scale_N
-
-    def _directions(self) -> tuple[Tensor, Tensor]:
-        """In the stream, and at the output projection's output [n_targets, d_model] each."""
-        d_KM = self._run.direction(self._write.label)
-        return d_KM, d_KM if self._post_norm is None else self._post_norm.pull_back(d_KM)
-
-    def _see_z(self, entered: Tensor, left: Tensor) -> None:
-        z = self._heads.z(entered, left)
-        project_heads(
-            z,
-            self._run.sites,
-            self._directions()[1],
-            lambda d_KM: pull_back(self._heads.linear, d_KM),
-            self._unscaled_HN,
-            self._constant_I,
-        )
+    def _see_z(self, z: Tensor, scalars: Scalars) -> None:
+        sites, aside = self._run.sites, self._aside.on(z.device)
+        heads_HN = scalars.on(z.device)[self._rows]
+        bias_M = bias_of(self._heads.linear)
+        if bias_M is not None:
+            project_constant(bias_M, sites, self._at_output, aside[0])
+        project_heads(z, sites, self._folded, heads_HN, self._constant_I, aside[0])
 
     def _see_post_scale(self, scale: Tensor) -> None:
-        self._post_scale_N.copy_(self._run.sites.take(scale, slice(None))[:, 0])
+        self._aside.on(scale.device)[1].copy_(self._run.sites.take(scale)[:, 0])
+        self._see_beta(scale.device)
 
     def _see_post_norm(self, x: Tensor, y: Tensor) -> None:
         assert self._post_norm is not None
-        for tile, x_TM, y_TM in over_tiles(x, y, self._run.sites, self._post_scale_N):
-            self._post_scale_N[tile], misfit = norms.frozen_scale(self._post_norm, x_TM, y_TM)
-            self.misfit = max(self.misfit, misfit)
+        scale_N = self._aside.on(x.device)[1]
+        self._misfits += frozen_scales(self._post_norm, x, y, self._run.sites, scale_N)
+        self._see_beta(x.device)
+
+    def _see_beta(self, device: torch.device) -> None:
+        if self._beta is not None:
+            beta_N = self._aside.on(device)[2]
+            project_constant(self._beta, self._run.sites, self._in_stream, beta_N)

@@ -1,0 +1,87 @@
+"""What the commands take: values that are one of a few, and options that several share."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated
+
+import typer
+
+
+class Unit(str, Enum):
+    """What ``--unit`` takes: the names in :data:`dla_hooks.units.UNITS`."""
+
+    component = "component"
+    layer = "layer"
+    head = "head"
+
+
+class Dtype(str, Enum):
+    """What ``--dtype`` takes: :data:`dla_hooks.checkpoint.DTYPES`."""
+
+    float32 = "float32"
+    float64 = "float64"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    auto = "auto"
+
+
+class DeviceMap(str, Enum):
+    """What ``--device-map`` takes: :data:`dla_hooks.placement.DEVICE_MAPS`."""
+
+    auto = "auto"
+    disk = "disk"
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A folder, a Hugging Face hub id, or 'demo' for the small model that is included.",
+        show_default=False,
+    ),
+]
+DtypeOption = Annotated[
+    Dtype,
+    typer.Option(
+        metavar="DTYPE",
+        help="Precision to load the weights in: float32, float64, bfloat16, float16, or auto, "
+        "the checkpoint's own.",
+    ),
+]
+Device = Annotated[
+    str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1, mps.", show_default="cpu")
+]
+DeviceMapOption = Annotated[
+    DeviceMap | None,
+    typer.Option(
+        metavar="MAP",
+        help="For models that do not fit: auto spreads the weights over GPUs, memory and disk; "
+        "disk leaves them on disk and reads them as they are needed. Instead of a device.",
+        show_default=False,
+    ),
+]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="With --device-map: the most that the weights may take of memory and of each GPU, "
+        "as in 4GiB or 500MB. With disk: of memory, nothing by default.",
+        show_default=False,
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", metavar="", help="Run Python code that comes with the model."
+    ),
+]
+ChunkSize = Annotated[
+    int | None,
+    typer.Option(
+        metavar="TOKENS",
+        help="Run the prompt so many tokens at a time, which needs less memory; by itself it is "
+        "done for very long prompts.",
+        show_default=False,
+    ),
+]

@@ -1,0 +1,131 @@
+"""Where a checkpoint's weights are put: on one device, or over several and the disk.
+
+The second is the work of transformers and accelerate (extra ``offload``); here a wish becomes
+their arguments, and the temporary files that it may need get an end.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import weakref
+from pathlib import Path
+from typing import Any
+
+from dla_hooks.errors import InputError, MissingExtraError
+
+DEVICE_MAPS = ("auto", "disk")
+
+
+class Placement:
+    """A wish, checked before anything is loaded.
+
+    Loading happens in a ``with`` block, which gives the arguments for ``from_pretrained``.
+
+    Args:
+        device: as torch names it; None is "cpu".
+        device_map: instead of it: one of ``DEVICE_MAPS``.
+        max_memory: with ``device_map``: a size as accelerate reads it ("4GiB", "500MB").
+
+    Raises:
+        InputError: for a wish that cannot be read or met.
+        MissingExtraError: for a ``device_map`` without accelerate.
+    """
+
+    def __init__(
+        self, device: str | None, device_map: str | None, max_memory: str | None = None
+    ) -> None:
+        self._device_map = device_map
+        self._folder: str | None = None
+        if device_map is None:
+            if max_memory is not None:
+                raise InputError(
+                    f"max_memory={max_memory!r} says how much a device_map may take, and there is "
+                    "none; give device_map='auto' or 'disk' (on the command line --device-map)"
+                )
+            self._device = _usable(device or "cpu")
+            return
+        if device is not None:
+            raise InputError(
+                f"device={device!r} and device_map={device_map!r} both say where the weights go; "
+                "give one of them"
+            )
+        if device_map not in DEVICE_MAPS:
+            raise InputError(
+                f"device_map must be one of {', '.join(DEVICE_MAPS)}, got {device_map!r}; with a "
+                "map of your own load the model by from_pretrained"
+            )
+        self._memory = _memory(device_map, max_memory)
+
+    def __enter__(self) -> dict[str, Any]:
+        if self._device_map is None:
+            return {}
+        # For weights that cannot be used as the checkpoint has them: those in other formats than
+        # safetensors, and experts that are put together anew. All others stay where they are.
+        self._folder = tempfile.mkdtemp(prefix="dla_hooks_")
+        places = {"": "disk"} if self._device_map == "disk" and not self._memory else "auto"
+        return {
+            "device_map": places,
+            "max_memory": self._memory,
+            "offload_folder": self._folder,
+        }
+
+    def __exit__(self, *_: Any) -> None:
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def put(self, model: Any) -> Any:
+        """The loaded model, put where it should be; inside the ``with`` block.
+
+        Raises:
+            InputError: when it does not fit there.
+        """
+        if self._device_map is None:
+            try:
+                return model.to(self._device)
+            except RuntimeError as error:  # out of memory there
+                raise InputError(
+                    f"the model cannot be put on {self._device}: {first_line(error)}"
+                ) from error
+        if self._folder is not None and any(Path(self._folder).iterdir()):
+            weakref.finalize(model, shutil.rmtree, self._folder, ignore_errors=True)
+            self._folder = None
+        return model
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another package says, in one line."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return line or type(error).__name__
+
+
+def _usable(device: str) -> Any:
+    """The device, tried before any weights are loaded."""
+    import torch
+
+    try:
+        target = torch.device(device)
+        torch.zeros((), device=target)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"device {device!r} cannot be used: {first_line(error)}") from None
+    return target
+
+
+def _memory(device_map: str, max_memory: str | None) -> dict[Any, int] | None:
+    """How many bytes the weights may take of each device; None leaves it to accelerate."""
+    try:
+        from accelerate.utils import convert_file_size_to_int, get_max_memory
+    except ImportError:
+        raise MissingExtraError(f"device_map={device_map!r}", "offload") from None
+    if max_memory is None:
+        return None
+    try:
+        size = int(convert_file_size_to_int(max_memory))
+    except (ValueError, OverflowError, AttributeError):
+        raise InputError(
+            f"max_memory={max_memory!r} is no size; give a number with its unit, as in 4GiB or "
+            "500MB"
+        ) from None
+    if device_map == "disk":
+        return {"cpu": size}
+    return {device: min(size, int(free)) for device, free in get_max_memory().items()}
