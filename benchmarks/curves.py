@@ -98,7 +98,6 @@ def _panel(alt: Any, lines: Sequence[Line], what: str, title: str) -> Any:
         labelColor=_INK,
         rowPadding=5,
     )
-    shown = what == "memory" or all(line.peak is None for line in lines)
     x = alt.X(
         "tokens:Q",
         title="tokens in the prompt",
@@ -106,29 +105,31 @@ def _panel(alt: Any, lines: Sequence[Line], what: str, title: str) -> Any:
         axis=alt.Axis(values=lengths, format=",d", grid=False, labelFlush=False),
     )
     name = "time over the plain forward pass" if what == "time" else "peak memory over weights, MB"
-    ticks = [1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50] if what == "time" else None
+    ticks = [1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50]
+    if what == "memory":
+        ticks = [step * 10**power for power in range(-1, 6) for step in (1, 2, 5)]
     y = alt.Y(
         "value:Q",
         title=name,
         scale=alt.Scale(type="log", domain=_around([v["value"] for v in values]), nice=False),
-        axis=alt.Axis(
-            **({"values": ticks, "format": "~g"} if ticks else {"format": ",~g", "tickCount": 6})
-        ),
+        axis=alt.Axis(values=ticks, format=",~f" if what == "memory" else "~g"),
     )
     colour = alt.Color(
         "who:N",
         sort=present,
         scale=alt.Scale(domain=present, range=[colour for colour, _ in looks]),
-        legend=legend if shown else None,
+        legend=legend,
     )
     dash = alt.StrokeDash(
         "who:N",
         sort=present,
         scale=alt.Scale(domain=present, range=[dash for _, dash in looks]),
-        legend=legend if shown else None,
+        legend=legend,
     )
     base = alt.Chart(alt.InlineData(values=values), width=380, height=340).encode(x=x)
-    curve = base.mark_line(strokeWidth=2.5).encode(y=y, color=colour, strokeDash=dash)
+    # Wide, so that what costs no more can be seen to lie on it.
+    width = alt.condition(f"datum.who == '{PLAIN}'", alt.value(6), alt.value(2.5))
+    curve = base.mark_line().encode(y=y, color=colour, strokeDash=dash, strokeWidth=width)
     dots = base.mark_circle(size=42, opacity=1).encode(y=y, color=colour)
     layers = [curve, dots]
     if what == "time":

@@ -95,7 +95,7 @@ def _load(folder: Path) -> Any:
     from dla_hooks import checkpoint
 
     load_model: Any = checkpoint.load_model  # older ones know no device_map; see `measured`
-    return load_model(folder, "float32", "cpu", device_map="disk")
+    return load_model(folder, "float32", device_map="disk")
 
 
 def _calls(model: Any, setting: Setting) -> tuple[Callable[[], Any], Callable[[], Any]]:
