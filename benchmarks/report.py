@@ -158,7 +158,7 @@ def show(
         lines = [" | ".join(row[i] for i in kept) for row in (head, *rows)]
         rule = "|".join(["---", *["---:"] * (len(kept) - 1)])
         body = [f"| {lines[0]} |", f"|{rule}|", *(f"| {line} |" for line in lines[1:])]
-        sys.stdout.write("\n".join([title, "", *body, "", f"({under})", ""]))
+        sys.stdout.write("\n".join([title, "", *body, "", f"({under})", "", ""]))
         return
     console = out()
     table = Table(title=title, caption=under, title_justify="left", caption_justify="left")
