@@ -61,10 +61,10 @@ def read_answers(
         InputError: for any other type, or when the two shapes differ.
         TokenError: for a string that is not one token.
     """
-    correct = _read(answer_tokens, "answer_tokens", model, tokenizer)
+    correct = read_ids(answer_tokens, "answer_tokens", model, tokenizer)
     if incorrect_tokens is None:
         return Answers(correct, None)
-    incorrect = _read(incorrect_tokens, "incorrect_tokens", model, tokenizer)
+    incorrect = read_ids(incorrect_tokens, "incorrect_tokens", model, tokenizer)
     if incorrect.shape != correct.shape:
         raise ShapeMismatchError(
             f"incorrect_tokens has shape {list(incorrect.shape)}, but answer_tokens has "
@@ -153,7 +153,19 @@ def _over_positions(ids: Tensor, shape: tuple[int, ...]) -> Tensor:
     return fits
 
 
-def _read(value: Any, name: str, model: Any, tokenizer: Any) -> Tensor:
+def read_ids(value: Any, name: str, model: Any, tokenizer: Any) -> Tensor:
+    """One argument's tokens as ids, in the shape that they were given in.
+
+    Args:
+        value: a string of one token, an int, a list of either, or an integer tensor.
+        name: of the argument, for messages.
+        model: asked for a tokenizer when none is given.
+        tokenizer: needed for strings.
+
+    Raises:
+        InputError: for any other type.
+        TokenError: for a string that is not one token.
+    """
     if isinstance(value, Tensor):
         if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
             raise InputError(f"{name} must hold integer token ids, got a tensor of {value.dtype}")
