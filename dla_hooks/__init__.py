@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         TrainingModeError,
         UnsupportedModelError,
     )
+    from dla_hooks.many import attribute_many
     from dla_hooks.match import verify
     from dla_hooks.primitives import (
         accumulated_resid,
@@ -77,6 +78,7 @@ _HOME = {
     "accumulated_resid": "primitives",
     "apply_ln_to_stack": "primitives",
     "architectures": "registry",
+    "attribute_many": "many",
     "cache_names": "replay",
     "decompose_resid": "primitives",
     "direct_logit_attribution": "attribution",
@@ -114,6 +116,7 @@ __all__ = [
     "accumulated_resid",
     "apply_ln_to_stack",
     "architectures",
+    "attribute_many",
     "cache_names",
     "decompose_resid",
     "demo",
