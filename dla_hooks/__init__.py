@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from dla_hooks.replay import cache_names
     from dla_hooks.result import DirectLogitAttribution
     from dla_hooks.shim import Wrapped, wrap
+    from dla_hooks.summary import Summary, summarize
     from dla_hooks.verification import Verification
 
 __version__ = "0.1.0"
@@ -68,6 +69,7 @@ _HOME = {
     "NonFiniteError": "errors",
     "PositionError": "errors",
     "ShapeMismatchError": "errors",
+    "Summary": "summary",
     "TokenError": "errors",
     "TokenizerMissingError": "errors",
     "TrainingModeError": "errors",
@@ -86,6 +88,7 @@ _HOME = {
     "register": "registry",
     "stack_head_results": "primitives",
     "stack_neuron_results": "primitives",
+    "summarize": "summary",
     "verify": "match",
     "wrap": "shim",
 }
@@ -105,6 +108,7 @@ __all__ = [
     "NonFiniteError",
     "PositionError",
     "ShapeMismatchError",
+    "Summary",
     "TokenError",
     "TokenizerMissingError",
     "TrainingModeError",
@@ -125,6 +129,7 @@ __all__ = [
     "register",
     "stack_head_results",
     "stack_neuron_results",
+    "summarize",
     "verify",
     "wrap",
 ]
