@@ -95,10 +95,10 @@ def align(
     ids = _over_positions(answers.correct, tuple(selection.cols.shape))
     shape = torch.broadcast_shapes(ids.shape, selection.cols.shape)
     valid = selection.valid.expand(shape)
-    pairs = _checked(ids.expand(shape), valid, "answer_tokens", vocabulary).reshape(-1, 1)
+    pairs = check_answers(ids.expand(shape), valid, "answer_tokens", vocabulary).reshape(-1, 1)
     if answers.incorrect is not None:
         wrong = _over_positions(answers.incorrect, tuple(selection.cols.shape)).expand(shape)
-        wrong = _checked(wrong, valid, "incorrect_tokens", vocabulary)
+        wrong = check_answers(wrong, valid, "incorrect_tokens", vocabulary)
         pairs = torch.cat((pairs, wrong.reshape(-1, 1)), dim=1)
     distinct, target = pairs.unique(dim=0, return_inverse=True)
     sites = Sites(
@@ -111,8 +111,12 @@ def align(
     return sites, Targets(distinct[:, 0], distinct[:, 1] if answers.incorrect is not None else None)
 
 
-def _checked(ids: Tensor, valid: Tensor, name: str, vocabulary: int) -> Tensor:
-    """The ids, with any at all allowed where there is only padding."""
+def check_answers(ids: Tensor, valid: Tensor, name: str, vocabulary: int) -> Tensor:
+    """The ids, with any at all allowed where there is only padding.
+
+    Raises:
+        TokenError: naming the first that is no token of the model.
+    """
     outside = (ids < 0) | (ids >= vocabulary)
     bad = ids[outside & valid] if valid.numel() else ids[outside]
     if bad.numel():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dla_hooks import positions
-from dla_hooks.answers import Answers, align, read_ids
+from dla_hooks.answers import check_answers, read_ids
 from dla_hooks.batches import Item
 from dla_hooks.errors import InputError, ShapeMismatchError, TokenError
 from dla_hooks.inputs import check_length
@@ -21,6 +21,7 @@ from dla_hooks.stream import Stream
 from dla_hooks.tokens import Prompt, read_prompt, to_strings, tokenizer_for
 
 _END = object()
+_REAL = torch.ones((), dtype=torch.bool)  # a prompt alone has no padding
 
 
 @dataclass(frozen=True)
@@ -147,10 +148,8 @@ class Reader:
                     f"{name} of one prompt has shape {list(tokens.shape)}, where one token or one "
                     f"for each of its {n_entries} selected positions is expected"
                 )
-        correct, incorrect = item.correct, item.incorrect
-        if incorrect is not None:
-            correct, incorrect = torch.broadcast_tensors(correct, incorrect)
-        align(Answers(correct, incorrect), selection, prompt.shape, stream.vocabulary)
+            if tokens is not None and n_entries:
+                check_answers(tokens, _REAL.expand_as(tokens), name, stream.vocabulary)
         return replace(item, n_entries=n_entries)
 
     def _encode(self, text: str, tokenizer: Any) -> list[int]:

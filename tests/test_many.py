@@ -64,13 +64,13 @@ def test_prompts_that_may_share_a_batch_do(ran, model):
 def test_where_padding_would_be_read_only_equal_lengths_share_a_batch():
     model = made("recurrent_gemma")
     shapes = []
-    list(attribute_many(model, random_prompts(), 5))
+    prompts = random_prompts((4, 6, 4, 4))
     hook = model.register_forward_pre_hook(
         lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
-    list(attribute_many(model, random_prompts(), 5))
+    list(attribute_many(model, prompts, 5))
     hook.remove()
-    assert shapes[-6:] == [(2, 9), (2, 7), (1, 5), (1, 3), (1, 2), (1, 1)]
+    assert shapes[-2:] == [(1, 6), (3, 4)]
 
 
 def test_batches_of():
@@ -178,6 +178,14 @@ def test_one_bad_prompt_of_each_sort_does_not_hurt_the_others(model, at):
             prompt = good[index // 3]
             alone = direct_logit_attribution(model, prompt, 5, pos=-2, tokenizer=tokenizer)
             assert_same(result, alone)
+
+
+def test_what_can_be_seen_while_reading_breaks_up_no_batch(ran, model):
+    too_long, without_the_position, good = random_prompts((65, 1, 5))
+    prompts = [good, too_long, good, without_the_position, good, good]
+    results = list(attribute_many(model, prompts, [5, 5, 5, 5, 5, 63], pos=-2))
+    assert [isinstance(one, DLAError) for one in results] == [False, True, False, True, False, True]
+    assert ran == [(1, 4), (3, 5)]  # the first is a trial
 
 
 def test_a_batch_that_fails_is_halved_until_the_bad_prompt_stands_alone():
