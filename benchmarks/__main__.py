@@ -1,94 +1,246 @@
-"""Time and peak memory of attribution as ratios to the plain forward pass, measured in one run.
-
-python -m benchmarks [--model gpt2-small] [--tokens 512] [--repeats 9] [--json out.json]
-"""
+"""``python -m benchmarks``: what attribution costs, on your machine."""
 
 from __future__ import annotations
 
-import json
-import platform
-import statistics
-import sys
-import time
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from benchmarks.cases import CASES, MODELS, Call, make_calls, make_model
-from benchmarks.memory import peak_of
+from benchmarks.models import DTYPES, MODELS, POSITIONS, UNITS, longest_prompt
 
+app = typer.Typer(
+    help="What attribution costs beside the forward pass that it needs, measured on your machine. "
+    "Run 'table' first: three minutes, and the table that the README shows. 'compare' holds it "
+    "against other ways to the same numbers, 'bars' against what the library wants to reach. "
+    "Models have random weights and are made on the spot; nothing is downloaded.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
 
-def ratio_of_times(ours: Call, plain: Call, repeats: int) -> tuple[float, float]:
-    """The median over interleaved pairs of ours over plain, and the median of plain in seconds."""
-    for call in (plain, ours):
-        call()
-    ratios, seconds = [], []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        plain()
-        middle = time.perf_counter()
-        ours()
-        end = time.perf_counter()
-        ratios.append((end - middle) / (middle - start))
-        seconds.append(middle - start)
-    return statistics.median(ratios), statistics.median(seconds)
-
-
-def measure(model: str, tokens: int, repeats: int) -> list[dict[str, Any]]:
-    """One line per case; every call proves its own sums, so a wrong result is never timed."""
-    lines: list[dict[str, Any]] = []
-    built = make_model(model)
-    floor = peak_of(model, tokens, "plain")
-    for case in CASES:
-        ratio, seconds = ratio_of_times(*make_calls(built, tokens, case), repeats)
-        line = {"case": case, "time_ratio": ratio, "plain_seconds": seconds}
-        if floor is not None:
-            peak = peak_of(model, tokens, case)
-            assert peak is not None
-            line |= {"memory_ratio": peak / floor, "peak_mb": peak / 1e6, "plain_mb": floor / 1e6}
-        lines.append(line)
-    return lines
+# The README's cases, in its order.
+_CASES = (
+    ("component", "last"),
+    ("layer", "last"),
+    ("head", "last"),
+    ("head", "all"),
+    ("head", "next"),
+)
 
 
-def main(
-    model: Annotated[str, typer.Option(help=f"one of {', '.join(MODELS)}")] = "gpt2-small",
-    tokens: Annotated[int, typer.Option(help="length of the prompt")] = 512,
-    repeats: Annotated[int, typer.Option(help="interleaved pairs of runs")] = 9,
-    json_file: Annotated[Path | None, typer.Option("--json", help="write figures here")] = None,
-) -> None:
-    """Measure attribution against the plain forward pass of the same model."""
+def _axis(values: list[str], allowed: Any, name: str) -> list[str]:
+    """Values given one by one or with commas between them."""
+    found = [piece.strip() for value in values for piece in value.split(",") if piece.strip()]
+    for value in found:
+        if allowed is not None and value not in allowed:
+            raise typer.BadParameter(
+                f"{value!r} is none of {', '.join(allowed)}", param_hint=f"--{name}"
+            )
+    return list(dict.fromkeys(found))
+
+
+def _numbers(values: list[str], name: str) -> list[int]:
+    found = _axis(values, None, name)
+    for value in found:
+        if not value.isdecimal() or int(value) < 1:
+            raise typer.BadParameter(f"{value!r} is no number above 0", param_hint=f"--{name}")
+    return [int(value) for value in found]
+
+
+def _check_lengths(models: list[str], tokens: list[int]) -> None:
+    for model in models:
+        if max(tokens) > longest_prompt(model):
+            raise typer.BadParameter(
+                f"{model} takes at most {longest_prompt(model):,} tokens; for longer prompts take "
+                "a llama",
+                param_hint="--tokens",
+            )
+
+
+def _check_devices(devices: list[str]) -> None:
     import torch
-    import transformers
 
-    lines = measure(model, tokens, repeats)
-    setting = {
-        "model": model,
-        "tokens": tokens,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "command": "python -m benchmarks " + " ".join(sys.argv[1:]),
-    }
-    table = Table(
-        title=f"{model}, {tokens} tokens, over model(ids, use_cache=False, logits_to_keep=1)",
-        caption=f"torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"{setting['threads']} threads; medians of {repeats} interleaved pairs",
-    )
-    for heading in ("case", "time ratio", "memory ratio", "peak over weights, MB"):
-        table.add_column(heading, justify="left" if heading == "case" else "right")
-    for line in lines:
-        memory = f"{line['memory_ratio']:.2f}" if "memory_ratio" in line else "-"
-        peak = f"{line['peak_mb']:.1f} / {line['plain_mb']:.1f}" if "peak_mb" in line else "-"
-        table.add_row(line["case"], f"{line['time_ratio']:.2f}", memory, peak)
-    Console(width=100).print(table)
+    for device in devices:
+        try:
+            torch.zeros((), device=device)
+        except (RuntimeError, AssertionError) as error:
+            line = str(error).partition("\n")[0]
+            raise typer.BadParameter(f"{device}: {line}", param_hint="--device") from None
+
+
+def _threads(wanted: int | None) -> int:
+    import torch
+
+    if wanted is not None:
+        torch.set_num_threads(wanted)
+    return torch.get_num_threads()
+
+
+Model = Annotated[list[str], typer.Option("--model", help=f"Of {', '.join(MODELS)}.")]
+Tokens = Annotated[list[str], typer.Option("--tokens", help="Length of the prompt.")]
+Repeats = Annotated[int, typer.Option(min=1, help="Interleaved rounds of timing.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads of torch; its own choice else.")]
+Json = Annotated[Path | None, typer.Option("--json", help="File all figures here.")]
+Markdown = Annotated[bool, typer.Option("--markdown", help="Print Markdown.")]
+
+
+@app.command()
+def table(
+    model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")] = "gpt2-small",
+    tokens: Annotated[int, typer.Option(min=2, help="Length of the prompt.")] = 512,
+    repeats: Repeats = 9,
+    threads: Threads = None,
+    markdown: Markdown = False,
+    json_file: Json = None,
+) -> None:
+    """The README's table: this library over the plain forward pass, case by case."""
+    from benchmarks import report
+    from benchmarks.compare import measure
+    from benchmarks.contenders import OURS
+    from benchmarks.models import Setting
+
+    (model,) = _axis([model], MODELS, "model")
+    _check_lengths([model], [tokens])
+    count = _threads(threads)
+    settings = [Setting(model, tokens, unit=unit, pos=pos) for unit, pos in _CASES]
+    lines = _or_exit(measure, settings, [OURS], repeats, report.say)
+    head, rows = report.cost_rows(lines)
+    title = f"{model}, {tokens:,} tokens, over model(ids, use_cache=False, logits_to_keep=1)"
+    columns = ("case", "time ratio", "memory ratio") if markdown else ()
+    report.show(title, head, rows, report.caption(count, repeats), columns)
     if json_file is not None:
-        json_file.write_text(json.dumps({**setting, "lines": lines}, indent=2) + "\n")
+        report.write_json(json_file, count, {"lines": [line.as_dict() for line in lines]})
+
+
+@app.command()
+def compare(
+    model: Model = ["gpt2-small"],  # noqa: B006
+    tokens: Tokens = ["512"],  # noqa: B006
+    batch: Annotated[list[str], typer.Option(help="Number of prompts.")] = ["1"],  # noqa: B006
+    unit: Annotated[list[str], typer.Option(help=f"Of {', '.join(UNITS)}.")] = ["head"],  # noqa: B006
+    pos: Annotated[list[str], typer.Option(help=f"Of {', '.join(POSITIONS)}.")] = ["all"],  # noqa: B006
+    dtype: Annotated[list[str], typer.Option(help=f"Of {', '.join(DTYPES)}.")] = ["float32"],  # noqa: B006
+    device: Annotated[list[str], typer.Option(help="As torch names it.")] = ["cpu"],  # noqa: B006
+    contender: Annotated[
+        list[str] | None, typer.Option(help="Only these, by name; the plain pass is always there.")
+    ] = None,
+    repeats: Repeats = 7,
+    threads: Threads = None,
+    memory: Annotated[bool, typer.Option(help="Measure peaks too.")] = True,
+    markdown: Markdown = False,
+    json_file: Json = None,
+    png: Annotated[
+        Path | None, typer.Option("--png", help="Draw curves over prompt length here.")
+    ] = None,
+) -> None:
+    """Hold this library against other ways to the same numbers: first proven equal, then timed.
+
+    Every axis takes several values, with commas between them. Peers that are not installed are
+    left out, by name.
+    """
+    from benchmarks import report
+    from benchmarks.compare import grid, measure
+    from benchmarks.contenders import COMPARED, PLAIN, split_missing
+
+    axes: dict[str, list[Any]] = {
+        "model": _axis(model, MODELS, "model"),
+        "dtype": _axis(dtype, DTYPES, "dtype"),
+        "device": _axis(device, None, "device"),
+        "batch": _numbers(batch, "batch"),
+        "unit": _axis(unit, UNITS, "unit"),
+        "pos": _axis(pos, POSITIONS, "pos"),
+        "tokens": _numbers(tokens, "tokens"),
+    }
+    _check_lengths(axes["model"], axes["tokens"])
+    _check_devices(axes["device"])
+    if png is not None and len(axes["tokens"]) < 2:
+        raise typer.BadParameter(
+            "curves need two prompt lengths or more: --tokens 128,512", param_hint="--png"
+        )
+    for name in contender or []:
+        if name not in COMPARED:
+            raise typer.BadParameter(
+                f"{name!r} is none of: {'; '.join(COMPARED)}", param_hint="--contender"
+            )
+    count = _threads(threads)
+    names, skipped = split_missing([PLAIN, *(contender or COMPARED)])
+    for name, reason in skipped.items():
+        report.say(f"left out: {name}. {reason}")
+    lines = _or_exit(measure, grid(**axes), names, repeats, report.say, memory)
+    under = report.caption(count, repeats)
+    brief = ("contender", "time ratio", "peak over weights, MB", "memory ratio")
+    for setting in dict.fromkeys(line.setting for line in lines):
+        head, rows = report.compared_rows([line for line in lines if line.setting == setting])
+        report.show(setting.named(), head, rows, under, brief if markdown else ())
+    if json_file is not None:
+        body = {"skipped": skipped, "lines": [line.as_dict() for line in lines]}
+        report.write_json(json_file, count, body)
+    if png is not None:
+        from benchmarks import curves
+
+        curves.draw(lines, under, png)
+
+
+@app.command()
+def bars(
+    only: Annotated[list[str] | None, typer.Option(help="Only these cases, by name.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Hold the bars on another model than theirs.")
+    ] = None,
+    tokens: Annotated[
+        list[str] | None, typer.Option(help="At other prompt lengths than theirs.")
+    ] = None,
+    repeats: Repeats = 9,
+    threads: Threads = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Fail when a bar is missed.")] = False,
+    json_file: Json = None,
+) -> None:
+    """Hold the library against what it wants to reach, case by case. All of it takes an hour."""
+    from benchmarks import report
+    from benchmarks.bars import BARS, Options, Skipped
+
+    cases = _axis(only or list(BARS), BARS, "only")
+    lengths = _numbers(tokens or [], "tokens")
+    if model is not None:
+        _axis([model], MODELS, "model")
+        _check_lengths([model], lengths or [1])
+    count = _threads(threads)
+    options = Options(report.say, repeats, model, lengths)
+    filed: list[dict[str, Any]] = []
+    missed = False
+    for case in cases:
+        try:
+            found = _or_exit(BARS[case], options)
+        except Skipped as reason:
+            report.out().print(f"{case}: skipped, {reason}", soft_wrap=True)
+            filed.append({"bar": case, "skipped": str(reason)})
+            continue
+        report.show_bars(case, found, report.caption(count, repeats))
+        for one in found:
+            missed = missed or one.met is False
+            filed.append({"bar": case, **dataclasses.asdict(one), "met": one.met})
+        if json_file is not None:  # after each, since the next may take long
+            report.write_json(json_file, count, {"bars": filed})
+    if json_file is not None:
+        report.write_json(json_file, count, {"bars": filed})
+    if strict and missed:
+        raise typer.Exit(1)
+
+
+def _or_exit(work: Any, *arguments: Any) -> Any:
+    """A disagreement is one line and an exit code: nothing wrong is ever timed."""
+    from benchmarks import report
+    from benchmarks.agree import Disagreement
+
+    try:
+        return work(*arguments)
+    except Disagreement as error:
+        report.say(f"error: {error}")
+        raise typer.Exit(1) from None
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app(prog_name="python -m benchmarks")

@@ -1,58 +1,125 @@
-"""Peak memory of one call above what was resident before it, in a process of its own (Linux).
+"""Peak memory of one call above what was resident before it, in a process of its own.
 
-Run as ``python -m benchmarks.memory MODEL TOKENS CASE|plain``; prints bytes. glibc is told to give
-freed memory back at once, or its pools would blur what is measured.
+On the CPU that is the process' own high-water mark (Linux), reset after a short warm-up with the
+weights resident; glibc is told to give freed memory back at once, or its pools would blur what is
+measured. On CUDA it is the allocator's. A job is what is measured, by name:
+
+    python -m benchmarks.memory '{"job": "call", "name": "plain forward", "setting": {…}}'
 """
 
 from __future__ import annotations
 
+import dataclasses
+import gc
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from benchmarks.models import Setting
 
 _STATUS = Path("/proc/self/status")
-_ALLOCATOR = {
+_RESET = Path("/proc/self/clear_refs")
+ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "MALLOC_TRIM_THRESHOLD_": "65536",
     "MALLOC_ARENA_MAX": "1",
 }
+_WARM_UP = 16  # tokens
 
 
-def peak_of(model: str, n_tokens: int, case: str) -> int | None:
-    """Bytes above the weights at the highest point of one call; None where there is no /proc."""
-    if not _STATUS.exists():
-        return None
-    command = [sys.executable, "-m", "benchmarks.memory", model, str(n_tokens), case]
-    environment = {**os.environ, **_ALLOCATOR}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+def measurable(device: str = "cpu") -> bool:
+    """Whether peaks can be measured here."""
+    return device.startswith("cuda") or _RESET.exists()
+
+
+def peak_of(name: str, setting: Setting) -> int:
+    """Bytes above the weights at the highest point of one call of a contender."""
+    job = {"job": "call", "name": name, "setting": dataclasses.asdict(setting)}
+    return in_a_process(job)
+
+
+def in_a_process(job: dict[str, Any]) -> int:
+    """What a job prints, in bytes.
+
+    Raises:
+        RuntimeError: with the last lines that it wrote, when it fails.
+    """
+    import torch
+
+    command = [sys.executable, "-m", "benchmarks.memory", json.dumps(job)]
+    environment = {**os.environ, **ALLOCATOR, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(
+        command,
+        env=environment,
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        lines = "\n".join(done.stderr.splitlines()[-6:])
+        raise RuntimeError(f"measuring the memory of {job} failed:\n{lines}")
     return int(done.stdout.split()[-1])
 
 
-def _resident(field: str) -> int:
+def resident(field: str = "VmRSS") -> int:
+    """A figure of this process in bytes: ``VmRSS`` now, ``VmHWM`` at its highest."""
     for line in _STATUS.read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
+    raise RuntimeError(f"{_STATUS} has no {field}")
+
+
+def peak_during(call: Callable[[], Any], device: str = "cpu") -> int:
+    """Bytes at the highest point of a call above what was there before it."""
+    gc.collect()
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return int(torch.cuda.max_memory_allocated(device)) - before
+    _RESET.write_text("5")  # puts VmHWM back to VmRSS
+    before = resident()
+    call()
+    return resident("VmHWM") - before
+
+
+def _of_a_call(name: str, setting: Setting) -> int:
+    from benchmarks.contenders import Bench
+
+    short = dataclasses.replace(
+        setting,
+        tokens=min(setting.tokens, _WARM_UP),
+        chunk=None if setting.chunk is None else _WARM_UP // 2,
+    )
+    bench = Bench(setting)
+    bench.call(name, short)()  # makes the model
+    for model in bench.models():
+        for parameter in model.parameters():
+            parameter.sum()  # touches every page, so that no weight is paged in while measuring
+    bench.call(name, short)()
+    return peak_during(bench.call(name, setting), setting.device)
 
 
 def main() -> None:
-    """Measure one call and print its peak."""
-    from benchmarks.cases import make_calls, make_model
+    """Do one job and print its bytes."""
+    job = json.loads(sys.argv[1])
+    what = job.pop("job")
+    if what == "call":
+        found = _of_a_call(job["name"], Setting(**job["setting"]))
+    else:
+        from benchmarks import offload
 
-    name, n_tokens, case = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-    model = make_model(name)
-    for parameter in model.parameters():
-        parameter.sum()  # touch every page, so that no weight is paged in while measuring
-    any_case = "component, last position"
-    warm_up = make_calls(model, 16, any_case if case == "plain" else case)
-    call = make_calls(model, n_tokens, any_case if case == "plain" else case)
-    which = 1 if case == "plain" else 0
-    warm_up[which]()
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    before = _resident("VmRSS")
-    call[which]()
-    sys.stdout.write(f"{_resident('VmHWM') - before}\n")
+        found = offload.peak_here(**job)
+    sys.stdout.write(f"\n{found}\n")
 
 
 if __name__ == "__main__":

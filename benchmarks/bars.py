@@ -1,0 +1,246 @@
+"""What this library wants to reach, case by case: measured, held against its bar.
+
+Each case is a function from :class:`Options` to what it measured. A case that this machine or
+installation cannot measure raises :class:`Skipped` with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from benchmarks import contenders, peers
+from benchmarks.agree import prove
+from benchmarks.compare import Say, grid, measure
+from benchmarks.contenders import CHUNKED, OURS, PLAIN, PLAIN_CHUNKED
+from benchmarks.memory import measurable, peak_of
+from benchmarks.models import UNITS, Setting
+from benchmarks.timing import Spread
+
+
+class Skipped(Exception):
+    """A case that cannot be measured here, and why."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may change about a case, to hold the same bar on other sizes.
+
+    Attributes:
+        say: told what is being done.
+        repeats: rounds of timing.
+        model: another named model than the case's own, or None.
+        tokens: other prompt lengths than the case's own, or nothing.
+    """
+
+    say: Say
+    repeats: int = 9
+    model: str | None = None
+    tokens: Sequence[int] = ()
+
+    def lengths(self, *own: int) -> list[int]:
+        """The prompt lengths to measure."""
+        return list(self.tokens) or list(own)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One figure and its bar.
+
+    Attributes:
+        case: what was measured, in words.
+        value: the figure; with its quartiles where it was taken many times.
+        limit: the bar, or None for a figure that stands beside the others only.
+        at_least: whether the figure must reach the limit; otherwise it must not exceed it.
+        detail: the figures behind a ratio, in words.
+    """
+
+    case: str
+    value: Spread
+    limit: float | None
+    at_least: bool = False
+    detail: str = ""
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the bar is met; None where there is none."""
+        if self.limit is None:
+            return None
+        reached = self.value.median
+        return reached >= self.limit if self.at_least else reached <= self.limit
+
+
+def once(value: float) -> Spread:
+    """A figure that was taken one time."""
+    return Spread(value, value, value)
+
+
+def _time(options: Options, pos: str, limit: float) -> list[Measured]:
+    settings = grid(
+        model=[options.model or "gpt2-small"],
+        tokens=options.lengths(512, 1024),
+        unit=UNITS,
+        pos=[pos],
+    )
+    lines = measure(settings, [OURS], options.repeats, options.say, memory=False)
+    return [
+        Measured(
+            f"time, {line.setting.named()}",
+            line.ratio,
+            limit,
+            detail=f"{line.seconds.median * 1e3:,.0f} ms",
+        )
+        for line in lines
+        if line.contender == OURS
+    ]
+
+
+def time_last(options: Options) -> list[Measured]:
+    """Time over the plain forward pass, last position: at most 1.05."""
+    return _time(options, "last", 1.05)
+
+
+def time_all(options: Options) -> list[Measured]:
+    """Time over the plain forward pass, all positions: at most 1.05."""
+    return _time(options, "all", 1.05)
+
+
+def time_next(options: Options) -> list[Measured]:
+    """Time over the plain forward pass, a target of its own at every position: at most 1.35."""
+    return _time(options, "next", 1.35)
+
+
+def memory(options: Options) -> list[Measured]:
+    """Peak memory over the plain forward pass, last and all positions: at most 1.03."""
+    _check_measurable()
+    found = []
+    for tokens in options.lengths(512, 1024):
+        of_model = Setting(options.model or "gpt2-small", tokens)
+        options.say(f"peak memory of the plain forward pass, {tokens:,} tokens")
+        plain = peak_of(PLAIN, of_model)
+        for pos in ("last", "all"):
+            for unit in UNITS:
+                setting = replace(of_model, unit=unit, pos=pos)
+                options.say(f"peak memory, {setting.named()}")
+                found.append(_peaks("memory", setting, peak_of(OURS, setting), plain, 1.03))
+    return found
+
+
+def _reference_kinds() -> list[tuple[str, str, bool]]:
+    """The reference's contenders here: name, how to call them, and whether the bars are theirs."""
+    installed = peers.version("transformer-lens") or "0"
+    new = int(installed.partition(".")[0]) > 3
+    names, reasons = contenders.split_missing(
+        ["bridge, full cache", "HookedTransformer, full cache"]
+    )
+    if not names:
+        raise Skipped("; ".join(dict.fromkeys(reasons.values())))
+    # The bars are of 4.3.0 on a bridge and of 3.9.0 on a HookedTransformer.
+    return [(name, f"{name} ({installed})", new or name.startswith("Hooked")) for name in names]
+
+
+def reference_time(options: Options) -> list[Measured]:
+    """The reference's time over ours: at least 3.5 on a bridge, 11 on a HookedTransformer."""
+    kinds = _reference_kinds()
+    setting = Setting(options.model or "gpt2-small", options.lengths(1024)[0])
+    names = [OURS, *(name for name, _, _ in kinds)]
+    rounds = max(3, options.repeats // 2)
+    lines = measure([setting], names, rounds, options.say, memory=False)
+    taken = {line.contender: line.rounds for line in lines}
+    return [
+        Measured(
+            f"{words}: time over ours, {setting.named()}",
+            Spread.of([t / own for t, own in zip(taken[name], taken[OURS], strict=True)]),
+            (11.0 if name.startswith("Hooked") else 3.5) if has_bar else None,
+            at_least=True,
+        )
+        for name, words, has_bar in kinds
+    ]
+
+
+def reference_memory(options: Options) -> list[Measured]:
+    """The reference's peak memory over ours: at least 40 on a bridge, 80 on a HookedTransformer."""
+    kinds = _reference_kinds()
+    _check_measurable()
+    setting = Setting(options.model or "gpt2-small", options.lengths(1024)[0])
+    options.say(f"peak memory, {setting.named()}")
+    own = peak_of(OURS, setting)
+    found = []
+    for name, words, has_bar in kinds:
+        options.say(f"peak memory of {name}")
+        limit = (80.0 if name.startswith("Hooked") else 40.0) if has_bar else None
+        peak = peak_of(name, setting)
+        what = f"{words}: peak memory over ours, {setting.named()}"
+        detail = f"{peak / 1e6:,.0f} MB / {own / 1e6:,.1f} MB"
+        found.append(Measured(what, once(peak / own), limit, at_least=True, detail=detail))
+    return found
+
+
+def chunks(options: Options) -> list[Measured]:
+    """A long prompt in chunks: peak over a plain loop (1.05) and over one plain pass (0.65)."""
+    reason = contenders.missing(CHUNKED)
+    if reason is not None:
+        raise Skipped(reason)
+    _check_measurable()
+    tokens = options.lengths(16384)[0]
+    setting = Setting(options.model or "long-llama", tokens, chunk=max(1, tokens // 16))
+    few = replace(setting, tokens=tokens // 4)
+    options.say(f"{few.named()}: do all agree?")
+    prove([PLAIN, PLAIN_CHUNKED, OURS, CHUNKED], few)
+    options.say(f"peak memory of one plain forward pass over {tokens:,} tokens")
+    whole = peak_of(PLAIN, replace(setting, chunk=None))
+    options.say("peak memory of the plain loop over the chunks")
+    loop = peak_of(PLAIN_CHUNKED, setting)
+    found = []
+    for pos in ("last", "all"):
+        setting = replace(setting, pos=pos)
+        options.say(f"peak memory, {setting.named()}")
+        peak = peak_of(CHUNKED, setting)
+        found.append(_peaks("over a plain loop", setting, peak, loop, 1.05))
+        found.append(_peaks("over one plain pass", setting, peak, whole, 0.65))
+    return found
+
+
+def offload(options: Options) -> list[Measured]:
+    """A model on disk: peak over the weights' size (0.5), time over a plain pass (1.15)."""
+    from benchmarks import offload as module
+
+    return module.measured(options)
+
+
+def many(options: Options) -> list[Measured]:
+    """256 prompts of 8 to 64 tokens: tokens per second over a plain batched loop, at least 0.9."""
+    from benchmarks import many as module
+
+    return module.measured(options)
+
+
+def gpu(options: Options) -> list[Measured]:
+    """On a GPU, the shape of Llama 3 8B in bfloat16: time and peak memory at most 1.03."""
+    from benchmarks import gpu as module
+
+    return module.measured(options)
+
+
+def _peaks(what: str, setting: Setting, peak: int, plain: int, limit: float) -> Measured:
+    detail = f"{peak / 1e6:,.1f} MB / {plain / 1e6:,.1f} MB"
+    return Measured(f"{what}, {setting.named()}", once(peak / plain), limit, detail=detail)
+
+
+def _check_measurable() -> None:
+    if not measurable():
+        raise Skipped("peak memory is measured on Linux only")
+
+
+BARS: dict[str, Callable[[Options], list[Measured]]] = {
+    "time-last": time_last,
+    "time-all": time_all,
+    "time-next": time_next,
+    "memory": memory,
+    "reference-time": reference_time,
+    "reference-memory": reference_memory,
+    "chunks": chunks,
+    "offload": offload,
+    "many": many,
+    "gpu": gpu,
+}

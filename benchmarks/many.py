@@ -1,0 +1,94 @@
+"""The case of many short prompts, against a plain loop over the very same batches."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.bars import Measured, Options, Skipped
+from benchmarks.contenders import Bench
+from benchmarks.models import ANSWER, INCORRECT, MODELS, Setting
+from benchmarks.timing import Spread, interleaved, ratios
+
+_PROMPTS, _SHORTEST, _LONGEST = 256, 8, 64
+_MAX_TOKENS = 4096
+
+
+def measured(options: Options) -> list[Measured]:
+    """Tokens per second over a plain batched forward loop: at least 0.9 of it."""
+    if importlib.util.find_spec("dla_hooks.many") is None:
+        raise Skipped("this dla_hooks has no attribute_many")
+    name = options.model or "gpt2-small"
+    model = Bench(Setting(name)).model("hf")
+    prompts = _prompts(MODELS[name].get("vocab_size", 50257))
+    n_tokens = sum(map(len, prompts))
+    found = []
+    for unit in ("component", "head"):
+        plain, ours = _plain(model, prompts), _ours(model, prompts, unit)
+        options.say(f"{_PROMPTS} prompts, {unit}: does each agree with its prompt run alone?")
+        _prove(model, prompts, unit, ours())
+        options.say(f"timing {_PROMPTS} prompts, {options.repeats} rounds")
+        seconds = interleaved({"plain loop": plain, "ours": ours}, options.repeats)
+        inverse = [1 / ratio for ratio in ratios(seconds, "plain loop")["ours"]]
+        speed = {who: n_tokens / Spread.of(times).median for who, times in seconds.items()}
+        found.append(
+            Measured(
+                f"tokens per second over a plain loop, {name}, {_PROMPTS} prompts, {unit}",
+                Spread.of(inverse),
+                0.9,
+                at_least=True,
+                detail=f"{speed['ours']:,.0f} / {speed['plain loop']:,.0f} tokens per second",
+            )
+        )
+    return found
+
+
+def _prompts(vocabulary: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    lengths = torch.randint(_SHORTEST, _LONGEST + 1, (_PROMPTS,), generator=generator)
+    return [torch.randint(vocabulary, (int(n),), generator=generator) for n in lengths]
+
+
+def _plain(model: Any, prompts: list[Tensor]) -> Callable[[], Any]:
+    from dla_hooks.batches import batches_of, pad_left
+
+    order = batches_of([len(ids) for ids in prompts], _MAX_TOKENS)
+
+    def loop() -> None:
+        for batch in order:
+            ids, mask = pad_left([prompts[i] for i in batch])
+            positions = (mask.long().cumsum(-1) - 1).clamp_min(0)
+            with torch.no_grad():
+                model(
+                    ids,
+                    attention_mask=mask.long(),
+                    position_ids=positions,
+                    use_cache=False,
+                    logits_to_keep=1,
+                )
+
+    return loop
+
+
+def _ours(model: Any, prompts: list[Tensor], unit: str) -> Callable[[], list[Any]]:
+    from dla_hooks.many import attribute_many
+
+    def call() -> list[Any]:
+        options = {"unit": unit, "max_tokens": _MAX_TOKENS, "progress": False}
+        return list(attribute_many(model, prompts, ANSWER, INCORRECT, **options))
+
+    return call
+
+
+def _prove(model: Any, prompts: list[Tensor], unit: str, results: list[Any]) -> None:
+    from dla_hooks import direct_logit_attribution
+
+    for i in range(0, len(prompts), len(prompts) // 8):
+        alone = direct_logit_attribution(model, prompts[i], ANSWER, INCORRECT, unit=unit)
+        gap = float((results[i].attribution - alone.attribution).abs().max())
+        if not gap <= 1e-4 * max(1.0, float(alone.logit.abs().max())):
+            raise RuntimeError(f"prompt {i} among many and alone: attributions differ by {gap:.1e}")

@@ -1,0 +1,115 @@
+"""The case of a model that lies on disk between uses (extra ``offload``: accelerate)."""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import peers
+from benchmarks.bars import Measured, Options, Skipped, once
+from benchmarks.contenders import OURS, Bench
+from benchmarks.memory import in_a_process, measurable, peak_during
+from benchmarks.models import Setting
+from benchmarks.timing import Spread, interleaved, ratios
+
+_PLAIN = "accelerate's own pass"
+
+
+def possible() -> bool:
+    """Whether the installed library can load a model to disk."""
+    from dla_hooks import checkpoint
+
+    return "device_map" in inspect.signature(checkpoint.load_model).parameters
+
+
+def measured(options: Options) -> list[Measured]:
+    """Peak resident above the interpreter, loading included, and time over a plain pass."""
+    if peers.version("accelerate") is None:
+        raise Skipped("accelerate is not installed: pip install 'dla-hooks[offload]'")
+    if not possible():
+        raise Skipped("this dla_hooks has no load_model(..., device_map=)")
+    name, tokens = options.model or "llama-250m", options.lengths(256)[0]
+    folder = Path(tempfile.mkdtemp(prefix="bench-offload-"))
+    try:
+        return _in(folder, Setting(name, tokens), options)
+    finally:
+        shutil.rmtree(folder)
+
+
+def _in(folder: Path, setting: Setting, options: Options) -> list[Measured]:
+    options.say(f"making and saving {setting.model}")
+    bench = Bench(setting)
+    model = bench.model("hf")
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    model.save_pretrained(folder)
+    expected = bench.call(OURS, setting)()
+    del bench, model
+
+    options.say(f"{setting.named()}, all weights on disk: does it agree with the model in memory?")
+    plain, ours = _calls(_load(folder), setting)
+    gap = float((ours().attribution - expected.attribution).abs().max())
+    if not gap <= 1e-4 * float(expected.logit.abs().max()):
+        raise RuntimeError(f"on disk and in memory, attributions differ by {gap:.1e}")
+    options.say(f"timing over {_PLAIN}, {options.repeats} rounds")
+    seconds = interleaved({_PLAIN: plain, OURS: ours}, options.repeats)
+    over = Spread.of(ratios(seconds, _PLAIN)[OURS])
+    detail = f"{Spread.of(seconds[_PLAIN]).median:.2f} s plain"
+    found = [Measured(f"time on disk, {setting.named()}", over, 1.15, detail=detail)]
+    if measurable():
+        for who, is_ours in ((OURS, True), (_PLAIN, False)):
+            options.say(f"peak memory of {who}, loading included, in a process of its own")
+            job = {"job": "offload", "folder": str(folder), "model": setting.model}
+            peak = in_a_process({**job, "tokens": setting.tokens, "ours": is_ours})
+            found.append(
+                Measured(
+                    f"peak of {who} over the weights' size, {setting.named()}",
+                    once(peak / weights),
+                    0.5 if is_ours else None,
+                    detail=f"{peak / 1e6:,.0f} MB / {weights / 1e6:,.0f} MB",
+                )
+            )
+    return found
+
+
+def peak_here(folder: str, model: str, tokens: int, ours: bool) -> int:
+    """Bytes above the interpreter, with its libraries loaded, for loading and for one call."""
+    import accelerate  # noqa: F401
+
+    tiny = Setting("tiny-llama", 8)
+    Bench(tiny).call(OURS, tiny)()  # imports what a first call imports
+
+    def load_and_call() -> None:
+        plain, call = _calls(_load(Path(folder)), Setting(model, tokens))
+        (call if ours else plain)()
+
+    return peak_during(load_and_call)
+
+
+def _load(folder: Path) -> Any:
+    from dla_hooks import checkpoint
+
+    load_model: Any = checkpoint.load_model  # older ones know no device_map; see `measured`
+    return load_model(folder, "float32", device_map="disk")
+
+
+def _calls(model: Any, setting: Setting) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """A plain pass and an attribution of the same prompt."""
+    from dla_hooks import direct_logit_attribution
+
+    ids = setting.ids()
+    answer, incorrect, pos = setting.answers()
+
+    def plain() -> Any:
+        with torch.no_grad():
+            return model(ids, use_cache=False, logits_to_keep=1)
+
+    def ours() -> Any:
+        return direct_logit_attribution(model, ids, answer, incorrect, unit=setting.unit, pos=pos)
+
+    return plain, ours
