@@ -123,6 +123,7 @@ def make_model(name: str, dtype: str = "float32", device: str = "cpu") -> Any:
     from transformers.utils import logging
 
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     torch.manual_seed(0)
     config = AutoConfig.for_model(**MODELS[name])
     with torch.device(device):
