@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         TrainingModeError,
         UnsupportedModelError,
     )
+    from dla_hooks.many import attribute_many
     from dla_hooks.match import verify
     from dla_hooks.primitives import (
         accumulated_resid,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from dla_hooks.replay import cache_names
     from dla_hooks.result import DirectLogitAttribution
     from dla_hooks.shim import Wrapped, wrap
+    from dla_hooks.summary import Summary, summarize
     from dla_hooks.verification import Verification
 
 __version__ = "0.1.0"
@@ -67,6 +69,7 @@ _HOME = {
     "NonFiniteError": "errors",
     "PositionError": "errors",
     "ShapeMismatchError": "errors",
+    "Summary": "summary",
     "TokenError": "errors",
     "TokenizerMissingError": "errors",
     "TrainingModeError": "errors",
@@ -77,6 +80,7 @@ _HOME = {
     "accumulated_resid": "primitives",
     "apply_ln_to_stack": "primitives",
     "architectures": "registry",
+    "attribute_many": "many",
     "cache_names": "replay",
     "decompose_resid": "primitives",
     "direct_logit_attribution": "attribution",
@@ -84,6 +88,7 @@ _HOME = {
     "register": "registry",
     "stack_head_results": "primitives",
     "stack_neuron_results": "primitives",
+    "summarize": "summary",
     "verify": "match",
     "wrap": "shim",
 }
@@ -103,6 +108,7 @@ __all__ = [
     "NonFiniteError",
     "PositionError",
     "ShapeMismatchError",
+    "Summary",
     "TokenError",
     "TokenizerMissingError",
     "TrainingModeError",
@@ -114,6 +120,7 @@ __all__ = [
     "accumulated_resid",
     "apply_ln_to_stack",
     "architectures",
+    "attribute_many",
     "cache_names",
     "decompose_resid",
     "demo",
@@ -122,6 +129,7 @@ __all__ = [
     "register",
     "stack_head_results",
     "stack_neuron_results",
+    "summarize",
     "verify",
     "wrap",
 ]

@@ -61,10 +61,10 @@ def read_answers(
         InputError: for any other type, or when the two shapes differ.
         TokenError: for a string that is not one token.
     """
-    correct = _read(answer_tokens, "answer_tokens", model, tokenizer)
+    correct = read_ids(answer_tokens, "answer_tokens", model, tokenizer)
     if incorrect_tokens is None:
         return Answers(correct, None)
-    incorrect = _read(incorrect_tokens, "incorrect_tokens", model, tokenizer)
+    incorrect = read_ids(incorrect_tokens, "incorrect_tokens", model, tokenizer)
     if incorrect.shape != correct.shape:
         raise ShapeMismatchError(
             f"incorrect_tokens has shape {list(incorrect.shape)}, but answer_tokens has "
@@ -95,10 +95,10 @@ def align(
     ids = _over_positions(answers.correct, tuple(selection.cols.shape))
     shape = torch.broadcast_shapes(ids.shape, selection.cols.shape)
     valid = selection.valid.expand(shape)
-    pairs = _checked(ids.expand(shape), valid, "answer_tokens", vocabulary).reshape(-1, 1)
+    pairs = check_answers(ids.expand(shape), valid, "answer_tokens", vocabulary).reshape(-1, 1)
     if answers.incorrect is not None:
         wrong = _over_positions(answers.incorrect, tuple(selection.cols.shape)).expand(shape)
-        wrong = _checked(wrong, valid, "incorrect_tokens", vocabulary)
+        wrong = check_answers(wrong, valid, "incorrect_tokens", vocabulary)
         pairs = torch.cat((pairs, wrong.reshape(-1, 1)), dim=1)
     distinct, target = pairs.unique(dim=0, return_inverse=True)
     sites = Sites(
@@ -111,8 +111,12 @@ def align(
     return sites, Targets(distinct[:, 0], distinct[:, 1] if answers.incorrect is not None else None)
 
 
-def _checked(ids: Tensor, valid: Tensor, name: str, vocabulary: int) -> Tensor:
-    """The ids, with any at all allowed where there is only padding."""
+def check_answers(ids: Tensor, valid: Tensor, name: str, vocabulary: int) -> Tensor:
+    """The ids, with any at all allowed where there is only padding.
+
+    Raises:
+        TokenError: naming the first that is no token of the model.
+    """
     outside = (ids < 0) | (ids >= vocabulary)
     bad = ids[outside & valid] if valid.numel() else ids[outside]
     if bad.numel():
@@ -153,7 +157,19 @@ def _over_positions(ids: Tensor, shape: tuple[int, ...]) -> Tensor:
     return fits
 
 
-def _read(value: Any, name: str, model: Any, tokenizer: Any) -> Tensor:
+def read_ids(value: Any, name: str, model: Any, tokenizer: Any) -> Tensor:
+    """One argument's tokens as ids, in the shape that they were given in.
+
+    Args:
+        value: a string of one token, an int, a list of either, or an integer tensor.
+        name: of the argument, for messages.
+        model: asked for a tokenizer when none is given.
+        tokenizer: needed for strings.
+
+    Raises:
+        InputError: for any other type.
+        TokenError: for a string that is not one token.
+    """
     if isinstance(value, Tensor):
         if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
             raise InputError(f"{name} must hold integer token ids, got a tensor of {value.dtype}")

@@ -183,10 +183,13 @@ class _Seen:
     def spread(self) -> float:
         """Largest less smallest logit over the vocabulary, averaged over the sites seen."""
         rows = self._logits[self._row, self._column]
-        finite = torch.isfinite(rows)  # some models mask the end of their vocabulary with -inf
-        high = rows.masked_fill(~finite, -torch.inf).amax(-1).double()
-        low = rows.masked_fill(~finite, torch.inf).amin(-1).double()
-        return float((high - low).mean())
+        low, high = rows.aminmax(dim=-1)
+        if not bool(torch.isfinite(high - low).all()):
+            # Some models mask the end of their vocabulary with -inf.
+            finite = torch.isfinite(rows)
+            high = rows.masked_fill(~finite, -torch.inf).amax(-1)
+            low = rows.masked_fill(~finite, torch.inf).amin(-1)
+        return float((high.double() - low.double()).mean())
 
     def logits(self, targets: Targets, center_unembed: bool) -> tuple[Tensor, Tensor]:
         """Our logits (or differences) at the sites seen, and the model's."""

@@ -260,8 +260,10 @@ def _load(
     with_tokenizer: bool = True,
 ) -> tuple[Any, Any]:
     with _progress(f"loading {model}"):
-        from dla_hooks import checkpoint
+        from dla_hooks import checkpoint, placement
 
+        if device_map is not None:
+            placement.hand_back_freed_memory()  # the process is ours
         source: str | Path = model
         if model == "demo":
             from dla_hooks.demo import path

@@ -164,25 +164,33 @@ def headline(result: DirectLogitAttribution, with_model: bool = True) -> str:
 
 def closing(result: DirectLogitAttribution) -> list[str]:
     """The sum that the rows are held to, and how well it holds: two lines."""
-    logit, bias = entry_mean(result.logit), entry_mean(result.bias)
-    whole = result.attribution[-1] if result.unit == "layer" else result.attribution.sum(0)
-    total = entry_mean(whole)
-    digits = decimals([total, bias, logit])
-    what = "the logit" if result.incorrect is None else "the logit difference"
-    if int(real_entries(result)[0].sum()) > 1:
-        what = what.replace("the ", "the mean ")
-    if result.softcap is not None:
-        what += f" before the cap of {result.softcap:g}"
-    start = "last entry" if result.unit == "layer" else "sum"
     checked = (
         "not checked against the model's logits"
         if math.isnan(result.logit_gap)
         else f"to the model's own logits {result.logit_gap:.1e}"
     )
-    return [
-        f"{start} {total:+.{digits}f}  + bias {bias:+.{digits}f}  = {logit:+.{digits}f}, {what}",
-        f"gap {result.gap:.1e}, {checked}",
-    ]
+    several = int(real_entries(result)[0].sum()) > 1
+    return [sum_line(result, mean=several), f"gap {result.gap:.1e}, {checked}"]
+
+
+def sum_line(result: DirectLogitAttribution, *, mean: bool) -> str:
+    """The sum that the rows are held to.
+
+    Args:
+        result: any.
+        mean: whether its numbers are means over several logits.
+    """
+    logit, bias = entry_mean(result.logit), entry_mean(result.bias)
+    whole = result.attribution[-1] if result.unit == "layer" else result.attribution.sum(0)
+    total = entry_mean(whole)
+    digits = decimals([total, bias, logit])
+    what = "the mean logit" if mean else "the logit"
+    if result.incorrect is not None:
+        what += " difference"
+    if result.softcap is not None:
+        what += f" before the cap of {result.softcap:g}"
+    start = "last entry" if result.unit == "layer" else "sum"
+    return f"{start} {total:+.{digits}f}  + bias {bias:+.{digits}f}  = {logit:+.{digits}f}, {what}"
 
 
 def real_entries(result: DirectLogitAttribution) -> tuple[Tensor, Tensor]:

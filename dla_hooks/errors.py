@@ -26,7 +26,14 @@ from __future__ import annotations
 
 
 class DLAError(Exception):
-    """The root: ``except DLAError`` catches whatever this library raises on purpose."""
+    """The root: ``except DLAError`` catches whatever this library raises on purpose.
+
+    Attributes:
+        prompt_index: which prompt it is about, from 0, where it was yielded in place of a result
+            (see :func:`dla_hooks.attribute_many`); otherwise None.
+    """
+
+    prompt_index: int | None = None
 
 
 class InputError(DLAError, ValueError):

@@ -46,7 +46,7 @@ def records(result: DirectLogitAttribution) -> list[dict[str, Any]]:
     values = result.attribution.reshape(len(result.labels), -1).tolist()
     lines = []
     for label, row_of_values in zip(result.labels, values, strict=True):
-        layer, head = _layer_and_head(label)
+        layer, head = layer_and_head(label)
         for index, entry in entries:
             place = {"label": label, "layer": layer, "head": head}
             lines.append({**place, **entry, "attribution": row_of_values[index]})
@@ -156,7 +156,8 @@ def _own(names: list[str], where: tuple[int, ...], shape: tuple[int, ...]) -> st
     return None
 
 
-def _layer_and_head(label: str) -> tuple[int | None, int | None]:
+def layer_and_head(label: str) -> tuple[int | None, int | None]:
+    """The layer and the head that a row's label names, each None where it names none."""
     head = _HEAD.fullmatch(label)
     if head:
         return int(head[1]), int(head[2])

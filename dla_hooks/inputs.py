@@ -82,7 +82,7 @@ def read_inputs(
         vocabulary=kind.n_tokens(),
         encode=lambda text: kind.encode(text, tokenizer, prepend_bos),
     )
-    _check_length(stream, prompt)
+    check_length(stream, prompt)
     _check_padding(stream, prompt)
     return Inputs(stream, prompt, None, _carried(model, tokenizer))
 
@@ -107,7 +107,12 @@ def _holds_string(input: Any) -> bool:
     return any(isinstance(text, str) for text in texts)
 
 
-def _check_length(stream: Stream, prompt: Prompt) -> None:
+def check_length(stream: Stream, prompt: Prompt) -> None:
+    """Refuse a prompt that is longer than the model has positions for.
+
+    Raises:
+        InputError: with both lengths.
+    """
     longest = int(prompt.mask.sum(-1).max())
     if stream.position_limit is not None and longest > stream.position_limit:
         raise InputError(

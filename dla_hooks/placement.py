@@ -6,6 +6,7 @@ their arguments, and the temporary files that it may need get an end.
 
 from __future__ import annotations
 
+import ctypes
 import shutil
 import tempfile
 import weakref
@@ -15,6 +16,9 @@ from typing import Any
 from dla_hooks.errors import InputError, MissingExtraError
 
 DEVICE_MAPS = ("auto", "disk")
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # as glibc's malloc.h numbers them
+_SMALL = 2**16
 
 
 class Placement:
@@ -91,6 +95,20 @@ class Placement:
             weakref.finalize(model, shutil.rmtree, self._folder, ignore_errors=True)
             self._folder = None
         return model
+
+
+def hand_back_freed_memory() -> None:
+    """Have this process give freed memory back at once, where the C library is glibc.
+
+    Weights that are read from disk come and go; in glibc's own pools the gaps that they leave add
+    up to as much again as the largest of them.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library
+        return
+    mallopt(_M_MMAP_THRESHOLD, _SMALL)
+    mallopt(_M_TRIM_THRESHOLD, _SMALL)
 
 
 def first_line(error: BaseException) -> str:

@@ -70,11 +70,11 @@ class DirectLogitAttribution:
         Args:
             k: how many; no more than there are rows.
         """
-        return self._ranked(k, largest=True)
+        return ranked(self.labels, self.mean(), k, largest=True)
 
     def bottom(self, k: int = 5) -> list[tuple[str, float]]:
         """The ``k`` rows that push the logit down the most, most negative first."""
-        return self._ranked(k, largest=False)
+        return ranked(self.labels, self.mean(), k, largest=False)
 
     def to_dataframe(self) -> pandas.DataFrame:
         """One line per row, batch entry and position (extra ``pandas``).
@@ -173,15 +173,17 @@ class DirectLogitAttribution:
 
         return as_html(self)
 
-    def _ranked(self, k: int, *, largest: bool) -> list[tuple[str, float]]:
-        if isinstance(k, bool) or not isinstance(k, int) or k < 0:
-            raise InputError(f"k must be an int that is not negative, got {k!r}")
-        means = self.mean()
-        last = -torch.inf if largest else torch.inf  # what has no value is ranked behind all else
-        order = means.nan_to_num(nan=last, posinf=torch.inf, neginf=-torch.inf)
-        rows = order.topk(min(k, len(self.labels)), largest=largest).indices
-        values = means[rows]
-        return [
-            (self.labels[row], value)
-            for row, value in zip(rows.tolist(), values.tolist(), strict=True)
-        ]
+
+def ranked(labels: list[str], means: Tensor, k: int, *, largest: bool) -> list[tuple[str, float]]:
+    """The ``k`` largest or smallest of labelled values, the most extreme first.
+
+    Raises:
+        InputError: when ``k`` is no int, or negative.
+    """
+    if isinstance(k, bool) or not isinstance(k, int) or k < 0:
+        raise InputError(f"k must be an int that is not negative, got {k!r}")
+    last = -torch.inf if largest else torch.inf  # what has no value is ranked behind all else
+    order = means.nan_to_num(nan=last, posinf=torch.inf, neginf=-torch.inf)
+    rows = order.topk(min(k, len(labels)), largest=largest).indices
+    values = means[rows]
+    return [(labels[row], value) for row, value in zip(rows.tolist(), values.tolist(), strict=True)]

@@ -1,0 +1,53 @@
+"""Prompts and models for the tests of many prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from mapping_zoo import build_any
+from zoo import build
+
+from dla_hooks import attribute_many
+
+LENGTHS = (5, 9, 2, 7, 7, 3, 1, 9)
+RECURRENT = ("mamba", "rwkv", "recurrent_gemma")
+
+
+def random_prompts(lengths=LENGTHS, seed=0, vocabulary=60):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, vocabulary, (n,), generator=generator) for n in lengths]
+
+
+def made(name: str, seed: int = 0):
+    if name in RECURRENT:
+        return build_any(name, seed)
+    family, _, attn = name.partition(" ")
+    return build(family, seed, attn=attn or "sdpa")
+
+
+@contextmanager
+def batches_seen(model) -> Iterator[list[tuple[int, ...]]]:
+    """The shape of every batch that the model runs."""
+    shapes: list[tuple[int, ...]] = []
+    handle = model.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    list(attribute_many(model, random_prompts(), 5))  # what the model is asked once, it is asked
+    shapes.clear()
+    try:
+        yield shapes
+    finally:
+        handle.remove()
+
+
+def assert_same(result, alone, atol=1e-9):
+    for name, value in vars(alone).items():
+        found = getattr(result, name)
+        if name in ("gap", "logit_gap"):  # the largest of a batch, and rounding besides
+            assert found >= 0 or value != value
+        elif isinstance(value, torch.Tensor):
+            torch.testing.assert_close(found, value, rtol=0, atol=atol, msg=name)
+        else:
+            assert found == value, name

@@ -1,0 +1,224 @@
+"""A run over many prompts that keeps its results: what is finished is not done again."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from many_prompts import assert_same, batches_seen, made, random_prompts
+from safetensors.torch import load_file, save_file
+from zoo import tiny_tokenizer
+
+from dla_hooks import (
+    CheckpointError,
+    DLAError,
+    InputError,
+    attribute_many,
+    direct_logit_attribution,
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return made("gpt2")
+
+
+@pytest.fixture
+def ran(model):
+    with batches_seen(model) as shapes:
+        yield shapes
+
+
+def test_stored_results_come_back_without_running_the_model(ran, model, tmp_path):
+    tokenizer, prompts = tiny_tokenizer(), random_prompts(vocabulary=34)
+    options = {"pos": None, "unit": "head", "tokenizer": tokenizer, "resume": tmp_path / "run"}
+    first = list(attribute_many(model, prompts, 5, 7, window=3, **options))
+    ran.clear()
+    for window in (3, 2, 100):
+        again = list(attribute_many(model, iter(prompts), 5, 7, window=window, **options))
+        for one, other in zip(first, again, strict=True):
+            assert_same(other, one, atol=0)
+            assert (one.gap, one.logit_gap) == (other.gap, other.logit_gap)
+    assert ran == []
+    names = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert names == [*(f"00000000{a}-00000000{b}.safetensors" for a, b in ("02", "35", "67")),
+                     "run.json"]  # fmt: skip
+    assert json.loads((tmp_path / "run/run.json").read_text())["version"] == 1
+
+
+@pytest.mark.parametrize("stop", ["close", "interrupt"])
+def test_an_interrupted_run_goes_on(ran, model, tmp_path, stop):
+    prompts = random_prompts((6, 6, 5, 5) * 2)
+    whole = list(attribute_many(model, prompts, 5))
+    ran.clear()
+    fail_at: list[tuple[int, int]] = []
+
+    def interrupt(_, args, kwargs):
+        if tuple(kwargs["input_ids"].shape) in fail_at:
+            raise KeyboardInterrupt
+
+    handle = model.register_forward_pre_hook(interrupt, with_kwargs=True)
+    results = attribute_many(model, prompts, 5, window=4, max_tokens=12, resume=tmp_path)
+    ran.clear()  # less what a new run asks and tries
+    for _ in range(3):
+        next(results)
+    if stop == "close":
+        results.close()
+        assert ran[-2:] == [(2, 6), (2, 5)]
+    else:
+        next(results)
+        fail_at.append((2, 5))  # the second batch of the second window
+        with pytest.raises(KeyboardInterrupt):
+            next(results)
+        fail_at.clear()
+    done = 4 if stop == "close" else 6
+    ran.clear()
+    again = list(attribute_many(model, prompts, 5, window=4, max_tokens=12, resume=tmp_path))
+    handle.remove()
+    assert sum(rows for rows, _ in ran) == 8 - done
+    for one, other in zip(again, whole, strict=True):
+        assert_same(one, other)
+    assert not list(tmp_path.glob("*unfinished*"))
+
+
+def test_prompts_that_failed_are_tried_again(ran, model, tmp_path):
+    prompts = random_prompts((4, 5, 6, 7))
+
+    def small_machine(_, args, kwargs):
+        if kwargs["input_ids"].shape[1] > 5:
+            raise torch.OutOfMemoryError("no")
+
+    results = attribute_many(model, prompts, 5, resume=tmp_path)
+    handle = model.register_forward_pre_hook(small_machine, with_kwargs=True)
+    first = list(results)
+    handle.remove()
+    assert [isinstance(result, DLAError) for result in first] == [False, False, True, True]
+    assert list(attribute_many(model, prompts, 5, resume=tmp_path))[3].tokens[0]
+    ran.clear()
+    again = list(attribute_many(model, prompts, 5, resume=tmp_path))
+    assert ran == []
+    for prompt, result in zip(prompts, again, strict=True):
+        assert_same(result, direct_logit_attribution(model, prompt, 5))
+
+
+def test_a_longer_list_goes_on_where_the_shorter_ended(ran, model, tmp_path):
+    prompts = random_prompts()
+    list(attribute_many(model, prompts[:5], 5, resume=tmp_path))
+    ran.clear()
+    assert len(list(attribute_many(model, prompts, 5, resume=tmp_path))) == 8
+    assert sum(rows for rows, _ in ran) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"unit": "head"}, "unit was 'component', now 'head'"),
+        ({"pos": None}, "pos was '-1', now 'None'"),
+        ({"center_unembed": True}, "center_unembed was False"),
+        ({"check": False}, "check was True"),
+        ({"model": "another seed"}, "weights was"),
+        ({"model": "one number"}, "weights was"),
+        ({"model": "config"}, "config was"),
+        ({"model": "llama"}, "model was 'GPT2LMHeadModel"),
+    ],
+)
+def test_the_folder_of_another_run_is_refused_at_the_call(tmp_path, change, said):
+    usual = {"model": made("gpt2"), "prompts": random_prompts(), "answer_tokens": 5}
+    list(attribute_many(**usual, resume=tmp_path))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    other = change.get("model")
+    if other is not None:
+        change = {
+            "model": made("llama" if other == "llama" else "gpt2", int(other == "another seed"))
+        }
+    if other == "one number":
+        with torch.no_grad():
+            change["model"].transformer.h[1].mlp.c_fc.weight[3, 7] += 1e-6
+    if other == "config":
+        change["model"].config.layer_norm_epsilon = 0.3
+    with pytest.raises(InputError, match=said):
+        attribute_many(**{**usual, **change}, resume=tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    # The same model in another place is the same model.
+    assert len(list(attribute_many(**{**usual, "model": made("gpt2")}, resume=tmp_path))) == 8
+
+
+@pytest.mark.parametrize("what", ["prompt", "answer", "incorrect", "bad prompt"])
+def test_other_prompts_are_refused(model, tmp_path, what):
+    prompts = random_prompts()
+    answers, wrong = [5] * 8, [7] * 8
+    list(attribute_many(model, prompts, answers, wrong, resume=tmp_path, window=4))
+    if what == "prompt":
+        prompts[5] = prompts[5].flip(0)
+    elif what == "answer":
+        answers[5] = 9
+    elif what == "incorrect":
+        wrong[5] = 9
+    else:
+        prompts[5] = []
+    results = attribute_many(model, prompts, answers, wrong, resume=tmp_path, window=4)
+    for _ in range(4):
+        next(results)
+    with pytest.raises(InputError, match="prompt 5 or its answer is not the one"):
+        next(results)
+
+
+@pytest.mark.parametrize("how", ["torn", "empty", "a bit", "another file"])
+def test_a_damaged_file_is_noticed_and_may_be_deleted(ran, model, tmp_path, how):
+    prompts = random_prompts()
+    whole = list(attribute_many(model, prompts, 5, window=4, resume=tmp_path))
+    shard = tmp_path / "000000004-000000007.safetensors"
+    content = bytearray(shard.read_bytes())
+    if how == "torn":
+        shard.write_bytes(content[: len(content) // 2])
+    elif how == "empty":
+        shard.write_bytes(b"")
+    elif how == "a bit":
+        content[-20] ^= 1
+        shard.write_bytes(content)
+    else:
+        save_file(load_file(shard), shard)
+    results = attribute_many(model, prompts, 5, window=4, resume=tmp_path)
+    for _ in range(4):
+        next(results)
+    with pytest.raises(CheckpointError, match=f"{shard.name} is damaged .*delete this file"):
+        next(results)
+    shard.unlink()
+    ran.clear()
+    again = list(attribute_many(model, prompts, 5, window=4, resume=tmp_path))
+    assert sum(rows for rows, _ in ran) == 4
+    for one, other in zip(again, whole, strict=True):
+        assert_same(one, other)
+
+
+def test_folders_that_are_something_else(model, tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/thesis.txt").write_text("all of it")
+    (tmp_path / "file").write_text("")
+    for name, content in {
+        "torn": "{",
+        "other": "[]",
+        "newer": '{"format": "dla_hooks.many", "version": 2}',
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "run.json").write_text(content)
+    for name, error, said in (
+        ("notes", InputError, "holds other files"),
+        ("file", CheckpointError, "cannot be used"),
+        ("torn", CheckpointError, "is damaged"),
+        ("other", InputError, "not of a run"),
+        ("newer", InputError, "newer dla_hooks"),
+    ):
+        with pytest.raises(error, match=said):
+            attribute_many(model, random_prompts(), 5, resume=tmp_path / name)
+    assert [path.name for path in (tmp_path / "notes").iterdir()] == ["thesis.txt"]
+
+
+def test_what_a_crash_left_half_written_is_swept_away(model, tmp_path):
+    (tmp_path / "000000000-000000003.safetensors.unfinished").write_bytes(b"half")
+    assert len(list(attribute_many(model, random_prompts(), 5, resume=tmp_path))) == 8
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "000000000-000000007.safetensors",
+        "run.json",
+    ]
