@@ -234,10 +234,16 @@ def _check_finite(run: Run, split: Split) -> None:
     check_weights(run.stream.kind)
     broken = (label for label, ok in zip(run.labels, run.finite_C, strict=True) if not ok)
     first = next(broken, "the final norm")
-    raise NonFiniteError(
-        f"the activations become NaN or infinite, first in {first}, though every weight is "
-        f"finite; in {run.stream.dtype} a large activation overflows: try float32 or bfloat16"
+    weights = run.stream.kind.named_weights()
+    away = any(weight.is_meta for _, weight in weights)
+    looked_at = "every weight in memory is finite (those that are offloaded were not looked at)"
+    message = (
+        f"the activations become NaN or infinite, first in {first}, though "
+        f"{looked_at if away else 'every weight is finite'}"
     )
+    if torch.finfo(run.stream.dtype).max < 1e5:
+        message += f"; in {run.stream.dtype} a large activation overflows: try float32 or bfloat16"
+    raise NonFiniteError(message)
 
 
 def _failure(

@@ -68,7 +68,8 @@ def chunk_size_for(stream: Stream, prompt: Prompt, chunk_size: Any) -> int | Non
         stream: the located model.
         prompt: the batch.
         chunk_size: what the caller asked for; None leaves it to the length of the prompt and to
-            whether the model can be run in chunks.
+            whether the model can be run in chunks, without hooks of the caller's that would see
+            them.
 
     Raises:
         InputError: for what is no positive number.
@@ -76,8 +77,9 @@ def chunk_size_for(stream: Stream, prompt: Prompt, chunk_size: Any) -> int | Non
     """
     width = prompt.shape[1]
     if chunk_size is None:
-        can = width > LONG_PROMPT and _why_not(stream, prompt) is None
-        return AUTOMATIC_CHUNK if can else None
+        if width <= LONG_PROMPT or _is_hooked(stream.model) or _why_not(stream, prompt):
+            return None
+        return AUTOMATIC_CHUNK
     size = _as_size(chunk_size)
     if size >= width:
         return None
@@ -114,6 +116,8 @@ def _why_not(stream: Stream, prompt: Prompt) -> str | None:
     left = None if not prompt.padded else not bool(prompt.mask[:, 0].all())
     try:
         ignored = chunks_are_ignored(stream, left=left)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # a model that is not made for it may fail in any way
         return str(error)
     if not ignored:
@@ -123,6 +127,11 @@ def _why_not(stream: Stream, prompt: Prompt) -> str | None:
             "layers start anew with each chunk"
         )
     return None
+
+
+def _is_hooked(model: torch.nn.Module) -> bool:
+    """Whether the caller has hooks on the model: they may not expect a prompt in pieces."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def _length_dependent(model: torch.nn.Module, width: int) -> str | None:

@@ -15,8 +15,9 @@ from dla_hooks.stream import Stream, WriteSite
 from dla_hooks.tokens import Prompt
 
 _asked: WeakKeyDictionary[nn.Module, tuple[int, list[int | None]]] = WeakKeyDictionary()
-_padding: WeakKeyDictionary[nn.Module, dict[tuple[int, bool], bool]] = WeakKeyDictionary()
-_chunks: WeakKeyDictionary[nn.Module, dict[tuple[int, bool | None], bool]] = WeakKeyDictionary()
+_Answers = WeakKeyDictionary[nn.Module, tuple[int, dict[bool | None, bool]]]
+_padding: _Answers = WeakKeyDictionary()
+_chunks: _Answers = WeakKeyDictionary()
 _lock = threading.Lock()
 
 
@@ -137,12 +138,22 @@ def padding_is_ignored(stream: Stream, *, left: bool) -> bool:
     Recurrent layers read the padding on the left, and some position tables count it. Asked once
     per model and side.
     """
-    now = stamp(stream.model), left
+    return _remembered(_padding, stream, left, lambda: _ask_padding(stream, left))
+
+
+def _remembered(
+    known: _Answers, stream: Stream, left: bool | None, ask: Callable[[], bool]
+) -> bool:
+    """The answer for a side, asked for once as long as the model stays as it is."""
+    now = stamp(stream.model)
     with _lock:
-        kept = _padding.setdefault(stream.model, {})
-    if now not in kept:
-        kept[now] = _ask_padding(stream, left)
-    return kept[now]
+        kept = known.get(stream.model)
+        if kept is None or kept[0] != now:
+            kept = known[stream.model] = now, {}
+    answers = kept[1]
+    if left not in answers:
+        answers[left] = ask()
+    return answers[left]
 
 
 def _ask_padding(stream: Stream, left: bool) -> bool:
@@ -173,27 +184,27 @@ def chunks_are_ignored(stream: Stream, *, left: bool | None) -> bool:
     Raises:
         UnsupportedModelError: for a model that has no cache to run chunks against.
     """
-    now = stamp(stream.model), left
-    with _lock:
-        kept = _chunks.setdefault(stream.model, {})
-    if now not in kept:
-        kept[now] = _ask_chunks(stream, left)
-    return kept[now]
+    return _remembered(_chunks, stream, left, lambda: _ask_chunks(stream, left))
 
 
 def _ask_chunks(stream: Stream, left: bool | None) -> bool:
-    prompt = short_prompt(stream, length=17)
-    last = prompt.shape[1] - 1
-    if left is not None:
-        prompt = _padded(prompt, left)
-        last += 2 if left else 0
+    # Two rows, since one that is alone may be treated apart; where there is padding, one has it.
+    prompt = short_prompt(stream, batch=2, length=17)
+    n_padding = 0 if left is None else min(4, prompt.shape[1] - 1)
+    mask = prompt.mask.clone()
+    mask[0, :n_padding] = False
+    prompt = Prompt(prompt.input_ids, mask)
+    if left is False:  # the last of the columns where both rows have a token
+        prompt = Prompt(prompt.input_ids.flip(-1), mask.flip(-1))
     width = prompt.shape[1]
-    first = (width + 1) // 2
-    found, past = None, None
+    last = width - 1 - (n_padding if left is False else 0)
+    # Several tokens and one alone, which some layers treat apart: of padding, at the start, on top
+    # of others, and at the end.
+    ends = sorted({*((2, 3) if n_padding > 3 else ()), (width + 1) // 2, width - 1, width})
+    found, past, start = None, None, 0
     with torch.no_grad(), stream.kind.quiet():
         try:
-            # Several tokens on top of several, and one alone, which some layers treat apart.
-            for start, stop in ((0, first), (first, width - 1), (width - 1, width)):
+            for stop in ends:
                 if start >= stop:
                     return False  # a model for prompts so short has no use for chunks
                 column = torch.tensor([last]) if start <= last < stop else None
@@ -201,6 +212,7 @@ def _ask_chunks(stream: Stream, left: bool | None) -> bool:
                 logits, past = stream.kind.forward_chunk(prompt, chunk, column, past)
                 if column is not None:
                     found = logits.double()
+                start = stop
         finally:  # the last run, for models that keep a state of their own until the next
             expected = stream.kind.forward(prompt, torch.tensor([last])).double()
     assert found is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import transformers
@@ -17,17 +19,23 @@ SPECS = ["gpt2", "gpt_neo", "llama", "mistral", "gemma2", "gemma3_text", "gpt_os
 
 
 class Calls:
-    """How many columns each forward pass of a model was given, and where taps were on."""
+    """How many columns each forward pass of a model was given, and where taps were on.
+
+    It counts in ``forward``, since a hook would be the caller's, who is spared automatic chunks.
+    """
 
     def __init__(self, model, watched=None):
         self.widths, self.tapped = [], []
-        self._watched = watched
-        self._handle = model.register_forward_pre_hook(self._count, with_kwargs=True)
+        forward = model.forward
 
-    def _count(self, module, args, kwargs):
-        self.widths.append(kwargs["input_ids"].shape[1])
-        if self._watched is not None:
-            self.tapped.append(bool(self._watched._forward_hooks))
+        @functools.wraps(forward)
+        def counted(*args, **kwargs):
+            self.widths.append(kwargs["input_ids"].shape[1])
+            if watched is not None:
+                self.tapped.append(bool(watched._forward_hooks))
+            return forward(*args, **kwargs)
+
+        model.forward = counted
 
 
 def spread(result) -> float:
@@ -129,7 +137,7 @@ def test_long_prompts_are_run_in_chunks_by_themselves(monkeypatch):
         calls = Calls(model)
         direct_logit_attribution(model, example_ids("llama", length=length), 5)
         assert calls.widths[-len(widths) :] == widths
-        calls._handle.remove()
+        del model.forward
     # Where it would change the numbers the prompt is run at once: nobody asked for chunks.
     recurrent = build_any("mamba")
     calls = Calls(recurrent)
@@ -209,3 +217,42 @@ def test_positions_that_depend_on_the_prompts_length(kind):
     torch.testing.assert_close(short.attribution, whole.attribution, rtol=0, atol=1e-6)
     with pytest.raises(UnsupportedModelError, match=f"rotary positions \\({kind}\\) depend on how"):
         direct_logit_attribution(model, ids, 7, chunk_size=4)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_next", "mamba2", "lfm2", "nemotron_h"])
+def test_single_tokens_of_padding_that_recurrent_layers_read(model_type):
+    """On its own a token is a step of generation, where these models expect no padding."""
+    model = build_any(model_type)
+    ids = torch.randint(5, 40, (2, 13), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    with pytest.raises(UnsupportedModelError, match=r"padded as this one is"):
+        direct_logit_attribution(model, ids, 7, attention_mask=mask, chunk_size=1)
+    whole = direct_logit_attribution(model, ids, 7, pos=None)
+    parts = direct_logit_attribution(model, ids, 7, pos=None, chunk_size=1)
+    assert float((parts.attribution - whole.attribution).abs().max()) < 2e-6 * spread(whole)
+
+
+def test_rows_that_a_model_mixes_in_single_tokens():
+    model = build_any("rwkv")
+    ids = torch.randint(5, 40, (2, 13), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(UnsupportedModelError, match="cannot be run in chunks"):
+        direct_logit_attribution(model, ids, 7, chunk_size=6)
+
+
+def test_no_chunks_behind_the_back_of_the_callers_hooks(monkeypatch):
+    monkeypatch.setattr(chunks_module, "LONG_PROMPT", 16)
+    monkeypatch.setattr(chunks_module, "AUTOMATIC_CHUNK", 8)
+    model, ids = build("llama"), example_ids("llama", length=20)
+
+    def ablate(module, args, out):
+        if out.shape[1] == 20:
+            out[:, 5] = 0
+        return out
+
+    handle = model.model.layers[0].mlp.register_forward_hook(ablate)
+    with torch.no_grad():
+        truth = model(ids).logits[:, -1, 5]
+    found = direct_logit_attribution(model, ids, 5)
+    handle.remove()
+    torch.testing.assert_close(found.logit, truth, rtol=0, atol=1e-6)
