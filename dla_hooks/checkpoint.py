@@ -143,7 +143,10 @@ def _check_folder(folder: Path) -> None:
     if not file.is_file():
         hint = "no model that transformers can load"
         if (folder / "adapter_config.json").is_file():
-            hint = "an adapter only; merge it into its base model and save that"
+            hint = (
+                "an adapter only; load its base model and put it on with PeftModel.from_pretrained "
+                "in Python, or merge it into its base model and save that"
+            )
         raise CheckpointError(f"{folder} has no config.json: it holds {hint}")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))

@@ -10,6 +10,7 @@ import ctypes
 import shutil
 import tempfile
 import weakref
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,13 @@ class Placement:
             raise InputError(
                 f"device_map must be one of {', '.join(DEVICE_MAPS)}, got {device_map!r}; with a "
                 "map of your own load the model by from_pretrained"
+            )
+        installed = version("transformers")
+        if int(installed.partition(".")[0]) < 5:
+            raise InputError(
+                f"device_map={device_map!r} needs transformers 5, which leaves weights where the "
+                f"checkpoint has them; installed is {installed}. Upgrade it, or load the model and "
+                "give it to accelerate's disk_offload yourself"
             )
         self._memory = _memory(device_map, max_memory)
 

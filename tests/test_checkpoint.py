@@ -157,7 +157,7 @@ class TestRefuses:
 
     def test_an_adapter(self, tmp_path):
         (tmp_path / "adapter_config.json").write_text("{}")
-        with pytest.raises(CheckpointError, match="an adapter only; merge it"):
+        with pytest.raises(CheckpointError, match="an adapter only; load its base model"):
             load(tmp_path)
 
     @pytest.mark.parametrize(

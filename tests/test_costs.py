@@ -9,8 +9,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+import dla_hooks.directions
+import dla_hooks.sites
 import dla_hooks.units.head
 from dla_hooks import direct_logit_attribution
+from dla_hooks.directions import Directions
 
 LENGTH = 384
 UNITS = ["component", "layer", "head"]
@@ -117,6 +120,34 @@ def test_no_tensor_is_larger_than_the_models_own(model, ids, unit, answers):
 
     ours()
     assert largest(ours) <= largest(lambda: plain(model, ids))
+
+
+def test_a_target_at_every_position_is_looked_up_a_tile_at_a_time(model, ids, monkeypatch):
+    """Nothing is kept of the directions, which together are as large as an activation."""
+    rows_in_a_tile, width = 32, 128
+    monkeypatch.setattr(dla_hooks.directions, "_HELD_ELEMENTS", rows_in_a_tile * width)
+    monkeypatch.setattr(dla_hooks.sites, "_TILE_ELEMENTS", {"cpu": rows_in_a_tile * width})
+    made, kept = [], []
+    then, pull_back = Directions.then, dla_hooks.units.head.pull_back
+
+    def remembered(self, change):
+        kept.append(then(self, change))
+        return kept[-1]
+
+    def counted(module, d):
+        made.append(len(d))
+        return pull_back(module, d)
+
+    monkeypatch.setattr(Directions, "then", remembered)
+    monkeypatch.setattr(dla_hooks.units.head, "pull_back", counted)
+    direct_logit_attribution(model, ids, ids.roll(-1), unit="head", **ALL)
+    assert made
+    assert max(made) <= rows_in_a_tile
+    assert len(kept) >= 3
+    assert not any(directions._on for directions in kept)
+    kept.clear()
+    direct_logit_attribution(model, ids, 5, unit="head", **ALL)
+    assert all(len(directions) == 1 for directions in kept)
 
 
 def test_a_projection_is_folded_once_per_call(model, ids, monkeypatch):

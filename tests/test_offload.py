@@ -21,6 +21,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from zoo import build, example_ids, tiny_tokenizer
 
+import dla_hooks.placement
 from dla_hooks import (
     CheckpointError,
     InputError,
@@ -358,6 +359,12 @@ DAMAGES = {
 
 
 class TestRefuses:
+    def test_a_device_map_with_an_older_transformers(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(dla_hooks.placement, "version", lambda name: "4.57.1")
+        folder = saved("llama", tmp_path / "model")
+        with pytest.raises(InputError, match=r"needs transformers 5.* installed is 4\.57\.1"):
+            load_model(folder, device_map="disk")
+
     @pytest.mark.parametrize("options", [("disk", None), ("auto", "30KB")], ids=["disk", "auto"])
     @pytest.mark.parametrize("damage", DAMAGES)
     def test_what_is_damaged_in_the_same_words_as_ever(self, damage, options, tmp_path, scratch):
