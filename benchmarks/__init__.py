@@ -9,6 +9,7 @@ timing      interleaved runs in one process
 memory      the peak of one call, in a process of its own
 compare     all of these for one setting after another
 bars        what this library wants to reach, case by case
+options     what a user asked for, refused before any work where it must be
 report      tables, Markdown, JSON, the machine
 curves      how time and memory grow with the prompt, as a picture
 """

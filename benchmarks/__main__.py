@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from benchmarks.models import DTYPES, MODELS, POSITIONS, UNITS, longest_prompt
+from benchmarks.bars import BARS, Options, Skipped
+from benchmarks.contenders import COMPARED, OURS, PLAIN, split_missing
+from benchmarks.models import DTYPES, MODELS, POSITIONS, UNITS, Setting
+from benchmarks.options import (
+    axis,
+    check_case,
+    check_devices,
+    check_lengths,
+    check_outputs,
+    numbers,
+)
 
 app = typer.Typer(
     help="What attribution costs beside the forward pass that it needs, measured on your machine. "
@@ -31,44 +41,30 @@ _CASES = (
 )
 
 
-def _axis(values: list[str], allowed: Any, name: str) -> list[str]:
-    """Values given one by one or with commas between them."""
-    found = [piece.strip() for value in values for piece in value.split(",") if piece.strip()]
-    for value in found:
-        if allowed is not None and value not in allowed:
-            raise typer.BadParameter(
-                f"{value!r} is none of {', '.join(allowed)}", param_hint=f"--{name}"
-            )
-    return list(dict.fromkeys(found))
+def _listed(lines: Iterable[str]) -> str:
+    """Lines of a help text that are shown as they stand."""
+    return "\n".join(["\b", *(f"  {line}" for line in lines)])
 
 
-def _numbers(values: list[str], name: str) -> list[int]:
-    found = _axis(values, None, name)
-    for value in found:
-        if not value.isdecimal() or int(value) < 1:
-            raise typer.BadParameter(f"{value!r} is no number above 0", param_hint=f"--{name}")
-    return [int(value) for value in found]
+_COMPARE = f"""Hold this library against other ways to the same numbers: proven equal, then timed.
 
+Every axis takes several values, with commas between them. Peers that are not installed are left
+out, by name. The contenders, each of which --contender takes by name:
 
-def _check_lengths(models: list[str], tokens: list[int]) -> None:
-    for model in models:
-        if max(tokens) > longest_prompt(model):
-            raise typer.BadParameter(
-                f"{model} takes at most {longest_prompt(model):,} tokens; for longer prompts take "
-                "a llama",
-                param_hint="--tokens",
-            )
+{_listed(COMPARED)}
 
+What --pos means:
 
-def _check_devices(devices: list[str]) -> None:
-    import torch
+{_listed(f"{name:<6}{says}" for name, says in POSITIONS.items())}
+"""
+_BARS = f"""Hold the library against what it wants to reach, case by case.
 
-    for device in devices:
-        try:
-            torch.zeros((), device=device)
-        except (RuntimeError, AssertionError) as error:
-            line = str(error).partition("\n")[0]
-            raise typer.BadParameter(f"{device}: {line}", param_hint="--device") from None
+A full run takes an hour or more. The bars of 'chunks' and 'offload' mean the real sizes only: on
+small models other things weigh more than what is held against the bar. The cases, each of which
+--only takes by name:
+
+{_listed(f"{name:<18}{case.says}" for name, case in BARS.items())}
+"""
 
 
 def _threads(wanted: int | None) -> int:
@@ -99,11 +95,10 @@ def table(
     """The README's table: this library over the plain forward pass, case by case."""
     from benchmarks import report
     from benchmarks.compare import measure
-    from benchmarks.contenders import OURS
-    from benchmarks.models import Setting
 
-    (model,) = _axis([model], MODELS, "model")
-    _check_lengths([model], [tokens])
+    (model,) = axis([model], MODELS, "model")
+    check_lengths([model], [tokens])
+    check_outputs(json_file)
     count = _threads(threads)
     settings = [Setting(model, tokens, unit=unit, pos=pos) for unit, pos in _CASES]
     lines = _or_exit(measure, settings, [OURS], repeats, report.say)
@@ -115,7 +110,7 @@ def table(
         report.write_json(json_file, count, {"lines": [line.as_dict() for line in lines]})
 
 
-@app.command()
+@app.command(help=_COMPARE)
 def compare(
     model: Model = ["gpt2-small"],  # noqa: B006
     tokens: Tokens = ["512"],  # noqa: B006
@@ -136,26 +131,21 @@ def compare(
         Path | None, typer.Option("--png", help="Draw curves over prompt length here.")
     ] = None,
 ) -> None:
-    """Hold this library against other ways to the same numbers: first proven equal, then timed.
-
-    Every axis takes several values, with commas between them. Peers that are not installed are
-    left out, by name.
-    """
     from benchmarks import report
     from benchmarks.compare import grid, measure
-    from benchmarks.contenders import COMPARED, PLAIN, split_missing
 
     axes: dict[str, list[Any]] = {
-        "model": _axis(model, MODELS, "model"),
-        "dtype": _axis(dtype, DTYPES, "dtype"),
-        "device": _axis(device, None, "device"),
-        "batch": _numbers(batch, "batch"),
-        "unit": _axis(unit, UNITS, "unit"),
-        "pos": _axis(pos, POSITIONS, "pos"),
-        "tokens": _numbers(tokens, "tokens"),
+        "model": axis(model, MODELS, "model"),
+        "dtype": axis(dtype, DTYPES, "dtype"),
+        "device": axis(device, None, "device"),
+        "batch": numbers(batch, "batch"),
+        "unit": axis(unit, UNITS, "unit"),
+        "pos": axis(pos, POSITIONS, "pos"),
+        "tokens": numbers(tokens, "tokens"),
     }
-    _check_lengths(axes["model"], axes["tokens"])
-    _check_devices(axes["device"])
+    check_lengths(axes["model"], axes["tokens"])
+    check_devices(axes["device"])
+    check_outputs(json_file, png)
     if png is not None and len(axes["tokens"]) < 2:
         raise typer.BadParameter(
             "curves need two prompt lengths or more: --tokens 128,512", param_hint="--png"
@@ -184,44 +174,49 @@ def compare(
         curves.draw(lines, under, png)
 
 
-@app.command()
+@app.command(help=_BARS)
 def bars(
     only: Annotated[list[str] | None, typer.Option(help="Only these cases, by name.")] = None,
     model: Annotated[
         str | None, typer.Option(help="Hold the bars on another model than theirs.")
     ] = None,
     tokens: Annotated[
-        list[str] | None, typer.Option(help="At other prompt lengths than theirs.")
+        list[str] | None,
+        typer.Option(
+            help="At other prompt lengths than theirs; cases of one length take the first."
+        ),
     ] = None,
     repeats: Repeats = 9,
     threads: Threads = None,
     strict: Annotated[bool, typer.Option("--strict", help="Fail when a bar is missed.")] = False,
     json_file: Json = None,
 ) -> None:
-    """Hold the library against what it wants to reach, case by case. All of it takes an hour."""
     from benchmarks import report
-    from benchmarks.bars import BARS, Options, Skipped
 
-    cases = _axis(only or list(BARS), BARS, "only")
-    lengths = _numbers(tokens or [], "tokens")
+    cases = axis(only or list(BARS), BARS, "only")
+    lengths = numbers(tokens or [], "tokens")
     if model is not None:
-        _axis([model], MODELS, "model")
-        _check_lengths([model], lengths or [1])
+        axis([model], MODELS, "model")
+    options: dict[str, Options] = {}
+    for name in cases:
+        case = BARS[name]
+        options[name] = Options(report.say, repeats, model or case.model, lengths or case.tokens)
+        check_case(name, options[name].model, options[name].tokens, case.shortest)
+    check_outputs(json_file)
     count = _threads(threads)
-    options = Options(report.say, repeats, model, lengths)
     filed: list[dict[str, Any]] = []
     missed = False
-    for case in cases:
+    for name in cases:
         try:
-            found = _or_exit(BARS[case], options)
+            found = _or_exit(BARS[name].measure, options[name])
         except Skipped as reason:
-            report.out().print(f"{case}: skipped, {reason}", soft_wrap=True)
-            filed.append({"bar": case, "skipped": str(reason)})
+            report.out().print(f"{name}: skipped, {reason}", markup=False, soft_wrap=True)
+            filed.append({"bar": name, "skipped": str(reason)})
             continue
-        report.show_bars(case, found, report.caption(count, repeats))
+        report.show_bars(name, found, report.caption(count, repeats))
         for one in found:
             missed = missed or one.met is False
-            filed.append({"bar": case, **dataclasses.asdict(one), "met": one.met})
+            filed.append({"bar": name, **one.as_dict()})
         if json_file is not None:  # after each, since the next may take long
             report.write_json(json_file, count, {"bars": filed})
     if json_file is not None:

@@ -7,7 +7,8 @@ installation cannot measure raises :class:`Skipped` with the reason.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from benchmarks import contenders, peers
 from benchmarks.agree import prove
@@ -24,23 +25,19 @@ class Skipped(Exception):
 
 @dataclass(frozen=True)
 class Options:
-    """What a user may change about a case, to hold the same bar on other sizes.
+    """What a case is measured with: its own sizes, or a user's.
 
     Attributes:
         say: told what is being done.
         repeats: rounds of timing.
-        model: another named model than the case's own, or None.
-        tokens: other prompt lengths than the case's own, or nothing.
+        model: a named model.
+        tokens: prompt lengths; cases of one length take the first.
     """
 
     say: Say
-    repeats: int = 9
-    model: str | None = None
-    tokens: Sequence[int] = ()
-
-    def lengths(self, *own: int) -> list[int]:
-        """The prompt lengths to measure."""
-        return list(self.tokens) or list(own)
+    repeats: int
+    model: str
+    tokens: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,7 @@ class Measured:
 
     Attributes:
         case: what was measured, in words.
-        value: the figure; with its quartiles where it was taken many times.
+        value: the figure, a ratio; with its quartiles where it was taken many times.
         limit: the bar, or None for a figure that stands beside the others only.
         at_least: whether the figure must reach the limit; otherwise it must not exceed it.
         detail: the figures behind a ratio, in words.
@@ -69,16 +66,21 @@ class Measured:
         reached = self.value.median
         return reached >= self.limit if self.at_least else reached <= self.limit
 
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        named = asdict(self)
+        return {"case": named.pop("case"), "ratio": named.pop("value"), **named, "met": self.met}
+
 
 def once(value: float) -> Spread:
     """A figure that was taken one time."""
-    return Spread(value, value, value)
+    return Spread(None, value, None)
 
 
 def _time(options: Options, pos: str, limit: float) -> list[Measured]:
     settings = grid(
-        model=[options.model or "gpt2-small"],
-        tokens=options.lengths(512, 1024),
+        model=[options.model],
+        tokens=options.tokens,
         unit=UNITS,
         pos=[pos],
     )
@@ -96,26 +98,26 @@ def _time(options: Options, pos: str, limit: float) -> list[Measured]:
 
 
 def time_last(options: Options) -> list[Measured]:
-    """Time over the plain forward pass, last position: at most 1.05."""
+    """Time over a plain pass, last position: at most 1.05."""
     return _time(options, "last", 1.05)
 
 
 def time_all(options: Options) -> list[Measured]:
-    """Time over the plain forward pass, all positions: at most 1.05."""
+    """Time over a plain pass, all positions: at most 1.05."""
     return _time(options, "all", 1.05)
 
 
 def time_next(options: Options) -> list[Measured]:
-    """Time over the plain forward pass, a target of its own at every position: at most 1.35."""
+    """Time over a plain pass, next token at each: at most 1.35."""
     return _time(options, "next", 1.35)
 
 
 def memory(options: Options) -> list[Measured]:
-    """Peak memory over the plain forward pass, last and all positions: at most 1.03."""
+    """Peak over a plain pass, last and all: at most 1.03."""
     _check_measurable()
     found = []
-    for tokens in options.lengths(512, 1024):
-        of_model = Setting(options.model or "gpt2-small", tokens)
+    for tokens in options.tokens:
+        of_model = Setting(options.model, tokens)
         options.say(f"peak memory of the plain forward pass, {tokens:,} tokens")
         plain = peak_of(PLAIN, of_model)
         for pos in ("last", "all"):
@@ -140,9 +142,12 @@ def _reference_kinds() -> list[tuple[str, str, bool]]:
 
 
 def reference_time(options: Options) -> list[Measured]:
-    """The reference's time over ours: at least 3.5 on a bridge, 11 on a HookedTransformer."""
+    """The reference's time over ours: at least 3.5 or 11.
+
+    On a bridge and on a HookedTransformer.
+    """
     kinds = _reference_kinds()
-    setting = Setting(options.model or "gpt2-small", options.lengths(1024)[0])
+    setting = Setting(options.model, options.tokens[0])
     names = [OURS, *(name for name, _, _ in kinds)]
     rounds = max(3, options.repeats // 2)
     lines = measure([setting], names, rounds, options.say, memory=False)
@@ -159,10 +164,13 @@ def reference_time(options: Options) -> list[Measured]:
 
 
 def reference_memory(options: Options) -> list[Measured]:
-    """The reference's peak memory over ours: at least 40 on a bridge, 80 on a HookedTransformer."""
+    """The reference's peak over ours: at least 40 or 80.
+
+    On a bridge and on a HookedTransformer.
+    """
     kinds = _reference_kinds()
     _check_measurable()
-    setting = Setting(options.model or "gpt2-small", options.lengths(1024)[0])
+    setting = Setting(options.model, options.tokens[0])
     options.say(f"peak memory, {setting.named()}")
     own = peak_of(OURS, setting)
     found = []
@@ -177,13 +185,10 @@ def reference_memory(options: Options) -> list[Measured]:
 
 
 def chunks(options: Options) -> list[Measured]:
-    """A long prompt in chunks: peak over a plain loop (1.05) and over one plain pass (0.65)."""
-    reason = contenders.missing(CHUNKED)
-    if reason is not None:
-        raise Skipped(reason)
+    """In chunks: peak over a loop (1.05), over one pass (0.65)."""
     _check_measurable()
-    tokens = options.lengths(16384)[0]
-    setting = Setting(options.model or "long-llama", tokens, chunk=max(1, tokens // 16))
+    tokens = options.tokens[0]
+    setting = Setting(options.model, tokens, chunk=tokens // _CHUNKS)
     few = replace(setting, tokens=tokens // 4)
     options.say(f"{few.named()}: do all agree?")
     prove([PLAIN, PLAIN_CHUNKED, OURS, CHUNKED], few)
@@ -202,21 +207,21 @@ def chunks(options: Options) -> list[Measured]:
 
 
 def offload(options: Options) -> list[Measured]:
-    """A model on disk: peak over the weights' size (0.5), time over a plain pass (1.15)."""
+    """From disk: peak over the weights (0.5), time (1.15)."""
     from benchmarks import offload as module
 
     return module.measured(options)
 
 
 def many(options: Options) -> list[Measured]:
-    """256 prompts of 8 to 64 tokens: tokens per second over a plain batched loop, at least 0.9."""
+    """256 short prompts: speed over a plain loop, at least 0.9."""
     from benchmarks import many as module
 
     return module.measured(options)
 
 
 def gpu(options: Options) -> list[Measured]:
-    """On a GPU, the shape of Llama 3 8B in bfloat16: time and peak memory at most 1.03."""
+    """Llama 3 8B's shape in bfloat16: time and peak, 1.03."""
     from benchmarks import gpu as module
 
     return module.measured(options)
@@ -232,15 +237,39 @@ def _check_measurable() -> None:
         raise Skipped("peak memory is measured on Linux only")
 
 
-BARS: dict[str, Callable[[Options], list[Measured]]] = {
-    "time-last": time_last,
-    "time-all": time_all,
-    "time-next": time_next,
-    "memory": memory,
-    "reference-time": reference_time,
-    "reference-memory": reference_memory,
-    "chunks": chunks,
-    "offload": offload,
-    "many": many,
-    "gpu": gpu,
+_CHUNKS = 16
+
+
+@dataclass(frozen=True)
+class Case:
+    """One bar, or a few of a kind.
+
+    Attributes:
+        measure: from the options to what was measured.
+        model, tokens: its own sizes, which the bar was set for.
+        shortest: the fewest tokens that it can be measured on.
+    """
+
+    measure: Callable[[Options], list[Measured]]
+    model: str
+    tokens: tuple[int, ...]
+    shortest: int = 1
+
+    @property
+    def says(self) -> str:
+        """What it is, in a line."""
+        return (self.measure.__doc__ or "").partition("\n")[0]
+
+
+BARS = {
+    "time-last": Case(time_last, "gpt2-small", (512, 1024)),
+    "time-all": Case(time_all, "gpt2-small", (512, 1024)),
+    "time-next": Case(time_next, "gpt2-small", (512, 1024)),
+    "memory": Case(memory, "gpt2-small", (512, 1024)),
+    "reference-time": Case(reference_time, "gpt2-small", (1024,)),
+    "reference-memory": Case(reference_memory, "gpt2-small", (1024,)),
+    "chunks": Case(chunks, "long-llama", (16384,), shortest=_CHUNKS),
+    "offload": Case(offload, "llama-250m", (256,)),
+    "many": Case(many, "gpt2-small", (64,)),  # as long as its longest
+    "gpu": Case(gpu, "llama-3-8b", (2048, 8192)),
 }

@@ -52,8 +52,18 @@ class Line:
         return self.peak / self.plain_peak
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {**dataclasses.asdict(self), "memory_ratio": self.memory_ratio}
+        """For JSON, with the units in the names."""
+        return {
+            "setting": dataclasses.asdict(self.setting),
+            "contender": self.contender,
+            "seconds": dataclasses.asdict(self.seconds),
+            "rounds_seconds": self.rounds,
+            "time_ratio": dataclasses.asdict(self.ratio),
+            "peak_bytes": self.peak,
+            "plain_peak_bytes": self.plain_peak,
+            "memory_ratio": self.memory_ratio,
+            "gap_over_spread": self.gap,
+        }
 
 
 def grid(**axes: Iterable[Any]) -> list[Setting]:

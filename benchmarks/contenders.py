@@ -7,7 +7,6 @@ that only run the model.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -259,9 +258,6 @@ COMPARED = tuple(name for name in CONTENDERS if name not in (CHUNKED, PLAIN_CHUN
 
 def missing(name: str) -> str | None:
     """Why a contender cannot run here, with what helps; None if it can."""
-    known = inspect.signature(direct_logit_attribution).parameters
-    if name == CHUNKED and "chunk_size" not in known:
-        return "this dla_hooks has no chunk_size"
     return peers.missing(CONTENDERS[name].kind)
 
 

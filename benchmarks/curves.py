@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,20 +10,23 @@ from typing import Any
 from benchmarks.compare import Line
 from benchmarks.contenders import CONTENDERS, OURS, PLAIN
 
-# One hue per kind of model, a darker shade and a full line for the frugal way of using it.
-_LOOKS: dict[str, tuple[str, list[int]]] = {
+# One hue per kind of model, the darkest shade and a full line for the most frugal way of using it.
+LOOKS: dict[str, tuple[str, list[int]]] = {
     PLAIN: ("#222222", [1, 0]),
-    "plain, full logits": ("#222222", [5, 4]),
+    "plain, full logits": ("#8c8c8c", [5, 4]),
     "output_hidden_states": ("#b8860b", [1, 0]),
     OURS: ("#d7191c", [1, 0]),
-    "dla_hooks on the bridge": ("#d7191c", [5, 4]),
+    "dla_hooks on the bridge": ("#f4837d", [5, 4]),
     "nnsight": ("#7b3294", [1, 0]),
-    "bridge, plain forward": ("#2166ac", [2, 3]),
-    "bridge, names_filter": ("#2166ac", [1, 0]),
-    "bridge, full cache": ("#2166ac", [5, 4]),
-    "HookedTransformer, names_filter": ("#1b9e77", [1, 0]),
-    "HookedTransformer, full cache": ("#1b9e77", [5, 4]),
+    "bridge, plain forward": ("#92c5de", [2, 3]),
+    "bridge, names_filter": ("#1f4e9c", [1, 0]),
+    "bridge, full cache": ("#4393c3", [5, 4]),
+    "HookedTransformer, names_filter": ("#0b6e4f", [1, 0]),
+    "HookedTransformer, full cache": ("#5cc2a0", [5, 4]),
 }
+_WHISKERS = "dots are medians; whiskers on the time, where there are several rounds, are quartiles"
+_PAGE = 4096  # bytes: less is not seen, and a logarithmic axis has no zero
+_SHOWN = ("value", "low", "high")
 _INK, _FONT = "#333333", "Helvetica, Arial, sans-serif"
 
 
@@ -49,7 +53,7 @@ def draw(lines: Sequence[Line], under: str, path: Path) -> None:
         .properties(
             title=alt.TitleParams(
                 "What attribution costs as the prompt grows",
-                subtitle=_wrapped(under),
+                subtitle=[*_wrapped(under), _WHISKERS],
                 anchor="start",
                 fontSize=17,
                 subtitleFontSize=12,
@@ -77,14 +81,14 @@ def draw(lines: Sequence[Line], under: str, path: Path) -> None:
 def _panel(alt: Any, lines: Sequence[Line], what: str, title: str) -> Any:
     values: list[dict[str, Any]] = []
     for line in lines:
-        value = line.ratio.median if what == "time" else (line.peak or 0) / 1e6
-        low, high = (line.ratio.low, line.ratio.high) if what == "time" else (value, value)
+        value = line.ratio.median if what == "time" else max(line.peak or 0, _PAGE) / 1e6
         tokens = line.setting.tokens
-        values.append(
-            {"tokens": tokens, "who": line.contender, "value": value, "low": low, "high": high}
-        )
+        values.append({"tokens": tokens, "who": line.contender, "value": value})
+        if what == "time" and line.ratio.low is not None:
+            values[-1] |= {"low": line.ratio.low, "high": line.ratio.high}
     present = [name for name in CONTENDERS if any(line.contender == name for line in lines)]
-    looks = [_LOOKS.get(name, ("#888888", [1, 0])) for name in present]
+    looks = [LOOKS[name] for name in present]
+    domain = around([value[key] for value in values for key in _SHOWN if key in value])
     lengths = sorted({line.setting.tokens for line in lines})
     legend = alt.Legend(
         title=None,
@@ -101,18 +105,15 @@ def _panel(alt: Any, lines: Sequence[Line], what: str, title: str) -> Any:
     x = alt.X(
         "tokens:Q",
         title="tokens in the prompt",
-        scale=alt.Scale(type="log", base=2, domain=_around(lengths), nice=False),
+        scale=alt.Scale(type="log", base=2, domain=around(lengths), nice=False),
         axis=alt.Axis(values=lengths, format=",d", grid=False, labelFlush=False),
     )
     name = "time over the plain forward pass" if what == "time" else "peak memory over weights, MB"
-    ticks = [1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50]
-    if what == "memory":
-        ticks = [step * 10**power for power in range(-1, 6) for step in (1, 2, 5)]
     y = alt.Y(
         "value:Q",
         title=name,
-        scale=alt.Scale(type="log", domain=_around([v["value"] for v in values]), nice=False),
-        axis=alt.Axis(values=ticks, format=",~f" if what == "memory" else "~g"),
+        scale=alt.Scale(type="log", domain=domain, nice=False),
+        axis=alt.Axis(values=ticks(*domain), format=",~f"),
     )
     colour = alt.Color(
         "who:N",
@@ -145,11 +146,26 @@ def _title(line: Line) -> str:
     return line.setting.named(length=False)
 
 
-def _around(values: Sequence[float]) -> list[float]:
+def around(values: Sequence[float]) -> list[float]:
     """The ends of a logarithmic axis, with some room for the dots."""
     low, high = min(values), max(values)
     room = max(1.05, (high / low) ** 0.05)
     return [low / room, high * room]
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Steps of 1, 2 and 5 between the ends of a logarithmic axis, in even ones if it is short."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    steps = [step * 10.0**power for power in powers for step in (1, 2, 5)]
+    inside = [step for step in steps if low <= step <= high]
+    if len(inside) >= 3:
+        return [round(value, 12) for value in inside]
+    # The narrower the axis, the finer: five marks or so, at whole multiples of one step.
+    rough = (high - low) / 5
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(one * power for one in (1, 2, 5, 10) if one * power >= rough)
+    first, last = math.ceil(low / step), math.floor(high / step)
+    return [round(n * step, 12) for n in range(first, last + 1)]
 
 
 def _wrapped(text: str) -> list[str]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.bars import Measured, Options, Skipped
+from benchmarks.agree import Disagreement
+from benchmarks.bars import Measured, Options
 from benchmarks.contenders import Bench
 from benchmarks.models import ANSWER, INCORRECT, MODELS, Setting
 from benchmarks.timing import Spread, interleaved, ratios
+from dla_hooks import attribute_many, direct_logit_attribution
+from dla_hooks.batches import batches_of, pad_left
 
 _PROMPTS, _SHORTEST, _LONGEST = 256, 8, 64
 _MAX_TOKENS = 4096
@@ -20,9 +22,7 @@ _MAX_TOKENS = 4096
 
 def measured(options: Options) -> list[Measured]:
     """Tokens per second over a plain batched forward loop: at least 0.9 of it."""
-    if importlib.util.find_spec("dla_hooks.many") is None:
-        raise Skipped("this dla_hooks has no attribute_many")
-    name = options.model or "gpt2-small"
+    name = options.model
     model = Bench(Setting(name)).model("hf")
     prompts = _prompts(MODELS[name].get("vocab_size", 50257))
     n_tokens = sum(map(len, prompts))
@@ -54,8 +54,6 @@ def _prompts(vocabulary: int) -> list[Tensor]:
 
 
 def _plain(model: Any, prompts: list[Tensor]) -> Callable[[], Any]:
-    from dla_hooks.batches import batches_of, pad_left
-
     order = batches_of([len(ids) for ids in prompts], _MAX_TOKENS)
 
     def loop() -> None:
@@ -75,20 +73,18 @@ def _plain(model: Any, prompts: list[Tensor]) -> Callable[[], Any]:
 
 
 def _ours(model: Any, prompts: list[Tensor], unit: str) -> Callable[[], list[Any]]:
-    from dla_hooks.many import attribute_many
-
     def call() -> list[Any]:
-        options = {"unit": unit, "max_tokens": _MAX_TOKENS, "progress": False}
-        return list(attribute_many(model, prompts, ANSWER, INCORRECT, **options))
+        results = attribute_many(
+            model, prompts, ANSWER, INCORRECT, unit=unit, max_tokens=_MAX_TOKENS, progress=False
+        )
+        return list(results)
 
     return call
 
 
 def _prove(model: Any, prompts: list[Tensor], unit: str, results: list[Any]) -> None:
-    from dla_hooks import direct_logit_attribution
-
     for i in range(0, len(prompts), len(prompts) // 8):
         alone = direct_logit_attribution(model, prompts[i], ANSWER, INCORRECT, unit=unit)
         gap = float((results[i].attribution - alone.attribution).abs().max())
         if not gap <= 1e-4 * max(1.0, float(alone.logit.abs().max())):
-            raise RuntimeError(f"prompt {i} among many and alone: attributions differ by {gap:.1e}")
+            raise Disagreement(f"prompt {i} among many and alone: attributions differ by {gap:.1e}")

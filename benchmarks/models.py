@@ -15,7 +15,11 @@ DTYPES = {
     "float16": torch.float16,
 }
 UNITS = ("component", "layer", "head")
-POSITIONS = ("last", "all", "next")
+POSITIONS = {
+    "last": "the difference of two tokens' logits, at the last position",
+    "all": "the same, at every position",
+    "next": "the logit of the token that really comes next, at every position",
+}
 ANSWER, INCORRECT = 5, 7
 
 
@@ -88,6 +92,7 @@ class Setting:
     def answers(self) -> tuple[Any, Any, Any]:
         """The answer, the incorrect answer, and ``pos``, as the attribution takes them."""
         if self.pos == "next":
+            # After the last one comes the first again: the cost is the same as of any token.
             return self.ids().roll(-1, dims=1), None, None
         return ANSWER, INCORRECT, -1 if self.pos == "last" else None
 

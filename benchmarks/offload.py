@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -12,32 +11,24 @@ from typing import Any
 import torch
 
 from benchmarks import peers
+from benchmarks.agree import Disagreement
 from benchmarks.bars import Measured, Options, Skipped, once
 from benchmarks.contenders import OURS, Bench
 from benchmarks.memory import in_a_process, measurable, peak_during
 from benchmarks.models import Setting
 from benchmarks.timing import Spread, interleaved, ratios
+from dla_hooks import checkpoint, direct_logit_attribution
 
 _PLAIN = "accelerate's own pass"
-
-
-def possible() -> bool:
-    """Whether the installed library can load a model to disk."""
-    from dla_hooks import checkpoint
-
-    return "device_map" in inspect.signature(checkpoint.load_model).parameters
 
 
 def measured(options: Options) -> list[Measured]:
     """Peak resident above the interpreter, loading included, and time over a plain pass."""
     if peers.version("accelerate") is None:
         raise Skipped("accelerate is not installed: pip install 'dla-hooks[offload]'")
-    if not possible():
-        raise Skipped("this dla_hooks has no load_model(..., device_map=)")
-    name, tokens = options.model or "llama-250m", options.lengths(256)[0]
     folder = Path(tempfile.mkdtemp(prefix="bench-offload-"))
     try:
-        return _in(folder, Setting(name, tokens), options)
+        return _in(folder, Setting(options.model, options.tokens[0]), options)
     finally:
         shutil.rmtree(folder)
 
@@ -55,7 +46,7 @@ def _in(folder: Path, setting: Setting, options: Options) -> list[Measured]:
     plain, ours = _calls(_load(folder), setting)
     gap = float((ours().attribution - expected.attribution).abs().max())
     if not gap <= 1e-4 * float(expected.logit.abs().max()):
-        raise RuntimeError(f"on disk and in memory, attributions differ by {gap:.1e}")
+        raise Disagreement(f"on disk and in memory, attributions differ by {gap:.1e}")
     options.say(f"timing over {_PLAIN}, {options.repeats} rounds")
     seconds = interleaved({_PLAIN: plain, OURS: ours}, options.repeats)
     over = Spread.of(ratios(seconds, _PLAIN)[OURS])
@@ -92,16 +83,11 @@ def peak_here(folder: str, model: str, tokens: int, ours: bool) -> int:
 
 
 def _load(folder: Path) -> Any:
-    from dla_hooks import checkpoint
-
-    load_model: Any = checkpoint.load_model  # older ones know no device_map; see `measured`
-    return load_model(folder, "float32", device_map="disk")
+    return checkpoint.load_model(folder, "float32", device_map="disk")
 
 
 def _calls(model: Any, setting: Setting) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """A plain pass and an attribution of the same prompt."""
-    from dla_hooks import direct_logit_attribution
-
     ids = setting.ids()
     answer, incorrect, pos = setting.answers()
 

@@ -7,6 +7,8 @@ import json
 import os
 import platform
 import shlex
+import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +36,9 @@ Row = tuple[str, ...]
 
 def say(line: str) -> None:
     """Tell on stderr what is being done: some of it takes minutes."""
-    Console(stderr=True, highlight=False).print(line, style="dim", soft_wrap=True)
+    # Without markup, which would take the extra out of pip install 'dla-hooks[plot]'.
+    console = Console(stderr=True, highlight=False, markup=False)
+    console.print(line, style="dim", soft_wrap=True)
 
 
 def out() -> Console:
@@ -52,6 +56,7 @@ def circumstances(threads: int) -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: found for name in _PACKAGES if (found := version(name)) is not None},
         },
+        "git_revision": _revision(),
         "hardware": {
             "system": f"{platform.system()} {platform.machine()}",
             "cpu": _cpu(),
@@ -98,7 +103,7 @@ def cost_rows(lines: Sequence[Line]) -> tuple[Row, list[Row]]:
             (
                 f"{line.setting.unit}, {words[line.setting.pos]}",
                 f"{line.ratio.median:.2f}",
-                f"{line.ratio.low:.2f} to {line.ratio.high:.2f}",
+                line.ratio.quartiles(),
                 _times(line.memory_ratio),
                 f"{_mb(line.peak)} / {_mb(line.plain_peak)}",
             )
@@ -117,7 +122,7 @@ def compared_rows(lines: Sequence[Line]) -> tuple[Row, list[Row]]:
             line.contender,
             f"{line.seconds.median:.3f}",
             f"{line.ratio.median:.2f}",
-            f"{line.ratio.low:.2f} to {line.ratio.high:.2f}",
+            line.ratio.quartiles(),
             _mb(line.peak),
             _times(line.memory_ratio),
         )
@@ -132,12 +137,9 @@ def show_bars(name: str, found: Sequence[Measured], under: str) -> None:
     rows = []
     for one in found:
         digits = 1 if one.value.median >= 10 else 3
-        spread = "-"
-        if one.value.low != one.value.high:
-            spread = f"{one.value.low:.{digits}f} to {one.value.high:.{digits}f}"
         bar = "-" if one.limit is None else f"{'≥' if one.at_least else '≤'} {one.limit:g}"
         value = f"{one.value.median:.{digits}f}"
-        rows.append((one.case, value, spread, bar, words[one.met], one.detail))
+        rows.append((one.case, value, one.value.quartiles(digits), bar, words[one.met], one.detail))
     show(name, ("case", "measured", "quartiles", "bar", "", "behind it"), rows, under)
 
 
@@ -190,6 +192,17 @@ def _memory() -> int | None:
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return None
+
+
+def _revision() -> str | None:
+    """The commit of this checkout, with "-dirty" when files differ from it; None outside of git."""
+    root, git = Path(__file__).parents[1], shutil.which("git")
+    if git is None or not (root / ".git").exists():  # never that of a repository further up
+        return None
+    # Without tags, so that it is a hash in every checkout.
+    command = [git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or None
 
 
 def _gpu() -> str | None:

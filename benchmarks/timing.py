@@ -25,22 +25,26 @@ class Spread:
     """A median and its quartiles.
 
     Attributes:
-        low, median, high: the 25th, 50th and 75th percentile.
+        low, median, high: the 25th, 50th and 75th percentile; a figure that was taken one time has
+            no quartiles, and is the median.
     """
 
-    low: float
+    low: float | None
     median: float
-    high: float
+    high: float | None
 
     @classmethod
     def of(cls, values: list[float]) -> Spread:
         """The quartiles of some figures."""
         if len(values) < 2:
-            return cls(values[0], values[0], values[0])
+            return cls(None, values[0], None)
         return cls(*statistics.quantiles(values, n=4, method="inclusive"))
 
-    def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.low:.2f} to {self.high:.2f})"
+    def quartiles(self, digits: int = 2) -> str:
+        """In words; a dash where there are none."""
+        if self.low is None or self.high is None:
+            return "-"
+        return f"{self.low:.{digits}f} to {self.high:.{digits}f}"
 
 
 def interleaved(

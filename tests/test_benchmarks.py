@@ -7,12 +7,15 @@ import functools
 import gc
 import json
 import struct
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks import agree, bars, contenders, peers
+from benchmarks import agree, bars, contenders, curves, peers
 from benchmarks.__main__ import app
 from benchmarks.agree import Disagreement, prove_on
 from benchmarks.byhand import Projection, at, layout_of, rows_of
@@ -177,7 +180,7 @@ def test_ratios_are_taken_round_by_round():
     seconds = {"plain": [1.0, 2.0, 4.0], "ours": [1.5, 2.0, 2.0]}
     assert ratios(seconds, "plain")["ours"] == [1.5, 1.0, 0.5]
     assert Spread.of([5.0, 1.0, 2.0, 3.0, 4.0]) == Spread(2.0, 3.0, 4.0)
-    assert Spread.of([2.0]) == Spread(2.0, 2.0, 2.0)
+    assert Spread.of([2.0]) == Spread(None, 2.0, None)
 
 
 # What is reported
@@ -199,22 +202,53 @@ def test_compare_prints_files_and_draws(tmp_path):
     assert filed["versions"]["torch"] == torch.__version__
     assert {"python", "transformers", "dla-hooks"} <= set(filed["versions"])
     assert {"cpu", "cores", "threads", "memory_bytes", "gpu"} <= set(filed["hardware"])
+    assert filed["git_revision"] == _revision()
     assert filed["hardware"]["threads"] == torch.get_num_threads()
     assert len(filed["lines"]) == 2 * 2 * len(HERE)
     for line in filed["lines"]:
         assert line["contender"] in HERE
-        assert len(line["rounds"]) == 2
-        assert line["ratio"]["low"] <= line["ratio"]["median"] <= line["ratio"]["high"]
-        assert line["gap"] <= 1e-4
-        assert line["peak"] is None
+        assert len(line["rounds_seconds"]) == 2
+        for spread in (line["seconds"], line["time_ratio"]):
+            assert spread["low"] <= spread["median"] <= spread["high"]
+        assert line["gap_over_spread"] <= 1e-4
+        assert line["peak_bytes"] is line["plain_peak_bytes"] is line["memory_ratio"] is None
         assert line["setting"]["model"] in TINY
-    assert {line["ratio"]["median"] for line in filed["lines"] if line["contender"] == PLAIN} == {1}
+    assert {
+        line["time_ratio"]["median"] for line in filed["lines"] if line["contender"] == PLAIN
+    } == {1}
 
     head = picture.read_bytes()[:24]
     assert head[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = struct.unpack(">II", head[16:24])
     assert width > 900
     assert height > 1400  # a row for each of the two models
+
+
+def _revision():
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    ask = functools.partial(subprocess.run, cwd=root, capture_output=True, text=True, check=True)
+    changed = ask(["git", "status", "--porcelain", "--untracked-files=no"]).stdout
+    return ask(["git", "rev-parse", "HEAD"]).stdout.strip() + ("-dirty" if changed else "")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (0.4, 12, [0.5, 1, 2, 5, 10]),
+        (0.88, 1.1, [0.9, 0.95, 1, 1.05, 1.1]),  # none of which but 1 is a step of 1, 2 and 5
+        (1.09, 1.41, [1.1, 1.2, 1.3, 1.4]),
+        (8, 3000, [10, 20, 50, 100, 200, 500, 1000, 2000]),
+    ],
+)
+def test_the_marks_of_an_axis_lie_within_it(low, high, ticks):
+    assert curves.ticks(low, high) == pytest.approx(ticks)
+
+
+def test_every_curve_can_be_told_from_the_others():
+    looks = [curves.LOOKS[name] for name in contenders.COMPARED]
+    assert len({colour for colour, _ in looks}) == len(looks)
 
 
 def test_missing_peers_are_left_out_by_name_with_the_command_that_helps(monkeypatch, tmp_path):
@@ -272,7 +306,15 @@ def test_without_arguments_it_says_what_to_run_first():
         (("compare", "--png", "x.png"), "two prompt lengths"),
         (("compare", "--contender", "magic"), "'magic' is none of: plain forward"),
         (("compare", "--device", "nowhere"), "nowhere"),
+        (("compare", "--json", "no/such/x.json"), "there is no folder no/such"),
+        (("compare", "--tokens", "8,16", "--png", "no/such/x.png"), "there is no folder no/such"),
+        (("compare", "--tokens", "8,16", "--png", "x.svg"), "curves are drawn as .png; got x.svg"),
+        (("compare", "--json", "."), "it is a folder"),
+        (("table", "--json", "no/such/x.json"), "there is no folder no/such"),
+        (("table", "--model", "tiny-gpt2"), "takes at most 256 tokens"),
+        (("bars", "--json", "no/such/x.json"), "there is no folder no/such"),
         (("bars", "--only", "speed"), "'speed' is none of time-last"),
+        (("bars", "--only", "chunks", "--tokens", "8"), "chunks needs 16 tokens at least; got 8"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_before_any_work(arguments, message):
@@ -280,7 +322,41 @@ def test_what_cannot_be_measured_is_refused_before_any_work(arguments, message):
     assert message in " ".join(done.stderr.replace("│", " ").split())
 
 
+@pytest.mark.parametrize("package", ["altair", "vl_convert"])
+def test_what_draws_is_asked_for_before_anything_is_measured(monkeypatch, tmp_path, package):
+    for name in ("altair", "vl_convert"):
+        pytest.importorskip(name)
+    monkeypatch.setitem(sys.modules, package, None)
+    picture = str(tmp_path / "out.png")
+    tiny = ("--model", "tiny-gpt2", "--tokens", "8,16")
+    done = run("compare", *tiny, "--png", picture, *ONLY_HERE, code=1)
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert line.endswith("pip install 'dla-hooks[plot]'")
+
+
 # The bars
+
+
+@pytest.mark.parametrize("name", [name for name in bars.BARS if name not in ("offload", "many")])
+def test_the_lengths_of_a_bar_are_held_against_the_model(name):
+    done = run("bars", "--only", name, "--model", "tiny-gpt2", code=2)
+    text = " ".join(done.stderr.split())
+    assert f"{name} measures prompts of" in text
+    assert "tiny-gpt2 takes at most 256; give other lengths" in text
+
+
+def test_the_help_tells_cases_contenders_and_positions():
+    done = run("bars", "--help")
+    lines = [line.strip() for line in done.stdout.splitlines()]
+    for name, case in bars.BARS.items():
+        assert f"{name:<18}{case.says}" in lines  # on one line of a terminal
+        assert len(case.says) > 20
+    assert "A full run takes an hour" in done.stdout
+    lines = [line.strip() for line in run("compare", "--help").stdout.splitlines()]
+    assert set(contenders.COMPARED) <= set(lines)
+    assert {f"{name:<6}{says}" for name, says in POSITIONS.items()} <= set(lines)
+    assert all(len(line) < 80 for line in lines)
 
 
 def test_a_bar_is_measured_on_other_sizes_and_filed(tmp_path):
@@ -294,7 +370,25 @@ def test_a_bar_is_measured_on_other_sizes_and_filed(tmp_path):
     assert [one["bar"] for one in filed] == ["time-next"] * 3
     for one in filed:
         assert one["limit"] == 1.35
-        assert one["met"] is (one["value"]["median"] <= 1.35)
+        assert one["met"] is (one["ratio"]["median"] <= 1.35)
+        assert one["ratio"]["low"] <= one["ratio"]["median"] <= one["ratio"]["high"]
+
+
+def test_a_figure_that_was_taken_once_has_no_quartiles(monkeypatch, tmp_path):
+    once = [bars.Measured("a case", bars.once(0.5), 1.0)]
+    _put(monkeypatch, "memory", lambda options: once)
+    figures = tmp_path / "bars.json"
+    done = run("bars", "--only", "memory", "--json", str(figures))
+    assert " - " in done.stdout.replace("│", " ")
+    (one,) = json.loads(figures.read_text())["bars"]
+    assert one["ratio"] == {"low": None, "median": 0.5, "high": None}
+    assert one["met"] is True
+
+
+def _put(monkeypatch, name, measure):
+    """Another measurement in place of a case's own."""
+    case = dataclasses.replace(bars.BARS[name], measure=measure)
+    monkeypatch.setitem(bars.BARS, name, case)
 
 
 @pytest.mark.parametrize("at_least", [False, True])
@@ -304,7 +398,7 @@ def test_a_missed_bar_fails_only_when_asked_to(monkeypatch, at_least):
     assert missed.met is False
     assert dataclasses.replace(missed, at_least=not at_least).met is True
     assert dataclasses.replace(missed, limit=None).met is None
-    monkeypatch.setitem(bars.BARS, "memory", lambda options: [missed])
+    _put(monkeypatch, "memory", lambda options: [missed])
     assert "MISSED" in run("bars", "--only", "memory").stdout
     run("bars", "--only", "memory", "--strict", code=1)
 
@@ -317,7 +411,8 @@ def test_cases_that_cannot_be_measured_here_say_why(monkeypatch, tmp_path):
     done = run("bars", "--only", names, "--strict", "--json", str(figures))
     assert "gpu: skipped, there is no CUDA device" in done.stdout
     assert "reference-time: skipped, TransformerLens is not installed" in done.stdout
-    assert "offload: skipped, accelerate is not installed" in done.stdout
+    extra = "pip install 'dla-hooks[offload]'"
+    assert f"offload: skipped, accelerate is not installed: {extra}" in done.stdout
     assert [one["bar"] for one in json.loads(figures.read_text())["bars"]] == names.split(",")
 
 
@@ -335,7 +430,7 @@ def test_every_bar_runs_on_a_tiny_model(name, tmp_path):
     filed = json.loads(figures.read_text())["bars"]
     if "skipped" in filed[0]:
         pytest.skip(filed[0]["skipped"])
-    assert all(one["value"]["median"] > 0 for one in filed)
+    assert all(one["ratio"]["median"] > 0 for one in filed)
 
 
 def test_named_sizes_are_what_their_names_say():
