@@ -16,7 +16,8 @@ from dla_hooks.batches import Item
 from dla_hooks.kinds import Kind
 from dla_hooks.weights import made_of, stored
 
-_PIECE = 2**20  # entries summed at once: their wide copies are a few MiB
+_PIECE = 2**14  # entries summed at once: with their keys they stay in a CPU's cache
+_PIECES_AT_ONCE = 2**8  # elsewhere: their wide copies are 32 MiB
 # Where a model came from and what it runs on do not change its numbers.
 _INCIDENTAL = {
     *("_name_or_path", "transformers_version", "device", "n_devices"),
@@ -161,9 +162,15 @@ def _bits(values: Tensor, keys: _Keys) -> int:
     if not len(words):
         return 0
     table = keys.on(words.device)
-    sums = torch.stack([(piece * table[: len(piece)]).sum() for piece in words.split(_PIECE)])
-    places = (pow(_ODD, place, 2**64) for place in range(len(sums)))
-    whole: int = sum(one * key for one, key in zip(sums.tolist(), places, strict=True))
+    sums = []
+    for lot in words.split(_PIECE if words.device.type == "cpu" else _PIECES_AT_ONCE * _PIECE):
+        n_full = len(lot) // _PIECE * _PIECE
+        sums.append((lot[:n_full].view(-1, _PIECE) * table).sum(1))
+        if n_full < len(lot):
+            sums.append((lot[n_full:] * table[: len(lot) - n_full]).sum()[None])
+    found = torch.cat(sums).tolist()
+    places = (pow(_ODD, place, 2**64) for place in range(len(found)))
+    whole: int = sum(one * key for one, key in zip(found, places, strict=True))
     return whole % 2**64
 
 

@@ -64,7 +64,7 @@ def test_the_same_numbers_in_other_places_are_another_model(tmp_path, how, dtype
 
 
 def test_large_pieces_that_change_places_are_noticed(tmp_path):
-    """Weights are read 2**20 entries at a time."""
+    """Weights are summed 2**14 entries at a time."""
 
     def large(order):
         model = made("gpt2")
