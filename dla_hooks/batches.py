@@ -1,15 +1,24 @@
-"""Many prompts as a few batches: which prompts run together, and how they are laid side by side."""
+"""Many prompts as a few batches: which run together, laid side by side how, and their results."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dla_hooks.attribution import direct_logit_attribution
+from dla_hooks.errors import DecompositionError, DLAError
+from dla_hooks.kinds import Kind
+from dla_hooks.match import stream_of
+from dla_hooks.questions import padding_is_ignored, short_prompt
 from dla_hooks.result import DirectLogitAttribution
+from dla_hooks.stream import Stream
 
 
 @dataclass(frozen=True)
@@ -108,3 +117,89 @@ def split(batch: DirectLogitAttribution) -> Iterator[DirectLogitAttribution]:
         single.positions = positions[place].clone()
         single.tokens, single.answer, single.incorrect = [], [], None
         yield single
+
+
+class Runner:
+    """Runs prompts in batches.
+
+    Args:
+        kind: of the model.
+        options: of every call.
+        max_tokens: the most tokens in a batch. It shrinks when a batch runs out of memory.
+    """
+
+    def __init__(self, kind: Kind, options: dict[str, Any], max_tokens: int) -> None:
+        self._kind = kind
+        self._call: Callable[..., DirectLogitAttribution] = partial(
+            direct_logit_attribution, kind.model, **options
+        )
+        self._one_position = isinstance(options["pos"], int)
+        self._max_tokens = max_tokens
+
+    @cached_property
+    def stream(self) -> Stream:
+        """The located model. Not needed, and not asked for, while all results are stored."""
+        return stream_of(self._kind.model)
+
+    def try_out(self, answers: dict[str, Any]) -> None:
+        """Run a few made-up tokens, for what would go wrong with every prompt."""
+        answer, incorrect = (answers.get(n, 0) for n in ("answer_tokens", "incorrect_tokens"))
+        ids = short_prompt(self.stream).input_ids
+        # Sums that fail to add up may be these tokens' fault, and are left to the prompts.
+        with contextlib.suppress(DecompositionError):
+            self._call(ids, answer, incorrect, pos=-1)
+
+    def outcomes(
+        self, items: Sequence[Item]
+    ) -> Iterator[tuple[Item, DirectLogitAttribution | DLAError]]:
+        """Every prompt with its result, still without texts, or its error; batch by batch."""
+        lengths = [len(item.ids) for item in items]
+        same_length = len(set(lengths)) > 1 and not padding_is_ignored(self.stream, left=True)
+        order = batches_of(lengths, self._max_tokens, same_length=same_length)
+        pending = [[items[i] for i in batch] for batch in reversed(order)]
+        while pending:
+            batch = pending.pop()
+            n_tokens = len(batch) * max(len(item.ids) for item in batch)
+            failure: DLAError | None = None
+            if len(batch) == 1 or n_tokens <= self._max_tokens:
+                try:
+                    results = self._run(batch)
+                except DLAError as error:
+                    failure = freed(error)
+                except torch.OutOfMemoryError as error:
+                    failure = _out_of_memory(error, n_tokens)
+                    if len(batch) > 1:
+                        self._max_tokens = max(1, n_tokens // 2)
+                else:
+                    yield from zip(batch, results, strict=True)
+                    continue
+            if len(batch) > 1:
+                half = len(batch) // 2
+                pending += [batch[half:], batch[:half]]
+            elif failure is not None:
+                yield batch[0], failure
+
+    def _run(self, batch: Sequence[Item]) -> list[DirectLogitAttribution]:
+        ids, mask = pad_left([item.ids for item in batch])
+        lay = partial(side_by_side, items=batch, one_position=self._one_position)
+        correct = lay([item.correct for item in batch])
+        wrong = [item.incorrect for item in batch if item.incorrect is not None]
+        incorrect = None
+        if wrong:
+            correct, incorrect = torch.broadcast_tensors(correct, lay(wrong))
+        return list(split(self._call(ids, correct, incorrect, attention_mask=mask)))
+
+
+def freed(error: DLAError) -> DLAError:
+    """An error that keeps nothing alive of the call that it ended: no frames, no tensors."""
+    error.__context__ = error.__cause__ = None
+    return error.with_traceback(None)
+
+
+def _out_of_memory(error: torch.OutOfMemoryError, n_tokens: int) -> DLAError:
+    first_line = str(error).partition("\n")[0]
+    return DLAError(
+        f"a prompt of {n_tokens} tokens runs out of memory by itself ({first_line}); give a "
+        "chunk_size (or a smaller one), shorten it, select fewer positions, or load the model in a "
+        "smaller dtype"
+    )

@@ -14,7 +14,6 @@ anything else with the sum (a norm on it, a mixing of several streams) is refuse
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
@@ -27,6 +26,7 @@ from dla_hooks.interview import Interview, refusal
 from dla_hooks.kinds import Kind
 from dla_hooks.questions import short_prompt, stamp
 from dla_hooks.stream import Stream
+from dla_hooks.weights import made_of
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def _ask(stream: Stream) -> Facts:
 def check_weights(kind: Kind) -> None:
     """Refuse weights that are not finite, wherever they are: a run may pass over them unseen."""
     for name, parameter in kind.named_weights():
-        if not all(_is_finite(tensor) for tensor in _made_of(parameter.detach())):
+        if not all(_is_finite(tensor) for tensor in made_of(parameter.detach())):
             raise NonFiniteError(
                 f"the weights hold NaN or infinity: {name} is the first such parameter; "
                 "the checkpoint is damaged or was not loaded in full"
@@ -159,16 +159,6 @@ def _is_finite(tensor: Tensor) -> bool:
         tensor = tensor.to(torch.float32)
     wide = torch.promote_types(tensor.dtype, torch.float32)
     return bool(torch.isfinite(tensor.sum(dtype=wide)))
-
-
-def _made_of(tensor: Tensor) -> Iterator[Tensor]:
-    """A tensor; or, for one that wraps others (as codes and their scales), the plain ones in it."""
-    flatten = getattr(tensor, "__tensor_flatten__", None)
-    if flatten is None:
-        yield tensor
-        return
-    for name in flatten()[0]:
-        yield from _made_of(getattr(tensor, name))
 
 
 def _live(stream: Stream) -> tuple[list[tuple[int, tuple[int, ...]]], int]:

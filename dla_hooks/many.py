@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
+import os
 from collections.abc import Callable, Generator, Iterator, Sequence
-from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from types import NoneType
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from dla_hooks import fingerprint, positions
-from dla_hooks.attribution import direct_logit_attribution
-from dla_hooks.batches import Item, batches_of, pad_left, side_by_side, split
-from dla_hooks.errors import DecompositionError, DLAError, InputError
+from dla_hooks.batches import Runner, freed
+from dla_hooks.errors import DLAError, InputError
 from dla_hooks.inputs import unwrap
-from dla_hooks.kinds import Kind, kind_of
-from dla_hooks.match import stream_of
-from dla_hooks.questions import padding_is_ignored, short_prompt
+from dla_hooks.kinds import kind_of
 from dla_hooks.reading import Names, Reader, Row, Rows
 from dla_hooks.result import DirectLogitAttribution
 from dla_hooks.shards import Shards
 from dla_hooks.shim import Wrapped
-from dla_hooks.stream import Stream
 from dla_hooks.tokens import check_tokenizer
 from dla_hooks.units import unit_named
 
@@ -47,6 +41,7 @@ def attribute_many(
     window: int = 1024,
     progress: bool | None = None,
     resume: str | Path | None = None,
+    chunk_size: int | None = None,
 ) -> Generator[DirectLogitAttribution | DLAError, None, None]:
     """Attribute many prompts: one result for each, in the order that they come in.
 
@@ -79,8 +74,11 @@ def attribute_many(
         progress: show a bar; None shows it where stderr is a terminal.
         resume: a folder where finished results are kept, after each window and when interrupted.
             A later call with the same arguments yields those without running the model and goes
-            on with the rest; prompts that failed are tried again. ``max_tokens``, ``window`` and
-            ``progress`` may differ. Hooks on the model are not compared.
+            on with the rest; prompts that failed are tried again. ``max_tokens``, ``window``,
+            ``progress`` and ``chunk_size`` may differ. Hooks on the model are not compared.
+        chunk_size: run each batch so many tokens at a time, as for
+            :func:`direct_logit_attribution`: activation memory grows with it and not with the
+            prompts, and the numbers are the same.
 
     Returns:
         A generator of one :class:`DirectLogitAttribution` per prompt, whose ``attribution`` is
@@ -93,12 +91,16 @@ def attribute_many(
             ``resume`` folder of another run; while it runs, when there are not as many answers as
             prompts, or the folder's prompts were others.
         UnsupportedModelError: at once, for a model or unit that cannot be attributed.
+        Exception: whatever the prompts' source raises, after the results of what it gave before.
         CheckpointError: when the folder cannot be read or written.
     """
     unit_named(unit)
     if answer_tokens is None:
         raise InputError("answer_tokens is required: the token whose logit is attributed")
     max_tokens, window = _count("max_tokens", max_tokens), _count("window", window)
+    if chunk_size is not None:
+        chunk_size = _count("chunk_size", chunk_size)
+    folder = None if resume is None else _folder(resume)
     if not isinstance(progress, (bool, NoneType)):
         raise InputError(f"progress must be True, False or None, got {progress!r}")
     rows = Rows(prompts, {"answer_tokens": answer_tokens, "incorrect_tokens": incorrect_tokens})
@@ -128,110 +130,26 @@ def attribute_many(
         "check": bool(check),
     }
     shards = None
-    if resume is not None:
+    if folder is not None:
         stamp = {
             "model": kind.name,
             "config": fingerprint.of_config(kind),
+            "adapters": fingerprint.of_adapters(kind),
             "weights": fingerprint.of_weights(kind),
             **options,
             "pos": repr(options["pos"]),
         }
-        shards = Shards(resume, stamp)
-    runner = _Runner(kind, options, max_tokens)
+        shards = Shards(folder, stamp)
+    runner = Runner(kind, {**options, "chunk_size": chunk_size}, max_tokens)
     if shards is None or shards.fresh:  # what an earlier call has begun has been tried before
         runner.try_out(rows.for_all)
     return _results(rows, reader, runner, shards, window, progress)
 
 
-class _Runner:
-    """Runs prompts in batches.
-
-    Args:
-        kind: of the model.
-        options: of every call.
-        max_tokens: the most tokens in a batch. It shrinks when a batch runs out of memory.
-    """
-
-    def __init__(self, kind: Kind, options: dict[str, Any], max_tokens: int) -> None:
-        self._kind = kind
-        self._call: Callable[..., DirectLogitAttribution] = partial(
-            direct_logit_attribution, kind.model, **options
-        )
-        self._one_position = isinstance(options["pos"], int)
-        self._max_tokens = max_tokens
-
-    @cached_property
-    def stream(self) -> Stream:
-        """The located model. Not needed, and not asked for, while all results are stored."""
-        return stream_of(self._kind.model)
-
-    def try_out(self, answers: dict[str, Any]) -> None:
-        """Run a few made-up tokens, for what would go wrong with every prompt."""
-        answer, incorrect = (answers.get(n, 0) for n in ("answer_tokens", "incorrect_tokens"))
-        ids = short_prompt(self.stream).input_ids
-        # Sums that fail to add up may be these tokens' fault, and are left to the prompts.
-        with contextlib.suppress(DecompositionError):
-            self._call(ids, answer, incorrect, pos=-1)
-
-    def outcomes(
-        self, items: Sequence[Item]
-    ) -> Iterator[tuple[Item, DirectLogitAttribution | DLAError]]:
-        """Every prompt with its result, still without texts, or its error; batch by batch."""
-        lengths = [len(item.ids) for item in items]
-        same_length = len(set(lengths)) > 1 and not padding_is_ignored(self.stream, left=True)
-        order = batches_of(lengths, self._max_tokens, same_length=same_length)
-        pending = [[items[i] for i in batch] for batch in reversed(order)]
-        while pending:
-            batch = pending.pop()
-            n_tokens = len(batch) * max(len(item.ids) for item in batch)
-            failure: DLAError | None = None
-            if len(batch) == 1 or n_tokens <= self._max_tokens:
-                try:
-                    results = self._run(batch)
-                except DLAError as error:
-                    failure = freed(error)
-                except torch.OutOfMemoryError as error:
-                    failure = _out_of_memory(error, n_tokens)
-                    if len(batch) > 1:
-                        self._max_tokens = max(1, n_tokens // 2)
-                else:
-                    yield from zip(batch, results, strict=True)
-                    continue
-            if len(batch) > 1:
-                half = len(batch) // 2
-                pending += [batch[half:], batch[:half]]
-            elif failure is not None:
-                yield batch[0], failure
-
-    def _run(self, batch: Sequence[Item]) -> list[DirectLogitAttribution]:
-        ids, mask = pad_left([item.ids for item in batch])
-        lay = partial(side_by_side, items=batch, one_position=self._one_position)
-        correct = lay([item.correct for item in batch])
-        wrong = [item.incorrect for item in batch if item.incorrect is not None]
-        incorrect = None
-        if wrong:
-            correct, incorrect = torch.broadcast_tensors(correct, lay(wrong))
-        return list(split(self._call(ids, correct, incorrect, attention_mask=mask)))
-
-
-def freed(error: DLAError) -> DLAError:
-    """An error that keeps nothing alive of the call that it ended: no frames, no tensors."""
-    error.__context__ = error.__cause__ = None
-    return error.with_traceback(None)
-
-
-def _out_of_memory(error: torch.OutOfMemoryError, n_tokens: int) -> DLAError:
-    first_line = str(error).partition("\n")[0]
-    return DLAError(
-        f"a prompt of {n_tokens} tokens runs out of memory by itself ({first_line}); shorten it, "
-        "select fewer positions, or load the model in a smaller dtype"
-    )
-
-
 def _results(
     rows: Rows,
     reader: Reader,
-    runner: _Runner,
+    runner: Runner,
     shards: Shards | None,
     window: int,
     progress: bool | None,
@@ -240,18 +158,35 @@ def _results(
     unread = iter(rows)
     hidden = None if progress is None else not progress  # None asks whether there is a terminal
     with tqdm(total=rows.total, unit="prompt", disable=hidden) as bar:
-        while lot := list(islice(unread, window)):
+        failure: Exception | None = None
+        while failure is None:
+            lot, failure = _read(unread, window)
+            if not lot:
+                break
             outcomes = _of_window(lot, reader, runner, shards, names, bar.update)
             for index in sorted(outcomes):
                 yield outcomes.pop(index)
+    if failure is not None:
+        raise failure
     if rows.mismatch is not None:
         raise rows.mismatch
+
+
+def _read(unread: Iterator[Row], count: int) -> tuple[list[Row], Exception | None]:
+    """The next rows, and what their source raised after them: what came before is still run."""
+    lot: list[Row] = []
+    try:
+        for row in islice(unread, count):
+            lot.append(row)
+    except Exception as error:
+        return lot, error
+    return lot, None
 
 
 def _of_window(
     lot: Sequence[Row],
     reader: Reader,
-    runner: _Runner,
+    runner: Runner,
     shards: Shards | None,
     names: Names,
     count: Callable[[int], Any],
@@ -299,3 +234,9 @@ def _count(name: str, value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise InputError(f"{name} must be an int of at least 1, got {value!r}")
     return value
+
+
+def _folder(resume: Any) -> Path:
+    if not isinstance(resume, (str, os.PathLike)) or not os.fspath(resume):
+        raise InputError(f"resume must be the path of a folder, or None, got {resume!r:.80}")
+    return Path(resume)

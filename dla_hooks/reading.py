@@ -21,6 +21,7 @@ from dla_hooks.stream import Stream
 from dla_hooks.tokens import Prompt, read_prompt, to_strings, tokenizer_for
 
 _END = object()
+_UNORDERED = (set, frozenset)
 _REAL = torch.ones((), dtype=torch.bool)  # a prompt alone has no padding
 
 
@@ -59,6 +60,13 @@ class Rows:
         _check_prompts(prompts)
         self.total: int | None = _length(prompts)
         self.mismatch: InputError | None = None
+        for name, value in answers.items():
+            if isinstance(value, (*_UNORDERED, Mapping)):
+                raise InputError(
+                    f"{name} must be one token for all prompts, or a list or other iterable with "
+                    f"one answer for each, in their order; a {type(value).__name__} has none that "
+                    "would say which prompt an answer belongs to"
+                )
         self._prompts: Iterable[Any] = prompts
         answers = {name: value for name, value in answers.items() if value is not None}
         self.for_all = {name: value for name, value in answers.items() if _for_all(value)}
@@ -215,6 +223,8 @@ def _check_prompts(prompts: Any) -> None:
         what = "one string; put it in a list"
     elif isinstance(prompts, Mapping):
         what = f"a mapping; give the column that holds them, of {sorted(map(str, prompts))}"
+    elif isinstance(prompts, _UNORDERED):
+        what = f"a {type(prompts).__name__}, whose order means nothing; put them in a list"
     elif getattr(prompts, "ndim", 2) < 2 and "int" in str(getattr(prompts, "dtype", "")):
         what = "one row of ids; put it in a list"
     elif not isinstance(prompts, Iterable):

@@ -10,10 +10,13 @@ a digest of each.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
+import secrets
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,10 @@ _VERSION = 1
 _RUN = "run.json"
 _SHARD = re.compile(r"(\d{9,})-(\d{9,})\.safetensors")
 _UNFINISHED = ".unfinished"
+_ABANDONED = 24 * 60 * 60
+"""Seconds after which nobody is thought to be writing an unfinished file any more."""
+
+_Stored = tuple[int, bytes, DirectLogitAttribution]
 
 
 class Shards:
@@ -49,25 +56,29 @@ class Shards:
     def __init__(self, folder: str | Path, stamp: dict[str, Any]) -> None:
         self.folder = Path(folder)
         run = self.folder / _RUN
+        content: Any = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.folder.glob(f"*{_UNFINISHED}"):
-                leftover.unlink(missing_ok=True)
+            self._sweep()
             self.fresh = not run.exists()
-            if self.fresh and any(self.folder.iterdir()):
+            others = (path for path in self.folder.iterdir() if path.suffix != _UNFINISHED)
+            if self.fresh and any(others):
                 raise InputError(
                     f"{self.folder} holds other files and no {_RUN}; resume takes a new folder, "
                     "or one that an earlier call has begun"
                 )
             if not self.fresh:
-                self._compare(json.loads(run.read_text(encoding="utf-8")), stamp)
+                content = json.loads(run.read_text(encoding="utf-8"))
         except OSError as error:
             raise CheckpointError(f"{self.folder} cannot be used to resume: {error}") from None
-        except json.JSONDecodeError as error:
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise CheckpointError(f"{run} is damaged: {error}") from None
         if self.fresh:
             content = {"format": _FORMAT, "version": _VERSION, "run": stamp}
             self._put(_RUN, lambda path: path.write_text(json.dumps(content, indent=1)))
+        else:
+            self._compare(content, stamp)
+        self._ahead: dict[str, list[_Stored]] = {}  # read, and asked for by later windows
         self._ranges = sorted(
             (int(match[1]), int(match[2]), match[0])
             for match in map(_SHARD.fullmatch, (path.name for path in self.folder.iterdir()))
@@ -77,15 +88,22 @@ class Shards:
     def load(self, first: int, last: int) -> dict[int, tuple[bytes, DirectLogitAttribution]]:
         """The stored results of prompts ``first`` to ``last``: each prompt's digest and result.
 
+        Windows are asked for in their order: what a file holds for later ones is kept until then,
+        so that each file is read once.
+
         Raises:
             CheckpointError: when a file is damaged.
         """
         found: dict[int, tuple[bytes, DirectLogitAttribution]] = {}
+        ahead: dict[str, list[_Stored]] = {}
         for start, end, name in self._ranges:
             if start <= last and end >= first:
-                for index, digest, result in self._read(self.folder / name):
-                    if first <= index <= last:
-                        found[index] = digest, result
+                stored = self._ahead.pop(name, None)
+                if stored is None:
+                    stored = self._read(self.folder / name)
+                found |= {i: (digest, one) for i, digest, one in stored if first <= i <= last}
+                ahead[name] = [one for one in stored if one[0] > last]
+        self._ahead = ahead
         return found
 
     def write(self, done: Sequence[tuple[int, bytes, DirectLogitAttribution]]) -> None:
@@ -117,21 +135,21 @@ class Shards:
         header = {
             "format": _FORMAT,
             "version": str(_VERSION),
-            "results": json.dumps(rest),
-            "sha256": _checksum(tensors),
+            "results": (about := json.dumps(rest)),
+            "sha256": _checksum(tensors, about),
         }
         name = f"{done[0][0]:09d}-{done[-1][0]:09d}.safetensors"
         self._put(name, lambda path: save_file(tensors, str(path), metadata=header))
 
-    def _read(self, path: Path) -> list[tuple[int, bytes, DirectLogitAttribution]]:
+    def _read(self, path: Path) -> list[_Stored]:
         from safetensors import SafetensorError, safe_open
 
         try:
             with safe_open(str(path), framework="pt") as file:
                 header = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if header.get("sha256") != _checksum(tensors):
-                raise ValueError("its numbers are not those that were written")
+            if header.get("sha256") != _checksum(tensors, header.get("results", "")):
+                raise ValueError("it does not hold what was written")
             return _unpack(json.loads(header["results"]), tensors)
         except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
             raise CheckpointError(
@@ -143,7 +161,8 @@ class Shards:
         """Write a file so that it is there in full or not at all."""
         from safetensors import SafetensorError
 
-        unfinished = self.folder / f"{name}{_UNFINISHED}"
+        own = f"{os.getpid()}-{secrets.token_hex(4)}"  # another process may write the same file
+        unfinished = self.folder / f"{name}.{own}{_UNFINISHED}"
         try:
             write(unfinished)
             with unfinished.open("rb+") as file:  # on the disk before it gets its name
@@ -154,6 +173,13 @@ class Shards:
         finally:
             unfinished.unlink(missing_ok=True)
 
+    def _sweep(self) -> None:
+        """Remove what a crash left half written; what is recent may be another process's work."""
+        for leftover in self.folder.glob(f"*{_UNFINISHED}"):
+            with contextlib.suppress(FileNotFoundError):  # finished, or swept, in the meantime
+                if time.time() - leftover.stat().st_mtime > _ABANDONED:
+                    leftover.unlink()
+
     def _compare(self, content: Any, stamp: dict[str, Any]) -> None:
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise InputError(f"{self.folder / _RUN} is not of a run over many prompts")
@@ -163,7 +189,13 @@ class Shards:
                 f"{self.folder} was begun by a newer dla_hooks (format {version}, this one reads "
                 f"up to {_VERSION}); upgrade to resume it"
             )
-        kept, given = content.get("run", {}), json.loads(json.dumps(stamp))
+        kept = content.get("run")
+        if not isinstance(kept, dict):
+            raise CheckpointError(
+                f"{self.folder / _RUN} is damaged: its 'run' is no object, but {kept!r:.80}; "
+                "take another folder to begin anew"
+            )
+        given = json.loads(json.dumps(stamp))
         differ = [name for name in given if kept.get(name) != given[name]]
         if differ:
             said = "; ".join(f"{n} was {kept.get(n)!r}, now {given[n]!r}" for n in differ)
@@ -173,9 +205,7 @@ class Shards:
             )
 
 
-def _unpack(
-    rest: dict[str, Any], tensors: dict[str, Tensor]
-) -> list[tuple[int, bytes, DirectLogitAttribution]]:
+def _unpack(rest: dict[str, Any], tensors: dict[str, Tensor]) -> list[_Stored]:
     one_position = rest.pop("one_position")
     found = []
     start = 0
@@ -193,8 +223,8 @@ def _unpack(
     return found
 
 
-def _checksum(tensors: dict[str, Tensor]) -> str:
-    whole = hashlib.sha256()
+def _checksum(tensors: dict[str, Tensor], about: str) -> str:
+    whole = hashlib.sha256(about.encode())
     for name in sorted(tensors):
         whole.update(f"{name} {list(tensors[name].shape)}".encode())
         whole.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)

@@ -114,6 +114,11 @@ def summarize(results: Iterable[DirectLogitAttribution | DLAError]) -> Summary:
         InputError: when there is no result, for anything that is neither a result nor an error,
             and for results that differ in unit, labels, or in being differences.
     """
+    if not isinstance(results, Iterable) or isinstance(results, DirectLogitAttribution):
+        raise InputError(
+            f"results must be an iterable of attributions, got one {type(results).__name__}; "
+            "put it in a list: summarize([result])"
+        )
     first: DirectLogitAttribution | None = None
     moments = _Moments()
     n_failed, failure = 0, None
@@ -246,7 +251,10 @@ def _as_text(summary: Summary) -> str:
     rows = strongest(mean, _ROWS)
     errors = dict(zip(summary.labels, summary.standard_error.tolist(), strict=True))
     digits = decimals([rows.largest, rows.remainder or 0.0])
-    spreads = {label: f"± {error:.{digits}f}  " for label, error in errors.items()}
+    spreads = {
+        label: "" if math.isnan(error) else f"± {error:.{digits}f}  "
+        for label, error in errors.items()
+    }
     width = max(map(len, spreads.values()))
     table = []
     for line in lines(rows, _HALF_BAR):
@@ -254,10 +262,12 @@ def _as_text(summary: Summary) -> str:
         spread = spreads[label] if label else ""  # what stands for the rest has none
         table.append(f"  {line.start}{spread:<{width}}{line.end}".rstrip())
     what = "logit differences" if summary.difference else "logits"
-    head = f"mean of {what} over {summary.n} prompts"
+    head = f"mean of {what} over {summary.n} prompt{'s' * (summary.n != 1)}"
     if summary.n_failed:
         head += f" ({summary.n_failed} more failed)"
     if summary.model:
         head += f" · {summary.model}"
-    unit = f"{UNITS.get(summary.unit, summary.unit)} (± standard error)"
+    unit = UNITS.get(summary.unit, summary.unit)
+    if summary.n > 1:
+        unit += " (± standard error)"
     return "\n".join([head, unit, *table, sum_line(mean, mean=True)])

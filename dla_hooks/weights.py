@@ -57,6 +57,16 @@ def stored(module: nn.Module, name: str) -> Tensor | None:
     return None if values is None else values.whole()
 
 
+def made_of(tensor: Tensor) -> Iterator[Tensor]:
+    """A tensor; or, for one that wraps others (as codes and their scales), the plain ones in it."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is None:
+        yield tensor
+        return
+    for name in flatten()[0]:
+        yield from made_of(getattr(tensor, name))
+
+
 def selected(module: nn.Module, name: str, ids: Tensor, axis: int = 0) -> Tensor | None:
     """A few of a parameter's rows: no other part of a file is read.
 

@@ -225,6 +225,19 @@ def test_running_out_of_memory_makes_batches_smaller(ran, model):
         assert_same(results[index], direct_logit_attribution(model, prompts[index], 5))
     tried = [rows * width for rows, width in ran if (rows, width) != (1, 4)]
     assert sum(size > 16 for size in tried) <= 4  # and it is not tried again and again
+    assert "give a chunk_size" in str(results[4])
+
+
+def test_long_prompts_run_in_pieces(ran, model):
+    prompts = random_prompts()
+    list(attribute_many(model, prompts, 5, chunk_size=4))  # asks whether pieces are the same
+    ran.clear()
+    results = list(attribute_many(model, prompts, 5, pos=None, chunk_size=4))
+    assert max(width for _, width in ran) == 4
+    for prompt, result in zip(prompts, results, strict=True):
+        assert_same(result, direct_logit_attribution(model, prompt, 5, pos=None))
+    with pytest.raises(UnsupportedModelError, match="in chunks"):
+        attribute_many(made("mamba"), prompts, 5, chunk_size=2)
 
 
 def test_other_exceptions_propagate_and_leave_no_hooks(model):
@@ -306,6 +319,12 @@ def test_no_result_is_kept_and_none_keeps_its_batch(model):
         ({"prompts": "a string"}, InputError, "one string"),
         ({"prompts": 5}, InputError, "got int"),
         ({"prompts": torch.tensor([1, 2])}, InputError, "one row of ids"),
+        ({"prompts": {(1, 2), (3, 4)}}, InputError, "a set, whose order means nothing"),
+        ({"answer_tokens": set(range(3, 11))}, InputError, "answer_tokens must be .* a set has"),
+        ({"incorrect_tokens": frozenset({5})}, InputError, "a frozenset has none"),
+        ({"answer_tokens": dict.fromkeys(range(8), 5)}, InputError, "a dict has none"),
+        ({"chunk_size": 0}, InputError, "chunk_size must be an int of at least 1"),
+        ({"chunk_size": "2"}, InputError, "chunk_size"),
         ({"prompts": {"input_ids": [[1]]}}, InputError, "of \\['input_ids'\\]"),
         ({"model": "gpt2"}, InputError, "model must be"),
     ],

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import time
+from pathlib import Path
 
 import pytest
+import safetensors
 import torch
 from many_prompts import assert_same, batches_seen, made, random_prompts
 from safetensors.torch import load_file, save_file
@@ -200,25 +204,115 @@ def test_folders_that_are_something_else(model, tmp_path):
         "torn": "{",
         "other": "[]",
         "newer": '{"format": "dla_hooks.many", "version": 2}',
+        "no run": '{"format": "dla_hooks.many", "version": 1, "run": [1]}',
+        "latin": '{"format": "é"}',
     }.items():
         (tmp_path / name).mkdir()
-        (tmp_path / name / "run.json").write_text(content)
+        (tmp_path / name / "run.json").write_text(content, encoding="latin-1")
     for name, error, said in (
         ("notes", InputError, "holds other files"),
         ("file", CheckpointError, "cannot be used"),
         ("torn", CheckpointError, "is damaged"),
         ("other", InputError, "not of a run"),
         ("newer", InputError, "newer dla_hooks"),
+        ("no run", CheckpointError, r"'run' is no object, but \[1\]"),
+        ("latin", CheckpointError, "is damaged: 'utf-8'"),
     ):
         with pytest.raises(error, match=said):
             attribute_many(model, random_prompts(), 5, resume=tmp_path / name)
     assert [path.name for path in (tmp_path / "notes").iterdir()] == ["thesis.txt"]
 
 
-def test_what_a_crash_left_half_written_is_swept_away(model, tmp_path):
-    (tmp_path / "000000000-000000003.safetensors.unfinished").write_bytes(b"half")
+def test_what_a_crash_left_half_written_is_swept_away_in_time(model, tmp_path):
+    old, new = (tmp_path / f"000000000-00000000{end}.safetensors.7-ab.unfinished" for end in (3, 7))
+    for path in (old, new):
+        path.write_bytes(b"half")
+    two_days_ago = time.time() - 2 * 24 * 60 * 60
+    os.utime(old, (two_days_ago, two_days_ago))
     assert len(list(attribute_many(model, random_prompts(), 5, resume=tmp_path))) == 8
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "000000000-000000007.safetensors",
+        new.name,  # of another process, which may still be at it
         "run.json",
     ]
+
+
+def test_two_processes_that_write_one_file_do_not_meet(model, tmp_path, monkeypatch):
+    """The second begins and finishes while the first is writing."""
+    prompts, names = random_prompts(), []
+    replace = Path.replace
+
+    def nested(unfinished, target):
+        names.append(unfinished.name)
+        if len(names) == 2:  # of the first the file of results, after run.json
+            list(attribute_many(model, prompts, 5, resume=tmp_path))
+        return replace(unfinished, target)
+
+    monkeypatch.setattr(Path, "replace", nested)
+    assert len(list(attribute_many(model, prompts, 5, resume=tmp_path))) == 8
+    assert len(names) == len(set(names)) == 3
+    assert not list(tmp_path.glob("*.unfinished"))
+    assert len(list(attribute_many(model, prompts, 5, resume=tmp_path))) == 8
+
+
+def test_what_a_file_says_of_its_results_is_under_its_checksum(model, tmp_path):
+    list(attribute_many(model, random_prompts(), 5, resume=tmp_path))
+    (shard,) = tmp_path.glob("*.safetensors")
+    content = shard.read_bytes()
+    assert content.count(b"0_attn_out") == 1
+    shard.write_bytes(content.replace(b"0_attn_out", b"1_attn_out"))
+    with pytest.raises(CheckpointError, match="does not hold what was written"):
+        list(attribute_many(model, random_prompts(), 5, resume=tmp_path))
+
+
+def test_each_file_is_read_once(ran, model, tmp_path, monkeypatch):
+    prompts = random_prompts()
+    whole = list(attribute_many(model, prompts, 5, window=4, resume=tmp_path))
+    opened = []
+    safe_open = safetensors.safe_open
+
+    def counted(path, **options):
+        opened.append(Path(path).name)
+        return safe_open(path, **options)
+
+    monkeypatch.setattr(safetensors, "safe_open", counted)
+    for window in (1, 3):
+        opened.clear()
+        again = list(attribute_many(model, prompts, 5, window=window, resume=tmp_path))
+        assert opened == ["000000000-000000003.safetensors", "000000004-000000007.safetensors"]
+        for one, other in zip(again, whole, strict=True):
+            assert_same(one, other, atol=0)
+
+
+@pytest.mark.parametrize("resume", ["", 5, True, ["folder"], b""])
+def test_what_is_no_folder(model, resume):
+    with pytest.raises(InputError, match="resume must be the path of a folder"):
+        attribute_many(model, random_prompts(), 5, resume=resume)
+
+
+def test_pieces_of_a_prompt_may_differ(ran, model, tmp_path):
+    prompts = random_prompts()
+    first = list(attribute_many(model, prompts, 5, chunk_size=3, resume=tmp_path))
+    ran.clear()
+    again = list(attribute_many(model, prompts, 5, chunk_size=4, resume=tmp_path))
+    assert ran == []
+    for one, other in zip(first, again, strict=True):
+        assert_same(one, other, atol=0)
+
+
+def test_what_came_before_a_failure_of_the_source_is_kept(ran, model, tmp_path):
+    prompts = random_prompts()
+
+    def source():
+        yield from prompts[:6]
+        raise ConnectionError("the line is down")
+
+    results = attribute_many(model, source(), 5, window=4, resume=tmp_path)
+    found = [next(results) for _ in range(6)]
+    with pytest.raises(ConnectionError, match="the line is down"):
+        next(results)
+    for prompt, result in zip(prompts[:6], found, strict=True):
+        assert_same(result, direct_logit_attribution(model, prompt, 5))
+    ran.clear()
+    assert len(list(attribute_many(model, prompts, 5, window=4, resume=tmp_path))) == 8
+    assert sum(rows for rows, _ in ran) == 2

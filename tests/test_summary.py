@@ -95,7 +95,10 @@ def test_one_sample_has_no_standard_error():
     summary = summarize([made([1.0, -2.0])])
     assert summary.mean.tolist() == [1.0, -2.0]
     assert summary.standard_error.isnan().all()
-    assert "± nan" in repr(summary)
+    text = repr(summary)
+    assert "nan" not in text
+    assert "±" not in text
+    assert text.startswith("mean of logits over 1 prompt\n")
 
 
 def test_it_takes_a_stream_and_keeps_no_result():
@@ -136,6 +139,12 @@ def test_errors_are_counted(model, prompts):
 def test_what_cannot_be_summarized(results, said):
     with pytest.raises(InputError, match=said):
         summarize(results)
+
+
+@pytest.mark.parametrize("one", [made([1.0]), TokenError("no"), 5])
+def test_one_result_is_no_list_of_results(one):
+    with pytest.raises(InputError, match=r"got one .* summarize\(\[result\]\)"):
+        summarize(one)
 
 
 def test_prompts_without_any_position_are_no_samples(model, prompts):
