@@ -95,20 +95,22 @@ def align(
     ids = _over_positions(answers.correct, tuple(selection.cols.shape))
     shape = torch.broadcast_shapes(ids.shape, selection.cols.shape)
     valid = selection.valid.expand(shape)
-    pairs = check_answers(ids.expand(shape), valid, "answer_tokens", vocabulary).reshape(-1, 1)
+    # A pair as one number: rows are slow to tell apart.
+    codes = check_answers(ids.expand(shape), valid, "answer_tokens", vocabulary)
     if answers.incorrect is not None:
         wrong = _over_positions(answers.incorrect, tuple(selection.cols.shape)).expand(shape)
-        wrong = check_answers(wrong, valid, "incorrect_tokens", vocabulary)
-        pairs = torch.cat((pairs, wrong.reshape(-1, 1)), dim=1)
-    distinct, target = pairs.unique(dim=0, return_inverse=True)
+        codes = codes * vocabulary + check_answers(wrong, valid, "incorrect_tokens", vocabulary)
+    distinct, target = codes.unique(return_inverse=True)
     sites = Sites(
         selection.rows.expand(shape),
         selection.cols.expand(shape),
-        target.reshape(shape),
+        target,
         valid,
         prompt_shape,
     )
-    return sites, Targets(distinct[:, 0], distinct[:, 1] if answers.incorrect is not None else None)
+    if answers.incorrect is None:
+        return sites, Targets(distinct, None)
+    return sites, Targets(distinct // vocabulary, distinct % vocabulary)
 
 
 def check_answers(ids: Tensor, valid: Tensor, name: str, vocabulary: int) -> Tensor:

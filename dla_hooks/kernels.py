@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from einops import einsum, rearrange, reduce
+from einops import rearrange, reduce
 from torch import Tensor
 
 from dla_hooks.directions import Directions
@@ -96,7 +96,7 @@ def project_heads(
             z_TI = z_TI - constant_I
             of_constant_N[tile.index] += tile.spread(u_KI @ constant_I)
         if len(u_KI) == 1:
-            out_HN[:, tile.index] = einsum(_heads_apart(u_KI[0], n_heads), z_TI, "h i, t i -> h t")
+            out_HN[:, tile.index] = _heads_apart(u_KI[0], n_heads) @ z_TI.T
         else:
             products_TI = z_TI * tile.spread(u_KI)
             out_HN[:, tile.index] = reduce(products_TI, "t (h d) -> h t", "sum", h=n_heads)

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from dla_hooks.errors import UnsupportedModelError
 
-_TILE_ELEMENTS = {"cpu": 2**18}
-"""Entries of an activation in a tile: what a processor's cache holds (1 MiB in float32), ..."""
+_TILE_ELEMENTS = {"cpu": 2**19}
+"""Entries of an activation in a tile: what a processor's cache holds (2 MiB in float32), ..."""
 _TILE_ELEMENTS_ELSEWHERE = 2**24
 """... and elsewhere so many that starting a kernel costs little against running it."""
 
