@@ -219,6 +219,9 @@ def test_positions_that_depend_on_the_prompts_length(kind):
         direct_logit_attribution(model, ids, 7, chunk_size=4)
 
 
+@pytest.mark.skipif(
+    int(transformers.__version__.split(".")[0]) < 5, reason="padding is refused there altogether"
+)
 @pytest.mark.parametrize("model_type", ["qwen3_next", "mamba2", "lfm2", "nemotron_h"])
 def test_single_tokens_of_padding_that_recurrent_layers_read(model_type):
     """On its own a token is a step of generation, where these models expect no padding."""
