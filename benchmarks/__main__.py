@@ -15,6 +15,7 @@ from benchmarks.options import (
     axis,
     check_case,
     check_devices,
+    check_drawing,
     check_lengths,
     check_outputs,
     numbers,
@@ -155,6 +156,8 @@ def compare(
             raise typer.BadParameter(
                 f"{name!r} is none of: {'; '.join(COMPARED)}", param_hint="--contender"
             )
+    if png is not None:
+        check_drawing(png)
     count = _threads(threads)
     names, skipped = split_missing([PLAIN, *(contender or COMPARED)])
     for name, reason in skipped.items():

@@ -80,10 +80,12 @@ def check_outputs(json_file: Path | None, png: Path | None = None) -> None:
             )
         if path.is_dir():
             raise typer.BadParameter(f"cannot write {path}: it is a folder", param_hint=option)
-    if png is None:
-        return
-    if png.suffix.lower() != ".png":
+    if png is not None and png.suffix.lower() != ".png":
         raise typer.BadParameter(f"curves are drawn as .png; got {png}", param_hint="--png")
+
+
+def check_drawing(png: Path) -> None:
+    """Say which packages a picture would lack, once nothing else is wrong with what was asked."""
     from benchmarks import report
     from dla_hooks import MissingExtraError
     from dla_hooks.plots import check_plot_path
