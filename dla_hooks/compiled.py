@@ -65,10 +65,10 @@ def eagerly(needed: bool = True) -> Iterator[None]:
 
 
 def _has_compiled(module: nn.Module) -> bool:
-    if getattr(module, "_compiled_call_impl", None) is not None:
-        return True
-    kept = [value for value in vars(module).values() if callable(value)]
-    return any(
+    # A module's own entries, not its attributes: every call asks this of every module.
+    kept = vars(module)
+    return kept.get("_compiled_call_impl") is not None or any(
         getattr(function, "_torchdynamo_orig_callable", None) is not None
-        for function in (module.forward, *kept)
+        for function in (type(module).forward, *kept.values())
+        if callable(function)
     )

@@ -51,11 +51,15 @@ class Directions:
         """Directions [k, width] of some targets [k], where the weights are that make them."""
         if not self._held:
             return self._make(targets)
-        if not self._on:
-            made = self._make(torch.arange(self._n_targets))
-            self._on[made.device] = made
+        self.prepare()
         home, made = next(iter(self._on.items()))
         return made if self._n_targets == 1 else made.index_select(0, targets.to(home))
+
+    def prepare(self) -> None:
+        """Make them now, if they are to be held."""
+        if self._held and not self._on:
+            made = self._make(torch.arange(self._n_targets))
+            self._on[made.device] = made
 
     def at(self, tile: Tile, device: torch.device) -> Tensor:
         """Directions of a tile's targets, on a device."""

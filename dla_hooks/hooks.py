@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dla_hooks.errors import HookError
+from dla_hooks.precision import full
 
 
 class Use(NamedTuple):
@@ -61,12 +62,8 @@ class Tap:
         """Count one run of the module, and look if it is the one."""
         self.fired += 1
         if self.fired == self.use.nth + 1:
-            if not torch.is_autocast_enabled(x.device.type):
-                self.see(x, y)
-                return
-            # Under a caller's autocast our contractions would run in 16 bits.
-            with torch.autocast(x.device.type, enabled=False):
-                self.see(x, y)
+            see = full(self.see) if torch.is_autocast_enabled(x.device.type) else self.see
+            see(x, y)
 
 
 def hidden_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

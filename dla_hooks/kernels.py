@@ -15,11 +15,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from einops import rearrange, reduce
+from einops import reduce
 from torch import Tensor
 
 from dla_hooks.directions import Directions
 from dla_hooks.norms import Norm, frozen_scale
+from dla_hooks.precision import full
 from dla_hooks.sites import Sites, Tile
 
 
@@ -96,7 +97,9 @@ def project_heads(
             z_TI = z_TI - constant_I
             of_constant_N[tile.index] += tile.spread(u_KI @ constant_I)
         if len(u_KI) == 1:
-            out_HN[:, tile.index] = _heads_apart(u_KI[0], n_heads) @ z_TI.T
+            z_HTD = z_TI.unflatten(-1, (n_heads, -1)).transpose(0, 1)
+            u_HDK = u_KI.view(n_heads, -1, 1)
+            out_HN[:, tile.index] = torch.bmm(z_HTD, u_HDK)[..., 0]
         else:
             products_TI = z_TI * tile.spread(u_KI)
             out_HN[:, tile.index] = reduce(products_TI, "t (h d) -> h t", "sum", h=n_heads)
@@ -123,13 +126,14 @@ def frozen_scales(norm: Norm, x: Tensor, y: Tensor, sites: Sites, out_N: Tensor)
     return misfits
 
 
+@full
 def project_constant(
     constant_M: Tensor, sites: Sites, directions: Directions, out_N: Tensor
 ) -> None:
-    """out[n] = constant . d[target of n], for a vector [d_model] that is the same everywhere."""
+    """out[n] += constant . d[target of n], for a vector [d_model] that is the same everywhere."""
     for _, tile in sites.tiles(len(constant_M), out_N.device):
         d_KM = directions.at(tile, out_N.device)
-        out_N[tile.index] = tile.spread(d_KM @ constant_M.to(d_KM))
+        out_N[tile.index] += tile.spread(d_KM @ constant_M.to(d_KM))
 
 
 def tiles(x: Tensor, sites: Sites, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tile]]:
@@ -143,9 +147,3 @@ def _dot(x_TM: Tensor, d_KM: Tensor, tile: Tile) -> Tensor:
         return x_TM @ d_KM[0]
     products_T: Tensor = torch.linalg.vecdot(x_TM, tile.spread(d_KM))
     return products_T
-
-
-def _heads_apart(u_I: Tensor, n_heads: int) -> Tensor:
-    """u as [H, I], zero outside each head's own channels: all heads are then one product."""
-    apart_HHD = torch.diag_embed(rearrange(u_I, "(h d) -> d h", h=n_heads))
-    return rearrange(apart_HHD, "d h g -> h (g d)")

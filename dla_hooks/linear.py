@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dla_hooks import vjp
 from dla_hooks.errors import InputError, UnsupportedModelError
+from dla_hooks.precision import full
 from dla_hooks.weights import described, run_device, selected, stored, tiles
 
 _TILE = 256
@@ -37,6 +38,7 @@ _NO_ROWS = (
 )
 
 
+@full
 def pull_back(module: nn.Module, d_KM: Tensor, name: str = "") -> Tensor:
     """Directions at a linear module's output, as directions at its input.
 

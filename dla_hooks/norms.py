@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from dla_hooks.errors import UnsupportedModelError
+from dla_hooks.precision import full
 from dla_hooks.vjp import alone
 from dla_hooks.weights import run_device
 
@@ -127,6 +128,7 @@ def probe(module: nn.Module, d_model: int, name: str, dtype: torch.dtype) -> Nor
     return norm
 
 
+@full
 def frozen_scale(norm: Norm, x_NM: Tensor, y_NM: Tensor) -> tuple[Tensor, Tensor]:
     """The scale that a norm actually divided by, from what went in and what came out.
 
@@ -145,12 +147,12 @@ def frozen_scale(norm: Norm, x_NM: Tensor, y_NM: Tensor) -> tuple[Tensor, Tensor
     """
     a = norm.at_scale_one(x_NM)
     y = y_NM - norm.beta.to(y_NM)
-    size = a.square().sum(-1)
+    size = torch.linalg.vector_norm(a, dim=-1).square()
     # Where nothing comes in, or gamma lets nothing through, every product is zero at any scale.
-    s = torch.where(size == 0, torch.ones_like(size), size / (a * y).sum(-1))
+    s = torch.where(size == 0, torch.ones_like(size), size / torch.linalg.vecdot(a, y))
     if not len(s):
         return s, s.new_zeros(())
-    unexplained = (y - a / s[:, None]).abs().amax(-1)
+    unexplained = y.addcdiv_(a, s[:, None], value=-1).abs_().amax(-1)
     of_all = y_NM.abs().amax(-1)
     return s, torch.where(unexplained == 0, unexplained, unexplained / of_all).max()
 

@@ -25,6 +25,7 @@ from dla_hooks.hooks import Tap, Use
 from dla_hooks.kernels import Scalars, frozen_scales, project
 from dla_hooks.linear import at_hand, mean_row, pull_back, rows, value_at
 from dla_hooks.norms import Norm
+from dla_hooks.precision import full
 from dla_hooks.sites import Sites
 from dla_hooks.stream import Stream
 
@@ -113,6 +114,7 @@ def _row_source(stream: Stream, targets: Targets) -> Callable[[Tensor], tuple[Te
     return find
 
 
+@full
 def before_norm(
     stream: Stream, norm: Norm | None, W_KM: Tensor, b_K: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -79,6 +79,7 @@ class Run:
                 self.labels.append(constant_label(block))
             self.last_of_block.append(len(self.labels) - 1)
         self._row = {label: row for row, label in enumerate(self.labels)}
+        self.readout.directions.prepare()
         self._factors = _path_factors(stream)
         self._scalars = Scalars(len(self.labels), len(sites), stream.work_dtype)
         self.has_parts = True

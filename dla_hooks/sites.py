@@ -106,21 +106,21 @@ class Sites:
             tile: which of the sites in view.
         """
         batch, width = self.prompt_shape[0], len(self._view)
-        flat_x = x.reshape(-1, x.shape[-1])
-        flat, cols = self._indices(x.device)
         if x.ndim == 3 and x.shape[0] == batch and x.shape[1] > width:
-            before = x.shape[1] - width
-            return x[:, before:].flatten(0, 1).index_select(0, flat[tile])
-        if flat_x.shape[0] == width != batch * width:
+            x = x[:, x.shape[1] - width :]
+        flat_x = x.reshape(-1, x.shape[-1])
+        if flat_x.shape[0] == batch * width:
+            if self._everything:
+                return flat_x[tile]
+            flat, _ = self._indices(x.device)
+            return flat_x.index_select(0, flat[tile])
+        if flat_x.shape[0] == width:
+            _, cols = self._indices(x.device)
             return flat_x.index_select(0, cols[tile])
-        if flat_x.shape[0] != batch * width:
-            raise UnsupportedModelError(
-                f"an activation of shape {tuple(x.shape)} does not line up with a prompt of "
-                f"shape {(batch, width)}"
-            )
-        if self._everything:
-            return flat_x[tile]
-        return flat_x.index_select(0, flat[tile])
+        raise UnsupportedModelError(
+            f"an activation of shape {tuple(x.shape)} does not line up with a prompt of "
+            f"shape {(batch, width)}"
+        )
 
     def tiles(self, width: int, device: torch.device) -> list[tuple[slice, Tile]]:
         """The sites in view, cut into tiles: places among those in view, and the tile.

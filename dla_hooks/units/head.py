@@ -15,7 +15,7 @@ from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.folding import head_constants
 from dla_hooks.hooks import Tap
 from dla_hooks.kernels import Scalars, frozen_scales, project_constant, project_heads
-from dla_hooks.linear import bias_of, check_readable, pull_back
+from dla_hooks.linear import at_hand, bias_of, check_readable, pull_back
 from dla_hooks.run import Run
 from dla_hooks.stream import HeadSite, WriteSite
 from dla_hooks.units.base import Claim, Split, Unit
@@ -110,8 +110,13 @@ class _LayerHeads:
             self._at_output = self._in_stream.then(norm.pull_back)
         check_readable(heads.linear, heads.name)
         self._folded = self._at_output.then(lambda d_KM: pull_back(heads.linear, d_KM))
-        # Besides the heads: the biases' part, the post-norm's scale, and its own bias' part.
-        self._aside = Scalars(3, len(run.sites), dtype)
+        if at_hand(heads.linear):
+            # In between the model's own products, which leave nothing else in the processor's
+            # caches, the same few steps take several times as long. What is offloaded is nearer
+            # when the model has just read it.
+            self._folded.prepare()
+        # Besides the heads: what was taken off them, and the post-norm's scale.
+        self._aside = Scalars(2, len(run.sites), dtype)
         self._misfits: list[Tensor] = []
         self.norm_name = heads.post_norm_name
         self.labels = [f"{layer}H{head}" for head in range(heads.n_heads)]
@@ -146,13 +151,19 @@ class _LayerHeads:
         return taps
 
     def finish(self, values_CN: Tensor) -> None:
-        """Divide by all scales, after the run.
+        """Add what biases write, and divide by all scales, after the run.
 
         Args:
             values_CN: the unit's rows, on the final norm's device; this layer's are changed.
         """
         final_N = self._run.final.scale_N
-        biases_N, post_scale_N, beta_N = self._aside.gathered(values_CN.device)
+        biases_N, post_scale_N = self._aside.gathered(values_CN.device)
+        bias_M, sites = bias_of(self._heads.linear), self._run.sites
+        if bias_M is not None:
+            project_constant(bias_M, sites, self._at_output, biases_N)
+        beta_N = torch.zeros_like(biases_N)
+        if self._beta is not None:
+            project_constant(self._beta, sites, self._in_stream, beta_N)
         self._heads_HN = values_CN[self._rows]
         scale_N = final_N if self._post_norm is None else post_scale_N * final_N
         self._heads_HN /= scale_N
@@ -168,24 +179,14 @@ class _LayerHeads:
         )
 
     def _see_z(self, z: Tensor, scalars: Scalars) -> None:
-        sites, aside = self._run.sites, self._aside.on(z.device)
         heads_HN = scalars.on(z.device)[self._rows]
-        bias_M = bias_of(self._heads.linear)
-        if bias_M is not None:
-            project_constant(bias_M, sites, self._at_output, aside[0])
-        project_heads(z, sites, self._folded, heads_HN, self._constant_I, aside[0])
+        off_N = None if self._constant_I is None else self._aside.on(z.device)[0]
+        project_heads(z, self._run.sites, self._folded, heads_HN, self._constant_I, off_N)
 
     def _see_post_scale(self, scale: Tensor) -> None:
         self._aside.on(scale.device)[1].copy_(self._run.sites.take(scale)[:, 0])
-        self._see_beta(scale.device)
 
     def _see_post_norm(self, x: Tensor, y: Tensor) -> None:
         assert self._post_norm is not None
         scale_N = self._aside.on(x.device)[1]
         self._misfits += frozen_scales(self._post_norm, x, y, self._run.sites, scale_N)
-        self._see_beta(x.device)
-
-    def _see_beta(self, device: torch.device) -> None:
-        if self._beta is not None:
-            beta_N = self._aside.on(device)[2]
-            project_constant(self._beta, self._run.sites, self._in_stream, beta_N)

@@ -1,0 +1,31 @@
+"""Contractions keep their precision, whatever dtype the caller lets the model itself run in."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import ParamSpec, TypeVar
+
+import torch
+
+_DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+_Given = ParamSpec("_Given")
+_Result = TypeVar("_Result")
+
+
+def full(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
+    """A function that runs as it would outside of a caller's autocast (which has 16 bits)."""
+
+    @functools.wraps(function)
+    def run(*args: _Given.args, **kwargs: _Given.kwargs) -> _Result:
+        on = [device for device in _DEVICES if torch.is_autocast_enabled(device)]
+        if not on:
+            return function(*args, **kwargs)
+        with ExitStack() as off:
+            for device in on:
+                off.enter_context(torch.autocast(device, enabled=False))
+            return function(*args, **kwargs)
+
+    return run
