@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from dla_hooks.errors import HookError
+from dla_hooks.walk import modules_of
 
 _lock = threading.Lock()
 _inside = 0  # how many `with` blocks are open, in all threads
@@ -23,7 +24,7 @@ _stance: Any = None
 
 def is_compiled(model: nn.Module) -> bool:
     """Whether any module of a model, or a function that one keeps, is compiled."""
-    return any(_has_compiled(module) for module in model.modules())
+    return any(_has_compiled(module) for module in modules_of(model))
 
 
 @contextmanager

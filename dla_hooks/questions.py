@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from dla_hooks.hooks import Edit, Tap, edited, tapped
 from dla_hooks.stream import Stream, WriteSite
 from dla_hooks.tokens import Prompt
+from dla_hooks.walk import modules_of
 
 _asked: WeakKeyDictionary[nn.Module, tuple[int, list[int | None]]] = WeakKeyDictionary()
 _Answers = WeakKeyDictionary[nn.Module, tuple[int, dict[bool | None, bool]]]
@@ -29,16 +30,17 @@ def stamp(model: nn.Module) -> int:
     Writing through ``.data`` escapes it; a call whose check then fails asks again.
     """
     seen: list[Any] = []
-    for module in model.modules():
+    for module in modules_of(model):
         # Tables that a model makes anew as it runs (rotary frequencies, say) are no weights.
         passing = module._non_persistent_buffers_set
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and name not in passing and not tensor.is_meta:
                 seen += tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
         # Hooks on hook points are not seen by a question: see `Kind.quiet`.
-        if not hasattr(module, "fwd_hooks"):
+        # (What a module does not have is slow to ask of it, and quick of what it is made of.)
+        if "fwd_hooks" not in vars(module):
             seen += (*module._forward_hooks, *module._forward_pre_hooks)
-        if hasattr(module, "_disable_adapters"):
+        if hasattr(type(module), "_disable_adapters"):
             seen += str(module.active_adapters), module.disable_adapters
     return hash(tuple(seen))
 
