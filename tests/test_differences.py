@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tl_models import has_hooked, hooked, ids_for
-from zoo import build, example_ids
+from zoo import build, example_ids, tiny_tokenizer
 
 from dla_hooks import (
     DecompositionError,
@@ -51,6 +51,30 @@ def miss(result, model, ids, bias=0.0):
     logits = (out if isinstance(out, torch.Tensor) else out.logits)[:, -1]
     total = result.attribution.sum(0) + bias
     return float((total - logits[:, 5]).abs().max() / (logits.max() - logits.min()))
+
+
+def test_weights_may_lie_on_disk(tmp_path):
+    pytest.importorskip("accelerate")
+    from tl_models import _quietly
+    from transformer_lens.model_bridge import TransformerBridge
+    from transformers import AutoModelForCausalLM
+
+    here, ids = build("llama", dtype=torch.float32), example_ids("llama")
+    here.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    away = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, device_map={"": "disk"}, offload_folder=tmp_path / "files"
+    ).eval()
+
+    def bridged():
+        bridge = TransformerBridge.boot_transformers(str(tmp_path), hf_model=away, device="cpu")
+        bridge.enable_compatibility_mode(disable_warnings=True)
+
+    with _quietly(), pytest.raises((ValueError, RuntimeError), match="disk"):
+        bridged()
+    expected = direct_logit_attribution(here, ids, 5, 7, unit="head").attribution
+    found = direct_logit_attribution(away, ids, 5, 7, unit="head").attribution
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3_text"])

@@ -77,7 +77,7 @@ CASES = {
     "gpt_neox": ("gpt_neox-parallel", lora("query_key_value", "dense", "dense_4h_to_h")),
     "gpt_neox head saved": ("gpt_neox-parallel", lora("dense", modules_to_save=["embed_out"])),
     "mixtral": ("mixtral", lora("q_proj", "v_proj", "o_proj")),
-    "llama saved attention": ("llama", lora("up_proj", modules_to_save=["self_attn"])),
+    "llama saved_attention": ("llama", lora("up_proj", modules_to_save=["self_attn"])),
 }
 
 
