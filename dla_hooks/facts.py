@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from dla_hooks.errors import NonFiniteError
+from dla_hooks.errors import HookError, NonFiniteError
 from dla_hooks.hooks import count_firings
 from dla_hooks.interview import Interview, refusal
 from dla_hooks.kinds import Kind
@@ -115,11 +115,9 @@ def _apply(stream: Stream, facts: Facts) -> Stream:
 
 def _ask(stream: Stream) -> Facts:
     check_weights(stream.kind)
-    live, norm_runs = _live(stream)
-    interview = Interview(stream, live, norm_runs)
-    logits = interview.run()
+    interview, logits = _interview(stream)
     blocks = []
-    for position, (index, writes) in enumerate(live):
+    for position, (index, writes) in enumerate(interview.live):
         block = stream.blocks[index]
         gain, *responses = (
             interview.factor(position, slot, block) for slot in range(1 + len(writes))
@@ -134,12 +132,41 @@ def _ask(stream: Stream) -> Facts:
         blocks=tuple(blocks),
         has_positions=has_positions,
         positions_response=response,
-        final_norm_runs=norm_runs,
+        final_norm_runs=interview.norm_runs,
         stream_dtype=interview.stream_dtype,
         logit_scale=scale,
         softcap=cap,
         vocabulary=logits.shape[-1],
     )
+
+
+def _interview(stream: Stream) -> tuple[Interview, Tensor]:
+    """An interview that has been run, and its logits.
+
+    In most models all that is declared runs once, which shows in the interview itself. Others are
+    run once more beforehand, to see what does: a run reads all weights of a model on disk.
+    """
+    declared = [(index, tuple(range(len(b.writes)))) for index, b in enumerate(stream.blocks)]
+    interview = Interview(stream, declared, norm_runs=1)
+    try:
+        with count_firings(_declared_modules(stream)) as fired:
+            logits = interview.run()
+        as_declared = _live(stream, fired) == (declared, 1)
+    except HookError:  # something did not run, or several times
+        as_declared = False
+    if not as_declared:
+        with count_firings(_declared_modules(stream)) as fired:
+            stream.kind.ask(short_prompt(stream, length=2), None)
+        interview = Interview(stream, *_live(stream, fired))
+        logits = interview.run()
+    return interview, logits
+
+
+def _declared_modules(stream: Stream) -> list[nn.Module]:
+    modules = [stream.final_norm]
+    for block in stream.blocks:
+        modules += [block.module, *(write.written_by for write in block.writes)]
+    return modules
 
 
 def check_weights(kind: Kind) -> None:
@@ -161,14 +188,10 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor.sum(dtype=wide)))
 
 
-def _live(stream: Stream) -> tuple[list[tuple[int, tuple[int, ...]]], int]:
+def _live(
+    stream: Stream, fired: dict[nn.Module, int]
+) -> tuple[list[tuple[int, tuple[int, ...]]], int]:
     """The blocks that run at all with the writes of each that do; how often the final norm runs."""
-    modules = [stream.final_norm]
-    for block in stream.blocks:
-        modules += [block.module, *(write.written_by for write in block.writes)]
-    prompt = short_prompt(stream, length=2)
-    with count_firings(modules) as fired:
-        stream.kind.ask(prompt, None)
     if not fired[stream.final_norm]:
         raise refusal(stream, f"its final norm {stream.final_norm_name} never runs")
     live = []

@@ -178,3 +178,15 @@ def test_a_failed_check_is_a_not_implemented_error_that_names_the_model():
     with pytest.raises(NotImplementedError, match=r"LlamaForCausalLM \(llama\)") as caught:
         direct_logit_attribution(model, example_ids("llama"), 5)
     assert isinstance(caught.value, DecompositionError)
+
+
+@pytest.mark.parametrize(("name", "runs"), [("gpt2", 2), ("gemma2", 2), ("nanochat", 4)])
+def test_a_first_call_asks_in_one_run_where_it_can(name, runs):
+    """A run reads all weights of a model on disk. Nanochat's final norm runs twice in each."""
+    model, ids = build_any(name), example_ids_any(name)
+    seen = []
+    handle = model.get_input_embeddings().register_forward_hook(lambda *_: seen.append(1))
+    direct_logit_attribution(model, ids, 5)
+    direct_logit_attribution(model, ids, 5)
+    handle.remove()
+    assert len(seen) == runs + 1
