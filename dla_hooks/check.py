@@ -250,10 +250,16 @@ def _failure(
     run: Run, prompt: Prompt, what: str, gap: float, spread: float, allowed: float
 ) -> DecompositionError:
     stream = run.stream
-    report = trace_report(stream, prompt)
     dtype = str(stream.coarsest_dtype).removeprefix("torch.")
     relative = gap / max(spread, 1e-300)
+    if torch.is_autocast_enabled(run.final.scale_N.device.type):
+        why = (
+            "Autocast is on, under which the model's own products are rounded to 16 bits: call "
+            "this outside of it, or with check=False"
+        )
+    else:
+        why = trace_report(stream, prompt).diagnosis()
     return DecompositionError(
-        f"{report.model}: {what} miss by {gap:.3g}, which is {relative:.1e} of the logits' spread "
-        f"({spread:.3g}); {allowed:.0e} is allowed in {dtype}. {report.diagnosis()}"
+        f"{stream.kind.name}: {what} miss by {gap:.3g}, which is {relative:.1e} of the logits' "
+        f"spread ({spread:.3g}); {allowed:.0e} is allowed in {dtype}. {why}"
     )

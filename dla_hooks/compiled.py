@@ -70,6 +70,6 @@ def _has_compiled(module: nn.Module) -> bool:
     kept = vars(module)
     return kept.get("_compiled_call_impl") is not None or any(
         getattr(function, "_torchdynamo_orig_callable", None) is not None
-        for function in (type(module).forward, *kept.values())
+        for function in (getattr(type(module), "forward", None), *kept.values())
         if callable(function)
     )

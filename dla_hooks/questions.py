@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dla_hooks.hooks import Edit, Tap, edited, tapped
+from dla_hooks.precision import full
 from dla_hooks.stream import Stream, WriteSite
 from dla_hooks.tokens import Prompt
 from dla_hooks.walk import modules_of
@@ -40,7 +41,7 @@ def stamp(model: nn.Module) -> int:
         # (What a module does not have is slow to ask of it, and quick of what it is made of.)
         if "fwd_hooks" not in vars(module):
             seen += (*module._forward_hooks, *module._forward_pre_hooks)
-        if hasattr(type(module), "_disable_adapters"):
+        if hasattr(type(module), "_disable_adapters") or "_disable_adapters" in vars(module):
             seen += str(module.active_adapters), module.disable_adapters
     return hash(tuple(seen))
 
@@ -189,6 +190,7 @@ def chunks_are_ignored(stream: Stream, *, left: bool | None) -> bool:
     return _remembered(_chunks, stream, left, lambda: _ask_chunks(stream, left))
 
 
+@full
 def _ask_chunks(stream: Stream, left: bool | None) -> bool:
     # Two rows, since one that is alone may be treated apart; where there is padding, one has it.
     prompt = short_prompt(stream, batch=2, length=17)

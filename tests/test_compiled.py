@@ -245,3 +245,17 @@ def test_the_default_compiler():
     torch.testing.assert_close(found.attribution, expected.attribution)
     with torch.compiler.set_stance("fail_on_recompile"):
         assert torch.equal(run(model, ids), before)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("how", ["script", "trace"])
+def test_a_part_in_torchscript_is_run_as_it_is(how):
+    model, ids = build("llama"), example_ids("llama")
+    expected = direct_logit_attribution(model, ids, 5, unit="head").attribution
+    for layer in model.model.layers:
+        plain = torch.nn.SiLU().eval()
+        layer.mlp.act_fn = (
+            torch.jit.script(plain) if how == "script" else torch.jit.trace(plain, torch.ones(3))
+        )
+    found = direct_logit_attribution(model, ids, 5, unit="head").attribution
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)

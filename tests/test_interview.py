@@ -190,3 +190,17 @@ def test_a_first_call_asks_in_one_run_where_it_can(name, runs):
     direct_logit_attribution(model, ids, 5)
     handle.remove()
     assert len(seen) == runs + 1
+
+
+def test_a_declared_write_that_never_runs():
+    model, ids = build("gpt2"), example_ids("gpt2")
+    block = model.transformer.h[1]
+
+    def without_mlp(hidden_states, *_, **options):
+        mask = options.get("attention_mask")
+        return hidden_states + block.attn(block.ln_1(hidden_states), attention_mask=mask)[0]
+
+    block.forward = without_mlp
+    result = direct_logit_attribution(model, ids, 5)
+    assert "1_attn_out" in result.labels
+    assert "1_mlp_out" not in result.labels

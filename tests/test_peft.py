@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from mapping_zoo import build_any, example_ids_any
 from zoo import build, example_ids, tiny_tokenizer
 
 import dla_hooks
@@ -334,6 +335,21 @@ def test_adapters_that_are_no_one_map_for_all_positions_are_refused(tmp_path):
     by_task = peft.get_peft_model(build("llama", dtype=torch.float32), config).eval()
     with pytest.raises(UnsupportedModelError, match=r"task id"):
         direct_logit_attribution(by_task, ids, 5)
+
+
+def test_a_saved_block_that_is_switched_off_alone():
+    """Its wrapper is the only one to know; no other module changes, and no weight does."""
+    config = lora("q_proj", modules_to_save=["layers.0"])
+    model = peft.get_peft_model(build_any("gemma4_text"), config).eval()
+    ids = example_ids_any(model)
+    wrapper = model.base_model.model.model.layers[0]
+    with torch.no_grad():
+        wrapper.modules_to_save["default"].layer_scalar.mul_(2.5)
+    direct_logit_attribution(model, ids, 5)
+    wrapper.enable_adapters(False)
+    expected = direct_logit_attribution(build_any("gemma4_text"), ids, 5).attribution
+    found = direct_logit_attribution(model, ids, 5, check=False).attribution
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 def test_an_adapter_left_in_training_mode_is_refused():

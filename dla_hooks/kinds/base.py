@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from dla_hooks.compiled import eagerly, is_compiled
 from dla_hooks.errors import TrainingModeError, UnsupportedModelError
+from dla_hooks.precision import full
 from dla_hooks.tokens import Prompt, encode
 
 
@@ -118,8 +119,12 @@ class Kind:
         with eagerly(self.compiled):
             yield
 
+    @full
     def ask(self, prompt: Prompt, columns: Tensor | None) -> Tensor:
-        """A made-up run, to find out about the model; see :meth:`forward`."""
+        """A made-up run, to find out about the model; see :meth:`forward`.
+
+        It runs past a caller's autocast, since what is found out is kept for calls outside of it.
+        """
         with self.quiet():
             return self.forward(prompt, columns)
 

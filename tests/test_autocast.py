@@ -1,0 +1,112 @@
+"""Under a caller's autocast the model rounds to 16 bits; what is made of its writes does not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from zoo import build, example_ids
+
+from dla_hooks import DecompositionError, direct_logit_attribution
+
+NAMES = ["gpt2", "gemma2", "phi"]
+
+
+def autocast():
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def test_heads_are_contracted_in_the_models_own_precision():
+    model, ids = build("llama", dtype=torch.float32), example_ids("llama")
+    seen = {}
+    layers, norm = model.model.layers, model.model.norm
+    handles = [
+        layer.self_attn.o_proj.register_forward_pre_hook(
+            lambda _, args, at=at: seen.__setitem__(at, args[0][:, -1].double())
+        )
+        for at, layer in enumerate(layers)
+    ]
+    handles.append(
+        norm.register_forward_pre_hook(lambda _, args: seen.__setitem__("x", args[0][:, -1]))
+    )
+    with autocast():
+        found = direct_logit_attribution(model, ids, 5, 7, unit="head", check=False).attribution
+    for handle in handles:
+        handle.remove()
+    with torch.no_grad():
+        rows = model.lm_head.weight.double()
+        d = norm.weight.double() * (rows[5] - rows[7])
+        scale = (seen["x"].double().square().mean(-1) + norm.variance_epsilon).sqrt()
+        expected = []
+        for at, layer in enumerate(layers):
+            n_heads = model.config.num_attention_heads
+            products = seen[at] * (layer.self_attn.o_proj.weight.double().T @ d)
+            expected.append(products.unflatten(-1, (n_heads, -1)).sum(-1).T / scale)
+    expected = torch.cat(expected)
+    torch.testing.assert_close(found[:-1].double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "phi"])
+def test_what_the_weights_alone_decide_does_not_change(name):
+    model = build(name, dtype=torch.float32)
+    ids = example_ids(name)
+
+    def bias():
+        return direct_logit_attribution(model, ids, ids.roll(-1), pos=None, check=False).bias
+
+    expected = bias()
+    assert bool(expected.all())
+    with autocast():
+        assert torch.equal(bias(), expected)
+
+
+def test_vectors_that_are_the_same_everywhere():
+    """Two steering vectors are divided by the same scale: how they compare is up to weights."""
+    model, ids = build("llama", dtype=torch.float32), example_ids("llama")
+    generator = torch.Generator().manual_seed(0)
+    for layer in model.model.layers[:2]:
+        vector = torch.randn(model.config.hidden_size, generator=generator)
+        layer.register_forward_hook(lambda _, args, out, vector=vector: out + vector)
+
+    def compared():
+        result = direct_logit_attribution(model, ids, 5, check=False)
+        rows = [result.labels.index(f"{layer}_constant") for layer in (0, 1)]
+        return result.attribution[rows[0]] / result.attribution[rows[1]]
+
+    expected = compared()
+    with autocast():
+        torch.testing.assert_close(compared(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"unit": "layer"},
+        {"unit": "head", "fold_value_biases": True},
+        {"chunk_size": 3},
+        {"attention_mask": "left"},
+    ],
+    ids=lambda options: ", ".join(options) or "plain",
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_first_call_leaves_nothing_wrong_behind(name, options):
+    """What a model is asked is kept for calls outside of autocast."""
+    options = dict(options)
+    ids = example_ids(name)
+    if "attention_mask" in options:
+        options["attention_mask"] = torch.ones_like(ids)
+        options["attention_mask"][0, :2] = 0
+    fresh, model = (build(name, dtype=torch.float32) for _ in range(2))
+    expected = direct_logit_attribution(fresh, ids, 5, **options).attribution
+    with autocast():
+        coarse = direct_logit_attribution(model, ids, 5, check=False, **options).attribution
+    torch.testing.assert_close(coarse, expected, rtol=0, atol=0.1 * float(expected.abs().max()))
+    found = direct_logit_attribution(model, ids, 5, **options).attribution
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_check_that_cannot_hold_says_why():
+    model, ids = build("llama", dtype=torch.float32), example_ids("llama")
+    with autocast(), pytest.raises(DecompositionError, match="Autocast is on.* check=False"):
+        direct_logit_attribution(model, ids, 5)
+    assert direct_logit_attribution(model, ids, 5).gap < 1e-4
