@@ -24,8 +24,8 @@ _TILE = 256
 _TILE_ELEMENTS = 2**21
 """Entries of a module's output that are there at once, where its rows are pulled back."""
 
-_CAST_ELEMENTS = 2**22
-"""Entries of a weight that are there at once in another dtype (16 MiB in float32)."""
+_CAST_ELEMENTS = 2**19
+"""Entries of a weight that are there at once in another dtype (2 MiB in float32)."""
 
 _NO_HEADS = (
     "unit='component' and unit='layer' do not need that; for heads dequantise this module, "
