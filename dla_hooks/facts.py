@@ -25,7 +25,6 @@ from dla_hooks.errors import HookError, NonFiniteError
 from dla_hooks.hooks import count_firings
 from dla_hooks.interview import Interview, refusal
 from dla_hooks.kinds import Kind
-from dla_hooks.precision import full
 from dla_hooks.questions import short_prompt, stamp
 from dla_hooks.stream import Stream
 from dla_hooks.weights import made_of
@@ -115,7 +114,6 @@ def _apply(stream: Stream, facts: Facts) -> Stream:
     )
 
 
-@full
 def _ask(stream: Stream) -> Facts:
     check_weights(stream.kind)
     with eagerly(stream.kind.compiled):  # or it is refused before any hook is put on

@@ -78,6 +78,15 @@ def a_function_within(model, **options):
     return model
 
 
+def a_class(model, **options):
+    """A class whose own forward is compiled, as a decorator does it."""
+    layer = type(model.model.layers[0])
+    compiled = type("Compiled", (layer,), {"forward": torch.compile(layer.forward, **options)})
+    for layer in model.model.layers:
+        layer.__class__ = compiled
+    return model
+
+
 FORMS = (
     whole,
     in_place,
@@ -87,6 +96,7 @@ FORMS = (
     layers_wrapped,
     single_modules,
     a_function_within,
+    a_class,
 )
 
 
@@ -230,6 +240,7 @@ def test_from_within_a_compiled_function_it_is_refused(backend):
     direct_logit_attribution(model, ids, 5)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own, on import
 @pytest.mark.slow
 def test_the_default_compiler():
     """Inductor, which needs a C compiler where it runs on a CPU."""

@@ -150,6 +150,25 @@ def test_a_target_at_every_position_is_looked_up_a_tile_at_a_time(model, ids, mo
     assert all(len(directions) == 1 for directions in kept)
 
 
+def test_a_projection_in_16_bits_is_folded_a_piece_at_a_time(ids):
+    """Not cast to the dtype of the contractions as a whole."""
+    config = LlamaConfig(
+        hidden_size=1024,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=8,
+        num_key_value_heads=1,
+        vocab_size=500,
+    )
+    model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+
+    def ours():
+        direct_logit_attribution(model, ids[:, :8], 5, 7, unit="head")
+
+    ours()
+    assert largest(ours) <= 1024 * 1024 / 2
+
+
 def test_a_projection_is_folded_once_per_call(model, ids, monkeypatch):
     pull_back = dla_hooks.units.head.pull_back
     folded = []
