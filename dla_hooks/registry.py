@@ -8,10 +8,17 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import sys
 import threading
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 from dla_hooks.architecture import Architecture, Refusal
 from dla_hooks.errors import InputError
+
+_ADAPTERS = "dla_hooks.adapters"
 
 _registered: dict[str, Architecture] = {}
 _refused: dict[str, Refusal] = {}
@@ -77,18 +84,33 @@ def _add(architecture: Architecture) -> None:
         _registered[name] = architecture
 
 
+def _adapters() -> ModuleType:
+    """The package of the adapters; in a checkout that is not installed, the folder beside this."""
+    try:
+        return importlib.import_module(_ADAPTERS)
+    except ModuleNotFoundError as error:
+        root = Path(__file__).parents[1]
+        folder = root / "adapters"
+        file = folder / "__init__.py"
+        # Beside an installed package that folder would be another package, of the same name.
+        if not ((root / "pyproject.toml").is_file() and file.is_file()):
+            raise ImportError(
+                "the adapters are not installed beside dla_hooks; in a checkout run "
+                "`pip install -e .`"
+            ) from error
+    spec: Any = spec_from_file_location(_ADAPTERS, file, submodule_search_locations=[str(folder)])
+    package = sys.modules[_ADAPTERS] = module_from_spec(spec)
+    spec.loader.exec_module(package)
+    return package
+
+
 def _load_builtin() -> None:
     global _builtin_loaded
     if _builtin_loaded:
         return
-    try:
-        package = importlib.import_module("dla_hooks.adapters")
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            "the adapters are not installed beside dla_hooks; in a checkout run `pip install -e .`"
-        ) from error
+    package = _adapters()
     for module in sorted(entry.name for entry in pkgutil.iter_modules(package.__path__)):
-        declarations = importlib.import_module(f"dla_hooks.adapters.{module}")
+        declarations = importlib.import_module(f"{_ADAPTERS}.{module}")
         for architecture in declarations.ARCHITECTURES:
             _add(architecture)
         for refusal in getattr(declarations, "REFUSALS", ()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -39,6 +40,28 @@ def test_the_adapters_folder_refuses_to_be_a_package_of_its_own():
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "architecture declarations of dla_hooks" in done.stderr
+
+
+def test_python_may_be_started_in_a_checkout_that_is_installed_elsewhere(tmp_path):
+    """The folder hides the installed package then, and its adapters are not inside of it."""
+    for folder in ("dla_hooks", "adapters"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    code = """
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
+import dla_hooks
+print(len(dla_hooks.architectures()), sys.modules["dla_hooks.adapters.llama"].__file__)
+"""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    count, path = done.stdout.split()
+    assert int(count) == len(dla_hooks.architectures())
+    assert Path(path) == tmp_path / "adapters" / "llama.py"
+
+    shutil.rmtree(tmp_path / "adapters")
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "ImportError: the adapters are not installed beside dla_hooks" in done.stderr
 
 
 @pytest.mark.slow
