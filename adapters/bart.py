@@ -1,6 +1,6 @@
 """Decoders in the mould of BART that norm before each sublayer, used on their own."""
 
-from dla_hooks.architecture import Architecture, Heads, Write
+from dla_hooks.residual.architecture import Architecture, Heads, Write
 
 _WRITES = (
     Write("attn_out", "self_attn", heads=Heads("self_attn.out_proj", "decoder_attention_heads")),

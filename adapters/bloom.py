@@ -4,7 +4,7 @@ The sublayer modules return the stream itself, so what is written is the output 
 layer just before the addition.
 """
 
-from dla_hooks.architecture import Architecture, Heads, Write
+from dla_hooks.residual.architecture import Architecture, Heads, Write
 
 ARCHITECTURES = (
     Architecture(

@@ -1,6 +1,6 @@
 """BLT: a decoder of bytes, to which cross-attention to the patches adds between its blocks."""
 
-from dla_hooks.architecture import Architecture, Heads, Write
+from dla_hooks.residual.architecture import Architecture, Heads, Write
 
 ARCHITECTURES = (
     Architecture(

@@ -1,6 +1,6 @@
 """What is custom with a model's prompts, and can be asked of no model."""
 
-from dla_hooks.architecture import Architecture
+from dla_hooks.residual.architecture import Architecture
 
 ARCHITECTURES: tuple[Architecture, ...] = ()
 

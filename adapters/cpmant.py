@@ -1,6 +1,6 @@
 """CPM-Ant: learned prompt positions go before the tokens, and are cut off before the logits."""
 
-from dla_hooks.architecture import Architecture, Heads, Write
+from dla_hooks.residual.architecture import Architecture, Heads, Write
 
 ARCHITECTURES = (
     Architecture(

@@ -1,6 +1,6 @@
 """Falcon, in its three layouts: sequential, parallel, and parallel with two norms."""
 
-from dla_hooks.architecture import Architecture, Heads, Write
+from dla_hooks.residual.architecture import Architecture, Heads, Write
 
 ARCHITECTURES = (
     Architecture(

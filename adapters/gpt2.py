@@ -1,6 +1,6 @@
 """The GPT-2 shape: blocks in ``transformer.h`` and, in the older two, learned positions."""
 
-from dla_hooks.architecture import Architecture, Heads, Write
+from dla_hooks.residual.architecture import Architecture, Heads, Write
 
 ARCHITECTURES = (
     Architecture(

@@ -1,6 +1,6 @@
 """GPT-NeoX and Pythia."""
 
-from dla_hooks.architecture import Architecture, Heads, Write
+from dla_hooks.residual.architecture import Architecture, Heads, Write
 
 ARCHITECTURES = (
     Architecture(

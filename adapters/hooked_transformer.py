@@ -1,6 +1,6 @@
 """TransformerLens' models: hook points of the same names on both kinds."""
 
-from dla_hooks.architecture import Architecture, Heads, Write
+from dla_hooks.residual.architecture import Architecture, Heads, Write
 
 ARCHITECTURES = (
     Architecture(

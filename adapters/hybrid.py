@@ -3,7 +3,7 @@
 What a block has besides attention or an MLP is its mixer; a block without a module lacks its write.
 """
 
-from dla_hooks.architecture import Architecture, Heads, Write
+from dla_hooks.residual.architecture import Architecture, Heads, Write
 
 _ATTENTION = Write("attn_out", "self_attn", heads=Heads("self_attn.o_proj"))
 

@@ -4,7 +4,7 @@ What differs between these families (kind of norm, experts, sinks, biases, laten
 embedding, write and logit scales, parallel or sequential blocks) is seen in the model itself.
 """
 
-from dla_hooks.architecture import Architecture, Heads, Write
+from dla_hooks.residual.architecture import Architecture, Heads, Write
 
 _ATTENTION = Write("attn_out", "self_attn", heads=Heads("self_attn.o_proj"))
 

@@ -1,6 +1,6 @@
 """OPT: learned positions; the feed-forward layers stand in the block itself."""
 
-from dla_hooks.architecture import Architecture, Heads, Write
+from dla_hooks.residual.architecture import Architecture, Heads, Write
 
 ARCHITECTURES = (
     Architecture(

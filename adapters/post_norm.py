@@ -1,6 +1,6 @@
 """A norm stands between each sublayer and the stream, as in Gemma 2 to 4, OLMo 2, GLM 4."""
 
-from dla_hooks.architecture import Architecture, Heads, Write
+from dla_hooks.residual.architecture import Architecture, Heads, Write
 
 _HEADS = Heads("self_attn.o_proj")
 _ATTENTION = Write("attn_out", "self_attn", post_norm="post_attention_layernorm", heads=_HEADS)

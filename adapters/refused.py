@@ -4,7 +4,7 @@ Nothing but the message depends on this list: a model that is not on it is refus
 what it does to the stream, or its logits, turn out not to be linear.
 """
 
-from dla_hooks.architecture import Architecture, Refusal
+from dla_hooks.residual.architecture import Architecture, Refusal
 
 ARCHITECTURES: tuple[Architecture, ...] = ()
 

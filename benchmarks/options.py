@@ -88,7 +88,7 @@ def check_drawing(png: Path) -> None:
     """Say which packages a picture would lack, once nothing else is wrong with what was asked."""
     from benchmarks import report
     from dla_hooks import MissingExtraError
-    from dla_hooks.plots import check_plot_path
+    from dla_hooks.results.chart import check_plot_path
 
     try:
         check_plot_path(png)

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dla_hooks import demo
-    from dla_hooks.architecture import Architecture, Heads, Write
     from dla_hooks.attribution import direct_logit_attribution
     from dla_hooks.errors import (
         ArgumentTypeError,
@@ -34,9 +33,12 @@ if TYPE_CHECKING:
         TrainingModeError,
         UnsupportedModelError,
     )
-    from dla_hooks.many import attribute_many
-    from dla_hooks.match import verify
-    from dla_hooks.primitives import (
+    from dla_hooks.many.sweep import attribute_many
+    from dla_hooks.residual.architecture import Architecture, Heads, Write
+    from dla_hooks.residual.registry import architectures, register
+    from dla_hooks.results.result import DirectLogitAttribution
+    from dla_hooks.results.summary import Summary, summarize
+    from dla_hooks.stacks import (
         accumulated_resid,
         apply_ln_to_stack,
         decompose_resid,
@@ -44,53 +46,51 @@ if TYPE_CHECKING:
         stack_head_results,
         stack_neuron_results,
     )
-    from dla_hooks.registry import architectures, register
-    from dla_hooks.replay import cache_names
-    from dla_hooks.result import DirectLogitAttribution
-    from dla_hooks.shim import Wrapped, wrap
-    from dla_hooks.summary import Summary, summarize
-    from dla_hooks.verification import Verification
+    from dla_hooks.tl.cache_names import cache_names
+    from dla_hooks.tl.wrap import Wrapped, wrap
+    from dla_hooks.verification.recognise import verify
+    from dla_hooks.verification.trace import Verification
 
 __version__ = "0.1.0"
 
 # Loaded when first used: `dla-hooks --help` and `import dla_hooks` should not wait for torch.
 _HOME = {
-    "Architecture": "architecture",
+    "Architecture": "residual.architecture",
     "ArgumentTypeError": "errors",
     "CacheEntryError": "errors",
     "CheckpointError": "errors",
     "DLAError": "errors",
     "DecompositionError": "errors",
-    "DirectLogitAttribution": "result",
-    "Heads": "architecture",
+    "DirectLogitAttribution": "results.result",
+    "Heads": "residual.architecture",
     "HookError": "errors",
     "InputError": "errors",
     "MissingExtraError": "errors",
     "NonFiniteError": "errors",
     "PositionError": "errors",
     "ShapeMismatchError": "errors",
-    "Summary": "summary",
+    "Summary": "results.summary",
     "TokenError": "errors",
     "TokenizerMissingError": "errors",
     "TrainingModeError": "errors",
     "UnsupportedModelError": "errors",
-    "Verification": "verification",
-    "Wrapped": "shim",
-    "Write": "architecture",
-    "accumulated_resid": "primitives",
-    "apply_ln_to_stack": "primitives",
-    "architectures": "registry",
-    "attribute_many": "many",
-    "cache_names": "replay",
-    "decompose_resid": "primitives",
+    "Verification": "verification.trace",
+    "Wrapped": "tl.wrap",
+    "Write": "residual.architecture",
+    "accumulated_resid": "stacks",
+    "apply_ln_to_stack": "stacks",
+    "architectures": "residual.registry",
+    "attribute_many": "many.sweep",
+    "cache_names": "tl.cache_names",
+    "decompose_resid": "stacks",
     "direct_logit_attribution": "attribution",
-    "logit_attrs": "primitives",
-    "register": "registry",
-    "stack_head_results": "primitives",
-    "stack_neuron_results": "primitives",
-    "summarize": "summary",
-    "verify": "match",
-    "wrap": "shim",
+    "logit_attrs": "stacks",
+    "register": "residual.registry",
+    "stack_head_results": "stacks",
+    "stack_neuron_results": "stacks",
+    "summarize": "results.summary",
+    "verify": "verification.recognise",
+    "wrap": "tl.wrap",
 }
 
 __all__ = [

@@ -7,27 +7,27 @@ from typing import Any
 
 from torch import Tensor
 
-from dla_hooks import positions
-from dla_hooks.answers import align, read_answers
-from dla_hooks.check import (
+from dla_hooks.calibration.scales import forget
+from dla_hooks.call import read_inputs
+from dla_hooks.completeness import (
     Outcome,
     columns_to_check,
     hold_against_cache,
     hold_against_model,
     identity_gap,
 )
-from dla_hooks.chunks import chunk_size_for
 from dla_hooks.errors import DecompositionError, InputError, ShapeMismatchError
-from dla_hooks.facts import forget
-from dla_hooks.inputs import read_inputs
-from dla_hooks.match import stream_of
-from dla_hooks.result import DirectLogitAttribution
-from dla_hooks.run import Run
-from dla_hooks.shim import Wrapped
-from dla_hooks.sites import Sites
-from dla_hooks.stream import Stream
-from dla_hooks.tokens import Prompt, to_strings
+from dla_hooks.inputs import positions
+from dla_hooks.inputs.answers import align, read_answers
+from dla_hooks.inputs.entries import Sites
+from dla_hooks.inputs.prompts import Prompt, to_strings
+from dla_hooks.residual.stream import Stream
+from dla_hooks.results.result import DirectLogitAttribution
+from dla_hooks.sources.live import chunk_size_for
+from dla_hooks.tl.wrap import Wrapped
 from dla_hooks.units import Split, unit_named
+from dla_hooks.units.plan import Run
+from dla_hooks.verification.recognise import stream_of
 
 
 def direct_logit_attribution(

@@ -157,7 +157,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def _check_complete(source: str, model: Any, info: dict[str, Any]) -> None:
-    from dla_hooks.weights import misfits
+    from dla_hooks.modules.weights import misfits
 
     missing = sorted(info["missing_keys"])
     if missing:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dla_hooks.hooks import Tap
-from dla_hooks.run import Run
+from dla_hooks.modules.hooks import Tap
+from dla_hooks.units.plan import Run
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dla_hooks import norms
+from dla_hooks.calibration.value_biases import head_constants
 from dla_hooks.errors import UnsupportedModelError
-from dla_hooks.folding import head_constants
-from dla_hooks.hooks import Tap
-from dla_hooks.kernels import Scalars, frozen_scales, project_constant, project_heads
-from dla_hooks.linear import at_hand, bias_of, check_readable, pull_back
-from dla_hooks.run import Run
-from dla_hooks.stream import HeadSite, WriteSite
+from dla_hooks.modules import norms
+from dla_hooks.modules.hooks import Tap
+from dla_hooks.modules.linear import at_hand, bias_of, check_readable, pull_back
+from dla_hooks.projection.kernels import frozen_scales, project_constant, project_heads
+from dla_hooks.projection.ledger import Scalars
+from dla_hooks.residual.stream import HeadSite, WriteSite
 from dla_hooks.units.base import Claim, Split, Unit
+from dla_hooks.units.plan import Run
 
 
 class HeadUnit(Unit):

@@ -6,7 +6,7 @@ the part between them.
 
 from __future__ import annotations
 
-from dla_hooks.questions import mid_streams
+from dla_hooks.calibration.mid_streams import mid_streams
 from dla_hooks.units.base import Split, Unit
 
 

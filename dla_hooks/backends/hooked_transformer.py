@@ -1,0 +1,123 @@
+"""TransformerLens' ``HookedTransformer``: its hook points are modules, so taps go on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dla_hooks.backends.base import Kind
+from dla_hooks.inputs.prompts import Prompt, encode
+from dla_hooks.modules.hooks import Edit, edited, is_ours
+from dla_hooks.modules.weights import run_device
+
+
+class Hooked(Kind):
+    """A ``HookedTransformer``, processed or not."""
+
+    keeps_caches = True
+
+    @property
+    def model_type(self) -> str:
+        return "HookedTransformer"
+
+    @property
+    def name(self) -> str:
+        return f"{type(self.model).__name__} ({getattr(self.model.cfg, 'model_name', '?')})"
+
+    def check_evaluation_mode(self) -> None:
+        """Nothing to refuse: it has no dropout, and is in training mode as it comes."""
+
+    def embedding(self) -> nn.Module:
+        found: nn.Module = self.model.hook_embed
+        return found
+
+    def n_tokens(self) -> int:
+        return int(self.model.cfg.d_vocab)
+
+    def unembed(self) -> nn.Module:
+        return as_linear(self.model.W_U.T, self.model.b_U)
+
+    def number(self, field: str) -> Any:
+        return getattr(self.model.cfg, field, None)
+
+    def linear(self, attention: nn.Module, seen: nn.Module) -> nn.Module:
+        """W_O, whose heads are side by side as in every other kind."""
+        found: Any = attention
+        return as_linear(found.W_O.flatten(0, 1).T, getattr(found, "b_O", None))
+
+    def neurons(self, mlp: nn.Module) -> nn.Module:
+        found: Any = mlp
+        return as_linear(found.W_out.T, getattr(found, "b_out", None))
+
+    def encode(self, text: str, tokenizer: Any, prepend_bos: bool | None) -> list[int]:
+        if tokenizer is not getattr(self.model, "tokenizer", None):
+            custom = getattr(self.model.cfg, "default_prepend_bos", None)
+            return encode(text, tokenizer, custom if prepend_bos is None else prepend_bos)
+        # Its own tokenizer, by its own rules; but a prompt that is too long is for us to refuse.
+        ids = self.model.to_tokens(text, prepend_bos=prepend_bos, truncate=False)
+        return [int(i) for i in ids[0]]
+
+    def named_weights(self) -> list[tuple[str, nn.Parameter]]:
+        named = super().named_weights()
+        if getattr(self.model.cfg, "positional_embedding_type", None) in ("alibi", "rotary"):
+            # The table is there all the same, unused and never filled.
+            return [(name, weight) for name, weight in named if name != "pos_embed.W_pos"]
+        return named
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        # Hooks on hook points are made for the user's prompt: they index its positions, and put in
+        # activations of its shape. Our own stay. Entries are taken out of each table and put back
+        # in place, since handles hold on to the tables.
+        tables = [
+            (table, list(table.items()))
+            for module in self.model.modules()
+            if hasattr(module, "fwd_hooks")
+            for table in (module._forward_hooks, module._forward_pre_hooks)
+            if any(not is_ours(hook) for hook in table.values())
+        ]
+        try:
+            for table, entries in tables:
+                for key, hook in entries:
+                    if not is_ours(hook):
+                        table.pop(key, None)
+            with super().quiet():
+                yield
+        finally:
+            for table, entries in tables:
+                added = [entry for entry in table.items() if entry not in entries]
+                gone = {key for key, hook in entries if is_ours(hook) and key not in table}
+                table.clear()
+                table.update((key, hook) for key, hook in entries if key not in gone)
+                table.update(added)
+
+    def run(self, prompt: Prompt, columns: Tensor | None) -> Tensor:
+        device = run_device(self.model.embed)
+        if columns is None:
+            columns = torch.tensor([prompt.input_ids.shape[1] - 1])
+        # There is no `logits_to_keep`: let the unembedding see the wanted columns only.
+        narrow = Edit(self.model.unembed, lambda x: x[:, columns.to(x.device)], at_input=True)
+        with edited([narrow]):
+            logits: Tensor = self.model(
+                prompt.input_ids.to(device),
+                return_type="logits",
+                **self.arguments(prompt, device),
+            )
+        return logits
+
+    def arguments(self, prompt: Prompt, device: torch.device) -> dict[str, Any]:
+        """What a forward pass takes besides the tokens."""
+        return {"attention_mask": prompt.mask.long().to(device)} if prompt.padded else {}
+
+
+def as_linear(weight_OI: Tensor, bias_O: Any) -> nn.Linear:
+    """A linear module around weights [d_out, d_in] that live elsewhere, without a copy."""
+    linear = nn.Linear(1, 1, bias=False, device="meta")
+    linear.weight = nn.Parameter(weight_OI.detach(), requires_grad=False)
+    if isinstance(bias_O, Tensor):
+        linear.bias = nn.Parameter(bias_O.detach(), requires_grad=False)
+    return linear

@@ -1,0 +1,1 @@
+"""What is measured of a model once, by short runs on made-up tokens and activations."""

@@ -1,0 +1,118 @@
+"""Questions put to a model by short made-up runs, so that no declaration need answer them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from dla_hooks.calibration.prompt import short_prompt
+from dla_hooks.inputs.prompts import Prompt
+from dla_hooks.modules.autocast import full
+from dla_hooks.modules.version import stamp
+from dla_hooks.residual.stream import Stream
+
+_Answers = WeakKeyDictionary[nn.Module, tuple[int, dict[bool | None, bool]]]
+_padding: _Answers = WeakKeyDictionary()
+_chunks: _Answers = WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def padding_is_ignored(stream: Stream, *, left: bool) -> bool:
+    """Whether a prompt's logits are the same with padding on one side as they are without.
+
+    Recurrent layers read the padding on the left, and some position tables count it. Asked once
+    per model and side.
+    """
+    return _remembered(_padding, stream, left, lambda: _ask_padding(stream, left))
+
+
+def _remembered(
+    known: _Answers, stream: Stream, left: bool | None, ask: Callable[[], bool]
+) -> bool:
+    """The answer for a side, asked for once as long as the model stays as it is."""
+    now = stamp(stream.model)
+    with _lock:
+        kept = known.get(stream.model)
+        if kept is None or kept[0] != now:
+            kept = known[stream.model] = now, {}
+    answers = kept[1]
+    if left not in answers:
+        answers[left] = ask()
+    return answers[left]
+
+
+def _ask_padding(stream: Stream, left: bool) -> bool:
+    alone = short_prompt(stream, length=3)
+    padded = _padded(alone, left)
+    with torch.no_grad():
+        expected = stream.kind.ask(alone, torch.tensor([2])).double()
+        found = stream.kind.ask(padded, torch.tensor([4 if left else 2])).double()
+    return _alike(stream, expected, found)
+
+
+def _padded(prompt: Prompt, left: bool) -> Prompt:
+    padding = torch.zeros(len(prompt.input_ids), 2, dtype=torch.long)
+    ids = [padding, prompt.input_ids] if left else [prompt.input_ids, padding]
+    real = [padding.bool(), prompt.mask] if left else [prompt.mask, padding.bool()]
+    return Prompt(torch.cat(ids, 1), torch.cat(real, 1))
+
+
+def chunks_are_ignored(stream: Stream, *, left: bool | None) -> bool:
+    """Whether a prompt that is run in chunks gives the logits that it gives at once.
+
+    Some recurrent layers start anew with each chunk. Asked once per model and side.
+
+    Args:
+        stream: the located model.
+        left: the side on which the prompt is padded, or None if it is not.
+
+    Raises:
+        UnsupportedModelError: for a model that has no cache to run chunks against.
+    """
+    return _remembered(_chunks, stream, left, lambda: _ask_chunks(stream, left))
+
+
+@full
+def _ask_chunks(stream: Stream, left: bool | None) -> bool:
+    # Two rows, since one that is alone may be treated apart; where there is padding, one has it.
+    prompt = short_prompt(stream, batch=2, length=17)
+    n_padding = 0 if left is None else min(4, prompt.shape[1] - 1)
+    mask = prompt.mask.clone()
+    mask[0, :n_padding] = False
+    prompt = Prompt(prompt.input_ids, mask)
+    if left is False:  # the last of the columns where both rows have a token
+        prompt = Prompt(prompt.input_ids.flip(-1), mask.flip(-1))
+    width = prompt.shape[1]
+    last = width - 1 - (n_padding if left is False else 0)
+    # Several tokens and one alone, which some layers treat apart: of padding, at the start, on top
+    # of others, and at the end.
+    ends = sorted({*((2, 3) if n_padding > 3 else ()), (width + 1) // 2, width - 1, width})
+    found, past, start = None, None, 0
+    with torch.no_grad(), stream.kind.quiet():
+        try:
+            for stop in ends:
+                if start >= stop:
+                    return False  # a model for prompts so short has no use for chunks
+                column = torch.tensor([last]) if start <= last < stop else None
+                chunk = range(start, stop)
+                logits, past = stream.kind.forward_chunk(prompt, chunk, column, past)
+                if column is not None:
+                    found = logits.double()
+                start = stop
+        finally:  # the last run, for models that keep a state of their own until the next
+            expected = stream.kind.forward(prompt, torch.tensor([last])).double()
+    assert found is not None
+    return _alike(stream, expected, found)
+
+
+def _alike(stream: Stream, expected: Tensor, found: Tensor) -> bool:
+    finite = torch.isfinite(expected) & torch.isfinite(found)
+    if not bool(torch.equal(torch.isfinite(expected), finite)):
+        return False
+    difference = (found - expected)[finite].norm()
+    tolerance = 1e-4 + 8 * torch.finfo(stream.coarsest_dtype).eps
+    return bool(difference <= tolerance * expected[finite].norm())

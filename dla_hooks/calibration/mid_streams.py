@@ -1,0 +1,97 @@
+"""After how many of a block's writes the stream is read again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from dla_hooks.calibration.invariance import _lock
+from dla_hooks.calibration.prompt import short_prompt
+from dla_hooks.modules.hooks import Edit, Tap, edited, tapped
+from dla_hooks.modules.version import stamp
+from dla_hooks.residual.stream import Stream, WriteSite
+
+_asked: WeakKeyDictionary[nn.Module, tuple[int, list[int | None]]] = WeakKeyDictionary()
+
+
+def mid_streams(stream: Stream) -> list[int | None]:
+    """For each block: after how many of its writes the stream is read again, if it is.
+
+    In a sequential block the MLP reads the stream after attention has written: 1. In a parallel
+    one nothing reads it before the block's end: None. Asked once per model, by running a few
+    tokens twice: the second time every block is given the input it had before, and every first
+    write is disturbed. The mid stream ends before the first write that this changes.
+    """
+    now = stamp(stream.model)
+    with _lock:
+        kept = _asked.get(stream.model)
+    if kept is not None and kept[0] == now:
+        return kept[1]
+    answer = _ask_mid_streams(stream)
+    with _lock:
+        _asked[stream.model] = now, answer
+    return answer
+
+
+def _ask_mid_streams(stream: Stream) -> list[int | None]:
+    prompt = short_prompt(stream)
+    inputs: dict[str, Tensor] = {}
+    clean: dict[str, Tensor] = {}
+    disturbed: dict[str, Tensor] = {}
+
+    def keep(where: dict[str, Tensor], key: str) -> Callable[[Tensor, Tensor], None]:
+        return lambda x, _: where.__setitem__(key, x.detach().double().cpu().clone())
+
+    def writes(where: dict[str, Tensor]) -> list[Tap]:
+        # What a write's module reads, not what it puts out: that may be zero, or mostly bias.
+        return [Tap(w.module, w.name, keep(where, w.label), use=w.use) for w in stream.writes]
+
+    before = [
+        Tap(block.module, block.name, keep(inputs, block.name), True, block.use)
+        for block in stream.blocks
+    ]
+    with tapped([*before, *writes(clean)]):
+        stream.kind.ask(prompt, None)
+
+    generator = torch.Generator().manual_seed(1)
+    given: dict[nn.Module, list[Tensor]] = {}
+    noises: dict[nn.Module, list[Tensor]] = {}
+    for block in stream.blocks:
+        as_before = inputs[block.name]
+        noise = torch.randn(as_before.shape, generator=generator).double()
+        noise *= as_before.square().mean().sqrt()
+        given.setdefault(block.module, []).append(as_before)
+        noises.setdefault(block.writes[0].written_by, []).append(noise)
+    edits = [Edit(module, _in_turn(_replaced, uses), True) for module, uses in given.items()]
+    edits += [Edit(module, _in_turn(_disturbed, uses)) for module, uses in noises.items()]
+    # Taps on the way out come before the edits there, and so see what the model made.
+    with tapped(writes(disturbed)), edited(edits):
+        stream.kind.ask(prompt, None)
+
+    def changed(write: WriteSite) -> bool:
+        difference = disturbed[write.label] - clean[write.label]
+        return bool(difference.norm() > 1e-3 * clean[write.label].norm())
+
+    return [
+        next((k for k, write in enumerate(block.writes) if k and changed(write)), None)
+        for block in stream.blocks
+    ]
+
+
+def _in_turn(
+    change: Callable[[Tensor, Tensor], Tensor], values: list[Tensor]
+) -> Callable[[Tensor], Tensor]:
+    """A change whose value is another one at each use of the module."""
+    remaining = iter(values)
+    return lambda x: change(x, next(remaining))
+
+
+def _replaced(x: Tensor, by: Tensor) -> Tensor:
+    return by.to(x, copy=True)
+
+
+def _disturbed(out: Tensor, noise: Tensor) -> Tensor:
+    return out + noise.reshape(out.shape).to(out)

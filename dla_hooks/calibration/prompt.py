@@ -1,0 +1,17 @@
+"""The few made-up tokens that measurements run on."""
+
+from __future__ import annotations
+
+import torch
+
+from dla_hooks.inputs.prompts import Prompt
+from dla_hooks.residual.stream import Stream
+
+
+def short_prompt(stream: Stream, batch: int = 1, length: int = 4) -> Prompt:
+    """A few tokens from all over the vocabulary, the same ones each time."""
+    length = min(length, stream.position_limit or length)
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = stream.kind.n_tokens()
+    ids = torch.randint(vocabulary, (batch, length), generator=generator)
+    return Prompt(ids, torch.ones_like(ids, dtype=torch.bool))

@@ -1,0 +1,212 @@
+"""What a model is asked once, before it is attributed: how its writes add up.
+
+A declaration says where the writes are. How they enter the stream (write scales, skip gains,
+biases that no module puts out) and how the stream is read (logit scale, softcap) is measured: a
+tiny batch is run in which the input of every block, the output of every write and the output of
+the final norm are replaced by known vectors. Each block must then return
+
+    output = gain * input + sum_j response_j * write_j + constant
+
+per channel, and every term can be read off its own row of the batch, exactly. A block that does
+anything else with the sum (a norm on it, a mixing of several streams) is refused here.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from dla_hooks.backends import Kind
+from dla_hooks.calibration.prompt import short_prompt
+from dla_hooks.calibration.synthetic_run import Interview, refusal
+from dla_hooks.errors import HookError, NonFiniteError
+from dla_hooks.modules.compiled import eagerly
+from dla_hooks.modules.hooks import count_firings
+from dla_hooks.modules.version import stamp
+from dla_hooks.modules.weights import made_of
+from dla_hooks.residual.stream import Stream
+
+
+@dataclass(frozen=True)
+class BlockFacts:
+    """How one block adds up; None stands for one (factors) or for nothing (the constant).
+
+    Attributes:
+        index: of the block in the declared list.
+        writes: indices of the writes that ran, among the declared ones.
+        gain: what the input is multiplied by, [] or [d_model].
+        responses: what each write is multiplied by, [] or [d_model].
+        constant: what is added besides [d_model].
+    """
+
+    index: int
+    writes: tuple[int, ...]
+    gain: Tensor | None
+    responses: tuple[Tensor | None, ...]
+    constant: Tensor | None
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The answers of one model: plain numbers, so that keeping them keeps no model alive."""
+
+    blocks: tuple[BlockFacts, ...]
+    has_positions: bool
+    positions_response: Tensor | None
+    final_norm_runs: int
+    stream_dtype: torch.dtype
+    logit_scale: float
+    softcap: float | None
+    vocabulary: int
+
+
+_known: WeakKeyDictionary[nn.Module, tuple[object, Facts]] = WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def settle(stream: Stream) -> Stream:
+    """A located stream with all that its model had to be asked.
+
+    The answers are kept per model object, and forgotten when its weights change.
+
+    Raises:
+        UnsupportedModelError: when a block is no sum, or the logits no affine map of the stream.
+    """
+    now = (stream.architecture, stamp(stream.model))
+    with _lock:
+        kept = _known.get(stream.model)
+    if kept is not None and kept[0] == now:
+        return replace(_apply(stream, kept[1]), remembered=True)
+    facts = _ask(stream)
+    with _lock:  # asking may change the weights itself: RWKV rescales them when it first runs
+        _known[stream.model] = (stream.architecture, stamp(stream.model)), facts
+    return _apply(stream, facts)
+
+
+def forget(model: nn.Module) -> None:
+    """Drop what is known of a model."""
+    with _lock:
+        _known.pop(model, None)
+
+
+def _apply(stream: Stream, facts: Facts) -> Stream:
+    blocks = []
+    for found in facts.blocks:
+        block = stream.blocks[found.index]
+        writes = tuple(
+            replace(block.writes[j], response=response)
+            for j, response in zip(found.writes, found.responses, strict=True)
+        )
+        blocks.append(replace(block, writes=writes, gain=found.gain, constant=found.constant))
+    return replace(
+        stream,
+        blocks=tuple(blocks),
+        positions=stream.positions if facts.has_positions else None,
+        positions_response=facts.positions_response,
+        final_norm_runs=facts.final_norm_runs,
+        stream_dtype=facts.stream_dtype,
+        logit_scale=facts.logit_scale,
+        softcap=facts.softcap,
+        vocabulary=facts.vocabulary,
+    )
+
+
+def _ask(stream: Stream) -> Facts:
+    check_weights(stream.kind)
+    with eagerly(stream.kind.compiled):  # or it is refused before any hook is put on
+        interview, logits = _interview(stream)
+    blocks = []
+    for position, (index, writes) in enumerate(interview.live):
+        block = stream.blocks[index]
+        gain, *responses = (
+            interview.factor(position, slot, block) for slot in range(1 + len(writes))
+        )
+        interview.check_together(position, block, [gain, *responses])
+        constant = interview.constant(position)
+        kept = constant if bool(constant.any()) else None
+        blocks.append(BlockFacts(index, writes, gain, tuple(responses), kept))
+    scale, cap = interview.readout(logits)
+    has_positions, response = interview.positions() if stream.positions else (False, None)
+    return Facts(
+        blocks=tuple(blocks),
+        has_positions=has_positions,
+        positions_response=response,
+        final_norm_runs=interview.norm_runs,
+        stream_dtype=interview.stream_dtype,
+        logit_scale=scale,
+        softcap=cap,
+        vocabulary=logits.shape[-1],
+    )
+
+
+def _interview(stream: Stream) -> tuple[Interview, Tensor]:
+    """An interview that has been run, and its logits.
+
+    In most models all that is declared runs once, which shows in the interview itself. Others are
+    run once more beforehand, to see what does: a run reads all weights of a model on disk.
+    """
+    declared = [(index, tuple(range(len(b.writes)))) for index, b in enumerate(stream.blocks)]
+    interview = Interview(stream, declared, norm_runs=1)
+    try:
+        with count_firings(_declared_modules(stream)) as fired:
+            logits = interview.run()
+        as_declared = _live(stream, fired) == (declared, 1)
+    except HookError:  # something did not run, or several times
+        as_declared = False
+    if not as_declared:
+        with count_firings(_declared_modules(stream)) as fired:
+            stream.kind.ask(short_prompt(stream, length=2), None)
+        interview = Interview(stream, *_live(stream, fired))
+        logits = interview.run()
+    return interview, logits
+
+
+def _declared_modules(stream: Stream) -> list[nn.Module]:
+    modules = [stream.final_norm]
+    for block in stream.blocks:
+        modules += [block.module, *(write.written_by for write in block.writes)]
+    return modules
+
+
+def check_weights(kind: Kind) -> None:
+    """Refuse weights that are not finite, wherever they are: a run may pass over them unseen."""
+    for name, parameter in kind.named_weights():
+        if not all(_is_finite(tensor) for tensor in made_of(parameter.detach())):
+            raise NonFiniteError(
+                f"the weights hold NaN or infinity: {name} is the first such parameter; "
+                "the checkpoint is damaged or was not loaded in full"
+            )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point() or tensor.is_meta:
+        return True
+    if tensor.dtype.itemsize == 1:  # eight bits cannot be summed
+        tensor = tensor.to(torch.float32)
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    return bool(torch.isfinite(tensor.sum(dtype=wide)))
+
+
+def _live(
+    stream: Stream, fired: dict[nn.Module, int]
+) -> tuple[list[tuple[int, tuple[int, ...]]], int]:
+    """The blocks that run at all with the writes of each that do; how often the final norm runs."""
+    if not fired[stream.final_norm]:
+        raise refusal(stream, f"its final norm {stream.final_norm_name} never runs")
+    live = []
+    for index, block in enumerate(stream.blocks):
+        if fired[block.module]:
+            writes = tuple(j for j, w in enumerate(block.writes) if fired[w.written_by])
+            if not writes:
+                raise refusal(
+                    stream,
+                    f"nothing that {block.name} is said to write ever runs in a plain forward pass",
+                )
+            live.append((index, writes))
+    if not live:
+        raise refusal(stream, f"no block of {stream.architecture.layers} runs as a whole")
+    return live, fired[stream.final_norm]

@@ -1,0 +1,248 @@
+"""One run of a model on made-up activations, and what can be read off it.
+
+Every block is given known vectors for its input and for what its writes put out, a row of the batch
+each; so is the unembedding. :mod:`dla_hooks.calibration.scales` uses the answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from dla_hooks.calibration.prompt import short_prompt
+from dla_hooks.errors import UnsupportedModelError
+from dla_hooks.modules.hooks import Edit, Tap, Use, edited, tapped
+from dla_hooks.modules.linear import rows as rows_of
+from dla_hooks.modules.linear import value_at
+from dla_hooks.residual.stream import Block, Stream
+
+_TOKENS = 64  # as many as are needed to see a map of the vocabulary for what it is
+
+
+def refusal(stream: Stream, what: str) -> UnsupportedModelError:
+    instead = ". The Hugging Face model itself can be passed" if stream.kind.keeps_caches else ""
+    return UnsupportedModelError(
+        f"{type(stream.kind.root).__name__} (model type {stream.kind.model_type!r}) cannot be "
+        f"attributed: {what}{instead}"
+    )
+
+
+class Interview:
+    """One run on made-up activations.
+
+    Rows of the batch: 0 has nothing anywhere; then two rows for the input and for each write,
+    one with +-1 in every channel (which shows a factor to the last bit) and one with noise (which
+    shows whether the block is linear at all); the last has noise everywhere at once (which shows
+    whether a term depends on another, as with a gate).
+    """
+
+    def __init__(
+        self, stream: Stream, live: list[tuple[int, tuple[int, ...]]], norm_runs: int
+    ) -> None:
+        self.stream = stream
+        self.live = live
+        self.norm_runs = norm_runs
+        self.n_slots = 1 + max(len(writes) for _, writes in live)
+        self.n_rows = 1 + 2 * self.n_slots + 1
+        generator = torch.Generator().manual_seed(4)
+        d_model = stream.d_model
+        self.signs = torch.ones(d_model, dtype=torch.float64)
+        self.signs[torch.randperm(d_model, generator=generator)[: d_model // 2]] = -1
+        # Larger than the signs, or a norm would treat the two alike; rounded, so that what is put
+        # in is what the model sees.
+        self.noise = 4 * torch.randn(d_model, generator=generator, dtype=torch.float64)
+        self.noise = self.noise.to(stream.dtype).double()
+        together = torch.randn(self.n_slots, d_model, generator=generator, dtype=torch.float64)
+        self.together = together.to(stream.dtype).double()
+        self.outputs: dict[int, Tensor] = {}
+        self.stream_dtype = stream.dtype
+
+    def run(self) -> Tensor:
+        """Logits [rows, vocabulary] at the first token."""
+        prompt = short_prompt(self.stream, batch=self.n_rows, length=2)
+        prompt.input_ids.copy_(prompt.input_ids[:1].expand_as(prompt.input_ids))
+        blocks = [self.stream.blocks[index] for index, _ in self.live]
+        taps = [
+            Tap(block.module, block.name, self._keep(i - 1), True, block.use)
+            for i, block in enumerate(blocks)
+            if i
+        ]
+        norm, runs = self.stream.final_norm, self.norm_runs
+        taps.append(
+            Tap(
+                norm,
+                self.stream.final_norm_name,
+                self._keep(len(blocks) - 1),
+                True,
+                Use(runs - 1, runs),
+            )
+        )
+        edits = [self._edit(norm, self.stream.final_norm_name, self._normed())]
+        if self.stream.positions is not None:
+            # What enters block 0 when there is nothing but positions.
+            first = blocks[0]
+            taps.append(Tap(first.module, first.name, self._keep(-1), True, first.use))
+            embedding = self.stream.kind.embedding()
+            edits.append(Edit(embedding, torch.zeros_like))
+            name = self.stream.architecture.positions or ""
+            edits.append(self._edit(self.stream.positions, name, self._slot(0)))
+        for block, (_, writes) in zip(blocks, self.live, strict=True):
+            if block is blocks[0] and self.stream.start is not None:
+                name = self.stream.architecture.start or ""
+                edits.append(self._edit(self.stream.start, name, self._slot(0)))
+            else:
+                edits.append(self._edit(block.module, block.name, self._slot(0), at_input=True))
+            for slot, j in enumerate(writes, start=1):
+                write = block.writes[j]
+                edits.append(self._edit(write.written_by, write.name, self._slot(slot)))
+        # Taps first: they must see what reaches a block before it is replaced.
+        with tapped(taps), edited(edits):
+            logits = self.stream.kind.ask(prompt, torch.tensor([0]))
+        if logits.ndim != 3 or logits.shape[0] != self.n_rows:
+            raise refusal(self.stream, f"its logits have the shape {list(logits.shape)}")
+        return logits[:, 0].double().cpu()
+
+    def factor(self, position: int, slot: int, block: Block) -> Tensor | None:
+        """What a block multiplies its input (slot 0) or one of its writes by."""
+        out = self.outputs[position] - self.outputs[position][0]
+        of_signs, of_noise = out[1 + 2 * slot], out[2 + 2 * slot]
+        factor = of_signs * self.signs
+        expected = factor * self.noise
+        tolerance = self._tolerance()
+        off = float((of_noise - expected).norm() / (expected.norm() + of_noise.norm() + 1e-30))
+        if slot == 0 and self.stream.dtype == torch.float64 and off > 1e-12:
+            self.stream_dtype = torch.float32  # as Mamba does, whatever the model's dtype
+        if not off <= tolerance:
+            what = "its input" if slot == 0 else block.writes[slot - 1].label
+            raise refusal(
+                self.stream,
+                f"{block.name} is no sum: what it returns does not depend linearly on {what} "
+                f"(off by {off:.1e}), as with a norm on the sum itself or several mixed streams",
+            )
+        if slot == 0 and not bool(factor.any()):
+            raise refusal(
+                self.stream,
+                f"{block.name} does not carry its input on: one of the modules that are said to "
+                "write to the stream returns the stream itself",
+            )
+        if bool((factor == factor[0]).all()):
+            # One number for all channels. In 16 bits noise tells it more finely than +-1 does.
+            fit = of_noise @ self.noise / self.noise.square().sum()
+            rounded = torch.finfo(self.stream.dtype).eps > 1e-6
+            factor = fit if rounded and factor[0] != 1 else factor[0]
+            return None if factor == 1 else factor
+        return factor
+
+    def check_together(self, position: int, block: Block, factors: list[Tensor | None]) -> None:
+        """Refuse a block whose terms depend on each other.
+
+        Args:
+            position: of the block among those that run.
+            block: the block.
+            factors: of its input and of each write, as :meth:`factor` found them.
+        """
+        out = self.outputs[position]
+        expected = out[0].clone()
+        for slot, factor in enumerate(factors):
+            put_in = self.together[slot]
+            expected += put_in if factor is None else put_in * factor
+        off = float((out[-1] - expected).norm() / (expected.norm() + 1e-30))
+        if not off <= self._tolerance():
+            raise refusal(
+                self.stream,
+                f"{block.name} is no sum: its terms depend on each other (off by {off:.1e}), as "
+                "with a gate on one that is computed from another",
+            )
+
+    def positions(self) -> tuple[bool, Tensor | None]:
+        """Whether positions enter the stream on their own, and what they are multiplied by."""
+        out = self.outputs[-1] - self.outputs[-1][0]
+        factor = out[1] * self.signs
+        off = float((out[2] - factor * self.noise).norm() / (out[2].norm() + 1e-30))
+        if not off <= self._tolerance() or not bool(factor.any()):
+            return False, None  # normed together with the tokens, say: there is no such part
+        if bool((factor == factor[0]).all()):
+            return True, None if factor[0] == 1 else factor[0]
+        return True, factor
+
+    def _tolerance(self) -> float:
+        return 1e-5 + 3 * torch.finfo(self.stream.dtype).eps
+
+    def constant(self, position: int) -> Tensor:
+        """What a block adds to nothing [d_model]."""
+        return self.outputs[position][0]
+
+    def readout(self, logits: Tensor) -> tuple[float, float | None]:
+        """The logit scale and the softcap."""
+        stream = self.stream
+        cap = self._cap(logits)
+        # Some models mask the end of their vocabulary with -inf.
+        finite = torch.isfinite(logits[1]).nonzero()[:, 0]
+        shuffled = torch.randperm(len(finite), generator=torch.Generator().manual_seed(5))
+        ids = finite[shuffled[:_TOKENS]]
+        W, b = (t.double().cpu() for t in rows_of(stream.unembed, ids, torch.float64))
+        # The largest of the small rows that a cap does not bend.
+        row = next(
+            (r for r in (1, 4) if cap is None or float(logits[r, ids].abs().max()) < cap / 2), 5
+        )
+        y = self._normed()[row]
+        for module in stream.after_norm:
+            y = value_at(module, y).double().cpu()
+        linear = W @ y
+        seen = logits[row, ids] if cap is None else cap * torch.atanh(logits[row, ids] / cap)
+        # The bias is scaled along with the rest: seen = k * (linear + b).
+        ours = linear + b
+        scale = float(ours @ seen / ours.square().sum())
+        off = float((scale * ours - seen).norm() / seen.norm())
+        rounding = torch.finfo(stream.dtype).eps
+        if not off <= 1e-4 + 16 * rounding:
+            raise refusal(
+                stream,
+                "its logits are not the unembedding of the final norm's output: even a best fit is "
+                f"off by {off:.1e}; another layer or nonlinearity stands between them",
+            )
+        return (1.0 if abs(scale - 1) < 1e-6 + rounding else scale), cap
+
+    def _cap(self, logits: Tensor) -> float | None:
+        seen = torch.isfinite(logits[1])
+        large, larger = logits[2][seen].abs().max(), logits[3][seen].abs().max()
+        if bool(torch.isfinite(larger)) and bool((larger - large).abs() <= 1e-3 * larger):
+            return float(larger)
+        return None
+
+    def _slot(self, slot: int) -> Tensor:
+        rows = torch.zeros(self.n_rows, self.stream.d_model, dtype=torch.float64)
+        rows[1 + 2 * slot], rows[2 + 2 * slot] = self.signs, self.noise
+        rows[-1] = self.together[slot]
+        return rows
+
+    def _normed(self) -> Tensor:
+        """Rows for the final norm's output: nothing, some noise, and so much that a cap is met."""
+        sizes = torch.zeros(self.n_rows, 1, dtype=torch.float64)
+        sizes[1], sizes[2], sizes[3], sizes[4], sizes[5] = 0.25, 1e3, 2e3, 0.02, 0.001
+        return sizes * self.noise
+
+    def _fill(self, name: str, like: Tensor, rows: Tensor) -> Tensor:
+        if like.shape[-1] != self.stream.d_model:
+            raise refusal(
+                self.stream,
+                f"{name} puts out {like.shape[-1]} channels, but the stream has "
+                f"{self.stream.d_model}: it is not what the block adds to the stream",
+            )
+        if like.numel() < self.n_rows * like.shape[-1]:  # shared by the rows, as positions are
+            like = like.reshape(1, -1, like.shape[-1]).expand(self.n_rows, -1, -1)
+        per_row = like.numel() // (self.n_rows * like.shape[-1])
+        new = rows[:, None, :].expand(-1, per_row, -1).reshape(like.shape)
+        return new.to(like, copy=True)  # a model may go on to write into it
+
+    def _edit(self, module: nn.Module, name: str, rows: Tensor, at_input: bool = False) -> Edit:
+        return Edit(module, lambda x: self._fill(name, x, rows), at_input)
+
+    def _keep(self, position: int) -> Callable[[Tensor, Tensor], None]:
+        def keep(x: Tensor, _: Tensor) -> None:
+            rows = x.detach().double().cpu().reshape(self.n_rows, -1, x.shape[-1])
+            self.outputs[position] = rows[:, 0].clone()
+
+        return keep

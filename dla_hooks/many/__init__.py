@@ -1,0 +1,1 @@
+"""The verb over many prompts: batches, stored results, resuming."""

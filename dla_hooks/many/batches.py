@@ -1,0 +1,206 @@
+"""Many prompts as a few batches: which run together, laid side by side how, and their results."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dla_hooks.attribution import direct_logit_attribution
+from dla_hooks.backends import Kind
+from dla_hooks.calibration.invariance import padding_is_ignored
+from dla_hooks.calibration.prompt import short_prompt
+from dla_hooks.errors import DecompositionError, DLAError
+from dla_hooks.residual.stream import Stream
+from dla_hooks.results.result import DirectLogitAttribution
+from dla_hooks.verification.recognise import stream_of
+
+
+@dataclass(frozen=True)
+class Item:
+    """One prompt among many, as token ids.
+
+    Attributes:
+        index: its place in the caller's order, from 0.
+        ids: its tokens [pos].
+        correct: its answer [], or one for each selected position [pos'].
+        incorrect: the same for the incorrect tokens, or None.
+        n_entries: how many positions are selected; 1 for a single one.
+    """
+
+    index: int
+    ids: Tensor
+    correct: Tensor
+    incorrect: Tensor | None
+    n_entries: int = 1
+
+
+def batches_of(
+    lengths: Sequence[int], max_tokens: int, *, same_length: bool = False
+) -> list[list[int]]:
+    """Sort prompts by length and fill batches with them.
+
+    Args:
+        lengths: tokens of each prompt.
+        max_tokens: the most that a batch may hold, padding counted: its rows times its longest. A
+            prompt that is longer is a batch of its own.
+        same_length: put prompts of one length together only, so that nothing is padded.
+
+    Returns:
+        Indices into ``lengths``, a list for each batch; every index once, longest prompts first.
+    """
+    batches: list[list[int]] = []
+    # Longest first: what does not fit in memory shows at once.
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        longest = lengths[batches[-1][0]] if batches else 0
+        full = not batches or (len(batches[-1]) + 1) * longest > max_tokens
+        if full or (same_length and lengths[index] != longest):
+            batches.append([])
+        batches[-1].append(index)
+    return batches
+
+
+def pad_left(rows: Sequence[Tensor], filler: int = 0) -> tuple[Tensor, Tensor]:
+    """Lay rows of ids [pos] side by side, right ends aligned.
+
+    Returns:
+        Ids [batch, pos], and a mask of that shape that is True at the real ones.
+    """
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), filler, dtype=torch.long)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for row, own in enumerate(rows):
+        ids[row, width - len(own) :] = own
+        mask[row, width - len(own) :] = True
+    return ids, mask
+
+
+def side_by_side(answers: Sequence[Tensor], items: Sequence[Item], *, one_position: bool) -> Tensor:
+    """The answers of a batch's prompts, laid over the positions that are selected in it.
+
+    Args:
+        answers: of each item, [] or [pos'].
+        items: in the order of the batch.
+        one_position: whether the result has no position axis.
+
+    Returns:
+        Ids [batch], [batch, 1] where no prompt has more than one answer, or [batch, pos'].
+    """
+    if all(ids.ndim == 0 for ids in answers):
+        column = torch.stack(list(answers))
+        return column if one_position else column[:, None]
+    pairs = zip(answers, items, strict=True)
+    return pad_left([ids.expand(item.n_entries) for ids, item in pairs])[0]
+
+
+def split(batch: DirectLogitAttribution) -> Iterator[DirectLogitAttribution]:
+    """The result of every row of a batch that is padded on the left, as if it had run alone.
+
+    The numbers are copies on the CPU, which keep nothing of the batch alive. ``gap`` and
+    ``logit_gap`` are the batch's: the largest of its rows. Tokens and answers are left out.
+    """
+    attribution, bias = batch.attribution.cpu(), batch.bias.cpu()
+    logit, positions = batch.logit.cpu(), batch.positions.cpu()
+    width = positions.shape[-1]
+    for row, real in enumerate((positions >= 0).reshape(len(positions), -1).sum(-1).tolist()):
+        place: tuple[slice, ...] = (slice(row, row + 1),)
+        if positions.ndim > 1:
+            place += (slice(width - real, width),)
+        single = copy.copy(batch)
+        single.attribution = attribution[(slice(None), *place)].clone()
+        single.bias, single.logit = bias[place].clone(), logit[place].clone()
+        single.positions = positions[place].clone()
+        single.tokens, single.answer, single.incorrect = [], [], None
+        yield single
+
+
+class Runner:
+    """Runs prompts in batches.
+
+    Args:
+        kind: of the model.
+        options: of every call.
+        max_tokens: the most tokens in a batch. It shrinks when a batch runs out of memory.
+    """
+
+    def __init__(self, kind: Kind, options: dict[str, Any], max_tokens: int) -> None:
+        self._kind = kind
+        self._call: Callable[..., DirectLogitAttribution] = partial(
+            direct_logit_attribution, kind.model, **options
+        )
+        self._one_position = isinstance(options["pos"], int)
+        self._max_tokens = max_tokens
+
+    @cached_property
+    def stream(self) -> Stream:
+        """The located model. Not needed, and not asked for, while all results are stored."""
+        return stream_of(self._kind.model)
+
+    def try_out(self, answers: dict[str, Any]) -> None:
+        """Run a few made-up tokens, for what would go wrong with every prompt."""
+        answer, incorrect = (answers.get(n, 0) for n in ("answer_tokens", "incorrect_tokens"))
+        ids = short_prompt(self.stream).input_ids
+        # Sums that fail to add up may be these tokens' fault, and are left to the prompts.
+        with contextlib.suppress(DecompositionError):
+            self._call(ids, answer, incorrect, pos=-1)
+
+    def outcomes(
+        self, items: Sequence[Item]
+    ) -> Iterator[tuple[Item, DirectLogitAttribution | DLAError]]:
+        """Every prompt with its result, still without texts, or its error; batch by batch."""
+        lengths = [len(item.ids) for item in items]
+        same_length = len(set(lengths)) > 1 and not padding_is_ignored(self.stream, left=True)
+        order = batches_of(lengths, self._max_tokens, same_length=same_length)
+        pending = [[items[i] for i in batch] for batch in reversed(order)]
+        while pending:
+            batch = pending.pop()
+            n_tokens = len(batch) * max(len(item.ids) for item in batch)
+            failure: DLAError | None = None
+            if len(batch) == 1 or n_tokens <= self._max_tokens:
+                try:
+                    results = self._run(batch)
+                except DLAError as error:
+                    failure = freed(error)
+                except torch.OutOfMemoryError as error:
+                    failure = _out_of_memory(error, n_tokens)
+                    if len(batch) > 1:
+                        self._max_tokens = max(1, n_tokens // 2)
+                else:
+                    yield from zip(batch, results, strict=True)
+                    continue
+            if len(batch) > 1:
+                half = len(batch) // 2
+                pending += [batch[half:], batch[:half]]
+            elif failure is not None:
+                yield batch[0], failure
+
+    def _run(self, batch: Sequence[Item]) -> list[DirectLogitAttribution]:
+        ids, mask = pad_left([item.ids for item in batch])
+        lay = partial(side_by_side, items=batch, one_position=self._one_position)
+        correct = lay([item.correct for item in batch])
+        wrong = [item.incorrect for item in batch if item.incorrect is not None]
+        incorrect = None
+        if wrong:
+            correct, incorrect = torch.broadcast_tensors(correct, lay(wrong))
+        return list(split(self._call(ids, correct, incorrect, attention_mask=mask)))
+
+
+def freed(error: DLAError) -> DLAError:
+    """An error that keeps nothing alive of the call that it ended: no frames, no tensors."""
+    error.__context__ = error.__cause__ = None
+    return error.with_traceback(None)
+
+
+def _out_of_memory(error: torch.OutOfMemoryError, n_tokens: int) -> DLAError:
+    first_line = str(error).partition("\n")[0]
+    return DLAError(
+        f"a prompt of {n_tokens} tokens runs out of memory by itself ({first_line}); give a "
+        "chunk_size (or a smaller one), shorten it, select fewer positions, or load the model in a "
+        "smaller dtype"
+    )

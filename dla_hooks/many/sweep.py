@@ -1,0 +1,243 @@
+"""Attribution of many prompts: batches of them, one result for each."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+from tqdm import tqdm
+
+from dla_hooks.backends import kind_of
+from dla_hooks.call import unwrap
+from dla_hooks.errors import DLAError, InputError
+from dla_hooks.inputs import positions
+from dla_hooks.inputs.prompts import check_tokenizer
+from dla_hooks.many import fingerprint
+from dla_hooks.many.batches import Runner, freed
+from dla_hooks.many.prompts import Names, Reader, Row, Rows
+from dla_hooks.many.store import Shards
+from dla_hooks.results.result import DirectLogitAttribution
+from dla_hooks.tl.wrap import Wrapped
+from dla_hooks.units import unit_named
+
+
+def attribute_many(
+    model: Any,
+    prompts: Any,
+    answer_tokens: Any,
+    incorrect_tokens: Any = None,
+    *,
+    unit: str = "component",
+    pos: Any = -1,
+    tokenizer: Any = None,
+    prepend_bos: bool | None = None,
+    center_unembed: bool | None = None,
+    fold_value_biases: bool | None = None,
+    check: bool = True,
+    max_tokens: int = 4096,
+    window: int = 1024,
+    progress: bool | None = None,
+    resume: str | Path | None = None,
+    chunk_size: int | None = None,
+) -> Generator[DirectLogitAttribution | DLAError, None, None]:
+    """Attribute many prompts: one result for each, in the order that they come in.
+
+    Prompts are read a window at a time, sorted by length, and run in batches that are padded on
+    the left; where a model reads its padding (recurrent layers, some position tables), prompts of
+    one length run together. Each result is that of its prompt run alone, up to rounding, on the
+    CPU. Memory holds one window of prompts and results, however many there are.
+
+    A prompt that fails (empty, too long, an answer of several tokens, …) does not stop the rest:
+    its error is yielded in the place of its result, with ``prompt_index`` set. A batch that fails
+    as a whole, or runs out of memory, is halved until the prompt at fault stands alone.
+
+    Args:
+        model: as for :func:`direct_logit_attribution`.
+        prompts: any iterable of strings, or of token ids [pos] (lists, arrays, tensors).
+        answer_tokens: one token for all prompts (a string or an id), or an iterable with one
+            answer for each prompt: a string, an id, or with several positions a list or tensor
+            of one id for each selected position.
+        incorrect_tokens: the same, or None; the results are then of
+            ``logit[answer] - logit[incorrect]``.
+        unit: ``"component"``, ``"layer"`` or ``"head"``.
+        pos: which positions of each prompt, as for :func:`direct_logit_attribution`.
+        tokenizer: for strings, unless the model carries one.
+        prepend_bos: for strings, as for :func:`direct_logit_attribution`; so are the next three.
+        center_unembed: take the vocabulary's mean off every row of W_U.
+        fold_value_biases: move each head's constant part to the remainder.
+        check: hold every batch against the model's own logits.
+        max_tokens: the most tokens in a batch, padding counted; a longer prompt runs alone.
+        window: how many prompts are read, sorted and run before their results are yielded.
+        progress: show a bar; None shows it where stderr is a terminal.
+        resume: a folder where finished results are kept, after each window and when interrupted.
+            A later call with the same arguments yields those without running the model and goes
+            on with the rest; prompts that failed are tried again. ``max_tokens``, ``window``,
+            ``progress`` and ``chunk_size`` may differ. Hooks on the model are not compared.
+        chunk_size: run each batch so many tokens at a time, as for
+            :func:`direct_logit_attribution`: activation memory grows with it and not with the
+            prompts, and the numbers are the same.
+
+    Returns:
+        A generator of one :class:`DirectLogitAttribution` per prompt, whose ``attribution`` is
+        [component, 1] for a single position and [component, 1, pos'] otherwise, or the
+        :class:`DLAError` of a prompt that failed. ``gap`` and ``logit_gap`` are the largest of
+        the batch that the prompt ran in.
+
+    Raises:
+        InputError: at once, for arguments that no prompt could be attributed with, and for a
+            ``resume`` folder of another run; while it runs, when there are not as many answers as
+            prompts, or the folder's prompts were others.
+        UnsupportedModelError: at once, for a model or unit that cannot be attributed.
+        Exception: whatever the prompts' source raises, after the results of what it gave before.
+        CheckpointError: when the folder cannot be read or written.
+    """
+    unit_named(unit)
+    if answer_tokens is None:
+        raise InputError("answer_tokens is required: the token whose logit is attributed")
+    max_tokens, window = _count("max_tokens", max_tokens), _count("window", window)
+    if chunk_size is not None:
+        chunk_size = _count("chunk_size", chunk_size)
+    folder = None if resume is None else _folder(resume)
+    if not isinstance(progress, (bool, NoneType)):
+        raise InputError(f"progress must be True, False or None, got {progress!r}")
+    rows = Rows(prompts, {"answer_tokens": answer_tokens, "incorrect_tokens": incorrect_tokens})
+    if isinstance(model, Wrapped):
+        processing = model.processing
+        if center_unembed is None:
+            center_unembed = processing.center_unembed
+        if fold_value_biases is None:
+            fold_value_biases = processing.fold_value_biases
+    model, tokenizer, prepend_bos = unwrap(model, tokenizer, prepend_bos)
+    kind = kind_of(model)
+    kind.check()
+    kind.check_evaluation_mode()
+    check_tokenizer(tokenizer)
+    if tokenizer is None:
+        tokenizer = getattr(model, "tokenizer", None)
+    reader = Reader(kind, tokenizer, prepend_bos, pos)
+    for name, value in rows.for_all.items():
+        rows.for_all[name] = reader.read_answer(name, value)
+
+    width = len(pos) if getattr(pos, "ndim", 0) == 1 else 0  # of a mask, which says its own
+    options = {
+        "unit": unit,
+        "pos": positions.parse(pos, width),
+        "center_unembed": bool(center_unembed),
+        "fold_value_biases": bool(fold_value_biases),
+        "check": bool(check),
+    }
+    shards = None
+    if folder is not None:
+        stamp = {
+            "model": kind.name,
+            "config": fingerprint.of_config(kind),
+            "adapters": fingerprint.of_adapters(kind),
+            "weights": fingerprint.of_weights(kind),
+            **options,
+            "pos": repr(options["pos"]),
+        }
+        shards = Shards(folder, stamp)
+    runner = Runner(kind, {**options, "chunk_size": chunk_size}, max_tokens)
+    if shards is None or shards.fresh:  # what an earlier call has begun has been tried before
+        runner.try_out(rows.for_all)
+    return _results(rows, reader, runner, shards, window, progress)
+
+
+def _results(
+    rows: Rows,
+    reader: Reader,
+    runner: Runner,
+    shards: Shards | None,
+    window: int,
+    progress: bool | None,
+) -> Generator[DirectLogitAttribution | DLAError, None, None]:
+    names = Names(reader.tokenizer)
+    unread = iter(rows)
+    hidden = None if progress is None else not progress  # None asks whether there is a terminal
+    with tqdm(total=rows.total, unit="prompt", disable=hidden) as bar:
+        failure: Exception | None = None
+        while failure is None:
+            lot, failure = _read(unread, window)
+            if not lot:
+                break
+            outcomes = _of_window(lot, reader, runner, shards, names, bar.update)
+            for index in sorted(outcomes):
+                yield outcomes.pop(index)
+    if failure is not None:
+        raise failure
+    if rows.mismatch is not None:
+        raise rows.mismatch
+
+
+def _read(unread: Iterator[Row], count: int) -> tuple[list[Row], Exception | None]:
+    """The next rows, and what their source raised after them: what came before is still run."""
+    lot: list[Row] = []
+    try:
+        for row in islice(unread, count):
+            lot.append(row)
+    except Exception as error:
+        return lot, error
+    return lot, None
+
+
+def _of_window(
+    lot: Sequence[Row],
+    reader: Reader,
+    runner: Runner,
+    shards: Shards | None,
+    names: Names,
+    count: Callable[[int], Any],
+) -> dict[int, DirectLogitAttribution | DLAError]:
+    """What became of every prompt of a window, by index; stored before it is returned."""
+    outcomes: dict[int, DirectLogitAttribution | DLAError] = {}
+    stored = {} if shards is None else shards.load(lot[0].index, lot[-1].index)
+    todo = []
+    for row in lot:
+        kept = stored.pop(row.index, None)
+        try:
+            item = reader.read(row)
+            if kept is None:
+                todo.append(reader.check(item, runner.stream))
+        except DLAError as error:
+            outcomes[row.index] = freed(error)
+        if kept is not None:
+            digest, result = kept
+            if row.index in outcomes or fingerprint.of_item(item) != digest:
+                raise InputError(
+                    f"prompt {row.index} or its answer is not the one whose result is stored in "
+                    "the folder to resume; give the same prompts and answers, or another folder"
+                )
+            outcomes[row.index] = names.put_on(result, item)
+    count(len(outcomes))
+
+    new = []
+    try:
+        for item, outcome in runner.outcomes(todo):
+            if isinstance(outcome, DirectLogitAttribution):
+                new.append((item, outcome))
+                names.put_on(outcome, item)
+            outcomes[item.index] = outcome
+            count(1)
+    finally:  # what is finished is kept, whatever stops the rest
+        if shards is not None:
+            shards.write([(item.index, fingerprint.of_item(item), one) for item, one in new])
+    for index, outcome in outcomes.items():
+        if isinstance(outcome, DLAError):
+            outcome.prompt_index = index
+    return outcomes
+
+
+def _count(name: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{name} must be an int of at least 1, got {value!r}")
+    return value
+
+
+def _folder(resume: Any) -> Path:
+    if not isinstance(resume, (str, os.PathLike)) or not os.fspath(resume):
+        raise InputError(f"resume must be the path of a folder, or None, got {resume!r:.80}")
+    return Path(resume)

@@ -1,0 +1,75 @@
+"""Models under ``torch.compile``: run as the plain code that they were compiled from.
+
+Compiled code runs no hook that it was not compiled with, and keeps one that it was compiled with.
+So a compiled model is run eagerly while it is looked at; what has been compiled stays as it is.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from dla_hooks.errors import HookError
+from dla_hooks.modules.version import modules_of
+
+_lock = threading.Lock()
+_inside = 0  # how many `with` blocks are open, in all threads
+_stance: Any = None
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether any module of a model, or a function that one keeps, is compiled."""
+    return any(_has_compiled(module) for module in modules_of(model))
+
+
+@contextmanager
+def eagerly(needed: bool = True) -> Iterator[None]:
+    """Run plain code within a ``with`` block, whatever of it is compiled.
+
+    What torch runs compiled and what eagerly is one setting for the whole process. The first block
+    sets it and the last one puts it back; in between, other threads run their compiled models
+    eagerly too.
+
+    Args:
+        needed: False to leave all that alone: the model has no compiled parts.
+
+    Raises:
+        HookError: from within a compiled function, where torch does not let it be changed.
+    """
+    global _inside, _stance
+    if not needed:
+        yield
+        return
+    with _lock:
+        if not _inside:
+            try:
+                _stance = torch.compiler.set_stance("force_eager")
+            except RuntimeError as error:
+                raise HookError(
+                    "a compiled model cannot be attributed from within a compiled function, where "
+                    f"its hooks would not run ({error}); call this from outside of it"
+                ) from error
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if not _inside:
+                _stance.__exit__(None, None, None)
+                _stance = None
+
+
+def _has_compiled(module: nn.Module) -> bool:
+    # A module's own entries, not its attributes: every call asks this of every module.
+    kept = vars(module)
+    return kept.get("_compiled_call_impl") is not None or any(
+        getattr(function, "_torchdynamo_orig_callable", None) is not None
+        for function in (getattr(type(module), "forward", None), *kept.values())
+        if callable(function)
+    )

@@ -1,0 +1,233 @@
+"""Linear modules as maps of directions: what they read, never what they contain copied.
+
+A direction ``d`` in the space a linear module writes to becomes ``W^T d`` in the space it reads
+from. Where the module keeps a plain weight that is one matrix product; for any other linear
+module (quantised, LoRA-wrapped, ...) it is the module's own vector-Jacobian product.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from dla_hooks.errors import InputError, UnsupportedModelError
+from dla_hooks.modules import vjp
+from dla_hooks.modules.autocast import full
+from dla_hooks.modules.weights import described, run_device, selected, stored, tiles
+
+_TILE = 256
+"""Rows of an identity that are pulled back at once."""
+
+_TILE_ELEMENTS = 2**21
+"""Entries of a module's output that are there at once, where its rows are pulled back."""
+
+_CAST_ELEMENTS = 2**19
+"""Entries of a weight that are there at once in another dtype (2 MiB in float32)."""
+
+_NO_HEADS = (
+    "unit='component' and unit='layer' do not need that; for heads dequantise this module, "
+    "quantise its weights alone and in a form that can be trained through, or merge its adapter"
+)
+_UNEMBED = "the unembedding"
+_NO_ROWS = (
+    "Logits are attributed through the rows of the unembedding: leave it out when quantising the "
+    "model, or dequantise it"
+)
+
+
+@full
+def pull_back(module: nn.Module, d_KM: Tensor, name: str = "") -> Tensor:
+    """Directions at a linear module's output, as directions at its input.
+
+    Args:
+        module: any module that is an affine map along its last axis.
+        d_KM: directions [n, d_out].
+        name: its path, for the message of an error.
+
+    Returns:
+        [n, d_in], in the dtype of ``d_KM``, and where the module's weight is: it is the larger.
+
+    Raises:
+        UnsupportedModelError: for a module without a plain weight that cannot be read through.
+    """
+    weight = _weight_out_in(module)
+    if weight is not None:
+        return _product(d_KM.to(weight.device), weight)
+    return vjp.pull_back(module, d_KM, input_width(module), name, _NO_HEADS)
+
+
+def _product(d_KO: Tensor, weight_OI: Tensor) -> Tensor:
+    """d @ weight in the dtype of d, without a copy of the whole weight in that dtype."""
+    if weight_OI.dtype == d_KO.dtype:
+        return d_KO @ weight_OI
+    product = d_KO.new_zeros(len(d_KO), weight_OI.shape[1])
+    step = max(1, _CAST_ELEMENTS // max(1, weight_OI.shape[1]))
+    for d_KT, weight_TI in zip(d_KO.split(step, 1), weight_OI.split(step), strict=True):
+        product += d_KT @ weight_TI.to(d_KO)
+    return product
+
+
+def check_readable(module: nn.Module, name: str) -> None:
+    """Refuse a module that cannot be read through, before the model runs.
+
+    Raises:
+        UnsupportedModelError: naming it, and why.
+    """
+    if _out_axis(module) is None:
+        nothing = torch.zeros(0, output_width(module), device=run_device(module))
+        vjp.pull_back(module, nothing, input_width(module), name, _NO_HEADS)
+
+
+def matrix(module: nn.Module) -> Tensor:
+    """A linear module's whole map [d_out, d_in].
+
+    Where the module keeps a plain weight that is a view of it. For any other linear module it is
+    made anew, by pulling back the identity a tile at a time, in the dtype the module runs in.
+    """
+    weight = _weight_out_in(module)
+    if weight is not None:
+        return weight
+    out = value_at(module, torch.zeros(input_width(module)))
+    made = out.new_empty(len(out), input_width(module))
+    for tile in torch.arange(len(out), device=out.device).split(_TILE):
+        identity = out.new_zeros(len(tile), len(out))
+        identity[torch.arange(len(tile), device=out.device), tile] = 1
+        made[tile] = pull_back(module, identity).to(made)
+    return made
+
+
+def bias_of(module: nn.Module) -> Tensor | None:
+    """What an affine module puts out for an input of nothing [d_out]; None is nothing."""
+    if _out_axis(module) is not None:
+        return stored(module, "bias")
+    return value_at(module, torch.zeros(input_width(module)))
+
+
+def at_hand(module: nn.Module) -> bool:
+    """Whether the module's plain weight lies in memory, so that reading it again costs nothing."""
+    weight: Any = getattr(module, "weight", None)
+    return _out_axis(module) is not None and not weight.is_meta
+
+
+def value_at(module: nn.Module, z: Tensor) -> Tensor:
+    """The module's output [d_out] for one input [d_in], past any hooks on it."""
+    with vjp.alone(module), torch.no_grad():
+        out: Tensor = module.forward(z.to(run_device(module), vjp.dtype_of(module))[None])[0]
+    return out
+
+
+def input_width(module: nn.Module) -> int:
+    """The size of the space that a linear module reads."""
+    shape = _shape_out_in(module)
+    if shape is not None:
+        return shape[1]
+    width = getattr(module, "in_features", None)
+    if isinstance(width, int):
+        return width
+    inside = getattr(module, "original_module", None)  # PEFT's wrappers do not all hand it on
+    if isinstance(inside, nn.Module):
+        return input_width(inside)
+    raise UnsupportedModelError(
+        f"{type(module).__name__} does not say how wide its input is (in_features)"
+    )
+
+
+def rows(module: nn.Module, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows of an unembedding and their biases, for the asked tokens only.
+
+    Args:
+        module: the output embedding; its output axis is the vocabulary.
+        ids: token ids [n].
+        dtype: of the result.
+
+    Returns:
+        ``W_U`` rows [n, d] and biases [n].
+    """
+    axis = _out_axis(module)
+    weight = None if axis is None else selected(module, "weight", ids, axis)
+    if weight is None:
+        return _pulled_back_rows(module, ids, dtype)
+    W = (weight.T if axis else weight).to(dtype)
+    bias = selected(module, "bias", ids)
+    b = W.new_zeros(len(ids)) if bias is None else bias.to(dtype)
+    return W, b
+
+
+def mean_row(module: nn.Module, count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The unembedding's first ``count`` rows and biases, averaged: [d] and []."""
+    axis = _out_axis(module)
+    if axis is None:
+        b_V = _biases(module)
+        average = torch.zeros_like(b_V, dtype=dtype)[None]
+        average[:, :count] = 1 / count
+        W_mean = vjp.pull_back(module, average, input_width(module), _UNEMBED, _NO_ROWS)[0]
+        return W_mean, b_V[:count].mean(dtype=dtype)
+    W = torch.zeros(input_width(module), dtype=dtype, device=run_device(module))
+    for tile in tiles(module, "weight", count, axis):
+        W += tile.to(dtype).sum(axis)
+    b = W.new_zeros(())
+    for tile in tiles(module, "bias", count):
+        b += tile.to(dtype).sum()
+    return W / count, b / count
+
+
+def output_width(module: nn.Module) -> int:
+    """The size of the space that a linear module writes; of an unembedding, the vocabulary's."""
+    shape = _shape_out_in(module)
+    if shape is None:
+        size = getattr(module, "out_features", None)
+        return size if isinstance(size, int) else len(_biases(module))
+    return shape[0]
+
+
+def _pulled_back_rows(module: nn.Module, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """:func:`rows` of a module without a plain weight: one-hot directions, pulled back in tiles."""
+    b_V, width = _biases(module), input_width(module)
+    ids = ids.to(b_V.device)
+    W = torch.empty(len(ids), width, dtype=dtype, device=b_V.device)
+    for tile in torch.arange(len(ids)).split(max(1, _TILE_ELEMENTS // len(b_V))):
+        one_hot = torch.zeros(len(tile), len(b_V), dtype=dtype, device=b_V.device)
+        one_hot[torch.arange(len(tile)), ids[tile]] = 1
+        W[tile] = vjp.pull_back(module, one_hot, width, _UNEMBED, _NO_ROWS)
+    return W, b_V.index_select(0, ids).to(dtype)
+
+
+def _biases(module: nn.Module) -> Tensor:
+    """What a linear module puts out for nothing [d_out]."""
+    return value_at(module, torch.zeros(input_width(module)))
+
+
+def _weight_out_in(module: nn.Module) -> Tensor | None:
+    """The weight as [d_out, d_in], a view; None where the module's map is not just its weight."""
+    axis = _out_axis(module)
+    weight = None if axis is None else stored(module, "weight")
+    return weight.T if weight is not None and axis else weight
+
+
+def _shape_out_in(module: nn.Module) -> tuple[int, int] | None:
+    """That weight's shape, for which nothing is read."""
+    axis = _out_axis(module)
+    weight = None if axis is None else described(module, "weight")
+    if weight is None or axis is None:
+        return None
+    if weight.ndim != 2:
+        raise InputError(
+            f"the weight of {type(module).__name__} has the shape {list(weight.shape)}, so its "
+            "values are elsewhere, as when they are sharded or gathered only while it runs; of "
+            "such models only those that accelerate offloads can be attributed"
+        )
+    return int(weight.shape[axis]), int(weight.shape[1 - axis])
+
+
+def _out_axis(module: nn.Module) -> int | None:
+    """Which axis of the weight is the output's; None where the map is not just the weight."""
+    # The exact types: a subclass may quantise, gate or adapt what it does with the weight, and so
+    # may a weight that is no plain tensor, or a forward pass of the module's own. accelerate's
+    # brings the weights and takes them away, no more.
+    own_forward = "forward" in vars(module) and not hasattr(module, "_hf_hook")
+    if own_forward or type(getattr(module, "weight", None)) not in (Tensor, nn.Parameter):
+        return None
+    return {nn.Linear: 0, Conv1D: 1}.get(type(module))

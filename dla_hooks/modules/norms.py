@@ -1,0 +1,167 @@
+"""Norms, asked what they do instead of being believed by name.
+
+Every norm that is accepted has the form
+
+    N(x) = gamma * (x - centre(x)) / s(x) + beta,   s(x) = one number per position,
+
+with ``centre`` the mean over d_model (a LayerNorm) or nothing (an RMSNorm). Its constants are
+found by running the norm on a few made-up vectors: ``beta = N(0)``; on a vector of +-A with mean
+zero, for A so large that the epsilon vanishes, ``(x - centre(x)) / s`` is +-1, exactly and in any
+dtype, which leaves gamma; and a norm centres if adding a constant to its input changes nothing.
+The epsilon itself is never needed: the scale of a real position is read off what the norm made
+of it (:func:`frozen_scale`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dla_hooks.errors import UnsupportedModelError
+from dla_hooks.modules.autocast import full
+from dla_hooks.modules.vjp import alone
+from dla_hooks.modules.weights import run_device
+
+_AMPLITUDE = 2.0**12
+_AMPLITUDE_HALF = 2.0**7
+"""Their squares swallow any epsilon, and still fit float32 (the second, float16)."""
+
+
+@dataclass(frozen=True)
+class Norm:
+    """What a norm was found to compute.
+
+    Attributes:
+        gamma: the gain [d_model].
+        beta: the bias [d_model].
+        centred: whether the mean over d_model is subtracted first.
+        name: the module's path, for messages.
+    """
+
+    gamma: Tensor
+    beta: Tensor
+    centred: bool
+    name: str
+
+    def pull_back(self, d_KM: Tensor) -> Tensor:
+        """Directions after the norm as directions before it, less the division by the scale."""
+        folded = d_KM * self.gamma.to(d_KM)
+        return folded - folded.mean(-1, keepdim=True) if self.centred else folded
+
+    def at_scale_one(self, x: Tensor) -> Tensor:
+        """gamma * (x - centre(x)): the norm's output, less beta, times its scale."""
+        centred = x - x.mean(-1, keepdim=True) if self.centred else x
+        return centred * self.gamma.to(x)
+
+
+def probe(module: nn.Module, d_model: int, name: str, dtype: torch.dtype) -> Norm:
+    """Find out what a norm computes.
+
+    Args:
+        module: the norm; run on seven made-up vectors, past any hooks on it.
+        d_model: the width of the stream.
+        name: the module's path, for the message of an error.
+        dtype: in which the result is kept (at least float32).
+
+    Raises:
+        UnsupportedModelError: when the norm is none of the form above.
+    """
+    parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
+    device = run_device(module)
+    run_dtype = parameter.dtype if parameter is not None else dtype
+
+    signs = torch.ones(d_model, device=device)
+    signs[1::2] = -1.0
+    if d_model % 2:  # an odd width has no +-1 vector of mean zero: leave one channel out, in turn
+        signs[-1] = 0.0
+    other = signs.roll(1)
+    noise = torch.randn(d_model, generator=torch.Generator().manual_seed(0)).to(device)
+    amplitude = _AMPLITUDE_HALF if run_dtype == torch.float16 else _AMPLITUDE
+    large = (signs * amplitude, other * amplitude)
+    made_up = torch.stack(
+        (torch.zeros_like(signs), *large, -large[0], -large[1], noise, noise + 2.0)
+    )
+    try:
+        with alone(module), torch.no_grad():
+            out = module.forward(made_up[None].to(run_dtype))[0]
+            answers = out.to(dtype)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise UnsupportedModelError(
+            f"{name} ({type(module).__name__}) cannot be run on vectors of width {d_model}: {error}"
+        ) from error
+    # A norm without parameters says only by its output in what dtype it works.
+    run_dtype = max(run_dtype, out.dtype, key=lambda kind: torch.finfo(kind).eps)
+    if answers.shape != made_up.shape:
+        raise UnsupportedModelError(
+            f"{name} ({type(module).__name__}) returns vectors of width {answers.shape[-1]}, not "
+            f"{d_model}: it is no norm"
+        )
+    beta, first, second, minus_first, minus_second, of_noise, of_shifted = answers
+
+    rms = signs.to(dtype).square().mean().sqrt()  # one, or sqrt(1 - 1/d_model) for an odd width
+    usable = signs != 0
+    if not bool(torch.isfinite(beta).all()):  # an epsilon of zero leaves N(0) undefined
+        beta = torch.where(usable, first + minus_first, second + minus_second) / 2
+    pattern = torch.where(usable, signs, other).to(dtype)
+    gamma = (torch.where(usable, first, second) - beta) * pattern * rms
+    moved = (of_noise - of_shifted).norm()
+    # The shift of 2 changes an RMSNorm's output by about its own size; rounding, by far less.
+    rounding = 16 * torch.finfo(run_dtype).eps + 1e-4
+    centred = bool(moved <= rounding * (of_noise.norm() + beta.norm()))
+    norm = Norm(gamma, beta, centred, name)
+    if torch.equal(answers[1:], made_up[1:].to(run_dtype).to(dtype)):
+        return Norm(torch.ones_like(gamma), torch.zeros_like(beta), False, name)  # no norm at all
+
+    x = made_up[-2:].to(run_dtype).to(dtype)
+    _, misfit = frozen_scale(norm, x, answers[-2:])
+    tolerance = misfit_tolerance(run_dtype)
+    if not bool(torch.isfinite(answers[1:]).all()):
+        return norm  # weights that are not finite are found, and named, after the run
+    if misfit > tolerance:
+        raise UnsupportedModelError(
+            f"{name} ({type(module).__name__}) is not a LayerNorm or RMSNorm in disguise: "
+            f"gamma * (x - centre) / s + beta misses its output by {misfit:.1e} of its size. "
+            "A stream read through any other function cannot be split into parts exactly."
+        )
+    return norm
+
+
+@full
+def frozen_scale(norm: Norm, x_NM: Tensor, y_NM: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale that a norm actually divided by, from what went in and what came out.
+
+    With ``a = gamma * (x - centre(x))`` the norm's output is ``a / s + beta``; s is the least
+    squares fit ``|a|^2 / (a . (y - beta))``, whose rounding errors average out over d_model.
+
+    Args:
+        norm: the norm's constants.
+        x_NM: inputs [n, d_model], in at least float32.
+        y_NM: the outputs for them.
+
+    Returns:
+        s [n], and the largest part of an output that the fit leaves unexplained (relative to the
+        output's largest entry) [], which is rounding alone for a norm of the right form. It stays
+        on the device: a number asked for in a hook would make the device wait.
+    """
+    a = norm.at_scale_one(x_NM)
+    y = y_NM - norm.beta.to(y_NM)
+    size = torch.linalg.vector_norm(a, dim=-1).square()
+    # Where nothing comes in, or gamma lets nothing through, every product is zero at any scale.
+    s = torch.where(size == 0, torch.ones_like(size), size / torch.linalg.vecdot(a, y))
+    if not len(s):
+        return s, s.new_zeros(())
+    unexplained = y.addcdiv_(a, s[:, None], value=-1).abs_().amax(-1)
+    of_all = y_NM.abs().amax(-1)
+    return s, torch.where(unexplained == 0, unexplained, unexplained / of_all).max()
+
+
+def largest(misfits: list[Tensor]) -> float:
+    """The largest of several misfits; NaN if any is."""
+    return float(torch.stack([misfit.cpu() for misfit in misfits]).max()) if misfits else 0.0
+
+
+def misfit_tolerance(dtype: torch.dtype) -> float:
+    """How much of a norm's output rounding may leave unexplained, for a model in ``dtype``."""
+    return 4 * torch.finfo(dtype).eps + 1e-5

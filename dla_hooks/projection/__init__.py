@@ -1,0 +1,1 @@
+"""From an activation to scalars: directions, tiles of positions, contractions, ledgers."""

@@ -1,0 +1,74 @@
+"""What the targets are projected on, at one place of the model.
+
+A call may have one target, or another one at every position; then the directions together would
+be as large as an activation. So a set of directions is a rule for making any of them. A single
+one is made once and kept; several are made for one tile of sites at a time, from directions
+further down the model, and finally from rows of the unembedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dla_hooks.projection.tiles import Tile
+
+_HELD_ELEMENTS = 2**21
+"""Entries of all directions together that may be kept for a call (8 MiB in float32)."""
+
+
+class Directions:
+    """One direction [width] per target.
+
+    Args:
+        make: directions [k, width] of some targets [k], indices on the CPU.
+        n_targets: how many targets there are.
+        dtype: of the directions: the dtype of every contraction with them.
+        hold: the width, to make all directions at once where they are few enough to keep; None
+            to keep a single one only.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[Tensor], Tensor],
+        n_targets: int,
+        dtype: torch.dtype,
+        hold: int | None = None,
+    ) -> None:
+        self._make = make
+        self._n_targets = n_targets
+        self.dtype = dtype
+        few = hold is not None and hold * n_targets <= _HELD_ELEMENTS
+        self._held = n_targets == 1 or few
+        self._on: dict[torch.device, Tensor] = {}
+
+    def __len__(self) -> int:
+        return self._n_targets
+
+    def of(self, targets: Tensor) -> Tensor:
+        """Directions [k, width] of some targets [k], where the weights are that make them."""
+        if not self._held:
+            return self._make(targets)
+        self.prepare()
+        home, made = next(iter(self._on.items()))
+        return made if self._n_targets == 1 else made.index_select(0, targets.to(home))
+
+    def prepare(self) -> None:
+        """Make them now, if they are to be held."""
+        if self._held and not self._on:
+            made = self._make(torch.arange(self._n_targets))
+            self._on[made.device] = made
+
+    def at(self, tile: Tile, device: torch.device) -> Tensor:
+        """Directions of a tile's targets, on a device."""
+        if self._n_targets > 1:
+            return self.of(tile.targets).to(device)
+        if device not in self._on:
+            self._on[device] = self.of(tile.targets).to(device)
+        return self._on[device]
+
+    def then(self, change: Callable[[Tensor], Tensor]) -> Directions:
+        """The directions further up the model that ``change`` makes of these."""
+        return Directions(lambda targets: change(self.of(targets)), self._n_targets, self.dtype)

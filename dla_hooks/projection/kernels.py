@@ -1,0 +1,116 @@
+"""The contractions: from what a hook sees to scalars, in place, a tile of positions at a time.
+
+Letters in names give the axes:
+
+    B batch, S column of the prompt, N selected site (a row and column), T tile of sites,
+    M d_model, H head, D d_head, I = H * D, K distinct target (an answer, or answer - incorrect),
+    C row of scalars.
+
+Nothing of size N x M is built beyond one tile, whatever the dtype of the activations and however
+many targets there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from einops import reduce
+from torch import Tensor
+
+from dla_hooks.inputs.entries import Sites
+from dla_hooks.modules.autocast import full
+from dla_hooks.modules.norms import Norm, frozen_scale
+from dla_hooks.projection.directions import Directions
+from dla_hooks.projection.tiles import Tile
+
+
+def project(x: Tensor, sites: Sites, directions: Directions, out_N: Tensor) -> None:
+    """out[n] = x[site n] . d[target of n].
+
+    Args:
+        x: activations as the hook sees them; see :meth:`Sites.take`.
+        sites: where to read, and which target each site has.
+        directions: one per target [d_model].
+        out_N: one scalar per site, written in place.
+    """
+    for x_TM, tile in tiles(x, sites, directions.dtype):
+        out_N[tile.index] = _dot(x_TM, directions.at(tile, x.device), tile)
+
+
+def project_heads(
+    z: Tensor,
+    sites: Sites,
+    folded: Directions,
+    out_HN: Tensor,
+    constant_I: Tensor | None = None,
+    of_constant_N: Tensor | None = None,
+) -> None:
+    """out[h, n] = (z_h[site n] - constant_h) . u_h[target of n].
+
+    Args:
+        z: the output projection's input [batch, pos, head * d_head].
+        sites: where to read, and which target each site has.
+        folded: u, the directions pulled back through the output projection [head * d_head]
+            (u_h = W_O[h] d), so that no head's write to the stream is ever built.
+        out_HN: one scalar per head and site, written in place.
+        constant_I: what to take off every z first [head * d_head].
+        of_constant_N: what was taken off all heads together, added to in place.
+    """
+    n_heads = len(out_HN)
+    for z_TI, tile in tiles(z, sites, folded.dtype):
+        u_KI = folded.at(tile, z.device)
+        if constant_I is not None and of_constant_N is not None:
+            z_TI = z_TI - constant_I
+            of_constant_N[tile.index] += tile.spread(u_KI @ constant_I)
+        if len(u_KI) == 1:
+            z_HTD = z_TI.unflatten(-1, (n_heads, -1)).transpose(0, 1)
+            u_HDK = u_KI.view(n_heads, -1, 1)
+            out_HN[:, tile.index] = torch.bmm(z_HTD, u_HDK)[..., 0]
+        else:
+            products_TI = z_TI * tile.spread(u_KI)
+            out_HN[:, tile.index] = reduce(products_TI, "t (h d) -> h t", "sum", h=n_heads)
+
+
+def frozen_scales(norm: Norm, x: Tensor, y: Tensor, sites: Sites, out_N: Tensor) -> list[Tensor]:
+    """The scale that a norm divided by at each site; see :func:`frozen_scale`.
+
+    Args:
+        norm: its constants.
+        x: what went in, as the hook sees it.
+        y: what came out.
+        sites: where to read.
+        out_N: one scale per site, written in place.
+
+    Returns:
+        What the norm's form leaves unexplained, for each tile.
+    """
+    misfits = []
+    pairs = zip(tiles(x, sites, out_N.dtype), tiles(y, sites, out_N.dtype), strict=True)
+    for (x_TM, tile), (y_TM, _) in pairs:
+        out_N[tile.index], misfit = frozen_scale(norm, x_TM, y_TM)
+        misfits.append(misfit)
+    return misfits
+
+
+@full
+def project_constant(
+    constant_M: Tensor, sites: Sites, directions: Directions, out_N: Tensor
+) -> None:
+    """out[n] += constant . d[target of n], for a vector [d_model] that is the same everywhere."""
+    for _, tile in sites.tiles(len(constant_M), out_N.device):
+        d_KM = directions.at(tile, out_N.device)
+        out_N[tile.index] += tile.spread(d_KM @ constant_M.to(d_KM))
+
+
+def tiles(x: Tensor, sites: Sites, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tile]]:
+    """An activation at the sites in view, a tile at a time [T, d], in the accumulation dtype."""
+    for place, tile in sites.tiles(x.shape[-1], x.device):
+        yield sites.take(x, place).to(dtype), tile
+
+
+def _dot(x_TM: Tensor, d_KM: Tensor, tile: Tile) -> Tensor:
+    if len(d_KM) == 1:
+        return x_TM @ d_KM[0]
+    products_T: Tensor = torch.linalg.vecdot(x_TM, tile.spread(d_KM))
+    return products_T

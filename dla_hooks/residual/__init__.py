@@ -1,0 +1,1 @@
+"""Where a model writes to its residual stream: declarations, and the modules that they name."""

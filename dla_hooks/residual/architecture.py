@@ -1,0 +1,96 @@
+"""The words in which an adapter says where a model writes to its residual stream.
+
+A declaration names modules. It holds no values and no arithmetic: what the modules do to the
+stream (norms, scales, gains, caps, biases, head widths) is asked of the model itself, in
+:mod:`dla_hooks.modules.norms` and :mod:`dla_hooks.calibration.scales`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Attention heads, side by side in the input of an output projection.
+
+    Attributes:
+        proj: the output projection, relative to the block; its input is ``z`` flattened to
+            [batch, pos, head * d_head], head after head. The module that holds it is taken to be
+            the attention module itself.
+        count: the config field with the number of (query) heads.
+        post_norm: the norm, relative to the block and where it has one, between the projection
+            and the term, if the term's ``module`` comes after it.
+    """
+
+    proj: str
+    count: str = "num_attention_heads"
+    post_norm: str | None = None
+
+
+@dataclass(frozen=True)
+class Write:
+    """One term that blocks add to the residual stream; those without its module do not.
+
+    Attributes:
+        label: what the term is called; block ``l`` labels it ``{l}_{label}``.
+        module: the module, relative to the block, whose output is the term. Several names
+            stand for the first one that a block has: versions of transformers, and blocks of
+            different kinds in one model, differ in this.
+        post_norm: the norm, in blocks that have it, between that output and the stream. The term
+            is then the norm's output, and parts of ``module``'s output are pushed through it.
+        heads: how the term splits into attention heads, if it does.
+        beside: for a term that is added between this block and the next: the list of modules,
+            from the causal LM downwards, whose next element holds ``module``.
+    """
+
+    label: str
+    module: str | tuple[str, ...]
+    post_norm: str | None = None
+    heads: Heads | None = None
+    beside: str | None = None
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Where the models of one or more ``model_type`` keep what attribution needs.
+
+    Attributes:
+        model_types: the values of ``config.model_type`` that this describes.
+        layers: the list of blocks, from the causal LM downwards.
+        final_norm: the norm between the last block and the unembedding.
+        writes: what each block adds to the stream, in the order in which it is added.
+        positions: the module whose output is added to the token embeddings, if positions enter
+            the stream (learned position embeddings); rotary and ALiBi models have none.
+        position_limit: the config field with the longest prompt that the model's position table
+            can index, where a longer one cannot run.
+        start: the module whose output is where the stream begins, if that is not the first
+            block's input.
+        after_norm: linear modules, if any, between the final norm and the unembedding.
+    """
+
+    model_types: tuple[str, ...]
+    layers: str
+    final_norm: str
+    writes: tuple[Write, ...]
+    positions: str | None = None
+    position_limit: str | None = None
+    start: str | None = None
+    after_norm: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why models of some types cannot be taken apart.
+
+    Attributes:
+        model_types: the values of ``config.model_type``.
+        place: where it fails.
+        reason: what is done there.
+        needed: what an attribution would need.
+    """
+
+    model_types: tuple[str, ...]
+    place: str
+    reason: str
+    needed: str

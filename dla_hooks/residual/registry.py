@@ -1,0 +1,119 @@
+"""Which declaration belongs to which model type.
+
+The one place that imports the adapters (the repository's top-level folder ``adapters/``,
+installed as ``dla_hooks.adapters``).
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import sys
+import threading
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from dla_hooks.errors import InputError
+from dla_hooks.residual.architecture import Architecture, Refusal
+
+_ADAPTERS = "dla_hooks.adapters"
+
+_registered: dict[str, Architecture] = {}
+_refused: dict[str, Refusal] = {}
+_without_bos: set[str] = set()
+_builtin_loaded = False
+_lock = threading.RLock()
+
+
+def register(architecture: Architecture) -> None:
+    """Add a declaration, so that models of its types are recognised from now on.
+
+    Args:
+        architecture: the declaration; see :class:`Architecture`.
+
+    Raises:
+        InputError: when one of its model types is declared already.
+    """
+    with _lock:
+        _load_builtin()
+        _add(architecture)
+
+
+def adapter_for(model_type: str) -> Architecture | None:
+    """The declaration for a ``config.model_type``, or None when there is none."""
+    with _lock:
+        _load_builtin()
+        return _registered.get(model_type)
+
+
+def refusal_for(model_type: str) -> Refusal | None:
+    """Why models of this type are refused, where it is known."""
+    with _lock:
+        _load_builtin()
+        return _refused.get(model_type)
+
+
+def begins_with_bos(model_type: str) -> bool:
+    """Whether prompts of this model type begin with a BOS by custom."""
+    with _lock:
+        _load_builtin()
+        return model_type not in _without_bos
+
+
+def architectures() -> tuple[Architecture, ...]:
+    """Every declaration, each once, in alphabetical order of its first model type."""
+    with _lock:
+        _load_builtin()
+        distinct = dict.fromkeys(_registered.values())
+    return tuple(sorted(distinct, key=lambda architecture: architecture.model_types[0]))
+
+
+def _add(architecture: Architecture) -> None:
+    if isinstance(architecture.model_types, str):
+        name = architecture.model_types
+        raise InputError(f"model_types is a tuple of names: write ({name!r},) instead of {name!r}")
+    taken = [name for name in architecture.model_types if name in _registered]
+    if taken:
+        raise InputError(
+            f"model type {', '.join(map(repr, taken))} is declared already; "
+            "a type can have one declaration only"
+        )
+    for name in architecture.model_types:
+        _registered[name] = architecture
+
+
+def _adapters() -> ModuleType:
+    """The package of the adapters; in a checkout that is not installed, the folder beside this."""
+    try:
+        return importlib.import_module(_ADAPTERS)
+    except ModuleNotFoundError as error:
+        root = Path(__file__).parents[2]
+        folder = root / "adapters"
+        file = folder / "__init__.py"
+        # Beside an installed package that folder would be another package, of the same name.
+        if not ((root / "pyproject.toml").is_file() and file.is_file()):
+            raise ImportError(
+                "the adapters are not installed beside dla_hooks; in a checkout run "
+                "`pip install -e .`"
+            ) from error
+    spec: Any = spec_from_file_location(_ADAPTERS, file, submodule_search_locations=[str(folder)])
+    package = sys.modules[_ADAPTERS] = module_from_spec(spec)
+    spec.loader.exec_module(package)
+    return package
+
+
+def _load_builtin() -> None:
+    global _builtin_loaded
+    if _builtin_loaded:
+        return
+    package = _adapters()
+    for module in sorted(entry.name for entry in pkgutil.iter_modules(package.__path__)):
+        declarations = importlib.import_module(f"{_ADAPTERS}.{module}")
+        for architecture in declarations.ARCHITECTURES:
+            _add(architecture)
+        for refusal in getattr(declarations, "REFUSALS", ()):
+            _refused.update(dict.fromkeys(refusal.model_types, refusal))
+        _without_bos.update(getattr(declarations, "WITHOUT_BOS", ()))
+    _builtin_loaded = True

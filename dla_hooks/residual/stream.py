@@ -1,0 +1,172 @@
+"""A located residual stream: the modules that a declaration names, found in one model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dla_hooks.backends import Kind
+from dla_hooks.modules.hooks import Use
+from dla_hooks.modules.vjp import dtype_of
+from dla_hooks.residual.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class HeadSite:
+    """Where the heads of one write can be seen, side by side.
+
+    Attributes:
+        proj: the module at whose input z can be seen: [batch, pos, n_heads * d_head], or with an
+            axis for the heads.
+        name: its path.
+        linear: what maps z to the stream; mostly ``proj`` itself.
+        attention: the module that holds the projection and reads the (normed) stream.
+        n_heads: number of heads.
+        d_head: width of one head.
+        post_norm: the norm between the projection and the stream, if any.
+        post_norm_name: its path.
+    """
+
+    proj: nn.Module
+    name: str
+    linear: nn.Module
+    attention: nn.Module
+    n_heads: int
+    d_head: int
+    post_norm: nn.Module | None = None
+    post_norm_name: str = ""
+
+    def z(self, entered: Tensor, left: Tensor) -> Tensor:
+        """z of what entered and left ``proj``: a hook point hands on what hooks make of it."""
+        return self.flat(entered if self.linear is self.proj else left)
+
+    def flat(self, z: Tensor) -> Tensor:
+        """z with its heads side by side [..., n_heads * d_head]."""
+        return z if z.shape[-1] == self.n_heads * self.d_head else z.flatten(-2)
+
+
+@dataclass(frozen=True)
+class WriteSite:
+    """One term that one block adds to the stream.
+
+    Attributes:
+        label: ``{layer}_{label}``.
+        layer: the block's index.
+        module: the module that makes the term, before any post-norm.
+        post_norm: the norm between it and the stream, if any.
+        name: path of the module whose output enters the stream.
+        use: which run of that module it is, where blocks share it.
+        response: what the block's output multiplies the term by, [] or [d_model]; None is one.
+        heads: where its heads can be seen, if it has any.
+    """
+
+    label: str
+    layer: int
+    module: nn.Module
+    post_norm: nn.Module | None
+    name: str
+    use: Use
+    heads: HeadSite | None
+    response: Tensor | None = None
+
+    @property
+    def written_by(self) -> nn.Module:
+        """The module whose output enters the stream."""
+        return self.module if self.post_norm is None else self.post_norm
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of the stack, or one use of a block that is used several times.
+
+    Attributes:
+        layer: its place in the stack.
+        module: the block.
+        name: its path.
+        use: which run of the module it is.
+        writes: what it adds to the stream, in order.
+        gain: what it multiplies its input by, [] or [d_model]; None is one.
+        constant: what it adds besides its writes [d_model]; None is nothing.
+    """
+
+    layer: int
+    module: nn.Module
+    name: str
+    use: Use
+    writes: tuple[WriteSite, ...]
+    gain: Tensor | None = None
+    constant: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A model's residual stream, from block 0 to the logits.
+
+    Attributes:
+        kind: what kind of model it is, and how it is run.
+        architecture: the declaration it was located by.
+        blocks: the stack.
+        positions: the module that adds positions, if any.
+        start: the module whose output is the beginning of the stream, if it is not block 0's
+            input.
+        final_norm: the last norm.
+        final_norm_name: its path.
+        final_norm_runs: how often it runs; the last time is the one.
+        after_norm: linear modules between it and the unembedding.
+        unembed: the output embedding.
+        d_model: width of the stream.
+        vocabulary: number of tokens that the unembedding scores.
+        logit_scale: what the logits are multiplied by.
+        softcap: the cap on the logits, or None.
+        stream_dtype: in which the blocks are added up.
+        positions_response: what the stream's beginning multiplies positions by; None is one.
+        remembered: whether the answers come from an earlier call.
+        position_limit: the longest prompt that can run, or None where there is no fixed limit.
+    """
+
+    kind: Kind
+    architecture: Architecture
+    blocks: tuple[Block, ...]
+    positions: nn.Module | None
+    start: nn.Module | None
+    final_norm: nn.Module
+    final_norm_name: str
+    after_norm: tuple[nn.Module, ...]
+    unembed: nn.Module
+    d_model: int
+    vocabulary: int
+    position_limit: int | None
+    final_norm_runs: int = 1
+    stream_dtype: torch.dtype = torch.float64
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    positions_response: Tensor | None = None
+    remembered: bool = False
+
+    @property
+    def model(self) -> Any:
+        """The model itself."""
+        return self.kind.model
+
+    @property
+    def writes(self) -> tuple[WriteSite, ...]:
+        """All writes, in the order in which they are added."""
+        return tuple(write for block in self.blocks for write in block.writes)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the model's unembedding runs in."""
+        return dtype_of(self.unembed)
+
+    @property
+    def coarsest_dtype(self) -> torch.dtype:
+        """Of the weights' and the stream's, the dtype that rounds more (Mamba adds in float32)."""
+        return max(self.dtype, self.stream_dtype, key=lambda dtype: torch.finfo(dtype).eps)
+
+    @property
+    def work_dtype(self) -> torch.dtype:
+        """The dtype of every contraction: float64 for float64 models, float32 for all others."""
+        return torch.promote_types(self.dtype, torch.float32)

@@ -1,0 +1,1 @@
+"""Numbers with labels: how they are shown, exported and stored."""

@@ -1,0 +1,1 @@
+"""Where activations come from: a run of the model, or a stored cache."""

@@ -1,0 +1,156 @@
+"""Long prompts in pieces, each run against the model's own cache of what came before it.
+
+Activation memory then grows with the piece, and only the cache with the prompt. The numbers are
+those of one whole run where the model computes the same either way; it is asked whether it does.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dla_hooks.backends import Kind
+from dla_hooks.calibration.invariance import chunks_are_ignored
+from dla_hooks.errors import InputError, UnsupportedModelError
+from dla_hooks.inputs.prompts import Prompt
+from dla_hooks.residual.stream import Stream
+
+LONG_PROMPT = 8192
+"""Prompts of more tokens than this are run in chunks unless the caller says otherwise, ..."""
+AUTOMATIC_CHUNK = 2048
+"""... of this size."""
+
+
+def chunks(
+    kind: Kind, prompt: Prompt, columns: Tensor | None, size: int | None
+) -> Iterator[tuple[range, Callable[[], Tensor]]]:
+    """The runs that make up one forward pass: the columns of each, and the run itself.
+
+    Args:
+        kind: how the model is run.
+        prompt: the batch.
+        columns: where logits are wanted, or None for the least that the model can do.
+        size: columns of each chunk; None is all at once.
+
+    Yields:
+        A range of columns, and a function that runs them and returns the logits that are wanted
+        there [batch, n, vocabulary]; it must be called before the next is asked for.
+    """
+    width = prompt.shape[1]
+    if size is None or size >= width:
+        yield range(width), lambda: kind.forward(prompt, columns)
+        return
+    past: Any = None
+
+    def run(chunk: range) -> Tensor:
+        nonlocal past
+        wanted = None
+        if columns is not None:
+            inside = columns[(columns >= chunk.start) & (columns < chunk.stop)]
+            wanted = inside if len(inside) else None
+        logits, past = kind.forward_chunk(prompt, chunk, wanted, past)
+        return logits if wanted is not None else logits[:, :0]
+
+    for start in range(0, width, size):
+        chunk = range(start, min(start + size, width))
+        yield chunk, partial(run, chunk)
+
+
+def chunk_size_for(stream: Stream, prompt: Prompt, chunk_size: Any) -> int | None:
+    """The size of the chunks that a prompt is to be run in, or None for all at once.
+
+    Args:
+        stream: the located model.
+        prompt: the batch.
+        chunk_size: what the caller asked for; None leaves it to the length of the prompt and to
+            whether the model can be run in chunks, without hooks of the caller's that would see
+            them.
+
+    Raises:
+        InputError: for what is no positive number.
+        UnsupportedModelError: when chunks were asked for, but would change the model's numbers.
+    """
+    width = prompt.shape[1]
+    if chunk_size is None:
+        if width <= LONG_PROMPT or _is_hooked(stream.model) or _why_not(stream, prompt):
+            return None
+        return AUTOMATIC_CHUNK
+    size = _as_size(chunk_size)
+    if size >= width:
+        return None
+    reason = _why_not(stream, prompt)
+    if reason is not None:
+        raise UnsupportedModelError(
+            f"{stream.kind.name} cannot be run in chunks of a prompt: {reason}. Leave chunk_size "
+            "out, or give one that is no smaller than the prompt, to run it all at once."
+        )
+    return size
+
+
+def _as_size(chunk_size: Any) -> int:
+    try:
+        size = 0 if isinstance(chunk_size, bool) else operator.index(chunk_size)
+    except TypeError:
+        size = 0
+    if size < 1:
+        raise InputError(
+            "chunk_size must be a positive number of tokens, or None to leave it to the prompt's "
+            f"length; got {chunk_size!r}"
+        )
+    return size
+
+
+def _why_not(stream: Stream, prompt: Prompt) -> str | None:
+    """Why chunks would give other numbers than the whole prompt; None where they would not."""
+    rotary = _length_dependent(stream.model, prompt.shape[1])
+    if rotary is not None:
+        return (
+            f"its rotary positions ({rotary}) depend on how long a prompt is, and this one is "
+            f"longer ({prompt.shape[1]} tokens) than it was first made for"
+        )
+    left = None if not prompt.padded else not bool(prompt.mask[:, 0].all())
+    try:
+        ignored = chunks_are_ignored(stream, left=left)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a model that is not made for it may fail in any way
+        return str(error)
+    if not ignored:
+        where = "" if left is None else " (padded as this one is)"
+        return (
+            f"a short prompt{where} gives other logits in chunks than at once, as where recurrent "
+            "layers start anew with each chunk"
+        )
+    return None
+
+
+def _is_hooked(model: torch.nn.Module) -> bool:
+    """Whether the caller has hooks on the model: they may not expect a prompt in pieces."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def _length_dependent(model: torch.nn.Module, width: int) -> str | None:
+    """The kind of rotary positions that a prompt of this width would change, if there is any."""
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        config = getattr(module, "config", None)
+        # The second is its name in transformers 4.
+        settings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+        named = kinds if isinstance(kinds, dict) else {None: kinds}
+        for layer_type, kind in named.items():
+            if not isinstance(kind, str) or not ("dynamic" in kind or kind == "longrope"):
+                continue
+            own = (settings if layer_type is None else (settings or {}).get(layer_type)) or {}
+            limit: Any = (
+                own.get("original_max_position_embeddings")
+                or getattr(config, "original_max_position_embeddings", None)
+                or getattr(module, "original_max_seq_len", 0)
+            )
+            if width > limit:
+                return kind
+    return None

@@ -1,0 +1,188 @@
+"""Activations from a stored ``ActivationCache`` instead of a run.
+
+The taps are the same. Each is shown what the cache holds under its name, or what follows from
+other entries: the stream before a block is the one after the block before, the last stream is the
+sum of all that was written, attention's write is the difference of the streams around it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dla_hooks.calibration.mid_streams import mid_streams
+from dla_hooks.errors import CacheEntryError, InputError
+from dla_hooks.inputs.prompts import Prompt
+from dla_hooks.modules.hooks import Tap
+from dla_hooks.residual.gains import times
+from dla_hooks.residual.stream import Block, Stream
+
+
+def check_cache(model: Any, cache: Any) -> None:
+    """Refuse what is no cache, or another model's.
+
+    Raises:
+        InputError: naming what was given.
+    """
+    if not all(hasattr(cache, name) for name in ("cache_dict", "has_batch_dim", "model")):
+        raise InputError(
+            f"cache must be an ActivationCache, as model.run_with_cache(...) returns it, got "
+            f"{type(cache).__name__}"
+        )
+    if cache.model is not model:
+        raise InputError(
+            "the cache was made by another model object than the one given; pass the model that "
+            "made it (cache.model)"
+        )
+
+
+class Replay:
+    """A cache as the source of activations, in place of a forward pass.
+
+    Args:
+        cache: the ``ActivationCache``; never written to.
+        stream: the located model.
+        unit: the unit asked for, for messages.
+    """
+
+    def __init__(self, cache: Any, stream: Stream, unit: str) -> None:
+        self._cache = cache
+        self._stream = stream
+        self._unit = unit
+        self._batched = bool(cache.has_batch_dim)
+        self._block = {block.name: block for block in stream.blocks}
+        self._writes = {write.name: write for write in stream.writes}
+
+    @property
+    def batched(self) -> bool:
+        """Whether the entries have their batch axis."""
+        return self._batched
+
+    def prompt(self) -> Prompt:
+        """A prompt of the cache's shape; which tokens it had, a cache does not say."""
+        # Any of these has the axes [batch, pos, ...], whatever else was kept.
+        norm, last = self._stream.final_norm_name, self._stream.blocks[-1].name
+        for name in (f"{norm}.hook_scale", f"{last}.hook_resid_post", *self._writes):
+            if name in self._cache.cache_dict:
+                ids = torch.zeros(self._entry(name).shape[:2], dtype=torch.long)
+                return Prompt(ids, torch.ones_like(ids, dtype=torch.bool))
+        raise self._missing(f"{norm}.hook_scale")
+
+    def dtype(self) -> torch.dtype:
+        """The coarsest dtype of its entries: a cache may have been converted to save memory."""
+        found = {v.dtype for v in self._cache.cache_dict.values() if v.is_floating_point()}
+        return max(found, key=lambda kind: torch.finfo(kind).eps, default=torch.float64)
+
+    def holds(self, tap: Tap) -> bool:
+        """Whether a tap can be shown what it is for."""
+        try:
+            self._read(tap)
+        except CacheEntryError:
+            return False
+        return True
+
+    def play(self, taps: list[Tap]) -> None:
+        """Show every tap its activation.
+
+        Raises:
+            CacheEntryError: (a KeyError) for one that the cache does not hold; it names it.
+        """
+        with torch.no_grad():
+            for tap in taps:
+                value = self._read(tap)
+                if tap.see_scale is not None and hasattr(tap.module, "hook_scale"):
+                    tap.see_scale(value)
+                else:
+                    tap.see(value, value)
+
+    def _read(self, tap: Tap) -> Tensor:
+        if tap.see_scale is not None and hasattr(tap.module, "hook_scale"):
+            return self._entry(f"{tap.name}.hook_scale")
+        if tap.name == self._stream.final_norm_name:
+            return self._last()
+        if tap.before and tap.name in self._block:
+            return self._before(self._block[tap.name])
+        if tap.name in self._writes:
+            return self._write(tap.name)
+        return self._entry(tap.name)
+
+    def _before(self, block: Block) -> Tensor:
+        names = [f"{block.name}.hook_resid_pre"]
+        if block.layer:
+            names.append(f"{self._stream.blocks[block.layer - 1].name}.hook_resid_post")
+        for name in names:
+            if name in self._cache.cache_dict:
+                return self._entry(name)
+        if block.layer or "hook_embed" not in self._cache.cache_dict:
+            raise self._missing(names[0])
+        start = self._entry("hook_embed")
+        if self._stream.positions is not None:
+            positions = self._entry(self._stream.architecture.positions or "")
+            start = start + times(positions, self._stream.positions_response)
+        return start
+
+    def _last(self) -> Tensor:
+        stream = self._stream
+        name = f"{stream.blocks[-1].name}.hook_resid_post"
+        if name in self._cache.cache_dict:
+            return self._entry(name)
+        try:
+            x = self._before(stream.blocks[0])
+            for block in stream.blocks:
+                x = times(x, block.gain)
+                for write in block.writes:
+                    x = x + times(self._write(write.name), write.response)
+                if block.constant is not None:
+                    x = x + block.constant.to(x)
+        except CacheEntryError:
+            raise self._missing(name) from None
+        return x
+
+    def _write(self, name: str) -> Tensor:
+        """A write, or what the streams around it say of it."""
+        if name in self._cache.cache_dict:
+            return self._entry(name)
+        write = self._writes[name]
+        block = self._stream.blocks[write.layer]
+        if self._unit == "layer" and mid_streams(self._stream)[block.layer] is None:
+            # Only where the block ends is shown: all that it added may stand in its last write.
+            added = self._after(block) - times(self._before(block), block.gain)
+            return added if write is block.writes[-1] else torch.zeros_like(added)
+        plain = block.gain is None and block.constant is None and len(block.writes) <= 2
+        if not plain or any(other.response is not None for other in block.writes):
+            raise self._missing(name)
+        mid = f"{block.name}.hook_resid_mid"
+        try:
+            if len(block.writes) == 1:
+                return self._after(block) - self._before(block)
+            if mid not in self._cache.cache_dict:
+                raise self._missing(name)
+            if write is block.writes[0]:
+                return self._entry(mid) - self._before(block)
+            return self._after(block) - self._entry(mid)
+        except CacheEntryError:
+            raise self._missing(name) from None
+
+    def _after(self, block: Block) -> Tensor:
+        names = [f"{block.name}.hook_resid_post"]
+        if block is not self._stream.blocks[-1]:
+            names.append(f"{self._stream.blocks[block.layer + 1].name}.hook_resid_pre")
+        for name in names:
+            if name in self._cache.cache_dict:
+                return self._entry(name)
+        raise self._missing(names[0])
+
+    def _entry(self, name: str) -> Tensor:
+        if name not in self._cache.cache_dict:
+            raise self._missing(name)
+        value: Tensor = self._cache.cache_dict[name].detach()
+        return value if self._batched else value[None]
+
+    def _missing(self, name: str) -> CacheEntryError:
+        return CacheEntryError(
+            f"the cache has no {name!r}, which unit={self._unit!r} reads. Keep it: "
+            "model.run_with_cache(tokens, names_filter="
+            f"dla_hooks.cache_names(model, {self._unit!r})), or no names_filter at all"
+        )

@@ -1,0 +1,1 @@
+"""What is attributed: a linear reading of the stream."""

@@ -1,0 +1,1 @@
+"""The TransformerLens-shaped face of a raw Hugging Face model."""

@@ -1,0 +1,250 @@
+"""The weights that the TransformerLens-shaped face shows, made from the model's own when asked.
+
+Nothing is kept and nothing is written back: each function reads the modules of a located stream
+and returns a tensor, a view of the model's own weight where no processing has to be done.
+
+Shapes: V the vocabulary, M d_model, H heads, D d_head, K some tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dla_hooks.calibration.prompt import short_prompt
+from dla_hooks.calibration.value_biases import head_constants
+from dla_hooks.errors import UnsupportedModelError
+from dla_hooks.modules import norms
+from dla_hooks.modules.hooks import Tap, tapped
+from dla_hooks.modules.linear import input_width, matrix, mean_row, rows, value_at
+from dla_hooks.modules.vjp import alone
+from dla_hooks.modules.weights import run_device, stored
+from dla_hooks.residual.stream import HeadSite, Stream, WriteSite
+from dla_hooks.targets.tokens import before_norm
+
+_TILE = 1024
+"""Rows of the unembedding that are folded at once."""
+
+
+@dataclass(frozen=True)
+class Processing:
+    """Which changes that leave the log-probabilities as they are the weights show.
+
+    Attributes:
+        fold_ln: the norms' gains and biases sit in the weights that read them.
+        center_writing_weights: what writes to the stream has mean zero over d_model.
+        center_unembed: W_U has mean zero over the vocabulary.
+        fold_value_biases: the value biases sit in b_O.
+    """
+
+    fold_ln: bool = True
+    center_writing_weights: bool = True
+    center_unembed: bool = True
+    fold_value_biases: bool = True
+
+
+def unembedding(stream: Stream, processing: Processing) -> Tensor:
+    """W_U [M, V] in the model's dtype."""
+    weight = stored(stream.unembed, "weight")
+    if _is_as_stored(stream, processing) and weight is not None:
+        return weight[: stream.vocabulary].T
+    reader = UnembedReader(stream, processing)
+    W_VM: Tensor | None = None
+    for tile in torch.arange(stream.vocabulary).split(_TILE):
+        W_KM, _ = reader.read(tile)
+        if W_VM is None:
+            W_VM = W_KM.new_empty(stream.vocabulary, W_KM.shape[1], dtype=stream.dtype)
+        W_VM[tile] = W_KM.to(stream.dtype)
+    assert W_VM is not None  # no model has an empty vocabulary
+    return W_VM.T
+
+
+def unembedding_bias(stream: Stream, processing: Processing) -> Tensor:
+    """b_U [V] in the model's dtype; zeros where there is none."""
+    reader = UnembedReader(stream, processing)
+    tiles = torch.arange(stream.vocabulary).split(_TILE)
+    return torch.cat([reader.read(tile)[1] for tile in tiles]).to(stream.dtype)
+
+
+class UnembedReader:
+    """Reads rows of the processed W_U and b_U, a few at a time.
+
+    Args:
+        stream: the located model.
+        processing: what to fold and to centre.
+    """
+
+    def __init__(self, stream: Stream, processing: Processing) -> None:
+        dtype = stream.work_dtype
+        self._stream = stream
+        self._norm = None
+        if processing.fold_ln:
+            self._norm = norms.probe(
+                stream.final_norm, stream.d_model, stream.final_norm_name, dtype
+            )
+        self._mean: tuple[Tensor, Tensor] | None = None
+        if centres_unembed(stream, processing):
+            self._mean = mean_row(stream.unembed, stream.vocabulary, dtype)
+
+    def read(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows [K, M] and biases [K] of some tokens [K], in at least float32."""
+        W_KM, b_K = rows(self._stream.unembed, ids, self._stream.work_dtype)
+        if self._mean is not None:
+            W_KM, b_K = W_KM - self._mean[0], b_K - self._mean[1]
+        return before_norm(self._stream, self._norm, W_KM, b_K)
+
+
+def centres_unembed(stream: Stream, processing: Processing) -> bool:
+    """Whether the vocabulary's mean is taken off: not under a softcap, which would feel it."""
+    return processing.center_unembed and stream.softcap is None
+
+
+def _is_as_stored(stream: Stream, processing: Processing) -> bool:
+    changed = processing.fold_ln or centres_unembed(stream, processing)
+    return not changed and stream.logit_scale == 1 and not stream.after_norm
+
+
+def embedding(stream: Stream, processing: Processing) -> Tensor:
+    """W_E [V, M]: what each token begins the stream with, by a number times the module's weight.
+
+    Where a norm or a projection stands between the two it is the module's weight as it is.
+    """
+    module = stream.kind.embedding()
+    W_VM = stored(module, "weight") if "weight" in module._parameters else None
+    if W_VM is None and isinstance(getattr(module, "weight", None), Tensor):
+        # A wrapper, as an adapter puts one around the module: its weight is not the whole of it.
+        with alone(module), torch.no_grad():
+            W_VM = module.forward(torch.arange(stream.kind.n_tokens(), device=run_device(module)))
+    if W_VM is None:
+        raise UnsupportedModelError(
+            f"W_E: {type(module).__name__} keeps no plain weight; "
+            "look at model.get_input_embeddings()"
+        )
+    ids, start, positions = _beginning(stream)
+    if start.shape[-1] != W_VM.shape[-1]:
+        return W_VM
+    if positions is not None:
+        start = start - positions
+    weight = W_VM[ids.to(W_VM.device)].to(start)
+    scale = (start * weight).sum() / weight.square().sum()
+    if not _equal(start, weight, stream) and _equal(start, scale * weight, stream):
+        W_VM = W_VM * scale.to(W_VM)
+    return _centred(W_VM) if centres_writes(stream, processing) else W_VM
+
+
+def positional_embedding(stream: Stream, processing: Processing) -> Tensor:
+    """W_pos [n_ctx, M]: what each position adds to the beginning of the stream.
+
+    Raises:
+        UnsupportedModelError: where positions enter the stream, but from no plain table.
+    """
+    assert stream.positions is not None
+    W_PM = stored(stream.positions, "weight")
+    _, _, seen = _beginning(stream)
+    if W_PM is not None and seen is not None:
+        if stream.position_limit is not None:
+            W_PM = W_PM[-stream.position_limit :]  # OPT's table begins with two unused rows
+        if stream.positions_response is not None:
+            W_PM = W_PM * stream.positions_response.to(W_PM)
+        if _equal(seen, W_PM[: len(seen)].to(seen), stream):
+            return _centred(W_PM) if centres_writes(stream, processing) else W_PM
+    raise UnsupportedModelError(
+        f"W_pos: what {stream.architecture.positions} ({type(stream.positions).__name__}) puts "
+        "out are not the rows of a plain weight; run it on the positions that you want"
+    )
+
+
+def _beginning(stream: Stream) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Two tokens' ids [2], the stream that they begin [2, M], and the positions' part of it."""
+    prompt = short_prompt(stream, length=2)
+    seen: dict[str, Tensor] = {}
+
+    def keep(_: Tensor, out: Tensor, key: str = "start") -> None:
+        seen[key] = out.detach().to(stream.work_dtype).reshape(-1, out.shape[-1]).clone()
+
+    first = stream.blocks[0]
+    if stream.start is None:
+        taps = [Tap(first.module, first.name, keep, before=True, use=first.use)]
+    else:
+        taps = [Tap(stream.start, stream.architecture.start or "", keep)]
+    if stream.positions is not None:
+        name = stream.architecture.positions or ""
+        taps.append(Tap(stream.positions, name, lambda x, out: keep(x, out, "positions")))
+    with tapped(taps):
+        stream.kind.ask(prompt, None)
+    positions = seen.get("positions")
+    if positions is not None and stream.positions_response is not None:
+        positions = positions * stream.positions_response.to(positions)
+    return prompt.input_ids[0], seen["start"], positions
+
+
+def _equal(one: Tensor, other: Tensor, stream: Stream) -> bool:
+    tolerance = 1e-5 + 4 * torch.finfo(stream.coarsest_dtype).eps
+    return bool((one - other.to(one)).norm() <= tolerance * one.norm())
+
+
+def head_site(stream: Stream, layer: int) -> tuple[WriteSite, HeadSite]:
+    """The write of a block that splits into heads, and where they are.
+
+    Raises:
+        UnsupportedModelError: when it has none.
+    """
+    block = stream.blocks[layer]
+    for write in block.writes:
+        if write.heads is not None:
+            return write, write.heads
+    labels = ", ".join(write.label for write in block.writes)
+    others = [str(other.layer) for other in stream.blocks if any(w.heads for w in other.writes)]
+    raise UnsupportedModelError(
+        f"block {layer} ({block.name}) has no attention heads, and so no W_O and b_O: what it "
+        f"writes is {labels}. Blocks with heads: {', '.join(others) or 'none'}"
+    )
+
+
+def output_matrix(stream: Stream, layer: int, processing: Processing) -> Tensor:
+    """W_O [H, D, M] of one block, from whatever its output projection is."""
+    write, site = head_site(stream, layer)
+    W_O = matrix(site.linear).T.reshape(site.n_heads, site.d_head, -1)
+    return _centred(W_O) if centres_writes(stream, processing, write) else W_O
+
+
+def output_biases(stream: Stream, processing: Processing, layers: list[int]) -> Tensor:
+    """b_O [layers, M]: what the output projections give for z = 0, or for its constant part."""
+    sites = [head_site(stream, layer) for layer in layers]
+    constants: dict[str, Tensor] = {}
+    if processing.fold_value_biases:
+        constants = head_constants(stream, norm_bias=processing.fold_ln)
+    biases = []
+    for write, site in sites:
+        nothing = torch.zeros(input_width(site.linear))
+        bias = value_at(site.linear, constants.get(write.label, nothing))
+        biases.append(_centred(bias) if centres_writes(stream, processing, write) else bias)
+    return torch.stack([bias.to(biases[0]) for bias in biases])
+
+
+def centres_writes(stream: Stream, processing: Processing, write: WriteSite | None = None) -> bool:
+    """Whether the mean over d_model is taken off a write (None: off an embedding).
+
+    Only where nothing can tell: the final norm centres, and until then the write is neither
+    normed nor scaled channel by channel.
+    """
+    if not processing.center_writing_weights:
+        return False
+    if write is not None and (write.post_norm is not None or _per_channel(write.response)):
+        return False
+    if any(_per_channel(block.gain) for block in stream.blocks):
+        return False
+    return norms.probe(
+        stream.final_norm, stream.d_model, stream.final_norm_name, stream.work_dtype
+    ).centred
+
+
+def _per_channel(factor: Tensor | None) -> bool:
+    return factor is not None and factor.ndim > 0
+
+
+def _centred(W: Tensor) -> Tensor:
+    wide = W.to(torch.promote_types(W.dtype, torch.float32))
+    return (wide - wide.mean(-1, keepdim=True)).to(W.dtype)

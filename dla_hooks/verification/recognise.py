@@ -1,0 +1,115 @@
+"""From a model to its located stream: by declaration, or by trying the known shapes."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from dla_hooks.backends import Kind, kind_of
+from dla_hooks.calibration.scales import settle
+from dla_hooks.errors import UnsupportedModelError
+from dla_hooks.residual.architecture import Architecture
+from dla_hooks.residual.locate import locate
+from dla_hooks.residual.registry import adapter_for, architectures, refusal_for
+from dla_hooks.residual.stream import Stream
+from dla_hooks.verification.suggest import sketch
+from dla_hooks.verification.trace import Verification, trace_report
+
+_matched: WeakKeyDictionary[nn.Module, Architecture] = WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def stream_of(model: Any) -> Stream:
+    """Locate a model's residual stream, or refuse.
+
+    A model type without a declaration is held against every known shape, and accepted as the
+    first one that verifies on a few tokens; that is done once per model object.
+
+    Raises:
+        InputError: for what is no causal language model in evaluation mode.
+        UnsupportedModelError: when no declaration is true of the model.
+    """
+    kind = kind_of(model)
+    kind.check()
+    kind.check_evaluation_mode()
+    declared = adapter_for(kind.model_type)
+    if declared is not None:
+        return settle(locate(kind, declared))
+    with _lock:
+        known = _matched.get(model)
+    if known is None:
+        known = _match(kind)
+        with _lock:
+            _matched[model] = known
+    return settle(locate(kind, known))
+
+
+def verify(model: Any, *, show: bool = True) -> Verification:
+    """Verify, block by block, that a model is the sum of writes that it is taken for.
+
+    Args:
+        model: a causal LM in evaluation mode.
+        show: print the table.
+
+    Returns:
+        The table: one line per block, per set of heads, and for the logits.
+
+    Raises:
+        UnsupportedModelError: when the model cannot be located at all.
+    """
+    report = trace_report(stream_of(model))
+    if show:
+        from rich.console import Console
+
+        Console(highlight=False, soft_wrap=True).print(str(report), markup=False)
+    return report
+
+
+def _candidates(kind: Kind) -> list[tuple[float, Stream]]:
+    """Every known shape whose module names the model has; those that it has more of come first."""
+    found = []
+    for architecture in architectures():
+        try:
+            stream = locate(kind, architecture)
+        except UnsupportedModelError:
+            continue  # other module names: not this shape, and nothing to tell
+        sites, named = stream.writes, architecture.writes
+        has = sum(1 + (w.post_norm is not None) + (w.heads is not None) for w in sites)
+        could = sum(1 + (w.post_norm is not None) + (w.heads is not None) for w in named)
+        found.append((has / (could * len(stream.blocks)), stream))
+    # Of shapes that fit as well, the one that tells more apart.
+    return sorted(found, key=lambda e: (-e[0], e[1].positions is None, -_n_heads(e[1])))
+
+
+def _n_heads(stream: Stream) -> int:
+    return sum(write.heads.n_heads for write in stream.writes if write.heads is not None)
+
+
+def _match(kind: Kind) -> Architecture:
+    misses: dict[str, str] = {}  # what did not add up: the first shape that it was found for
+    for coverage, candidate in _candidates(kind):
+        try:
+            report = trace_report(settle(candidate))
+        except Exception as error:  # a shape that is not the model's may fail in any way
+            if coverage == 1:
+                misses.setdefault(str(error), candidate.architecture.model_types[0])
+            continue
+        if report.ok:
+            return candidate.architecture
+        misses.setdefault(report.diagnosis(), candidate.architecture.model_types[0])
+    what = f"model type {kind.model_type!r} ({type(kind.root).__name__})"
+    known = refusal_for(kind.model_type)
+    if known is not None:
+        raise UnsupportedModelError(
+            f"{what} cannot be attributed. {known.place}: {known.reason}. It would need "
+            f"{known.needed}."
+        )
+    found = "; ".join(f"taken for {name}: {miss}" for miss, name in misses.items())
+    raise UnsupportedModelError(
+        f"{what} has no declaration, and was not recognised: "
+        f"{found or 'none of the known shapes has its module names'}. If its stream is a sum of "
+        f"writes, start from these lines:\n{sketch(kind.root)}"
+    )

@@ -1,0 +1,64 @@
+"""The lines of a declaration to start from, for a model that has none.
+
+Only a suggestion, made of module names: it is verified like any other before a number is given.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from dla_hooks.errors import UnsupportedModelError
+from dla_hooks.modules.linear import input_width
+
+_NOT_WRITES = ("drop", "rotary", "act")
+
+
+def sketch(model: Any) -> str:
+    """A call of ``register`` for a model, as far as its module names tell.
+
+    The stack is taken to be its longest list of modules, the final norm the last norm outside
+    it, and a block's writes those of its children that are no norms.
+    """
+    stacks = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    path, blocks = max(stacks, key=lambda entry: len(entry[1]), default=("", nn.ModuleList()))
+    outside = (entry for entry in model.named_modules() if not entry[0].startswith(f"{path}."))
+    norms = [name for name, module in outside if _is_norm(name, module)]
+    writes = []
+    for name, child in blocks[0].named_children() if len(blocks) else ():
+        if not _is_norm(name, child) and not any(part in name for part in _NOT_WRITES):
+            writes.append(f"            {_write(name, child)},")
+    return "\n".join(
+        [
+            "    dla_hooks.register(Architecture(",
+            f"        model_types=({model.config.model_type!r},),",
+            f"        layers={path or '...'!r},",
+            f"        final_norm={norms[-1] if norms else '...'!r},",
+            "        writes=(",
+            *writes,
+            "        ),",
+            "    ))",
+        ]
+    )
+
+
+def _is_norm(name: str, module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower() or name.rsplit(".")[-1].startswith(
+        ("norm", "ln")
+    )
+
+
+def _write(name: str, child: nn.Module) -> str:
+    if "att" not in name:
+        return f'Write("{name}_out", {name!r})'
+    projections = [path for path, module in child.named_modules() if path and _reads(module)]
+    heads = f', heads=Heads("{name}.{projections[-1]}")' if projections else ""
+    return f'Write("attn_out", {name!r}{heads})'
+
+
+def _reads(module: nn.Module) -> bool:
+    try:
+        return input_width(module) > 0
+    except UnsupportedModelError:
+        return False

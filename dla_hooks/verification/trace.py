@@ -1,0 +1,267 @@
+"""Whether a declaration is true of a model, block by block.
+
+A few tokens are run, and everything that a declaration claims is recomputed from what the model
+did: each block's output is its input plus its writes, heads make up what they are said to make
+up, and the readout gives the model's logits. It is what a failed check uses to say where.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dla_hooks.calibration.prompt import short_prompt
+from dla_hooks.errors import UnsupportedModelError
+from dla_hooks.inputs.prompts import Prompt
+from dla_hooks.modules.hooks import Tap, Use, tapped
+from dla_hooks.modules.linear import pull_back, value_at
+from dla_hooks.modules.norms import frozen_scale
+from dla_hooks.modules.weights import run_device
+from dla_hooks.residual.gains import times
+from dla_hooks.residual.stream import HeadSite, Stream, WriteSite
+from dla_hooks.targets.base import Targets
+from dla_hooks.targets.tokens import read_out
+
+_MARKS = {True: "ok ", False: "BAD", None: "?  "}
+_LONGEST = 8
+_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Line:
+    """One thing that was verified.
+
+    Attributes:
+        place: a module's path, or a layer.
+        claim: what should hold there.
+        gap: how far it is off, over the size of what it should equal.
+        ok: whether that is rounding; None where the model's form does not let it be told.
+        note: what was seen instead, when it is not, or why it cannot be told.
+    """
+
+    place: str
+    claim: str
+    gap: float
+    ok: bool | None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What :func:`verify` found.
+
+    Attributes:
+        model: the model's class and type.
+        dtype: of its weights.
+        lines: everything that was verified, from the first block to the logits.
+    """
+
+    model: str
+    dtype: str
+    lines: tuple[Line, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything holds that can be told."""
+        return all(line.ok is not False for line in self.lines)
+
+    @property
+    def largest_gap(self) -> float:
+        """The largest relative gap."""
+        return max(line.gap for line in self.lines)
+
+    def diagnosis(self) -> str:
+        """One sentence: the first thing that does not add up, or that everything does."""
+        for line in self.lines:
+            if line.ok is False:
+                broken = f"First break: {line.place}: {line.claim}, but is off by {line.gap:.1e}."
+                return f"{broken} {line.note}".rstrip()
+        return (
+            "Block by block a few tokens of it add up, so look for hooks of your own that change "
+            "activations, or for rounding in a long or very deep model."
+        )
+
+    def __str__(self) -> str:
+        width = max(len(line.place) for line in self.lines)
+        claims = max(len(line.claim) for line in self.lines)
+        head = f"{self.model}, {self.dtype}: {'adds up' if self.ok else 'DOES NOT ADD UP'}"
+        rows = [
+            f"  {_MARKS[line.ok]}  {line.place:<{width}}  {line.claim:<{claims}}"
+            f"  {line.gap:.1e}  {line.note}".rstrip()
+            for line in self.lines
+        ]
+        return "\n".join([head, *rows])
+
+    __repr__ = __str__
+
+
+def trace_report(stream: Stream, prompt: Prompt | None = None) -> Verification:
+    """Run a few tokens and verify every claim of a located stream.
+
+    Args:
+        stream: the located model.
+        prompt: run on the beginning of its first row; made-up tokens when None.
+    """
+    if prompt is None:
+        prompt = short_prompt(stream, length=_LONGEST)
+    else:
+        ids = prompt.input_ids[0][prompt.mask[0]][None, :_LONGEST]
+        prompt = Prompt(ids, torch.ones_like(ids, dtype=torch.bool))
+    trace = _Trace(stream)
+    logits = trace.run(prompt).double().cpu()
+    lines = [*trace.blocks(), *trace.heads(), trace.readout(logits)]
+    return Verification(
+        model=stream.kind.name,
+        dtype=str(stream.dtype).removeprefix("torch."),
+        lines=tuple(lines),
+    )
+
+
+class _Trace:
+    """Everything that a few tokens wrote, kept whole (they are few)."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        self.seen: dict[tuple[str, Any], tuple[Tensor, Tensor]] = {}
+        rounding = torch.finfo(stream.coarsest_dtype).eps
+        self.tolerance = max(4 * rounding, 1e-5 if rounding > 1e-9 else 1e-9)
+        self.logit_tolerance = max(16 * rounding, 1e-5)
+        # A few random directions and tokens tell a wrong map from a right one as well as all do.
+        generator = torch.Generator().manual_seed(3)
+        self.directions = torch.randn(4, stream.d_model, generator=generator, dtype=torch.float64)
+        self.tokens = torch.randperm(stream.vocabulary, generator=generator)[:_TOKENS]
+
+    def run(self, prompt: Prompt) -> Tensor:
+        stream = self.stream
+        self.length = prompt.input_ids.shape[1]
+        runs = stream.final_norm_runs
+        norm = self._see("norm", 0)
+        taps = [Tap(stream.final_norm, stream.final_norm_name, norm, use=Use(runs - 1, runs))]
+        for i, block in enumerate(stream.blocks):
+            see = self._see("in", i)
+            if i == 0 and stream.start is not None:
+                taps.append(Tap(stream.start, stream.architecture.start or "", see))
+            else:
+                taps.append(Tap(block.module, block.name, see, True, block.use))
+        for write in stream.writes:
+            use = write.use
+            taps.append(Tap(write.written_by, write.name, self._see("write", write.label), use=use))
+            if write.heads is not None:
+                see = self._see("proj", write.label, write.heads)
+                taps.append(Tap(write.heads.proj, write.heads.name, see, use=use))
+                if write.heads.post_norm is not None:
+                    see = self._see("post", write.label)
+                    name = write.heads.post_norm_name
+                    taps.append(Tap(write.heads.post_norm, name, see, use=use))
+        with tapped(taps):
+            return stream.kind.ask(prompt, torch.arange(self.length))
+
+    def blocks(self) -> list[Line]:
+        """Output = input + writes, block by block."""
+        lines = []
+        last = len(self.stream.blocks) - 1
+        for i, block in enumerate(self.stream.blocks):
+            before = self._out("in", i)
+            after = self._in("norm", 0) if i == last else self._in("in", i + 1)
+            kept = times(before, block.gain)
+            if block.constant is not None:
+                kept = kept + block.constant
+            writes = [times(self._out("write", w.label), w.response) for w in block.writes]
+            gap = _relative(after - kept - sum(writes), after)
+            ok = gap <= self.tolerance * max(1.0, _relative(before, after))
+            names = " + ".join(w.label.split("_", 1)[1] for w in block.writes)
+            gained = "input" if block.gain is None else "gain * input"
+            note = "" if ok else self._blame(block.writes, writes, after - kept)
+            lines.append(Line(block.name, f"output = {gained} + {names}", gap, ok, note))
+        return lines
+
+    def heads(self) -> list[Line]:
+        """Projection(z) = sum of heads + bias, and it is what the sublayer writes."""
+        lines = []
+        for write in self.stream.writes:
+            if write.heads is None:
+                continue
+            claim = f"heads + bias = {write.label}"
+            z = self._in("proj", write.label)
+            before_norm = write.heads.post_norm is not None
+            seen = self.seen["post" if before_norm else "write", write.label]
+            wrote = seen[0] if before_norm else seen[1]
+            bias = value_at(write.heads.linear, torch.zeros(z.shape[-1])).double().cpu()
+            directions, name = self.directions.to(self._device(write)), write.heads.name
+            try:
+                u = pull_back(write.heads.linear, directions, name).cpu()
+            except UnsupportedModelError as error:  # the components may add up all the same
+                lines.append(Line(name, claim, 0.0, None, str(error)))
+                continue
+            split, whole = z @ u.T + self.directions @ bias, wrote @ self.directions.T
+            gap = _relative(split - whole, whole)
+            ok = gap <= 4 * self.tolerance
+            lines.append(Line(name, claim, gap, ok))
+        return lines
+
+    def readout(self, logits: Tensor) -> Line:
+        """k * (W_U N(x) + b), capped, is what the model returns."""
+        stream = self.stream
+        readout = read_out(stream, Targets(self.tokens, None), center_unembed=False)
+        # The last of them: a model may put positions of its own before the prompt.
+        d_KM = readout.d_KM
+        x, y = (t[-self.length :].to(d_KM) for t in self.seen["norm", 0])
+        scale_N, _ = frozen_scale(readout.norm, x, y)
+        own = x @ d_KM.T / scale_N[:, None] + readout.bias_K
+        own = own.double().cpu()
+        if stream.softcap is not None:
+            own = stream.softcap * torch.tanh(own / stream.softcap)
+        theirs = logits.reshape(-1, stream.vocabulary)[:, self.tokens]
+        gap = _relative(own - theirs, theirs)
+        fit = float((own * theirs).sum() / own.square().sum())
+        ok = gap <= self.logit_tolerance
+        note = "" if ok else f"The model's logits are {fit:.4g} times ours at best."
+        return Line(stream.final_norm_name, "unembedding of the norm = logits", gap, ok, note)
+
+    def _blame(self, sites: tuple[WriteSite, ...], writes: list[Tensor], change: Tensor) -> str:
+        """Which write enters with which factor, by least squares; or that something is missing."""
+        columns = torch.stack([write.reshape(-1) for write in writes], dim=1)
+        target = change.reshape(-1, 1)
+        factors = torch.linalg.lstsq(columns, target).solution[:, 0]
+        unexplained = _relative(target[:, 0] - columns @ factors, target)
+        if unexplained > 0.05:
+            return (
+                "No multiple of the writes explains the change: the block adds something that is "
+                "not declared, or scales the stream itself."
+            )
+        for site, factor in zip(sites, factors.tolist(), strict=True):
+            if abs(factor - 1) > 1e-3:
+                return (
+                    f"{site.label} enters the stream {factor:.4g} times as strongly as asked: a "
+                    "gate that depends on the tokens, or a hook that changes activations."
+                )
+        return "Every write enters as declared, but something small is added besides."
+
+    def _see(
+        self, kind: str, key: Any, heads: HeadSite | None = None
+    ) -> Callable[[Tensor, Tensor], None]:
+        def see(x: Tensor, y: Tensor) -> None:
+            x = x if heads is None else heads.flat(x)
+            flat = [t.detach().double().cpu().reshape(-1, t.shape[-1]).clone() for t in (x, y)]
+            self.seen[kind, key] = (flat[0], flat[1])
+
+        return see
+
+    def _in(self, kind: str, key: Any) -> Tensor:
+        return self.seen[kind, key][0]
+
+    def _out(self, kind: str, key: Any) -> Tensor:
+        return self.seen[kind, key][1]
+
+    def _device(self, write: WriteSite) -> torch.device:
+        assert write.heads is not None
+        return run_device(write.heads.linear)
+
+
+def _relative(difference: Tensor, whole: Tensor) -> float:
+    size = float(whole.norm())
+    return float(difference.norm()) / size if size else float(difference.norm())
