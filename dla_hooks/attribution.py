@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from dla_hooks.calibration.scales import forget
-from dla_hooks.call import read_inputs
+from dla_hooks.call import read_call
 from dla_hooks.completeness import (
     Outcome,
     columns_to_check,
@@ -19,7 +19,7 @@ from dla_hooks.completeness import (
 from dla_hooks.errors import DecompositionError, InputError, ShapeMismatchError
 from dla_hooks.inputs import positions
 from dla_hooks.inputs.answers import align, read_answers
-from dla_hooks.inputs.entries import Sites
+from dla_hooks.inputs.entries import Entries
 from dla_hooks.inputs.prompts import Prompt, to_strings
 from dla_hooks.residual.stream import Stream
 from dla_hooks.results.result import DirectLogitAttribution
@@ -109,7 +109,7 @@ def direct_logit_attribution(
     if isinstance(model, Wrapped):  # whose numbers are processed as its weights are
         center_unembed = _else(center_unembed, model.processing.center_unembed)
         fold_value_biases = _else(fold_value_biases, model.processing.fold_value_biases)
-    inputs = read_inputs(
+    inputs = read_call(
         model,
         input,
         cache=cache,
@@ -133,9 +133,9 @@ def direct_logit_attribution(
         model=model,
         tokenizer=tokenizer,
     )
-    sites, targets = align(answers, selection, prompt.shape, stream.vocabulary)
-    sites.batched = replay is None or replay.batched
-    if not sites.batched and sites.shape[0] > 1:
+    entries, targets = align(answers, selection, prompt.shape, stream.vocabulary)
+    entries.batched = replay is None or replay.batched
+    if not entries.batched and entries.shape[0] > 1:
         raise ShapeMismatchError(
             f"answers of shape {list(answers.correct.shape)} do not fit the one position of a "
             "cache without its batch axis; give one token"
@@ -144,7 +144,7 @@ def direct_logit_attribution(
     def measure(stream: Stream) -> tuple[Run, Split, Outcome]:
         run = Run(
             stream,
-            sites,
+            entries,
             targets,
             center_unembed=bool(center_unembed),
             fold_value_biases=bool(fold_value_biases),
@@ -178,20 +178,20 @@ def direct_logit_attribution(
         run, split, outcome = measure(stream_of(model))
 
     return DirectLogitAttribution(
-        attribution=sites.unfold(split.values_CN),
+        attribution=entries.unfold(split.values_CN),
         labels=split.labels,
         unit=unit,
-        bias=sites.unfold(run.final.bias_N()),
-        logit=sites.unfold(run.final.logits_N()),
+        bias=entries.unfold(run.final.bias_N()),
+        logit=entries.unfold(run.final.logits_N()),
         gap=outcome.gap,
         logit_gap=outcome.logit_gap,
-        positions=_counted_among_real_tokens(prompt, sites),
+        positions=_counted_among_real_tokens(prompt, entries),
         tokens=_texts(prompt, tokenizer) if replay is None else _unknown(prompt),
-        answer=_names(targets.correct, sites, tokenizer),
+        answer=_names(targets.correct, entries, tokenizer),
         incorrect=None
         if targets.incorrect is None
-        else _names(targets.incorrect, sites, tokenizer),
-        model=stream.kind.name,
+        else _names(targets.incorrect, entries, tokenizer),
+        model=stream.backend.name,
         softcap=stream.softcap,
     )
 
@@ -214,14 +214,14 @@ def _unknown(prompt: Prompt) -> list[list[str]]:
     return [["?"] * width for _ in range(batch)]
 
 
-def _names(ids: Tensor, sites: Sites, tokenizer: Any) -> list[str]:
+def _names(ids: Tensor, entries: Entries, tokenizer: Any) -> list[str]:
     """The text of the one answer, or of every entry's answer."""
     if len(ids) > 1:
-        ids = ids[sites.target_of_entry].reshape(-1)
+        ids = ids[entries.target_of_entry].reshape(-1)
     return to_strings(ids.tolist(), tokenizer)
 
 
-def _counted_among_real_tokens(prompt: Prompt, sites: Sites) -> Tensor:
+def _counted_among_real_tokens(prompt: Prompt, entries: Entries) -> Tensor:
     """The position in its own row that every entry of the result belongs to; -1 for padding."""
-    counted = prompt.position_ids()[sites.rows, sites.cols].double()
-    return sites.unfold(counted).nan_to_num(nan=-1.0).long()
+    counted = prompt.position_ids()[entries.rows, entries.cols].double()
+    return entries.unfold(counted).nan_to_num(nan=-1.0).long()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from dla_hooks.backends import kind_of
+from dla_hooks.backends import backend_of
 from dla_hooks.calibration.invariance import padding_is_ignored
 from dla_hooks.errors import InputError, UnsupportedModelError
 from dla_hooks.inputs.prompts import Prompt, check_tokenizer, read_prompt, tokenizer_for
@@ -31,7 +31,7 @@ class Inputs:
     tokenizer: Any
 
 
-def read_inputs(
+def read_call(
     model: Any,
     input: Any,
     *,
@@ -44,7 +44,7 @@ def read_inputs(
     """Check a model and read its input, or take a cache's.
 
     Args:
-        model: a model of any kind, or what :func:`dla_hooks.wrap` made of one.
+        model: a model of any backend, or what :func:`dla_hooks.wrap` made of one.
         input: see :func:`dla_hooks.direct_logit_attribution`.
         cache: an ``ActivationCache``, or None.
         tokenizer: for strings.
@@ -59,8 +59,8 @@ def read_inputs(
     model, tokenizer, prepend_bos = unwrap(model, tokenizer, prepend_bos)
     if model is None and cache is not None:
         model = getattr(cache, "model", None)
-    kind = kind_of(model)
-    kind.check()
+    backend = backend_of(model)
+    backend.check()
     if cache is not None:
         check_cache(model, cache)
     if input is None and cache is None:
@@ -79,8 +79,8 @@ def read_inputs(
         input,
         tokenizer=tokenizer,
         attention_mask=attention_mask,
-        vocabulary=kind.n_tokens(),
-        encode=lambda text: kind.encode(text, tokenizer, prepend_bos),
+        vocabulary=backend.n_tokens(),
+        encode=lambda text: backend.encode(text, tokenizer, prepend_bos),
     )
     check_length(stream, prompt)
     _check_padding(stream, prompt)
@@ -116,8 +116,8 @@ def check_length(stream: Stream, prompt: Prompt) -> None:
     longest = int(prompt.mask.sum(-1).max())
     if stream.position_limit is not None and longest > stream.position_limit:
         raise InputError(
-            f"the prompt has {longest} tokens, but {type(stream.kind.root).__name__} has positions "
-            f"for {stream.position_limit} only; shorten it"
+            f"the prompt has {longest} tokens, but {type(stream.backend.root).__name__} has "
+            f"positions for {stream.position_limit} only; shorten it"
         )
 
 
@@ -126,7 +126,7 @@ def _check_padding(stream: Stream, prompt: Prompt) -> None:
     if prompt.padded and not padding_is_ignored(stream, left=left):
         side = "left" if left else "right"
         raise UnsupportedModelError(
-            f"{stream.kind.name} gives a prompt other logits when it is padded on the {side} "
+            f"{stream.backend.name} gives a prompt other logits when it is padded on the {side} "
             f"({stream.dtype}, its attention implementation as it is set): recurrent layers and "
             "position tables read the padding. Run prompts of different lengths one at a time, or "
             "pad the other side."

@@ -61,7 +61,7 @@ def tolerance(dtype: torch.dtype, n_writes: int) -> tuple[float, float]:
 
 def columns_to_check(run: Run, prompt: Prompt) -> Tensor | None:
     """A few of the selected columns, the first and the last among them; None if there are none."""
-    columns: Tensor = run.sites.cols.unique()
+    columns: Tensor = run.entries.cols.unique()
     if not len(columns):
         return None
     per_column = len(prompt.input_ids) * run.stream.vocabulary
@@ -136,7 +136,7 @@ def hold_against_cache(run: Run, unit: Unit, split: Split, dtype: torch.dtype) -
     _check_finite(run, split)
     if not run.has_parts:
         return Outcome(float("nan"), float("nan"))
-    dtype = max(dtype, run.stream.coarsest_dtype, key=lambda kind: torch.finfo(kind).eps)
+    dtype = max(dtype, run.stream.coarsest_dtype, key=lambda dtype: torch.finfo(dtype).eps)
     allowed, through_norm = tolerance(dtype, len(run.stream.writes))
     largest_N = run.parts_CN.abs().amax(0) + run.final.total_N().abs()
     whole = Claim("the parts in the cache", run.parts_CN.sum(0), run.final.total_N())
@@ -169,19 +169,19 @@ def _rounding(run: Run) -> Tensor:
 
 
 class _Seen:
-    """The sites whose columns the model's own logits were kept for."""
+    """The entries whose columns the model's own logits were kept for."""
 
     def __init__(self, run: Run, columns: Tensor, logits: Tensor) -> None:
         self._run = run
         self._logits = logits
-        hit = run.sites.cols[:, None] == columns[None, :]
-        self._sites = hit.any(-1).nonzero()[:, 0]
+        hit = run.entries.cols[:, None] == columns[None, :]
+        self._entries = hit.any(-1).nonzero()[:, 0]
         device = logits.device
-        self._row = run.sites.rows[self._sites].to(device)
-        self._column = hit[self._sites].long().argmax(-1).to(device)
+        self._row = run.entries.rows[self._entries].to(device)
+        self._column = hit[self._entries].long().argmax(-1).to(device)
 
     def spread(self) -> float:
-        """Largest less smallest logit over the vocabulary, averaged over the sites seen."""
+        """Largest less smallest logit over the vocabulary, averaged over the entries seen."""
         rows = self._logits[self._row, self._column]
         low, high = rows.aminmax(dim=-1)
         if not bool(torch.isfinite(high - low).all()):
@@ -192,9 +192,9 @@ class _Seen:
         return float((high.double() - low.double()).mean())
 
     def logits(self, targets: Targets, center_unembed: bool) -> tuple[Tensor, Tensor]:
-        """Our logits (or differences) at the sites seen, and the model's."""
+        """Our logits (or differences) at the entries seen, and the model's."""
         run = self._run
-        target = run.sites.target[self._sites]
+        target = run.entries.target[self._entries]
         cap = run.stream.softcap
         theirs = self._of(targets.correct[target])
         if targets.incorrect is not None:
@@ -215,7 +215,7 @@ class _Seen:
 
     def _ours(self, which: int) -> Tensor:
         logits_N = self._run.final.logits_N(which)
-        return logits_N[self._sites.to(logits_N.device)].double()
+        return logits_N[self._entries.to(logits_N.device)].double()
 
 
 def _capped(logits: Tensor, cap: float) -> Tensor:
@@ -231,10 +231,10 @@ def _check_finite(run: Run, split: Split) -> None:
     measured = (*parts, run.final.total_N(), split.values_CN)
     if all(bool(torch.isfinite(values).all()) for values in measured):
         return
-    check_weights(run.stream.kind)
+    check_weights(run.stream.backend)
     broken = (label for label, ok in zip(run.labels, run.finite_C, strict=True) if not ok)
     first = next(broken, "the final norm")
-    weights = run.stream.kind.named_weights()
+    weights = run.stream.backend.named_weights()
     away = any(weight.is_meta for _, weight in weights)
     looked_at = "every weight in memory is finite (those that are offloaded were not looked at)"
     message = (
@@ -260,6 +260,6 @@ def _failure(
     else:
         why = trace_report(stream, prompt).diagnosis()
     return DecompositionError(
-        f"{stream.kind.name}: {what} miss by {gap:.3g}, which is {relative:.1e} of the logits' "
+        f"{stream.backend.name}: {what} miss by {gap:.3g}, which is {relative:.1e} of the logits' "
         f"spread ({spread:.3g}); {allowed:.0e} is allowed in {dtype}. {why}"
     )

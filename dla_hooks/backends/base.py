@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from dla_hooks.errors import TrainingModeError, UnsupportedModelError
 from dla_hooks.inputs.prompts import Prompt, encode
-from dla_hooks.modules.autocast import full
+from dla_hooks.modules.autocast import outside_autocast
 from dla_hooks.modules.compiled import eagerly, is_compiled
 
 
-class Kind:
+class Backend:
     """How one kind of model is talked to.
 
     Args:
@@ -114,18 +114,18 @@ class Kind:
         return list(self.model.named_parameters())
 
     @contextmanager
-    def quiet(self) -> Iterator[None]:
+    def without_user_hooks(self) -> Iterator[None]:
         """Past the user's hooks, where made-up activations would run into them; eagerly."""
         with eagerly(self.compiled):
             yield
 
-    @full
-    def ask(self, prompt: Prompt, columns: Tensor | None) -> Tensor:
+    @outside_autocast
+    def run_synthetic(self, prompt: Prompt, columns: Tensor | None) -> Tensor:
         """A made-up run, to find out about the model; see :meth:`forward`.
 
         It runs past a caller's autocast, since what is found out is kept for calls outside of it.
         """
-        with self.quiet():
+        with self.without_user_hooks():
             return self.forward(prompt, columns)
 
     def forward(self, prompt: Prompt, columns: Tensor | None) -> Tensor:

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dla_hooks.backends.base import Kind
+from dla_hooks.backends.base import Backend
 from dla_hooks.inputs.prompts import Prompt, encode
 from dla_hooks.modules.hooks import Edit, edited, is_ours
 from dla_hooks.modules.weights import run_device
 
 
-class Hooked(Kind):
+class HookedTransformerBackend(Backend):
     """A ``HookedTransformer``, processed or not."""
 
     keeps_caches = True
@@ -69,7 +69,7 @@ class Hooked(Kind):
         return named
 
     @contextmanager
-    def quiet(self) -> Iterator[None]:
+    def without_user_hooks(self) -> Iterator[None]:
         # Hooks on hook points are made for the user's prompt: they index its positions, and put in
         # activations of its shape. Our own stay. Entries are taken out of each table and put back
         # in place, since handles hold on to the tables.
@@ -85,7 +85,7 @@ class Hooked(Kind):
                 for key, hook in entries:
                     if not is_ours(hook):
                         table.pop(key, None)
-            with super().quiet():
+            with super().without_user_hooks():
                 yield
         finally:
             for table, entries in tables:

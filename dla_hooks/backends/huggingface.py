@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dla_hooks.backends.base import Kind
+from dla_hooks.backends.base import Backend
 from dla_hooks.errors import InputError, UnsupportedModelError
 from dla_hooks.inputs.prompts import Prompt
 from dla_hooks.modules.weights import run_device
@@ -27,7 +27,7 @@ _EXACT_LAYERS = {
 """Layers of transformers' caches that hold all that later tokens read, as it was."""
 
 
-class HuggingFace(Kind):
+class HuggingFaceBackend(Backend):
     """A causal LM with a ``config``."""
 
     @property

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from dla_hooks.backends.huggingface import HuggingFace
+from dla_hooks.backends.huggingface import HuggingFaceBackend
 from dla_hooks.errors import UnsupportedModelError
 
 
-class Adapted(HuggingFace):
+class PeftBackend(HuggingFaceBackend):
     """A ``PeftModel`` or ``PeftMixedModel`` around a causal LM, adapters merged or not.
 
     Modules are found in the model inside; what is run is the model that was given, since PEFT

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dla_hooks.backends.base import Kind
-from dla_hooks.backends.hooked_transformer import Hooked
+from dla_hooks.backends.base import Backend
+from dla_hooks.backends.hooked_transformer import HookedTransformerBackend
 from dla_hooks.errors import InputError, UnsupportedModelError
 from dla_hooks.inputs.prompts import Prompt
 
@@ -17,7 +17,7 @@ _HYBRID = {"mamba", "ssm", "mixer", "linear_attn"}
 _INSTEAD = "The Hugging Face model itself can be passed instead, as it is."
 
 
-class Bridge(Hooked):
+class TransformerBridgeBackend(HookedTransformerBackend):
     """A ``TransformerBridge`` in compatibility mode, with its final norm folded."""
 
     @property
@@ -70,7 +70,7 @@ class Bridge(Hooked):
                 )
 
     def check_evaluation_mode(self) -> None:
-        Kind.check_evaluation_mode(self)
+        Backend.check_evaluation_mode(self)
 
     def modules(self) -> list[tuple[str, nn.Module]]:
         wrapped: Any = self.model.original_model

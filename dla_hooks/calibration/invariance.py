@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from dla_hooks.calibration.prompt import short_prompt
 from dla_hooks.inputs.prompts import Prompt
-from dla_hooks.modules.autocast import full
-from dla_hooks.modules.version import stamp
+from dla_hooks.modules.autocast import outside_autocast
+from dla_hooks.modules.version import version_of
 from dla_hooks.residual.stream import Stream
 
 _Answers = WeakKeyDictionary[nn.Module, tuple[int, dict[bool | None, bool]]]
@@ -34,7 +34,7 @@ def _remembered(
     known: _Answers, stream: Stream, left: bool | None, ask: Callable[[], bool]
 ) -> bool:
     """The answer for a side, asked for once as long as the model stays as it is."""
-    now = stamp(stream.model)
+    now = version_of(stream.model)
     with _lock:
         kept = known.get(stream.model)
         if kept is None or kept[0] != now:
@@ -49,8 +49,8 @@ def _ask_padding(stream: Stream, left: bool) -> bool:
     alone = short_prompt(stream, length=3)
     padded = _padded(alone, left)
     with torch.no_grad():
-        expected = stream.kind.ask(alone, torch.tensor([2])).double()
-        found = stream.kind.ask(padded, torch.tensor([4 if left else 2])).double()
+        expected = stream.backend.run_synthetic(alone, torch.tensor([2])).double()
+        found = stream.backend.run_synthetic(padded, torch.tensor([4 if left else 2])).double()
     return _alike(stream, expected, found)
 
 
@@ -76,7 +76,7 @@ def chunks_are_ignored(stream: Stream, *, left: bool | None) -> bool:
     return _remembered(_chunks, stream, left, lambda: _ask_chunks(stream, left))
 
 
-@full
+@outside_autocast
 def _ask_chunks(stream: Stream, left: bool | None) -> bool:
     # Two rows, since one that is alone may be treated apart; where there is padding, one has it.
     prompt = short_prompt(stream, batch=2, length=17)
@@ -92,19 +92,19 @@ def _ask_chunks(stream: Stream, left: bool | None) -> bool:
     # of others, and at the end.
     ends = sorted({*((2, 3) if n_padding > 3 else ()), (width + 1) // 2, width - 1, width})
     found, past, start = None, None, 0
-    with torch.no_grad(), stream.kind.quiet():
+    with torch.no_grad(), stream.backend.without_user_hooks():
         try:
             for stop in ends:
                 if start >= stop:
                     return False  # a model for prompts so short has no use for chunks
                 column = torch.tensor([last]) if start <= last < stop else None
                 chunk = range(start, stop)
-                logits, past = stream.kind.forward_chunk(prompt, chunk, column, past)
+                logits, past = stream.backend.forward_chunk(prompt, chunk, column, past)
                 if column is not None:
                     found = logits.double()
                 start = stop
         finally:  # the last run, for models that keep a state of their own until the next
-            expected = stream.kind.forward(prompt, torch.tensor([last])).double()
+            expected = stream.backend.forward(prompt, torch.tensor([last])).double()
     assert found is not None
     return _alike(stream, expected, found)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dla_hooks.calibration.invariance import _lock
 from dla_hooks.calibration.prompt import short_prompt
 from dla_hooks.modules.hooks import Edit, Tap, edited, tapped
-from dla_hooks.modules.version import stamp
+from dla_hooks.modules.version import version_of
 from dla_hooks.residual.stream import Stream, WriteSite
 
 _asked: WeakKeyDictionary[nn.Module, tuple[int, list[int | None]]] = WeakKeyDictionary()
@@ -25,7 +25,7 @@ def mid_streams(stream: Stream) -> list[int | None]:
     tokens twice: the second time every block is given the input it had before, and every first
     write is disturbed. The mid stream ends before the first write that this changes.
     """
-    now = stamp(stream.model)
+    now = version_of(stream.model)
     with _lock:
         kept = _asked.get(stream.model)
     if kept is not None and kept[0] == now:
@@ -54,7 +54,7 @@ def _ask_mid_streams(stream: Stream) -> list[int | None]:
         for block in stream.blocks
     ]
     with tapped([*before, *writes(clean)]):
-        stream.kind.ask(prompt, None)
+        stream.backend.run_synthetic(prompt, None)
 
     generator = torch.Generator().manual_seed(1)
     given: dict[nn.Module, list[Tensor]] = {}
@@ -69,7 +69,7 @@ def _ask_mid_streams(stream: Stream) -> list[int | None]:
     edits += [Edit(module, _in_turn(_disturbed, uses)) for module, uses in noises.items()]
     # Taps on the way out come before the edits there, and so see what the model made.
     with tapped(writes(disturbed)), edited(edits):
-        stream.kind.ask(prompt, None)
+        stream.backend.run_synthetic(prompt, None)
 
     def changed(write: WriteSite) -> bool:
         difference = disturbed[write.label] - clean[write.label]

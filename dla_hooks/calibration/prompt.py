@@ -12,6 +12,6 @@ def short_prompt(stream: Stream, batch: int = 1, length: int = 4) -> Prompt:
     """A few tokens from all over the vocabulary, the same ones each time."""
     length = min(length, stream.position_limit or length)
     generator = torch.Generator().manual_seed(0)
-    vocabulary = stream.kind.n_tokens()
+    vocabulary = stream.backend.n_tokens()
     ids = torch.randint(vocabulary, (batch, length), generator=generator)
     return Prompt(ids, torch.ones_like(ids, dtype=torch.bool))

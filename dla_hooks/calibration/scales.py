@@ -20,19 +20,19 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from dla_hooks.backends import Kind
+from dla_hooks.backends import Backend
 from dla_hooks.calibration.prompt import short_prompt
-from dla_hooks.calibration.synthetic_run import Interview, refusal
+from dla_hooks.calibration.synthetic_run import SyntheticRun, refusal
 from dla_hooks.errors import HookError, NonFiniteError
 from dla_hooks.modules.compiled import eagerly
 from dla_hooks.modules.hooks import count_firings
-from dla_hooks.modules.version import stamp
+from dla_hooks.modules.version import version_of
 from dla_hooks.modules.weights import made_of
 from dla_hooks.residual.stream import Stream
 
 
 @dataclass(frozen=True)
-class BlockFacts:
+class BlockScales:
     """How one block adds up; None stands for one (factors) or for nothing (the constant).
 
     Attributes:
@@ -51,10 +51,10 @@ class BlockFacts:
 
 
 @dataclass(frozen=True)
-class Facts:
+class Scales:
     """The answers of one model: plain numbers, so that keeping them keeps no model alive."""
 
-    blocks: tuple[BlockFacts, ...]
+    blocks: tuple[BlockScales, ...]
     has_positions: bool
     positions_response: Tensor | None
     final_norm_runs: int
@@ -64,11 +64,11 @@ class Facts:
     vocabulary: int
 
 
-_known: WeakKeyDictionary[nn.Module, tuple[object, Facts]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[nn.Module, tuple[object, Scales]] = WeakKeyDictionary()
 _lock = threading.Lock()
 
 
-def settle(stream: Stream) -> Stream:
+def with_scales(stream: Stream) -> Stream:
     """A located stream with all that its model had to be asked.
 
     The answers are kept per model object, and forgotten when its weights change.
@@ -76,14 +76,14 @@ def settle(stream: Stream) -> Stream:
     Raises:
         UnsupportedModelError: when a block is no sum, or the logits no affine map of the stream.
     """
-    now = (stream.architecture, stamp(stream.model))
+    now = (stream.architecture, version_of(stream.model))
     with _lock:
         kept = _known.get(stream.model)
     if kept is not None and kept[0] == now:
         return replace(_apply(stream, kept[1]), remembered=True)
     facts = _ask(stream)
     with _lock:  # asking may change the weights itself: RWKV rescales them when it first runs
-        _known[stream.model] = (stream.architecture, stamp(stream.model)), facts
+        _known[stream.model] = (stream.architecture, version_of(stream.model)), facts
     return _apply(stream, facts)
 
 
@@ -93,7 +93,7 @@ def forget(model: nn.Module) -> None:
         _known.pop(model, None)
 
 
-def _apply(stream: Stream, facts: Facts) -> Stream:
+def _apply(stream: Stream, facts: Scales) -> Stream:
     blocks = []
     for found in facts.blocks:
         block = stream.blocks[found.index]
@@ -115,54 +115,54 @@ def _apply(stream: Stream, facts: Facts) -> Stream:
     )
 
 
-def _ask(stream: Stream) -> Facts:
-    check_weights(stream.kind)
-    with eagerly(stream.kind.compiled):  # or it is refused before any hook is put on
-        interview, logits = _interview(stream)
+def _ask(stream: Stream) -> Scales:
+    check_weights(stream.backend)
+    with eagerly(stream.backend.compiled):  # or it is refused before any hook is put on
+        synthetic, logits = _synthetic_run(stream)
     blocks = []
-    for position, (index, writes) in enumerate(interview.live):
+    for position, (index, writes) in enumerate(synthetic.live):
         block = stream.blocks[index]
         gain, *responses = (
-            interview.factor(position, slot, block) for slot in range(1 + len(writes))
+            synthetic.factor(position, slot, block) for slot in range(1 + len(writes))
         )
-        interview.check_together(position, block, [gain, *responses])
-        constant = interview.constant(position)
+        synthetic.check_together(position, block, [gain, *responses])
+        constant = synthetic.constant(position)
         kept = constant if bool(constant.any()) else None
-        blocks.append(BlockFacts(index, writes, gain, tuple(responses), kept))
-    scale, cap = interview.readout(logits)
-    has_positions, response = interview.positions() if stream.positions else (False, None)
-    return Facts(
+        blocks.append(BlockScales(index, writes, gain, tuple(responses), kept))
+    scale, cap = synthetic.readout(logits)
+    has_positions, response = synthetic.positions() if stream.positions else (False, None)
+    return Scales(
         blocks=tuple(blocks),
         has_positions=has_positions,
         positions_response=response,
-        final_norm_runs=interview.norm_runs,
-        stream_dtype=interview.stream_dtype,
+        final_norm_runs=synthetic.norm_runs,
+        stream_dtype=synthetic.stream_dtype,
         logit_scale=scale,
         softcap=cap,
         vocabulary=logits.shape[-1],
     )
 
 
-def _interview(stream: Stream) -> tuple[Interview, Tensor]:
-    """An interview that has been run, and its logits.
+def _synthetic_run(stream: Stream) -> tuple[SyntheticRun, Tensor]:
+    """An synthetic that has been run, and its logits.
 
-    In most models all that is declared runs once, which shows in the interview itself. Others are
+    In most models all that is declared runs once, which shows in the synthetic itself. Others are
     run once more beforehand, to see what does: a run reads all weights of a model on disk.
     """
     declared = [(index, tuple(range(len(b.writes)))) for index, b in enumerate(stream.blocks)]
-    interview = Interview(stream, declared, norm_runs=1)
+    synthetic = SyntheticRun(stream, declared, norm_runs=1)
     try:
         with count_firings(_declared_modules(stream)) as fired:
-            logits = interview.run()
+            logits = synthetic.run()
         as_declared = _live(stream, fired) == (declared, 1)
     except HookError:  # something did not run, or several times
         as_declared = False
     if not as_declared:
         with count_firings(_declared_modules(stream)) as fired:
-            stream.kind.ask(short_prompt(stream, length=2), None)
-        interview = Interview(stream, *_live(stream, fired))
-        logits = interview.run()
-    return interview, logits
+            stream.backend.run_synthetic(short_prompt(stream, length=2), None)
+        synthetic = SyntheticRun(stream, *_live(stream, fired))
+        logits = synthetic.run()
+    return synthetic, logits
 
 
 def _declared_modules(stream: Stream) -> list[nn.Module]:
@@ -172,9 +172,9 @@ def _declared_modules(stream: Stream) -> list[nn.Module]:
     return modules
 
 
-def check_weights(kind: Kind) -> None:
+def check_weights(backend: Backend) -> None:
     """Refuse weights that are not finite, wherever they are: a run may pass over them unseen."""
-    for name, parameter in kind.named_weights():
+    for name, parameter in backend.named_weights():
         if not all(_is_finite(tensor) for tensor in made_of(parameter.detach())):
             raise NonFiniteError(
                 f"the weights hold NaN or infinity: {name} is the first such parameter; "

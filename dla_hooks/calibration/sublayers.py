@@ -27,7 +27,7 @@ def norm_before(stream: Stream, layer: int, *, mlp: bool) -> tuple[nn.Module, st
     """
     block = stream.blocks[layer]
     what = "MLP" if mlp else "attention"
-    if stream.kind.keeps_caches:
+    if stream.backend.keeps_caches:
         name = "ln2" if mlp else "ln1"
         found = getattr(block.module, name, None)
         if isinstance(found, nn.Module):
@@ -65,8 +65,8 @@ def neurons(stream: Stream, write: WriteSite) -> tuple[nn.Module, str, nn.Module
     """
     block = stream.blocks[write.layer]
     mlp = getattr(block.module, "mlp", None)
-    if stream.kind.keeps_caches and mlp is not None and hasattr(mlp, "hook_post"):
-        return mlp.hook_post, f"{block.name}.mlp.hook_post", stream.kind.neurons(mlp)
+    if stream.backend.keeps_caches and mlp is not None and hasattr(mlp, "hook_post"):
+        return mlp.hook_post, f"{block.name}.mlp.hook_post", stream.backend.neurons(mlp)
     kept = _short_run(stream, block)
     wrote = kept[write.name][0 if write.post_norm is not None else 1]
     for name, (_, out) in reversed(kept.items()):
@@ -105,7 +105,7 @@ def _short_run(stream: Stream, block: Block) -> dict[str, tuple[Tensor, Tensor]]
         see = keep(block.name)
         tap = Tap(block.module, block.name, lambda x, y: see(None, (x,), {}, y), use=block.use)
         with tapped([tap]):
-            stream.kind.ask(short_prompt(stream), None)
+            stream.backend.run_synthetic(short_prompt(stream), None)
     finally:
         for handle in handles:
             handle.remove()
@@ -122,5 +122,5 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def _at(stream: Stream, name: str) -> nn.Module:
-    found: nn.Module = stream.kind.root.get_submodule(name)
+    found: nn.Module = stream.backend.root.get_submodule(name)
     return found

@@ -22,14 +22,14 @@ _TOKENS = 64  # as many as are needed to see a map of the vocabulary for what it
 
 
 def refusal(stream: Stream, what: str) -> UnsupportedModelError:
-    instead = ". The Hugging Face model itself can be passed" if stream.kind.keeps_caches else ""
+    instead = ". The Hugging Face model itself can be passed" if stream.backend.keeps_caches else ""
     return UnsupportedModelError(
-        f"{type(stream.kind.root).__name__} (model type {stream.kind.model_type!r}) cannot be "
-        f"attributed: {what}{instead}"
+        f"{type(stream.backend.root).__name__} (model type {stream.backend.model_type!r}) cannot "
+        f"be attributed: {what}{instead}"
     )
 
 
-class Interview:
+class SyntheticRun:
     """One run on made-up activations.
 
     Rows of the batch: 0 has nothing anywhere; then two rows for the input and for each write,
@@ -84,7 +84,7 @@ class Interview:
             # What enters block 0 when there is nothing but positions.
             first = blocks[0]
             taps.append(Tap(first.module, first.name, self._keep(-1), True, first.use))
-            embedding = self.stream.kind.embedding()
+            embedding = self.stream.backend.embedding()
             edits.append(Edit(embedding, torch.zeros_like))
             name = self.stream.architecture.positions or ""
             edits.append(self._edit(self.stream.positions, name, self._slot(0)))
@@ -99,7 +99,7 @@ class Interview:
                 edits.append(self._edit(write.written_by, write.name, self._slot(slot)))
         # Taps first: they must see what reaches a block before it is replaced.
         with tapped(taps), edited(edits):
-            logits = self.stream.kind.ask(prompt, torch.tensor([0]))
+            logits = self.stream.backend.run_synthetic(prompt, torch.tensor([0]))
         if logits.ndim != 3 or logits.shape[0] != self.n_rows:
             raise refusal(self.stream, f"its logits have the shape {list(logits.shape)}")
         return logits[:, 0].double().cpu()

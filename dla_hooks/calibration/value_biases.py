@@ -66,7 +66,7 @@ def head_constants(stream: Stream, *, norm_bias: bool = True) -> dict[str, Tenso
         if write.heads is not None
     ]
     with edited(edits), tapped(taps):
-        stream.kind.ask(prompt, None)
+        stream.backend.run_synthetic(prompt, None)
     for label, z in seen.items():
         _check(stream, sites[label], z)
     return {label: z[0, 0].clone() for label, z in seen.items()}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dla_hooks.errors import InputError, ShapeMismatchError, TokenError
-from dla_hooks.inputs.entries import Sites
+from dla_hooks.inputs.entries import Entries
 from dla_hooks.inputs.positions import Selection
 from dla_hooks.inputs.prompts import tokenizer_for
 from dla_hooks.targets.base import Targets
@@ -63,7 +63,7 @@ def read_answers(
 
 def align(
     answers: Answers, selection: Selection, prompt_shape: tuple[int, int], vocabulary: int
-) -> tuple[Sites, Targets]:
+) -> tuple[Entries, Targets]:
     """Lay answers over the selected positions.
 
     Args:
@@ -73,7 +73,7 @@ def align(
         vocabulary: number of tokens that the model scores.
 
     Returns:
-        The sites, whose shape is that of the result after its component axis, and the distinct
+        The entries, whose shape is that of the result after its component axis, and the distinct
         targets that they point to.
 
     Raises:
@@ -89,7 +89,7 @@ def align(
         wrong = _over_positions(answers.incorrect, tuple(selection.cols.shape)).expand(shape)
         codes = codes * vocabulary + check_answers(wrong, valid, "incorrect_tokens", vocabulary)
     distinct, target = codes.unique(return_inverse=True)
-    sites = Sites(
+    entries = Entries(
         selection.rows.expand(shape),
         selection.cols.expand(shape),
         target,
@@ -97,8 +97,8 @@ def align(
         prompt_shape,
     )
     if answers.incorrect is None:
-        return sites, Targets(distinct, None)
-    return sites, Targets(distinct // vocabulary, distinct % vocabulary)
+        return entries, Targets(distinct, None)
+    return entries, Targets(distinct // vocabulary, distinct % vocabulary)
 
 
 def check_answers(ids: Tensor, valid: Tensor, name: str, vocabulary: int) -> Tensor:

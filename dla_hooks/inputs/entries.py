@@ -14,7 +14,7 @@ from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.projection.tiles import _TILE_ELEMENTS, _TILE_ELEMENTS_ELSEWHERE, Tile
 
 
-class Sites:
+class Entries:
     """N flat (row, column, target) triples, and how they unfold into the result's axes.
 
     Args:
@@ -69,13 +69,13 @@ class Sites:
         return bool(len(inside))
 
     def take(self, x: Tensor, tile: slice = slice(None)) -> Tensor:
-        """The activations [tile, d] at the sites in view, or at some of them.
+        """The activations [tile, d] at the entries in view, or at some of them.
 
         Args:
             x: [batch, pos, d]; or [1, pos, d], shared by the rows; or [batch * pos, d], as
                 modules that flatten their input see it; or [batch, more + pos, d], where the
                 model puts positions of its own before the prompt.
-            tile: which of the sites in view.
+            tile: which of the entries in view.
         """
         batch, width = self.prompt_shape[0], len(self._view)
         if x.ndim == 3 and x.shape[0] == batch and x.shape[1] > width:
@@ -95,7 +95,7 @@ class Sites:
         )
 
     def tiles(self, width: int, device: torch.device) -> list[tuple[slice, Tile]]:
-        """The sites in view, cut into tiles: places among those in view, and the tile.
+        """The entries in view, cut into tiles: places among those in view, and the tile.
 
         Args:
             width: of the activations that are to be read.
@@ -107,7 +107,7 @@ class Sites:
         return self._tiles[key]
 
     def target_on(self, device: torch.device) -> Tensor:
-        """The targets [N] of all sites, on a device."""
+        """The targets [N] of all entries, on a device."""
         return self.target.to(device)
 
     def unfold(self, values: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ class Sites:
             distinct, which = targets.unique(return_inverse=True)
             if len(distinct) == 1:
                 tile = Tile(index, len(here), distinct, None)
-            elif 2 * len(distinct) > len(here):  # most sites have a target of their own
+            elif 2 * len(distinct) > len(here):  # most entries have a target of their own
                 tile = Tile(index, len(here), targets, None)
             else:
                 tile = Tile(index, len(here), distinct, which.to(device))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dla_hooks.attribution import direct_logit_attribution
-from dla_hooks.backends import Kind
+from dla_hooks.backends import Backend
 from dla_hooks.calibration.invariance import padding_is_ignored
 from dla_hooks.calibration.prompt import short_prompt
 from dla_hooks.errors import DecompositionError, DLAError
@@ -124,15 +124,15 @@ class Runner:
     """Runs prompts in batches.
 
     Args:
-        kind: of the model.
+        backend: of the model.
         options: of every call.
         max_tokens: the most tokens in a batch. It shrinks when a batch runs out of memory.
     """
 
-    def __init__(self, kind: Kind, options: dict[str, Any], max_tokens: int) -> None:
-        self._kind = kind
+    def __init__(self, backend: Backend, options: dict[str, Any], max_tokens: int) -> None:
+        self._backend = backend
         self._call: Callable[..., DirectLogitAttribution] = partial(
-            direct_logit_attribution, kind.model, **options
+            direct_logit_attribution, backend.model, **options
         )
         self._one_position = isinstance(options["pos"], int)
         self._max_tokens = max_tokens
@@ -140,7 +140,7 @@ class Runner:
     @cached_property
     def stream(self) -> Stream:
         """The located model. Not needed, and not asked for, while all results are stored."""
-        return stream_of(self._kind.model)
+        return stream_of(self._backend.model)
 
     def try_out(self, answers: dict[str, Any]) -> None:
         """Run a few made-up tokens, for what would go wrong with every prompt."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dla_hooks.backends import Kind
+from dla_hooks.backends import Backend
 from dla_hooks.many.batches import Item
 from dla_hooks.modules.weights import made_of, stored
 
@@ -28,33 +28,33 @@ _ODD = 0x9E3779B97F4A7C15  # to the power of a piece's number: what its sum is m
 _DEPTH = 4  # how far tensors are looked for in what hangs on a weight
 
 
-def of_config(kind: Kind) -> str:
+def of_config(backend: Backend) -> str:
     """A digest of the model's configuration."""
-    config: Any = getattr(kind.model, "config", None)
+    config: Any = getattr(backend.model, "config", None)
     if config is None:
-        config = kind.model.cfg
+        config = backend.model.cfg
     fields = getattr(config, "to_diff_dict", config.to_dict)()
     kept = {str(key): value for key, value in fields.items() if key not in _INCIDENTAL}
     return _digest(_as_json(kept).encode())
 
 
-def of_adapters(kind: Kind) -> str:
+def of_adapters(backend: Backend) -> str:
     """A digest of how PEFT's adapters are set, which changes a model and none of its weights."""
-    configs: Any = getattr(kind.model, "peft_config", None) or {}
+    configs: Any = getattr(backend.model, "peft_config", None) or {}
     kept: dict[str, Any] = {
         f"config {name}": {
             key: value for key, value in config.to_dict().items() if key not in _INCIDENTAL
         }
         for name, config in configs.items()
     }
-    for path, module in kind.modules():
+    for path, module in backend.modules():
         if hasattr(module, "_disable_adapters"):
             named = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
             kept[path] = {name: getattr(module, name, None) for name in named}
     return _digest(_as_json(kept).encode())
 
 
-def of_weights(kind: Kind) -> str:
+def of_weights(backend: Backend) -> str:
     """A digest of every weight, the same on any device, in any process.
 
     With a weight goes what hangs on it, as the scales of its codes. The entries' bits are summed
@@ -63,7 +63,7 @@ def of_weights(kind: Kind) -> str:
     """
     whole = hashlib.sha256()
     keys = _Keys()
-    for path, module in kind.modules():
+    for path, module in backend.modules():
         for name in _saved(module):
             values = stored(module, name)
             if values is not None:
@@ -163,11 +163,11 @@ def _bits(values: Tensor, keys: _Keys) -> int:
         return 0
     table = keys.on(words.device)
     sums = []
-    for lot in words.split(_PIECE if words.device.type == "cpu" else _PIECES_AT_ONCE * _PIECE):
-        n_full = len(lot) // _PIECE * _PIECE
-        sums.append((lot[:n_full].view(-1, _PIECE) * table).sum(1))
-        if n_full < len(lot):
-            sums.append((lot[n_full:] * table[: len(lot) - n_full]).sum()[None])
+    for piece in words.split(_PIECE if words.device.type == "cpu" else _PIECES_AT_ONCE * _PIECE):
+        n_full = len(piece) // _PIECE * _PIECE
+        sums.append((piece[:n_full].view(-1, _PIECE) * table).sum(1))
+        if n_full < len(piece):
+            sums.append((piece[n_full:] * table[: len(piece) - n_full]).sum()[None])
     found = torch.cat(sums).tolist()
     places = (pow(_ODD, place, 2**64) for place in range(len(found)))
     whole: int = sum(one * key for one, key in zip(found, places, strict=True))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dla_hooks.backends import Kind
+from dla_hooks.backends import Backend
 from dla_hooks.call import check_length
 from dla_hooks.errors import InputError, ShapeMismatchError, TokenError
 from dla_hooks.inputs import positions
@@ -97,13 +97,13 @@ class Reader:
     """Reads prompts and answers to ids.
 
     Attributes:
-        kind: of the model.
+        backend: of the model.
         tokenizer: for strings, or None.
         prepend_bos: for strings.
         pos: the caller's.
     """
 
-    kind: Kind
+    backend: Backend
     tokenizer: Any
     prepend_bos: bool | None
     pos: Any
@@ -116,12 +116,12 @@ class Reader:
         """
         tokenizer = None
         if isinstance(row.prompt, str):
-            tokenizer = tokenizer_for(self.kind.model, self.tokenizer, "a prompt")
+            tokenizer = tokenizer_for(self.backend.model, self.tokenizer, "a prompt")
         read = read_prompt(
             row.prompt if isinstance(row.prompt, str) else _as_ids(row.prompt),
             tokenizer=tokenizer,
             attention_mask=None,
-            vocabulary=self.kind.n_tokens(),
+            vocabulary=self.backend.n_tokens(),
             encode=lambda text: self._encode(text, tokenizer),
         )
         if len(read.input_ids) != 1:
@@ -134,7 +134,7 @@ class Reader:
 
     def read_answer(self, name: str, value: Any) -> Tensor:
         """One prompt's answer as ids, [] where it is one token."""
-        ids = read_ids(value, name, self.kind.model, self.tokenizer)
+        ids = read_ids(value, name, self.backend.model, self.tokenizer)
         return ids.reshape(()) if ids.numel() == 1 else ids
 
     def check(self, item: Item, stream: Stream) -> Item:
@@ -162,7 +162,7 @@ class Reader:
 
     def _encode(self, text: str, tokenizer: Any) -> list[int]:
         try:
-            return self.kind.encode(text, tokenizer, self.prepend_bos)
+            return self.backend.encode(text, tokenizer, self.prepend_bos)
         except (TypeError, ValueError) as error:
             if isinstance(error, InputError):
                 raise

@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dla_hooks.backends import kind_of
+from dla_hooks.backends import backend_of
 from dla_hooks.call import unwrap
 from dla_hooks.errors import DLAError, InputError
 from dla_hooks.inputs import positions
@@ -112,13 +112,13 @@ def attribute_many(
         if fold_value_biases is None:
             fold_value_biases = processing.fold_value_biases
     model, tokenizer, prepend_bos = unwrap(model, tokenizer, prepend_bos)
-    kind = kind_of(model)
-    kind.check()
-    kind.check_evaluation_mode()
+    backend = backend_of(model)
+    backend.check()
+    backend.check_evaluation_mode()
     check_tokenizer(tokenizer)
     if tokenizer is None:
         tokenizer = getattr(model, "tokenizer", None)
-    reader = Reader(kind, tokenizer, prepend_bos, pos)
+    reader = Reader(backend, tokenizer, prepend_bos, pos)
     for name, value in rows.for_all.items():
         rows.for_all[name] = reader.read_answer(name, value)
 
@@ -133,15 +133,15 @@ def attribute_many(
     shards = None
     if folder is not None:
         stamp = {
-            "model": kind.name,
-            "config": fingerprint.of_config(kind),
-            "adapters": fingerprint.of_adapters(kind),
-            "weights": fingerprint.of_weights(kind),
+            "model": backend.name,
+            "config": fingerprint.of_config(backend),
+            "adapters": fingerprint.of_adapters(backend),
+            "weights": fingerprint.of_weights(backend),
             **options,
             "pos": repr(options["pos"]),
         }
         shards = Shards(folder, stamp)
-    runner = Runner(kind, {**options, "chunk_size": chunk_size}, max_tokens)
+    runner = Runner(backend, {**options, "chunk_size": chunk_size}, max_tokens)
     if shards is None or shards.fresh:  # what an earlier call has begun has been tried before
         runner.try_out(rows.for_all)
     return _results(rows, reader, runner, shards, window, progress)
@@ -161,10 +161,10 @@ def _results(
     with tqdm(total=rows.total, unit="prompt", disable=hidden) as bar:
         failure: Exception | None = None
         while failure is None:
-            lot, failure = _read(unread, window)
-            if not lot:
+            batch, failure = _read(unread, window)
+            if not batch:
                 break
-            outcomes = _of_window(lot, reader, runner, shards, names, bar.update)
+            outcomes = _of_window(batch, reader, runner, shards, names, bar.update)
             for index in sorted(outcomes):
                 yield outcomes.pop(index)
     if failure is not None:
@@ -175,17 +175,17 @@ def _results(
 
 def _read(unread: Iterator[Row], count: int) -> tuple[list[Row], Exception | None]:
     """The next rows, and what their source raised after them: what came before is still run."""
-    lot: list[Row] = []
+    batch: list[Row] = []
     try:
         for row in islice(unread, count):
-            lot.append(row)
+            batch.append(row)
     except Exception as error:
-        return lot, error
-    return lot, None
+        return batch, error
+    return batch, None
 
 
 def _of_window(
-    lot: Sequence[Row],
+    batch: Sequence[Row],
     reader: Reader,
     runner: Runner,
     shards: Shards | None,
@@ -194,9 +194,9 @@ def _of_window(
 ) -> dict[int, DirectLogitAttribution | DLAError]:
     """What became of every prompt of a window, by index; stored before it is returned."""
     outcomes: dict[int, DirectLogitAttribution | DLAError] = {}
-    stored = {} if shards is None else shards.load(lot[0].index, lot[-1].index)
+    stored = {} if shards is None else shards.load(batch[0].index, batch[-1].index)
     todo = []
-    for row in lot:
+    for row in batch:
         kept = stored.pop(row.index, None)
         try:
             item = reader.read(row)

@@ -15,7 +15,7 @@ _Given = ParamSpec("_Given")
 _Result = TypeVar("_Result")
 
 
-def full(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
+def outside_autocast(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
     """A function that runs as it would outside of a caller's autocast (which has 16 bits)."""
 
     @functools.wraps(function)

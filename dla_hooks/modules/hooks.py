@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dla_hooks.errors import HookError
-from dla_hooks.modules.autocast import full
+from dla_hooks.modules.autocast import outside_autocast
 
 
 class Use(NamedTuple):
@@ -42,28 +42,30 @@ class Tap:
     Attributes:
         module: the module to watch.
         name: its path, for messages.
-        see: called once, with the module's input and output hidden states; with ``before`` set
-            it is called ahead of the module, with the input alone as both.
+        on_activation: called once, with the module's input and output hidden states; with
+            ``before`` set it is called ahead of the module, with the input alone as both.
         before: look before the module runs (a block may change its input in place).
         use: which of the module's runs to look at, where it runs several times.
-        see_scale: for a norm: what to do with its scale [batch, pos, 1], where a source of
+        on_scale: for a norm: what to do with its scale [batch, pos, 1], where a source of
             activations has stored that instead of what went in and came out.
     """
 
     module: nn.Module
     name: str
-    see: Callable[[Tensor, Tensor], None]
+    on_activation: Callable[[Tensor, Tensor], None]
     before: bool = False
     use: Use = ONLY_USE
-    see_scale: Callable[[Tensor], None] | None = None
+    on_scale: Callable[[Tensor], None] | None = None
     fired: int = field(default=0, init=False)
 
-    def fire(self, x: Tensor, y: Tensor) -> None:
+    def count(self, x: Tensor, y: Tensor) -> None:
         """Count one run of the module, and look if it is the one."""
         self.fired += 1
         if self.fired == self.use.nth + 1:
-            see = full(self.see) if torch.is_autocast_enabled(x.device.type) else self.see
-            see(x, y)
+            look = self.on_activation
+            if torch.is_autocast_enabled(x.device.type):
+                look = outside_autocast(look)
+            look(x, y)
 
 
 def hidden_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -120,11 +122,11 @@ def _put_on(tap: Tap, thread: int) -> torch.utils.hooks.RemovableHandle:
     def before(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
         if threading.get_ident() == thread:
             x = hidden_in(args, rest[0])
-            tap.fire(x, x)
+            tap.count(x, x)
 
     def after(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
         if threading.get_ident() == thread:
-            tap.fire(hidden_in(args, rest[0]), hidden_out(rest[1]))
+            tap.count(hidden_in(args, rest[0]), hidden_out(rest[1]))
 
     _mark(before, after)
     if tap.before:

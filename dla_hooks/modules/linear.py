@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dla_hooks.errors import InputError, UnsupportedModelError
 from dla_hooks.modules import vjp
-from dla_hooks.modules.autocast import full
+from dla_hooks.modules.autocast import outside_autocast
 from dla_hooks.modules.weights import described, run_device, selected, stored, tiles
 
 _TILE = 256
@@ -38,7 +38,7 @@ _NO_ROWS = (
 )
 
 
-@full
+@outside_autocast
 def pull_back(module: nn.Module, d_KM: Tensor, name: str = "") -> Tensor:
     """Directions at a linear module's output, as directions at its input.
 
@@ -114,7 +114,7 @@ def at_hand(module: nn.Module) -> bool:
 
 def value_at(module: nn.Module, z: Tensor) -> Tensor:
     """The module's output [d_out] for one input [d_in], past any hooks on it."""
-    with vjp.alone(module), torch.no_grad():
+    with vjp.past_hooks(module), torch.no_grad():
         out: Tensor = module.forward(z.to(run_device(module), vjp.dtype_of(module))[None])[0]
     return out
 

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from dla_hooks.errors import UnsupportedModelError
-from dla_hooks.modules.autocast import full
-from dla_hooks.modules.vjp import alone
+from dla_hooks.modules.autocast import outside_autocast
+from dla_hooks.modules.vjp import past_hooks
 from dla_hooks.modules.weights import run_device
 
 _AMPLITUDE = 2.0**12
@@ -84,7 +84,7 @@ def probe(module: nn.Module, d_model: int, name: str, dtype: torch.dtype) -> Nor
         (torch.zeros_like(signs), *large, -large[0], -large[1], noise, noise + 2.0)
     )
     try:
-        with alone(module), torch.no_grad():
+        with past_hooks(module), torch.no_grad():
             out = module.forward(made_up[None].to(run_dtype))[0]
             answers = out.to(dtype)
     except (RuntimeError, TypeError, ValueError) as error:
@@ -92,7 +92,7 @@ def probe(module: nn.Module, d_model: int, name: str, dtype: torch.dtype) -> Nor
             f"{name} ({type(module).__name__}) cannot be run on vectors of width {d_model}: {error}"
         ) from error
     # A norm without parameters says only by its output in what dtype it works.
-    run_dtype = max(run_dtype, out.dtype, key=lambda kind: torch.finfo(kind).eps)
+    run_dtype = max(run_dtype, out.dtype, key=lambda one: torch.finfo(one).eps)
     if answers.shape != made_up.shape:
         raise UnsupportedModelError(
             f"{name} ({type(module).__name__}) returns vectors of width {answers.shape[-1]}, not "
@@ -128,7 +128,7 @@ def probe(module: nn.Module, d_model: int, name: str, dtype: torch.dtype) -> Nor
     return norm
 
 
-@full
+@outside_autocast
 def frozen_scale(norm: Norm, x_NM: Tensor, y_NM: Tensor) -> tuple[Tensor, Tensor]:
     """The scale that a norm actually divided by, from what went in and what came out.
 

@@ -19,7 +19,7 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def stamp(model: nn.Module) -> int:
+def version_of(model: nn.Module) -> int:
     """A number that moves when a weight is changed in place or replaced, or a hook comes or goes.
 
     So it does when another PEFT adapter is made the active one, which leaves the weights alone.
@@ -33,7 +33,7 @@ def stamp(model: nn.Module) -> int:
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and name not in passing and not tensor.is_meta:
                 seen += tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
-        # Hooks on hook points are not seen by a question: see `Kind.quiet`.
+        # Hooks on hook points are not seen by a question: see `Backend.quiet`.
         # (What a module does not have is slow to ask of it, and quick of what it is made of.)
         if "fwd_hooks" not in vars(module):
             seen += (*module._forward_hooks, *module._forward_pre_hooks)

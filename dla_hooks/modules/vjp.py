@@ -42,10 +42,10 @@ def pull_back(module: nn.Module, d_KM: Tensor, width: int, name: str, instead: s
     rows = _made_up(width).to(device, dtype)
     what = f"{name} ({describe(module)})" if name else describe(module)
     wide = torch.promote_types(dtype, torch.float32)
-    with alone(module), torch.inference_mode(False), torch.enable_grad():
+    with past_hooks(module), torch.inference_mode(False), torch.enable_grad():
         z = torch.cat((torch.zeros(n, width, dtype=dtype, device=device), rows))
         z.requires_grad_()
-        with _told(what, instead):
+        with _as_refusal(what, instead):
             out = module.forward(z)
         seen = out.detach()[n:].to(wide)
         eps = _coarsest(module, out.dtype)
@@ -56,7 +56,7 @@ def pull_back(module: nn.Module, d_KM: Tensor, width: int, name: str, instead: s
                 f"in {str(dtype).removeprefix('torch.')} explains, as where activations are "
                 f"quantised too, so that nothing can be read through it exactly. {instead}"
             )
-        with _told(what, instead):
+        with _as_refusal(what, instead):
             at_output = torch.zeros_like(out)
             at_output[:n] = d_KM.to(out)
             (u,) = torch.autograd.grad(out, z, at_output)
@@ -70,7 +70,7 @@ def pull_back(module: nn.Module, d_KM: Tensor, width: int, name: str, instead: s
 
 
 @contextmanager
-def _told(what: str, instead: str) -> Iterator[None]:
+def _as_refusal(what: str, instead: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError:
@@ -84,7 +84,7 @@ def _told(what: str, instead: str) -> Iterator[None]:
 
 
 @contextmanager
-def alone(module: nn.Module) -> Iterator[None]:
+def past_hooks(module: nn.Module) -> Iterator[None]:
     """A module's own map within a ``with`` block: not autocast, and not compiled."""
     with torch.autocast(run_device(module).type, enabled=False), eagerly(is_compiled(module)):
         yield

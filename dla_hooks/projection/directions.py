@@ -2,7 +2,7 @@
 
 A call may have one target, or another one at every position; then the directions together would
 be as large as an activation. So a set of directions is a rule for making any of them. A single
-one is made once and kept; several are made for one tile of sites at a time, from directions
+one is made once and kept; several are made for one tile of entries at a time, from directions
 further down the model, and finally from rows of the unembedding.
 """
 

@@ -2,7 +2,7 @@
 
 Letters in names give the axes:
 
-    B batch, S column of the prompt, N selected site (a row and column), T tile of sites,
+    B batch, S column of the prompt, N selected site (a row and column), T tile of entries,
     M d_model, H head, D d_head, I = H * D, K distinct target (an answer, or answer - incorrect),
     C row of scalars.
 
@@ -18,29 +18,29 @@ import torch
 from einops import reduce
 from torch import Tensor
 
-from dla_hooks.inputs.entries import Sites
-from dla_hooks.modules.autocast import full
+from dla_hooks.inputs.entries import Entries
+from dla_hooks.modules.autocast import outside_autocast
 from dla_hooks.modules.norms import Norm, frozen_scale
 from dla_hooks.projection.directions import Directions
 from dla_hooks.projection.tiles import Tile
 
 
-def project(x: Tensor, sites: Sites, directions: Directions, out_N: Tensor) -> None:
+def project(x: Tensor, entries: Entries, directions: Directions, out_N: Tensor) -> None:
     """out[n] = x[site n] . d[target of n].
 
     Args:
-        x: activations as the hook sees them; see :meth:`Sites.take`.
-        sites: where to read, and which target each site has.
+        x: activations as the hook sees them; see :meth:`Entries.take`.
+        entries: where to read, and which target each site has.
         directions: one per target [d_model].
         out_N: one scalar per site, written in place.
     """
-    for x_TM, tile in tiles(x, sites, directions.dtype):
+    for x_TM, tile in tiles(x, entries, directions.dtype):
         out_N[tile.index] = _dot(x_TM, directions.at(tile, x.device), tile)
 
 
 def project_heads(
     z: Tensor,
-    sites: Sites,
+    entries: Entries,
     folded: Directions,
     out_HN: Tensor,
     constant_I: Tensor | None = None,
@@ -50,7 +50,7 @@ def project_heads(
 
     Args:
         z: the output projection's input [batch, pos, head * d_head].
-        sites: where to read, and which target each site has.
+        entries: where to read, and which target each site has.
         folded: u, the directions pulled back through the output projection [head * d_head]
             (u_h = W_O[h] d), so that no head's write to the stream is ever built.
         out_HN: one scalar per head and site, written in place.
@@ -58,7 +58,7 @@ def project_heads(
         of_constant_N: what was taken off all heads together, added to in place.
     """
     n_heads = len(out_HN)
-    for z_TI, tile in tiles(z, sites, folded.dtype):
+    for z_TI, tile in tiles(z, entries, folded.dtype):
         u_KI = folded.at(tile, z.device)
         if constant_I is not None and of_constant_N is not None:
             z_TI = z_TI - constant_I
@@ -72,41 +72,43 @@ def project_heads(
             out_HN[:, tile.index] = reduce(products_TI, "t (h d) -> h t", "sum", h=n_heads)
 
 
-def frozen_scales(norm: Norm, x: Tensor, y: Tensor, sites: Sites, out_N: Tensor) -> list[Tensor]:
+def frozen_scales(
+    norm: Norm, x: Tensor, y: Tensor, entries: Entries, out_N: Tensor
+) -> list[Tensor]:
     """The scale that a norm divided by at each site; see :func:`frozen_scale`.
 
     Args:
         norm: its constants.
         x: what went in, as the hook sees it.
         y: what came out.
-        sites: where to read.
+        entries: where to read.
         out_N: one scale per site, written in place.
 
     Returns:
         What the norm's form leaves unexplained, for each tile.
     """
     misfits = []
-    pairs = zip(tiles(x, sites, out_N.dtype), tiles(y, sites, out_N.dtype), strict=True)
+    pairs = zip(tiles(x, entries, out_N.dtype), tiles(y, entries, out_N.dtype), strict=True)
     for (x_TM, tile), (y_TM, _) in pairs:
         out_N[tile.index], misfit = frozen_scale(norm, x_TM, y_TM)
         misfits.append(misfit)
     return misfits
 
 
-@full
+@outside_autocast
 def project_constant(
-    constant_M: Tensor, sites: Sites, directions: Directions, out_N: Tensor
+    constant_M: Tensor, entries: Entries, directions: Directions, out_N: Tensor
 ) -> None:
     """out[n] += constant . d[target of n], for a vector [d_model] that is the same everywhere."""
-    for _, tile in sites.tiles(len(constant_M), out_N.device):
+    for _, tile in entries.tiles(len(constant_M), out_N.device):
         d_KM = directions.at(tile, out_N.device)
         out_N[tile.index] += tile.spread(d_KM @ constant_M.to(d_KM))
 
 
-def tiles(x: Tensor, sites: Sites, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tile]]:
-    """An activation at the sites in view, a tile at a time [T, d], in the accumulation dtype."""
-    for place, tile in sites.tiles(x.shape[-1], x.device):
-        yield sites.take(x, place).to(dtype), tile
+def tiles(x: Tensor, entries: Entries, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tile]]:
+    """An activation at the entries in view, a tile at a time [T, d], in the accumulation dtype."""
+    for place, tile in entries.tiles(x.shape[-1], x.device):
+        yield entries.take(x, place).to(dtype), tile
 
 
 def _dot(x_TM: Tensor, d_KM: Tensor, tile: Tile) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dla_hooks.inputs.entries import Sites
+from dla_hooks.inputs.entries import Entries
 from dla_hooks.modules import norms
 from dla_hooks.modules.hooks import Tap, Use
 from dla_hooks.projection.kernels import frozen_scales, project
@@ -18,7 +18,7 @@ class FinalStream:
 
     Args:
         stream: the located model.
-        sites: where to look.
+        entries: where to look.
         readouts: the directions to project on; the first is the one that is attributed.
 
     Attributes:
@@ -29,17 +29,17 @@ class FinalStream:
     scale_N: Tensor
     total_RN: Tensor
 
-    def __init__(self, stream: Stream, sites: Sites, readouts: list[Readout]) -> None:
-        self._sites = sites
+    def __init__(self, stream: Stream, entries: Entries, readouts: list[Readout]) -> None:
+        self._entries = entries
         self._readouts = readouts
         # The scale comes first: it is read where the norm is, and all else divided by it there.
-        self._scalars = Scalars(1 + len(readouts), len(sites), stream.work_dtype)
+        self._scalars = Scalars(1 + len(readouts), len(entries), stream.work_dtype)
         self._misfits: list[Tensor] = []
         runs = stream.final_norm_runs
         norm, name, use = stream.final_norm, stream.final_norm_name, Use(runs - 1, runs)
         self.taps = [
             Tap(norm, name, self._see_stream, before=True, use=use),
-            Tap(norm, name, self._see_norm, use=use, see_scale=self._see_scale),
+            Tap(norm, name, self._see_norm, use=use, on_scale=self._see_scale),
         ]
 
     def finish(self) -> None:
@@ -59,7 +59,7 @@ class FinalStream:
     def bias_N(self, which: int = 0) -> Tensor:
         """What the logit (or difference) has besides the stream [N]."""
         bias_K = self._readouts[which].bias_K.to(self.scale_N.device)
-        return bias_K[self._sites.target_on(bias_K.device)]
+        return bias_K[self._entries.target_on(bias_K.device)]
 
     def logits_N(self, which: int = 0) -> Tensor:
         """x . d / s + bias [N]: the logit (or difference) before any cap."""
@@ -68,11 +68,11 @@ class FinalStream:
     def _see_stream(self, x: Tensor, _: Tensor) -> None:
         totals = self._scalars.on(x.device)[1:]
         for readout, total_N in zip(self._readouts, totals, strict=True):
-            project(x, self._sites, readout.directions, total_N)
+            project(x, self._entries, readout.directions, total_N)
 
     def _see_scale(self, scale: Tensor) -> None:
-        self._scalars.on(scale.device)[0].copy_(self._sites.take(scale)[:, 0])
+        self._scalars.on(scale.device)[0].copy_(self._entries.take(scale)[:, 0])
 
     def _see_norm(self, x: Tensor, y: Tensor) -> None:
         scale_N = self._scalars.on(x.device)[0]
-        self._misfits += frozen_scales(self._readouts[0].norm, x, y, self._sites, scale_N)
+        self._misfits += frozen_scales(self._readouts[0].norm, x, y, self._entries, scale_N)

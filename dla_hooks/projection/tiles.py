@@ -16,10 +16,10 @@ _TILE_ELEMENTS_ELSEWHERE = 2**24
 
 @dataclass(frozen=True)
 class Tile:
-    """Some of the sites in view, read together.
+    """Some of the entries in view, read together.
 
     Attributes:
-        index: which of all sites they are: a slice, or indices on the device.
+        index: which of all entries they are: a slice, or indices on the device.
         size: how many.
         targets: their targets, on the CPU: one for all [1], one for each [size], or the distinct
             ones in any number between, to which ``which`` points.

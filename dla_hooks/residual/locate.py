@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from dla_hooks.backends import Kind
+from dla_hooks.backends import Backend
 from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.modules.hooks import Use
 from dla_hooks.modules.linear import input_width, output_width
@@ -17,26 +17,26 @@ from dla_hooks.residual.architecture import Architecture, Write
 from dla_hooks.residual.stream import Block, HeadSite, Stream, WriteSite
 
 
-def locate(kind: Kind, architecture: Architecture) -> Stream:
+def locate(backend: Backend, architecture: Architecture) -> Stream:
     """Find every module that a declaration names.
 
     Args:
-        kind: of a model that it let through.
+        backend: of a model that it let through.
         architecture: the declaration.
 
     Raises:
         UnsupportedModelError: when the model does not have what the declaration says.
     """
-    model = kind.root
-    finder = _Finder(kind, architecture)
+    model = backend.root
+    finder = _Finder(backend, architecture)
     found = (finder.optional(model, path) for path in architecture.after_norm)
     after_norm = tuple(module for module in found if module is not None)
-    unembed = kind.unembed()
+    unembed = backend.unembed()
     limit = architecture.position_limit
     blocks = finder.blocks()
     final_norm, final_norm_name = finder.final_norm()
     return Stream(
-        kind=kind,
+        backend=backend,
         architecture=architecture,
         blocks=blocks,
         positions=finder.optional(model, architecture.positions)
@@ -49,21 +49,23 @@ def locate(kind: Kind, architecture: Architecture) -> Stream:
         unembed=unembed,
         d_model=input_width((*after_norm, unembed)[0]),
         vocabulary=output_width(unembed),
-        position_limit=finder.number(limit) if limit and kind.number(limit) is not None else None,
+        position_limit=finder.number(limit)
+        if limit and backend.number(limit) is not None
+        else None,
     )
 
 
 class _Finder:
     """Resolves a declaration's paths and field names, and says what is missing."""
 
-    def __init__(self, kind: Kind, architecture: Architecture) -> None:
-        self.kind = kind
-        self.model = kind.root
+    def __init__(self, backend: Backend, architecture: Architecture) -> None:
+        self.backend = backend
+        self.model = backend.root
         self.architecture = architecture
 
     def refusal(self, what: str) -> UnsupportedModelError:
         return UnsupportedModelError(
-            f"{type(self.model).__name__} (model type {self.kind.model_type!r}) does not "
+            f"{type(self.model).__name__} (model type {self.backend.model_type!r}) does not "
             f"fit the declaration of {', '.join(self.architecture.model_types)}: {what}"
         )
 
@@ -75,7 +77,7 @@ class _Finder:
 
     def final_norm(self) -> tuple[nn.Module, str]:
         found = self.optional(self.model, self.architecture.final_norm)
-        if found is None and self.kind.keeps_caches:
+        if found is None and self.backend.keeps_caches:
             # A model made without norms: the last stream's own hook point is the identity.
             last = len(self.model.blocks) - 1
             name = f"{self.architecture.layers}.{last}.hook_resid_post"
@@ -95,7 +97,7 @@ class _Finder:
         return found if isinstance(found, nn.Module) else None
 
     def number(self, field: str) -> int:
-        value = self.kind.number(field)
+        value = self.backend.number(field)
         if isinstance(value, bool) or not isinstance(value, int):
             raise self.refusal(f"config.{field} should be a number, but is {value!r}")
         return value
@@ -172,7 +174,7 @@ class _Finder:
         n_heads = getattr(attention, "num_heads", None)
         if isinstance(n_heads, bool) or not isinstance(n_heads, int):
             n_heads = self.number(write.heads.count)
-        linear = self.kind.linear(attention, proj)
+        linear = self.backend.linear(attention, proj)
         width = input_width(linear)
         if width % n_heads:
             raise self.refusal(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dla_hooks.backends import Kind
+from dla_hooks.backends import Backend
 from dla_hooks.modules.hooks import Use
 from dla_hooks.modules.vjp import dtype_of
 from dla_hooks.residual.architecture import Architecture
@@ -106,7 +106,7 @@ class Stream:
     """A model's residual stream, from block 0 to the logits.
 
     Attributes:
-        kind: what kind of model it is, and how it is run.
+        backend: what kind of model it is, and how it is run.
         architecture: the declaration it was located by.
         blocks: the stack.
         positions: the module that adds positions, if any.
@@ -127,7 +127,7 @@ class Stream:
         position_limit: the longest prompt that can run, or None where there is no fixed limit.
     """
 
-    kind: Kind
+    backend: Backend
     architecture: Architecture
     blocks: tuple[Block, ...]
     positions: nn.Module | None
@@ -149,7 +149,7 @@ class Stream:
     @property
     def model(self) -> Any:
         """The model itself."""
-        return self.kind.model
+        return self.backend.model
 
     @property
     def writes(self) -> tuple[WriteSite, ...]:

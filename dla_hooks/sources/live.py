@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dla_hooks.backends import Kind
+from dla_hooks.backends import Backend
 from dla_hooks.calibration.invariance import chunks_are_ignored
 from dla_hooks.errors import InputError, UnsupportedModelError
 from dla_hooks.inputs.prompts import Prompt
@@ -27,12 +27,12 @@ AUTOMATIC_CHUNK = 2048
 
 
 def chunks(
-    kind: Kind, prompt: Prompt, columns: Tensor | None, size: int | None
+    backend: Backend, prompt: Prompt, columns: Tensor | None, size: int | None
 ) -> Iterator[tuple[range, Callable[[], Tensor]]]:
     """The runs that make up one forward pass: the columns of each, and the run itself.
 
     Args:
-        kind: how the model is run.
+        backend: how the model is run.
         prompt: the batch.
         columns: where logits are wanted, or None for the least that the model can do.
         size: columns of each chunk; None is all at once.
@@ -43,7 +43,7 @@ def chunks(
     """
     width = prompt.shape[1]
     if size is None or size >= width:
-        yield range(width), lambda: kind.forward(prompt, columns)
+        yield range(width), lambda: backend.forward(prompt, columns)
         return
     past: Any = None
 
@@ -53,7 +53,7 @@ def chunks(
         if columns is not None:
             inside = columns[(columns >= chunk.start) & (columns < chunk.stop)]
             wanted = inside if len(inside) else None
-        logits, past = kind.forward_chunk(prompt, chunk, wanted, past)
+        logits, past = backend.forward_chunk(prompt, chunk, wanted, past)
         return logits if wanted is not None else logits[:, :0]
 
     for start in range(0, width, size):
@@ -86,8 +86,8 @@ def chunk_size_for(stream: Stream, prompt: Prompt, chunk_size: Any) -> int | Non
     reason = _why_not(stream, prompt)
     if reason is not None:
         raise UnsupportedModelError(
-            f"{stream.kind.name} cannot be run in chunks of a prompt: {reason}. Leave chunk_size "
-            "out, or give one that is no smaller than the prompt, to run it all at once."
+            f"{stream.backend.name} cannot be run in chunks of a prompt: {reason}. Leave "
+            "chunk_size out, or give one that is no smaller than the prompt, to run it all at once."
         )
     return size
 

@@ -73,7 +73,7 @@ class Replay:
     def dtype(self) -> torch.dtype:
         """The coarsest dtype of its entries: a cache may have been converted to save memory."""
         found = {v.dtype for v in self._cache.cache_dict.values() if v.is_floating_point()}
-        return max(found, key=lambda kind: torch.finfo(kind).eps, default=torch.float64)
+        return max(found, key=lambda one: torch.finfo(one).eps, default=torch.float64)
 
     def holds(self, tap: Tap) -> bool:
         """Whether a tap can be shown what it is for."""
@@ -92,13 +92,13 @@ class Replay:
         with torch.no_grad():
             for tap in taps:
                 value = self._read(tap)
-                if tap.see_scale is not None and hasattr(tap.module, "hook_scale"):
-                    tap.see_scale(value)
+                if tap.on_scale is not None and hasattr(tap.module, "hook_scale"):
+                    tap.on_scale(value)
                 else:
-                    tap.see(value, value)
+                    tap.on_activation(value, value)
 
     def _read(self, tap: Tap) -> Tensor:
-        if tap.see_scale is not None and hasattr(tap.module, "hook_scale"):
+        if tap.on_scale is not None and hasattr(tap.module, "hook_scale"):
             return self._entry(f"{tap.name}.hook_scale")
         if tap.name == self._stream.final_norm_name:
             return self._last()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dla_hooks.calibration.mid_streams import mid_streams
 from dla_hooks.calibration.sublayers import norm_before
-from dla_hooks.call import Inputs, read_inputs
+from dla_hooks.call import Inputs, read_call
 from dla_hooks.errors import InputError
 from dla_hooks.modules.hooks import Use
 from dla_hooks.residual.stream import Stream
@@ -23,7 +23,7 @@ def inputs_of(model: Any, input: Any, options: dict[str, Any]) -> Inputs:
     unknown = set(options) - set(known)
     if unknown:
         raise TypeError(f"unexpected keyword arguments: {', '.join(sorted(unknown))}")
-    return read_inputs(model, input, **{**known, **options}, purpose="a stack")
+    return read_call(model, input, **{**known, **options}, purpose="a stack")
 
 
 def layer_of(stream: Stream, layer: int | None, mlp_input: bool) -> int:

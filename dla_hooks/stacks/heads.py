@@ -58,7 +58,7 @@ def stack_head_results(
                 factor = both(write.response, gains[block.layer + 1])
                 plan.append((block.layer, site, z, after, factor))
     if not plan and end:
-        raise UnsupportedModelError(f"{stream.kind.name} has no attention heads to stack")
+        raise UnsupportedModelError(f"{stream.backend.name} has no attention heads to stack")
     whole = stream_at(kept, end) if incl_remainder or not plan else None
     scale = scale_at(kept, end, False) if apply_ln else None
     kept.run()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dla_hooks.call import Inputs
 from dla_hooks.inputs import positions
-from dla_hooks.inputs.entries import Sites
+from dla_hooks.inputs.entries import Entries
 from dla_hooks.modules import norms
 from dla_hooks.modules.hooks import ONLY_USE, Tap, Use, tapped
 from dla_hooks.residual.stream import Block, HeadSite, Stream, WriteSite
@@ -22,11 +22,11 @@ class Kept:
 
     Attributes:
         inputs: the model and its prompt.
-        sites: the selected positions.
+        entries: the selected positions.
     """
 
     inputs: Inputs
-    sites: Sites
+    entries: Entries
     _taps: list[Tap] = field(default_factory=list)
     _values: dict[Any, Tensor] = field(default_factory=dict)
     _norms: dict[Any, norms.Norm] = field(default_factory=dict)
@@ -37,9 +37,9 @@ class Kept:
         prompt = inputs.prompt
         chosen = positions.select(positions.parse(pos_slice, prompt.shape[1]), prompt.mask)
         none = torch.zeros_like(chosen.cols)
-        sites = Sites(chosen.rows, chosen.cols, none, chosen.valid, prompt.shape)
-        sites.batched = inputs.replay is None or inputs.replay.batched
-        return cls(inputs, sites)
+        entries = Entries(chosen.rows, chosen.cols, none, chosen.valid, prompt.shape)
+        entries.batched = inputs.replay is None or inputs.replay.batched
+        return cls(inputs, entries)
 
     @property
     def stream(self) -> Stream:
@@ -56,7 +56,7 @@ class Kept:
             inputs.replay.play(self._taps)
             return self
         with tapped(self._taps):
-            inputs.stream.kind.forward(inputs.prompt, None)
+            inputs.stream.backend.forward(inputs.prompt, None)
         return self
 
     def block_input(self, block: Block) -> Any:
@@ -99,20 +99,20 @@ class Kept:
         """Keep the scale that a norm divides by [*batch_and_pos, 1]."""
         key = (name, "scale")
         stream = self.stream
-        with stream.kind.quiet():
+        with stream.backend.without_user_hooks():
             norm = norms.probe(module, stream.d_model, name, stream.work_dtype)
         self._norms[key] = norm
 
         def see(x: Tensor, y: Tensor) -> None:
-            rows = [self.sites.take(t, slice(None)).to(stream.work_dtype) for t in (x, y)]
+            rows = [self.entries.take(t, slice(None)).to(stream.work_dtype) for t in (x, y)]
             scale_N, _ = norms.frozen_scale(norm, *rows)
             self._values[key] = self._unfold(scale_N[:, None])
 
-        def see_scale(scale: Tensor) -> None:
-            self._values[key] = self._unfold(self.sites.take(scale, slice(None)))
+        def on_scale(scale: Tensor) -> None:
+            self._values[key] = self._unfold(self.entries.take(scale, slice(None)))
 
         if not self._planned(key):
-            self._taps.append(Tap(module, name, see, use=use, see_scale=see_scale))
+            self._taps.append(Tap(module, name, see, use=use, on_scale=on_scale))
             self._values[key] = torch.empty(0)
         return key
 
@@ -129,7 +129,7 @@ class Kept:
 
         def see(x: Tensor, y: Tensor) -> None:
             seen = site.z(x, y) if site is not None else x if before else y
-            self._values[key] = self._unfold(self.sites.take(seen, slice(None)).clone())
+            self._values[key] = self._unfold(self.entries.take(seen, slice(None)).clone())
 
         if not self._planned(key):
             self._taps.append(Tap(module, name, see, before and site is None, use))
@@ -140,4 +140,4 @@ class Kept:
         return key in self._values
 
     def _unfold(self, rows_ND: Tensor) -> Tensor:
-        return self.sites.unfold(rows_ND.T).movedim(0, -1)
+        return self.entries.unfold(rows_ND.T).movedim(0, -1)

@@ -64,9 +64,9 @@ def apply_ln_to_stack(
     if recompute_ln and end == len(stream.blocks):
         return apply_final_norm(stream, residual_stack)
     scale = kept[key]
-    if rows is not None and kept.sites.batched:
+    if rows is not None and kept.entries.batched:
         scale = scale[rows]
-    if not has_batch_dim and kept.sites.batched and scale.shape[0] == 1:
+    if not has_batch_dim and kept.entries.batched and scale.shape[0] == 1:
         scale = scale[0]
     if kept.norm(key).centred:
         residual_stack = residual_stack - residual_stack.mean(-1, keepdim=True)
@@ -135,8 +135,8 @@ def logit_attrs(
 
 def _check_stack(stack: Tensor, kept: Kept, batched: bool, batch: int) -> None:
     """Refuse a stack that does not hold the positions that were selected."""
-    places = kept.sites.shape if kept.sites.batched else kept.sites.shape[1:]
-    if not batched and kept.sites.batched and batch == 1:
+    places = kept.entries.shape if kept.entries.batched else kept.entries.shape[1:]
+    if not batched and kept.entries.batched and batch == 1:
         places = places[1:]
     expected = (*places, kept.stream.d_model)
     if tuple(stack.shape[1:]) != expected:

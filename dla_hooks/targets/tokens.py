@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dla_hooks.modules import norms
-from dla_hooks.modules.autocast import full
+from dla_hooks.modules.autocast import outside_autocast
 from dla_hooks.modules.linear import at_hand, mean_row, pull_back, rows, value_at
 from dla_hooks.modules.norms import Norm
 from dla_hooks.projection.directions import Directions
@@ -38,7 +38,7 @@ def read_out(stream: Stream, targets: Targets, *, center_unembed: bool) -> Reado
             TransformerLens does unless the logits are capped. Differences do not change.
     """
     dtype = stream.work_dtype
-    with stream.kind.quiet():
+    with stream.backend.without_user_hooks():
         norm = norms.probe(stream.final_norm, stream.d_model, stream.final_norm_name, dtype)
     mean: tuple[Tensor, Tensor] | None = None
     if center_unembed and stream.softcap is None and targets.incorrect is None:
@@ -90,7 +90,7 @@ def _row_source(stream: Stream, targets: Targets) -> Callable[[Tensor], tuple[Te
     return find
 
 
-@full
+@outside_autocast
 def before_norm(
     stream: Stream, norm: Norm | None, W_KM: Tensor, b_K: Tensor
 ) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dla_hooks.backends import kind_of
+from dla_hooks.backends import backend_of
 from dla_hooks.errors import InputError
 from dla_hooks.residual.stream import Stream
 from dla_hooks.units import UNITS
@@ -29,7 +29,7 @@ def cache_names(model: Any, unit: str = "component") -> list[str]:
 
     if unit not in UNITS:
         raise InputError(f"unit must be one of {tuple(UNITS)}, got {unit!r}")
-    if not kind_of(model).keeps_caches:
+    if not backend_of(model).keeps_caches:
         raise InputError(
             f"{type(model).__name__} keeps no ActivationCache; "
             "direct_logit_attribution(model, input, ...) needs none"

@@ -120,7 +120,7 @@ def describe(
         default_prepend_bos: None takes TransformerLens' default for the model type, and False
             for a tokenizer without BOS.
     """
-    model = stream.kind.root
+    model = stream.backend.root
     config = model.config.get_text_config()
     embedding = model.get_input_embeddings()
     sites = [write.heads for write in stream.writes if write.heads is not None]

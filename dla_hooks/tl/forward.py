@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dla_hooks.backends import kind_of
+from dla_hooks.backends import backend_of
 from dla_hooks.errors import InputError, TokenError
 from dla_hooks.inputs.prompts import Prompt, encode, read_prompt
 from dla_hooks.tl.config import NO_SOFTCAP
@@ -66,11 +66,11 @@ class ForwardMethods(TokenMethods):
         check_flag(loss_per_token, "loss_per_token")
         prompt = self._prompt(input, prepend_bos, padding_side, attention_mask)
         if return_type is None:
-            kind_of(self.model).forward(prompt, None)
+            backend_of(self.model).forward(prompt, None)
             return None
         if return_type != "logits" and prompt.shape[1] < 2:
             raise InputError("a loss needs at least two tokens: the last one has no next")
-        logits = kind_of(self.model).forward(prompt, torch.arange(prompt.shape[1]))
+        logits = backend_of(self.model).forward(prompt, torch.arange(prompt.shape[1]))
         if self.processing.center_unembed and self.cfg.output_logits_soft_cap == NO_SOFTCAP:
             logits = logits - logits.mean(-1, keepdim=True)  # what W_U and b_U give
         if return_type == "logits":

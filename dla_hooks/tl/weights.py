@@ -19,7 +19,7 @@ from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.modules import norms
 from dla_hooks.modules.hooks import Tap, tapped
 from dla_hooks.modules.linear import input_width, matrix, mean_row, rows, value_at
-from dla_hooks.modules.vjp import alone
+from dla_hooks.modules.vjp import past_hooks
 from dla_hooks.modules.weights import run_device, stored
 from dla_hooks.residual.stream import HeadSite, Stream, WriteSite
 from dla_hooks.targets.tokens import before_norm
@@ -111,12 +111,14 @@ def embedding(stream: Stream, processing: Processing) -> Tensor:
 
     Where a norm or a projection stands between the two it is the module's weight as it is.
     """
-    module = stream.kind.embedding()
+    module = stream.backend.embedding()
     W_VM = stored(module, "weight") if "weight" in module._parameters else None
     if W_VM is None and isinstance(getattr(module, "weight", None), Tensor):
         # A wrapper, as an adapter puts one around the module: its weight is not the whole of it.
-        with alone(module), torch.no_grad():
-            W_VM = module.forward(torch.arange(stream.kind.n_tokens(), device=run_device(module)))
+        with past_hooks(module), torch.no_grad():
+            W_VM = module.forward(
+                torch.arange(stream.backend.n_tokens(), device=run_device(module))
+            )
     if W_VM is None:
         raise UnsupportedModelError(
             f"W_E: {type(module).__name__} keeps no plain weight; "
@@ -173,7 +175,7 @@ def _beginning(stream: Stream) -> tuple[Tensor, Tensor, Tensor | None]:
         name = stream.architecture.positions or ""
         taps.append(Tap(stream.positions, name, lambda x, out: keep(x, out, "positions")))
     with tapped(taps):
-        stream.kind.ask(prompt, None)
+        stream.backend.run_synthetic(prompt, None)
     positions = seen.get("positions")
     if positions is not None and stream.positions_response is not None:
         positions = positions * stream.positions_response.to(positions)

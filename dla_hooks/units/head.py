@@ -45,11 +45,11 @@ class HeadUnit(Unit):
                     several += 1
         if not self._layers:
             raise UnsupportedModelError(
-                f"{type(run.stream.kind.root).__name__} has no attention heads with a direct path "
-                "to the stream; use unit='component' or 'layer'"
+                f"{type(run.stream.backend.root).__name__} has no attention heads with a direct "
+                "path to the stream; use unit='component' or 'layer'"
             )
         # One row more, for what no head wrote.
-        self._scalars = Scalars(n_heads + 1, len(run.sites), run.stream.work_dtype)
+        self._scalars = Scalars(n_heads + 1, len(run.entries), run.stream.work_dtype)
 
     def taps(self) -> list[Tap]:
         """Every output projection, and every post-norm behind one."""
@@ -104,7 +104,7 @@ class _LayerHeads:
         dtype = run.stream.work_dtype
         if heads.post_norm is not None:
             name = heads.post_norm_name
-            with run.stream.kind.quiet():
+            with run.stream.backend.without_user_hooks():
                 norm = norms.probe(heads.post_norm, run.stream.d_model, name, dtype)
             self._post_norm = norm
             self._beta = norm.beta if bool(norm.beta.any()) else None
@@ -117,7 +117,7 @@ class _LayerHeads:
             # when the model has just read it.
             self._folded.prepare()
         # Besides the heads: what was taken off them, and the post-norm's scale.
-        self._aside = Scalars(2, len(run.sites), dtype)
+        self._aside = Scalars(2, len(run.entries), dtype)
         self._misfits: list[Tensor] = []
         self.norm_name = heads.post_norm_name
         self.labels = [f"{layer}H{head}" for head in range(heads.n_heads)]
@@ -146,7 +146,7 @@ class _LayerHeads:
                     self._heads.post_norm_name,
                     self._see_post_norm,
                     use=use,
-                    see_scale=self._see_post_scale,
+                    on_scale=self._see_post_scale,
                 )
             )
         return taps
@@ -159,12 +159,12 @@ class _LayerHeads:
         """
         final_N = self._run.final.scale_N
         biases_N, post_scale_N = self._aside.gathered(values_CN.device)
-        bias_M, sites = bias_of(self._heads.linear), self._run.sites
+        bias_M, entries = bias_of(self._heads.linear), self._run.entries
         if bias_M is not None:
-            project_constant(bias_M, sites, self._at_output, biases_N)
+            project_constant(bias_M, entries, self._at_output, biases_N)
         beta_N = torch.zeros_like(biases_N)
         if self._beta is not None:
-            project_constant(self._beta, sites, self._in_stream, beta_N)
+            project_constant(self._beta, entries, self._in_stream, beta_N)
         self._heads_HN = values_CN[self._rows]
         scale_N = final_N if self._post_norm is None else post_scale_N * final_N
         self._heads_HN /= scale_N
@@ -182,12 +182,12 @@ class _LayerHeads:
     def _see_z(self, z: Tensor, scalars: Scalars) -> None:
         heads_HN = scalars.on(z.device)[self._rows]
         off_N = None if self._constant_I is None else self._aside.on(z.device)[0]
-        project_heads(z, self._run.sites, self._folded, heads_HN, self._constant_I, off_N)
+        project_heads(z, self._run.entries, self._folded, heads_HN, self._constant_I, off_N)
 
     def _see_post_scale(self, scale: Tensor) -> None:
-        self._aside.on(scale.device)[1].copy_(self._run.sites.take(scale)[:, 0])
+        self._aside.on(scale.device)[1].copy_(self._run.entries.take(scale)[:, 0])
 
     def _see_post_norm(self, x: Tensor, y: Tensor) -> None:
         assert self._post_norm is not None
         scale_N = self._aside.on(x.device)[1]
-        self._misfits += frozen_scales(self._post_norm, x, y, self._run.sites, scale_N)
+        self._misfits += frozen_scales(self._post_norm, x, y, self._run.entries, scale_N)

@@ -1,6 +1,6 @@
 """One run of a model: what every unit shares, and the forward pass itself.
 
-:class:`Run` holds the plan of a call (stream, sites, directions) and the scalars it gathers. Its
+:class:`Run` holds the plan of a call (stream, entries, directions) and the scalars it gathers. Its
 own rows are the *parts*: every term of the residual stream, measured one by one, whatever the
 unit. Units add rows of their own, and the parts are what each call is checked by.
 """
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from dla_hooks.inputs.entries import Sites
+from dla_hooks.inputs.entries import Entries
 from dla_hooks.inputs.prompts import Prompt
 from dla_hooks.modules.hooks import ONLY_USE, Tap, Use, tapped
 from dla_hooks.projection.directions import Directions
@@ -34,7 +34,7 @@ class Run:
 
     Args:
         stream: the located model.
-        sites: where the stream is read.
+        entries: where the stream is read.
         targets: what is attributed there.
         center_unembed: see :func:`dla_hooks.targets.tokens.read_out`.
         fold_value_biases: see :mod:`dla_hooks.calibration.value_biases`.
@@ -55,14 +55,14 @@ class Run:
     def __init__(
         self,
         stream: Stream,
-        sites: Sites,
+        entries: Entries,
         targets: Targets,
         *,
         center_unembed: bool = False,
         fold_value_biases: bool = False,
     ) -> None:
         self.stream = stream
-        self.sites = sites
+        self.entries = entries
         self.fold_value_biases = fold_value_biases
         self.readout = read_out(stream, targets, center_unembed=center_unembed)
         readouts = [self.readout]
@@ -70,7 +70,7 @@ class Run:
             # The cap acts on each logit, not on their difference: measure both for the check.
             for ids in (targets.correct, targets.incorrect):
                 readouts.append(read_out(stream, Targets(ids, None), center_unembed=False))
-        self.final = FinalStream(stream, sites, readouts)
+        self.final = FinalStream(stream, entries, readouts)
 
         self.labels = ["embed"]
         if stream.positions is not None:
@@ -84,7 +84,7 @@ class Run:
         self._row = {label: row for row, label in enumerate(self.labels)}
         self.readout.directions.prepare()
         self._factors = _path_factors(stream)
-        self._scalars = Scalars(len(self.labels), len(sites), stream.work_dtype)
+        self._scalars = Scalars(len(self.labels), len(entries), stream.work_dtype)
         self.has_parts = True
 
     def part(self, label: str) -> Tensor:
@@ -135,11 +135,11 @@ class Run:
         """
         taps = [*self._taps(), *self.final.taps, *taps]
         logits = []
-        for chunk, run in chunks(self.stream.kind, prompt, columns, chunk_size):
-            seen = self.sites.look_at(chunk.start, chunk.stop)
+        for chunk, run in chunks(self.stream.backend, prompt, columns, chunk_size):
+            seen = self.entries.look_at(chunk.start, chunk.stop)
             with tapped(taps if seen or chunk_size is None else []):
                 logits.append(run())
-        self.sites.look_at(0, prompt.shape[1])
+        self.entries.look_at(0, prompt.shape[1])
         self._finish()
         return logits[0] if len(logits) == 1 else torch.cat(logits, dim=1)
 
@@ -151,7 +151,7 @@ class Run:
             row, directions = self._row[label], self.directions(label)
 
             def see(_: Tensor, out: Tensor) -> None:
-                project(out, self.sites, directions, self._scalars.on(out.device)[row])
+                project(out, self.entries, directions, self._scalars.on(out.device)[row])
 
             return Tap(module, name, see, before, use)
 
@@ -179,7 +179,7 @@ class Run:
             if block.constant is not None:
                 label = constant_label(block)
                 project_constant(
-                    block.constant, self.sites, self.directions(label), self.part(label)
+                    block.constant, self.entries, self.directions(label), self.part(label)
                 )
         self.finite_C = torch.isfinite(self.parts_CN).all(-1)
         self.parts_CN /= self.final.scale_N

@@ -8,8 +8,8 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from dla_hooks.backends import Kind, kind_of
-from dla_hooks.calibration.scales import settle
+from dla_hooks.backends import Backend, backend_of
+from dla_hooks.calibration.scales import with_scales
 from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.residual.architecture import Architecture
 from dla_hooks.residual.locate import locate
@@ -32,19 +32,19 @@ def stream_of(model: Any) -> Stream:
         InputError: for what is no causal language model in evaluation mode.
         UnsupportedModelError: when no declaration is true of the model.
     """
-    kind = kind_of(model)
-    kind.check()
-    kind.check_evaluation_mode()
-    declared = adapter_for(kind.model_type)
+    backend = backend_of(model)
+    backend.check()
+    backend.check_evaluation_mode()
+    declared = adapter_for(backend.model_type)
     if declared is not None:
-        return settle(locate(kind, declared))
+        return with_scales(locate(backend, declared))
     with _lock:
         known = _matched.get(model)
     if known is None:
-        known = _match(kind)
+        known = _match(backend)
         with _lock:
             _matched[model] = known
-    return settle(locate(kind, known))
+    return with_scales(locate(backend, known))
 
 
 def verify(model: Any, *, show: bool = True) -> Verification:
@@ -68,12 +68,12 @@ def verify(model: Any, *, show: bool = True) -> Verification:
     return report
 
 
-def _candidates(kind: Kind) -> list[tuple[float, Stream]]:
+def _candidates(backend: Backend) -> list[tuple[float, Stream]]:
     """Every known shape whose module names the model has; those that it has more of come first."""
     found = []
     for architecture in architectures():
         try:
-            stream = locate(kind, architecture)
+            stream = locate(backend, architecture)
         except UnsupportedModelError:
             continue  # other module names: not this shape, and nothing to tell
         sites, named = stream.writes, architecture.writes
@@ -88,11 +88,11 @@ def _n_heads(stream: Stream) -> int:
     return sum(write.heads.n_heads for write in stream.writes if write.heads is not None)
 
 
-def _match(kind: Kind) -> Architecture:
+def _match(backend: Backend) -> Architecture:
     misses: dict[str, str] = {}  # what did not add up: the first shape that it was found for
-    for coverage, candidate in _candidates(kind):
+    for coverage, candidate in _candidates(backend):
         try:
-            report = trace_report(settle(candidate))
+            report = trace_report(with_scales(candidate))
         except Exception as error:  # a shape that is not the model's may fail in any way
             if coverage == 1:
                 misses.setdefault(str(error), candidate.architecture.model_types[0])
@@ -100,8 +100,8 @@ def _match(kind: Kind) -> Architecture:
         if report.ok:
             return candidate.architecture
         misses.setdefault(report.diagnosis(), candidate.architecture.model_types[0])
-    what = f"model type {kind.model_type!r} ({type(kind.root).__name__})"
-    known = refusal_for(kind.model_type)
+    what = f"model type {backend.model_type!r} ({type(backend.root).__name__})"
+    known = refusal_for(backend.model_type)
     if known is not None:
         raise UnsupportedModelError(
             f"{what} cannot be attributed. {known.place}: {known.reason}. It would need "
@@ -111,5 +111,5 @@ def _match(kind: Kind) -> Architecture:
     raise UnsupportedModelError(
         f"{what} has no declaration, and was not recognised: "
         f"{found or 'none of the known shapes has its module names'}. If its stream is a sum of "
-        f"writes, start from these lines:\n{sketch(kind.root)}"
+        f"writes, start from these lines:\n{sketch(backend.root)}"
     )

@@ -115,7 +115,7 @@ def trace_report(stream: Stream, prompt: Prompt | None = None) -> Verification:
     logits = trace.run(prompt).double().cpu()
     lines = [*trace.blocks(), *trace.heads(), trace.readout(logits)]
     return Verification(
-        model=stream.kind.name,
+        model=stream.backend.name,
         dtype=str(stream.dtype).removeprefix("torch."),
         lines=tuple(lines),
     )
@@ -158,7 +158,7 @@ class _Trace:
                     name = write.heads.post_norm_name
                     taps.append(Tap(write.heads.post_norm, name, see, use=use))
         with tapped(taps):
-            return stream.kind.ask(prompt, torch.arange(self.length))
+            return stream.backend.run_synthetic(prompt, torch.arange(self.length))
 
     def blocks(self) -> list[Line]:
         """Output = input + writes, block by block."""
