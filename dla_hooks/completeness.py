@@ -102,7 +102,7 @@ def hold_against_model(
         gap_N = (claim.parts_N - claim.whole_N).abs()
         if not bool((gap_N <= relative * spread + rounding_N).all()):
             raise _failure(run, prompt, claim.what, _largest(gap_N), spread, relative)
-    norms = [(stream.final_norm_name, run.final.misfit), *unit.norms_seen()]
+    norms = [(stream.final_norm.name, run.final.misfit), *unit.norms_seen()]
     for name, misfit in norms:
         if not misfit <= misfit_tolerance(stream.dtype):
             raise DecompositionError(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dla_hooks.calibration.invariance import _lock
 from dla_hooks.calibration.prompt import short_prompt
-from dla_hooks.modules.hooks import Edit, Tap, edited, tapped
+from dla_hooks.modules.hooks import Call, Edit, Place, Tap, edited, tapped
 from dla_hooks.modules.version import version_of
 from dla_hooks.residual.stream import Stream, WriteSite
 
@@ -42,17 +42,14 @@ def _ask_mid_streams(stream: Stream) -> list[int | None]:
     clean: dict[str, Tensor] = {}
     disturbed: dict[str, Tensor] = {}
 
-    def keep(where: dict[str, Tensor], key: str) -> Callable[[Tensor, Tensor], None]:
-        return lambda x, _: where.__setitem__(key, x.detach().double().cpu().clone())
+    def keep(where: dict[str, Tensor], key: str) -> Callable[[Call], None]:
+        return lambda call: where.__setitem__(key, call.entered.detach().double().cpu().clone())
 
     def writes(where: dict[str, Tensor]) -> list[Tap]:
         # What a write's module reads, not what it puts out: that may be zero, or mostly bias.
-        return [Tap(w.module, w.name, keep(where, w.label), use=w.use) for w in stream.writes]
+        return [Tap(Place(w.module, w.name, w.use), keep(where, w.label)) for w in stream.writes]
 
-    before = [
-        Tap(block.module, block.name, keep(inputs, block.name), True, block.use)
-        for block in stream.blocks
-    ]
+    before = [Tap(block.input, keep(inputs, block.name)) for block in stream.blocks]
     with tapped([*before, *writes(clean)]):
         stream.backend.run_synthetic(prompt, None)
 

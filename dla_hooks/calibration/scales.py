@@ -25,7 +25,7 @@ from dla_hooks.calibration.prompt import short_prompt
 from dla_hooks.calibration.synthetic_run import SyntheticRun, refusal
 from dla_hooks.errors import HookError, NonFiniteError
 from dla_hooks.modules.compiled import eagerly
-from dla_hooks.modules.hooks import count_firings
+from dla_hooks.modules.hooks import ONLY_USE, Use, count_firings
 from dla_hooks.modules.version import version_of
 from dla_hooks.modules.weights import made_of
 from dla_hooks.residual.stream import Stream
@@ -57,7 +57,7 @@ class Scales:
     blocks: tuple[BlockScales, ...]
     has_positions: bool
     positions_response: Tensor | None
-    final_norm_runs: int
+    final_norm_use: Use
     stream_dtype: torch.dtype
     logit_scale: float
     softcap: float | None
@@ -107,7 +107,7 @@ def _apply(stream: Stream, facts: Scales) -> Stream:
         blocks=tuple(blocks),
         positions=stream.positions if facts.has_positions else None,
         positions_response=facts.positions_response,
-        final_norm_runs=facts.final_norm_runs,
+        final_norm=stream.final_norm._replace(use=facts.final_norm_use),
         stream_dtype=facts.stream_dtype,
         logit_scale=facts.logit_scale,
         softcap=facts.softcap,
@@ -135,7 +135,7 @@ def _ask(stream: Stream) -> Scales:
         blocks=tuple(blocks),
         has_positions=has_positions,
         positions_response=response,
-        final_norm_runs=synthetic.norm_runs,
+        final_norm_use=synthetic.norm_use,
         stream_dtype=synthetic.stream_dtype,
         logit_scale=scale,
         softcap=cap,
@@ -150,11 +150,11 @@ def _synthetic_run(stream: Stream) -> tuple[SyntheticRun, Tensor]:
     run once more beforehand, to see what does: a run reads all weights of a model on disk.
     """
     declared = [(index, tuple(range(len(b.writes)))) for index, b in enumerate(stream.blocks)]
-    synthetic = SyntheticRun(stream, declared, norm_runs=1)
+    synthetic = SyntheticRun(stream, declared, ONLY_USE)
     try:
         with count_firings(_declared_modules(stream)) as fired:
             logits = synthetic.run()
-        as_declared = _live(stream, fired) == (declared, 1)
+        as_declared = _live(stream, fired) == (declared, ONLY_USE)
     except HookError:  # something did not run, or several times
         as_declared = False
     if not as_declared:
@@ -166,7 +166,7 @@ def _synthetic_run(stream: Stream) -> tuple[SyntheticRun, Tensor]:
 
 
 def _declared_modules(stream: Stream) -> list[nn.Module]:
-    modules = [stream.final_norm]
+    modules = [stream.final_norm.module]
     for block in stream.blocks:
         modules += [block.module, *(write.written_by for write in block.writes)]
     return modules
@@ -193,10 +193,11 @@ def _is_finite(tensor: Tensor) -> bool:
 
 def _live(
     stream: Stream, fired: dict[nn.Module, int]
-) -> tuple[list[tuple[int, tuple[int, ...]]], int]:
-    """The blocks that run at all with the writes of each that do; how often the final norm runs."""
-    if not fired[stream.final_norm]:
-        raise refusal(stream, f"its final norm {stream.final_norm_name} never runs")
+) -> tuple[list[tuple[int, tuple[int, ...]]], Use]:
+    """The blocks that run at all with the writes of each that do; the final norm's last run."""
+    runs = fired[stream.final_norm.module]
+    if not runs:
+        raise refusal(stream, f"its final norm {stream.final_norm.name} never runs")
     live = []
     for index, block in enumerate(stream.blocks):
         if fired[block.module]:
@@ -209,4 +210,4 @@ def _live(
             live.append((index, writes))
     if not live:
         raise refusal(stream, f"no block of {stream.architecture.layers} runs as a whole")
-    return live, fired[stream.final_norm]
+    return live, Use(runs - 1, runs)

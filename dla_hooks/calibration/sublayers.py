@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dla_hooks.calibration.mid_streams import mid_streams
 from dla_hooks.calibration.prompt import short_prompt
 from dla_hooks.errors import UnsupportedModelError
-from dla_hooks.modules.hooks import Tap, tapped
+from dla_hooks.modules.hooks import Place, Tap, tapped
 from dla_hooks.modules.linear import input_width
 from dla_hooks.modules.norms import probe
 from dla_hooks.residual.stream import Block, Stream, WriteSite
@@ -103,7 +103,10 @@ def _short_run(stream: Stream, block: Block) -> dict[str, tuple[Tensor, Tensor]]
             name = f"{block.name}.{path}" if path else block.name
             handles.append(module.register_forward_hook(keep(name), with_kwargs=True))
         see = keep(block.name)
-        tap = Tap(block.module, block.name, lambda x, y: see(None, (x,), {}, y), use=block.use)
+        tap = Tap(
+            Place(block.module, block.name, block.use),
+            lambda call: see(None, (call.entered,), {}, call.left),
+        )
         with tapped([tap]):
             stream.backend.run_synthetic(short_prompt(stream), None)
     finally:

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dla_hooks.calibration.prompt import short_prompt
 from dla_hooks.errors import UnsupportedModelError
-from dla_hooks.modules.hooks import Edit, Tap, Use, edited, tapped
+from dla_hooks.modules.hooks import Call, Edit, Place, Tap, Use, edited, tapped
 from dla_hooks.modules.linear import rows as rows_of
 from dla_hooks.modules.linear import value_at
 from dla_hooks.residual.stream import Block, Stream
@@ -39,11 +39,11 @@ class SyntheticRun:
     """
 
     def __init__(
-        self, stream: Stream, live: list[tuple[int, tuple[int, ...]]], norm_runs: int
+        self, stream: Stream, live: list[tuple[int, tuple[int, ...]]], norm_use: Use
     ) -> None:
         self.stream = stream
         self.live = live
-        self.norm_runs = norm_runs
+        self.norm_use = norm_use
         self.n_slots = 1 + max(len(writes) for _, writes in live)
         self.n_rows = 1 + 2 * self.n_slots + 1
         generator = torch.Generator().manual_seed(4)
@@ -64,39 +64,20 @@ class SyntheticRun:
         prompt = short_prompt(self.stream, batch=self.n_rows, length=2)
         prompt.input_ids.copy_(prompt.input_ids[:1].expand_as(prompt.input_ids))
         blocks = [self.stream.blocks[index] for index, _ in self.live]
-        taps = [
-            Tap(block.module, block.name, self._keep(i - 1), True, block.use)
-            for i, block in enumerate(blocks)
-            if i
-        ]
-        norm, runs = self.stream.final_norm, self.norm_runs
-        taps.append(
-            Tap(
-                norm,
-                self.stream.final_norm_name,
-                self._keep(len(blocks) - 1),
-                True,
-                Use(runs - 1, runs),
-            )
-        )
-        edits = [self._edit(norm, self.stream.final_norm_name, self._normed())]
+        taps = [Tap(block.input, self._keep(i - 1)) for i, block in enumerate(blocks) if i]
+        norm = self.stream.final_norm._replace(use=self.norm_use)
+        taps.append(Tap(norm.entered, self._keep(len(blocks) - 1)))
+        edits = [self._edit(norm, self._normed())]
         if self.stream.positions is not None:
             # What enters block 0 when there is nothing but positions.
-            first = blocks[0]
-            taps.append(Tap(first.module, first.name, self._keep(-1), True, first.use))
-            embedding = self.stream.backend.embedding()
-            edits.append(Edit(embedding, torch.zeros_like))
-            name = self.stream.architecture.positions or ""
-            edits.append(self._edit(self.stream.positions, name, self._slot(0)))
+            taps.append(Tap(blocks[0].input, self._keep(-1)))
+            edits.append(Edit(self.stream.backend.embedding(), torch.zeros_like))
+            edits.append(self._edit(self.stream.positions, self._slot(0)))
         for block, (_, writes) in zip(blocks, self.live, strict=True):
-            if block is blocks[0] and self.stream.start is not None:
-                name = self.stream.architecture.start or ""
-                edits.append(self._edit(self.stream.start, name, self._slot(0)))
-            else:
-                edits.append(self._edit(block.module, block.name, self._slot(0), at_input=True))
+            start = self.stream.declared_start if block is blocks[0] else None
+            edits.append(self._edit(start or block.input, self._slot(0)))
             for slot, j in enumerate(writes, start=1):
-                write = block.writes[j]
-                edits.append(self._edit(write.written_by, write.name, self._slot(slot)))
+                edits.append(self._edit(block.writes[j].place, self._slot(slot)))
         # Taps first: they must see what reaches a block before it is replaced.
         with tapped(taps), edited(edits):
             logits = self.stream.backend.run_synthetic(prompt, torch.tensor([0]))
@@ -237,11 +218,12 @@ class SyntheticRun:
         new = rows[:, None, :].expand(-1, per_row, -1).reshape(like.shape)
         return new.to(like, copy=True)  # a model may go on to write into it
 
-    def _edit(self, module: nn.Module, name: str, rows: Tensor, at_input: bool = False) -> Edit:
-        return Edit(module, lambda x: self._fill(name, x, rows), at_input)
+    def _edit(self, place: Place, rows: Tensor) -> Edit:
+        return Edit(place.module, lambda x: self._fill(place.name, x, rows), place.before)
 
-    def _keep(self, position: int) -> Callable[[Tensor, Tensor], None]:
-        def keep(x: Tensor, _: Tensor) -> None:
+    def _keep(self, position: int) -> Callable[[Call], None]:
+        def keep(call: Call) -> None:
+            x = call.activation
             rows = x.detach().double().cpu().reshape(self.n_rows, -1, x.shape[-1])
             self.outputs[position] = rows[:, 0].clone()
 

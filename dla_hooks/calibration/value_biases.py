@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dla_hooks.calibration.prompt import short_prompt
 from dla_hooks.errors import UnsupportedModelError
-from dla_hooks.modules.hooks import Edit, Tap, edited, tapped
+from dla_hooks.modules.hooks import Call, Edit, Tap, edited, tapped
 from dla_hooks.residual.stream import HeadSite, Stream
 
 
@@ -46,9 +46,9 @@ def head_constants(stream: Stream, *, norm_bias: bool = True) -> dict[str, Tenso
     step = torch.randn(stream.d_model, generator=torch.Generator().manual_seed(2))
     steps = torch.stack((torch.zeros_like(step), step, -step))[:, None]
 
-    def remember(label: str) -> Callable[[Tensor, Tensor], None]:
-        def see(z: Tensor, _: Tensor) -> None:
-            z = sites[label].flat(z).to(stream.work_dtype)
+    def remember(label: str) -> Callable[[Call], None]:
+        def see(call: Call) -> None:
+            z = sites[label].flat(call.entered).to(stream.work_dtype)
             seen[label] = z.reshape(3, -1, z.shape[-1])[:, -2:]
 
         return see
@@ -60,11 +60,7 @@ def head_constants(stream: Stream, *, norm_bias: bool = True) -> dict[str, Tenso
         return (constant.reshape(3, -1, x.shape[-1]) + steps.to(x)).view_as(x)
 
     edits += [Edit(site.attention, stepped, at_input=True) for site in sites.values()]
-    taps = [
-        Tap(write.heads.proj, write.heads.name, remember(write.label), use=write.use)
-        for write in writes
-        if write.heads is not None
-    ]
+    taps = [Tap(site.place, remember(label)) for label, site in sites.items()]
     with edited(edits), tapped(taps):
         stream.backend.run_synthetic(prompt, None)
     for label, z in seen.items():

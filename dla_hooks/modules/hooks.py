@@ -35,37 +35,89 @@ class Use(NamedTuple):
 ONLY_USE = Use()
 
 
-@dataclass
-class Tap:
-    """One look at one module.
+class Place(NamedTuple):
+    """One look at one module: what enters or leaves it in one of its runs.
 
     Attributes:
         module: the module to watch.
         name: its path, for messages.
-        on_activation: called once, with the module's input and output hidden states; with
-            ``before`` set it is called ahead of the module, with the input alone as both.
-        before: look before the module runs (a block may change its input in place).
-        use: which of the module's runs to look at, where it runs several times.
-        on_scale: for a norm: what to do with its scale [batch, pos, 1], where a source of
-            activations has stored that instead of what went in and came out.
+        use: which of the module's runs, where it runs several times.
+        before: what enters the module; otherwise what leaves it.
     """
 
     module: nn.Module
     name: str
-    on_activation: Callable[[Tensor, Tensor], None]
-    before: bool = False
     use: Use = ONLY_USE
+    before: bool = False
+
+    @property
+    def entered(self) -> Place:
+        """What enters the same run of the same module."""
+        return self._replace(before=True)
+
+
+class Call:
+    """One call of a module, as a hook sees it.
+
+    Attributes:
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        output: what it returned; None ahead of the module.
+    """
+
+    __slots__ = ("_before", "args", "kwargs", "output")
+
+    def __init__(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None, before: bool = True
+    ) -> None:
+        self.args, self.kwargs, self.output, self._before = args, kwargs, output, before
+
+    @classmethod
+    def of(cls, activation: Tensor) -> Call:
+        """A call that is known by one activation only, as a stored one is."""
+        return cls((activation,), {}, activation, before=False)
+
+    @property
+    def entered(self) -> Tensor:
+        """The hidden states that entered the module."""
+        return hidden_in(self.args, self.kwargs)
+
+    @property
+    def left(self) -> Tensor:
+        """The hidden states that left it."""
+        return hidden_out(self.output)
+
+    @property
+    def activation(self) -> Tensor:
+        """The hidden states at the place that is watched: those that entered, or that left."""
+        return self.entered if self._before else self.left
+
+
+@dataclass
+class Tap:
+    """A function that looks at one place in one run of a model.
+
+    Attributes:
+        place: where it looks.
+        on_activation: called once, with the module's call. Ahead of the module, where the place
+            says so: a block may change its input in place.
+        on_scale: for a norm: what to do with its scale [batch, pos, 1], where a source of
+            activations has stored that instead of what went in and came out.
+    """
+
+    place: Place
+    on_activation: Callable[[Call], None]
     on_scale: Callable[[Tensor], None] | None = None
     fired: int = field(default=0, init=False)
 
-    def count(self, x: Tensor, y: Tensor) -> None:
+    def count(self, call: Call) -> None:
         """Count one run of the module, and look if it is the one."""
         self.fired += 1
-        if self.fired == self.use.nth + 1:
+        if self.fired == self.place.use.nth + 1:
             look = self.on_activation
-            if torch.is_autocast_enabled(x.device.type):
+            if torch.is_autocast_enabled(call.activation.device.type):
                 look = outside_autocast(look)
-            look(x, y)
+            look(call)
 
 
 def hidden_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -106,12 +158,13 @@ def tapped(taps: Sequence[Tap]) -> Iterator[None]:
     for tap in taps:
         if tap.fired == 0:
             raise HookError(
-                f"{tap.name} never ran during the forward pass, so what it writes was not seen. "
-                "A fused, compiled or skipped module does this; run the plain eager model."
+                f"{tap.place.name} never ran during the forward pass, so what it writes was not "
+                "seen. A fused, compiled or skipped module does this; run the plain eager model."
             )
-        if tap.use.of and tap.fired != tap.use.of:
+        use = tap.place.use
+        if use.of and tap.fired != use.of:
             raise HookError(
-                f"{tap.name} ran {tap.fired} times in one forward pass, where {tap.use.of} was "
+                f"{tap.place.name} ran {tap.fired} times in one forward pass, where {use.of} was "
                 "expected. Gradient checkpointing and modules that share a part do this."
             )
 
@@ -121,17 +174,17 @@ def _put_on(tap: Tap, thread: int) -> torch.utils.hooks.RemovableHandle:
     # tap comes off may call that tap without the kwargs: unpack nothing before the thread is known.
     def before(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
         if threading.get_ident() == thread:
-            x = hidden_in(args, rest[0])
-            tap.count(x, x)
+            tap.count(Call(args, rest[0]))
 
     def after(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
         if threading.get_ident() == thread:
-            tap.count(hidden_in(args, rest[0]), hidden_out(rest[1]))
+            tap.count(Call(args, rest[0], rest[1], before=False))
 
     _mark(before, after)
-    if tap.before:
-        return tap.module.register_forward_pre_hook(before, with_kwargs=True)
-    return tap.module.register_forward_hook(after, with_kwargs=True)
+    module = tap.place.module
+    if tap.place.before:
+        return module.register_forward_pre_hook(before, with_kwargs=True)
+    return module.register_forward_hook(after, with_kwargs=True)
 
 
 @dataclass(frozen=True)

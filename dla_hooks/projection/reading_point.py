@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dla_hooks.inputs.entries import Entries
 from dla_hooks.modules import norms
-from dla_hooks.modules.hooks import Tap, Use
+from dla_hooks.modules.hooks import Call, Tap
 from dla_hooks.projection.kernels import frozen_scales, project
 from dla_hooks.projection.ledger import Scalars
 from dla_hooks.residual.stream import Stream
@@ -35,11 +35,9 @@ class FinalStream:
         # The scale comes first: it is read where the norm is, and all else divided by it there.
         self._scalars = Scalars(1 + len(readouts), len(entries), stream.work_dtype)
         self._misfits: list[Tensor] = []
-        runs = stream.final_norm_runs
-        norm, name, use = stream.final_norm, stream.final_norm_name, Use(runs - 1, runs)
         self.taps = [
-            Tap(norm, name, self._see_stream, before=True, use=use),
-            Tap(norm, name, self._see_norm, use=use, on_scale=self._see_scale),
+            Tap(stream.last, self._see_stream),
+            Tap(stream.final_norm, self._see_norm, self._see_scale),
         ]
 
     def finish(self) -> None:
@@ -65,7 +63,8 @@ class FinalStream:
         """x . d / s + bias [N]: the logit (or difference) before any cap."""
         return self.total_RN[which] / self.scale_N + self.bias_N(which)
 
-    def _see_stream(self, x: Tensor, _: Tensor) -> None:
+    def _see_stream(self, call: Call) -> None:
+        x = call.activation
         totals = self._scalars.on(x.device)[1:]
         for readout, total_N in zip(self._readouts, totals, strict=True):
             project(x, self._entries, readout.directions, total_N)
@@ -73,6 +72,7 @@ class FinalStream:
     def _see_scale(self, scale: Tensor) -> None:
         self._scalars.on(scale.device)[0].copy_(self._entries.take(scale)[:, 0])
 
-    def _see_norm(self, x: Tensor, y: Tensor) -> None:
+    def _see_norm(self, call: Call) -> None:
+        x, y = call.entered, call.left
         scale_N = self._scalars.on(x.device)[0]
         self._misfits += frozen_scales(self._readouts[0].norm, x, y, self._entries, scale_N)

@@ -11,7 +11,7 @@ from torch import nn
 
 from dla_hooks.backends import Backend
 from dla_hooks.errors import UnsupportedModelError
-from dla_hooks.modules.hooks import Use
+from dla_hooks.modules.hooks import Place, Use
 from dla_hooks.modules.linear import input_width, output_width
 from dla_hooks.residual.architecture import Architecture, Write
 from dla_hooks.residual.stream import Block, HeadSite, Stream, WriteSite
@@ -34,17 +34,13 @@ def locate(backend: Backend, architecture: Architecture) -> Stream:
     unembed = backend.unembed()
     limit = architecture.position_limit
     blocks = finder.blocks()
-    final_norm, final_norm_name = finder.final_norm()
     return Stream(
         backend=backend,
         architecture=architecture,
         blocks=blocks,
-        positions=finder.optional(model, architecture.positions)
-        if architecture.positions
-        else None,
-        start=finder.module(model, architecture.start) if architecture.start else None,
-        final_norm=final_norm,
-        final_norm_name=final_norm_name,
+        positions=finder.positions(),
+        declared_start=finder.start(),
+        final_norm=finder.final_norm(),
         after_norm=after_norm,
         unembed=unembed,
         d_model=input_width((*after_norm, unembed)[0]),
@@ -75,19 +71,28 @@ class _Finder:
             raise self.refusal(f"there is no module {path!r}")
         return found
 
-    def final_norm(self) -> tuple[nn.Module, str]:
+    def positions(self) -> Place | None:
+        path = self.architecture.positions
+        found = self.optional(self.model, path) if path else None
+        return None if path is None or found is None else Place(found, path)
+
+    def start(self) -> Place | None:
+        path = self.architecture.start
+        return Place(self.module(self.model, path), path) if path else None
+
+    def final_norm(self) -> Place:
         found = self.optional(self.model, self.architecture.final_norm)
         if found is None and self.backend.keeps_caches:
             # A model made without norms: the last stream's own hook point is the identity.
             last = len(self.model.blocks) - 1
             name = f"{self.architecture.layers}.{last}.hook_resid_post"
-            return self.module(self.model, name), name
+            return Place(self.module(self.model, name), name)
         if found is None:
             raise self.refusal(
                 f"there is no final norm ({self.architecture.final_norm}), as in models whose "
                 "blocks norm their own sum; those are no sums of writes"
             )
-        return found, self.architecture.final_norm
+        return Place(found, self.architecture.final_norm)
 
     def optional(self, root: nn.Module, path: str) -> nn.Module | None:
         """None where there is no such module, or the config has switched it off."""
@@ -136,7 +141,8 @@ class _Finder:
             for write in block.writes:
                 use = Use(so_far[write.written_by], total[write.written_by])
                 so_far[write.written_by] += 1
-                writes.append(replace(write, use=use))
+                heads = None if write.heads is None else replace(write.heads, use=use)
+                writes.append(replace(write, use=use, heads=heads))
             counted.append(replace(block, writes=tuple(writes)))
         return tuple(counted)
 

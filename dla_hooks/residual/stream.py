@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dla_hooks.backends import Backend
-from dla_hooks.modules.hooks import Use
+from dla_hooks.modules.hooks import ONLY_USE, Call, Place, Use
 from dla_hooks.modules.vjp import dtype_of
 from dla_hooks.residual.architecture import Architecture
 
@@ -28,6 +28,7 @@ class HeadSite:
         d_head: width of one head.
         post_norm: the norm between the projection and the stream, if any.
         post_norm_name: its path.
+        use: which run of both it is, where blocks share them.
     """
 
     proj: nn.Module
@@ -38,10 +39,23 @@ class HeadSite:
     d_head: int
     post_norm: nn.Module | None = None
     post_norm_name: str = ""
+    use: Use = ONLY_USE
 
-    def z(self, entered: Tensor, left: Tensor) -> Tensor:
-        """z of what entered and left ``proj``: a hook point hands on what hooks make of it."""
-        return self.flat(entered if self.linear is self.proj else left)
+    @property
+    def place(self) -> Place:
+        """Where z is seen: it enters the projection, or leaves a hook point."""
+        return Place(self.proj, self.name, self.use)
+
+    @property
+    def post_norm_place(self) -> Place | None:
+        """The norm between the projection and the stream."""
+        if self.post_norm is None:
+            return None
+        return Place(self.post_norm, self.post_norm_name, self.use)
+
+    def z(self, call: Call) -> Tensor:
+        """z of a call of ``proj``: a hook point hands on what hooks make of it."""
+        return self.flat(call.entered if self.linear is self.proj else call.left)
 
     def flat(self, z: Tensor) -> Tensor:
         """z with its heads side by side [..., n_heads * d_head]."""
@@ -77,6 +91,11 @@ class WriteSite:
         """The module whose output enters the stream."""
         return self.module if self.post_norm is None else self.post_norm
 
+    @property
+    def place(self) -> Place:
+        """Where the term leaves for the stream."""
+        return Place(self.written_by, self.name, self.use)
+
 
 @dataclass(frozen=True)
 class Block:
@@ -100,6 +119,11 @@ class Block:
     gain: Tensor | None = None
     constant: Tensor | None = None
 
+    @property
+    def input(self) -> Place:
+        """The stream before the block."""
+        return Place(self.module, self.name, self.use, before=True)
+
 
 @dataclass(frozen=True)
 class Stream:
@@ -109,12 +133,9 @@ class Stream:
         backend: what kind of model it is, and how it is run.
         architecture: the declaration it was located by.
         blocks: the stack.
-        positions: the module that adds positions, if any.
-        start: the module whose output is the beginning of the stream, if it is not block 0's
-            input.
-        final_norm: the last norm.
-        final_norm_name: its path.
-        final_norm_runs: how often it runs; the last time is the one.
+        positions: where positions are added to the stream, if they are.
+        declared_start: where the stream begins, if that is not block 0's input.
+        final_norm: the last norm, in the last of its runs.
         after_norm: linear modules between it and the unembedding.
         unembed: the output embedding.
         d_model: width of the stream.
@@ -130,16 +151,14 @@ class Stream:
     backend: Backend
     architecture: Architecture
     blocks: tuple[Block, ...]
-    positions: nn.Module | None
-    start: nn.Module | None
-    final_norm: nn.Module
-    final_norm_name: str
+    positions: Place | None
+    declared_start: Place | None
+    final_norm: Place
     after_norm: tuple[nn.Module, ...]
     unembed: nn.Module
     d_model: int
     vocabulary: int
     position_limit: int | None
-    final_norm_runs: int = 1
     stream_dtype: torch.dtype = torch.float64
     logit_scale: float = 1.0
     softcap: float | None = None
@@ -150,6 +169,20 @@ class Stream:
     def model(self) -> Any:
         """The model itself."""
         return self.backend.model
+
+    @property
+    def start(self) -> Place:
+        """Where the stream begins."""
+        return self.declared_start or self.blocks[0].input
+
+    @property
+    def last(self) -> Place:
+        """The last stream: what enters the final norm."""
+        return self.final_norm.entered
+
+    def input_of(self, block: Block) -> Place:
+        """The stream before a block; before the first one it may be declared elsewhere."""
+        return self.start if block is self.blocks[0] else block.input
 
     @property
     def writes(self) -> tuple[WriteSite, ...]:

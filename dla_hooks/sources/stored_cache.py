@@ -15,7 +15,7 @@ from torch import Tensor
 from dla_hooks.calibration.mid_streams import mid_streams
 from dla_hooks.errors import CacheEntryError, InputError
 from dla_hooks.inputs.prompts import Prompt
-from dla_hooks.modules.hooks import Tap
+from dla_hooks.modules.hooks import Call, Tap
 from dla_hooks.residual.gains import times
 from dla_hooks.residual.stream import Block, Stream
 
@@ -63,7 +63,7 @@ class Replay:
     def prompt(self) -> Prompt:
         """A prompt of the cache's shape; which tokens it had, a cache does not say."""
         # Any of these has the axes [batch, pos, ...], whatever else was kept.
-        norm, last = self._stream.final_norm_name, self._stream.blocks[-1].name
+        norm, last = self._stream.final_norm.name, self._stream.blocks[-1].name
         for name in (f"{norm}.hook_scale", f"{last}.hook_resid_post", *self._writes):
             if name in self._cache.cache_dict:
                 ids = torch.zeros(self._entry(name).shape[:2], dtype=torch.long)
@@ -92,21 +92,22 @@ class Replay:
         with torch.no_grad():
             for tap in taps:
                 value = self._read(tap)
-                if tap.on_scale is not None and hasattr(tap.module, "hook_scale"):
+                if tap.on_scale is not None and hasattr(tap.place.module, "hook_scale"):
                     tap.on_scale(value)
                 else:
-                    tap.on_activation(value, value)
+                    tap.on_activation(Call.of(value))
 
     def _read(self, tap: Tap) -> Tensor:
-        if tap.on_scale is not None and hasattr(tap.module, "hook_scale"):
-            return self._entry(f"{tap.name}.hook_scale")
-        if tap.name == self._stream.final_norm_name:
+        if tap.on_scale is not None and hasattr(tap.place.module, "hook_scale"):
+            return self._entry(f"{tap.place.name}.hook_scale")
+        name = tap.place.name
+        if name == self._stream.final_norm.name:
             return self._last()
-        if tap.before and tap.name in self._block:
-            return self._before(self._block[tap.name])
-        if tap.name in self._writes:
-            return self._write(tap.name)
-        return self._entry(tap.name)
+        if tap.place.before and name in self._block:
+            return self._before(self._block[name])
+        if name in self._writes:
+            return self._write(name)
+        return self._entry(name)
 
     def _before(self, block: Block) -> Tensor:
         names = [f"{block.name}.hook_resid_pre"]
@@ -119,7 +120,7 @@ class Replay:
             raise self._missing(names[0])
         start = self._entry("hook_embed")
         if self._stream.positions is not None:
-            positions = self._entry(self._stream.architecture.positions or "")
+            positions = self._entry(self._stream.positions.name)
             start = start + times(positions, self._stream.positions_response)
         return start
 

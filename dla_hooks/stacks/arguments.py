@@ -11,7 +11,7 @@ from dla_hooks.calibration.mid_streams import mid_streams
 from dla_hooks.calibration.sublayers import norm_before
 from dla_hooks.call import Inputs, read_call
 from dla_hooks.errors import InputError
-from dla_hooks.modules.hooks import Use
+from dla_hooks.modules.hooks import Place, Use
 from dla_hooks.residual.stream import Stream
 from dla_hooks.stacks.kept import Kept
 
@@ -54,10 +54,10 @@ def scale_at(kept: Kept, layer: int, mlp_input: bool) -> Any:
     """Keep the scale of the norm that reads the stream there; for a key."""
     stream = kept.stream
     if layer == len(stream.blocks):
-        runs = stream.final_norm_runs
-        return kept.scale(stream.final_norm, stream.final_norm_name, Use(runs - 1, runs))
+        return kept.scale(stream.final_norm)
     module, name = norm_before(stream, layer, mlp=mlp_input)
-    return kept.scale(module, name, Use(0, 0))  # it may run for queries, keys and values apart
+    # It may run for queries, keys and values apart.
+    return kept.scale(Place(module, name, Use(0, 0)))
 
 
 def finish(stack: Tensor, labels: list[str], scale: Any, kept: Kept, return_labels: bool) -> Stack:
@@ -72,5 +72,5 @@ def apply_final_norm(stream: Stream, stack: Tensor) -> Tensor:
     """The final norm itself on every vector of a stack, past any hooks on it."""
     flat = stack.reshape(-1, 1, stack.shape[-1])
     with torch.no_grad():
-        normed: Tensor = stream.final_norm.forward(flat)
+        normed: Tensor = stream.final_norm.module.forward(flat)
     return normed.reshape(stack.shape)

@@ -51,10 +51,9 @@ def stack_head_results(
         for write in block.writes:
             site = write.heads
             if site is not None:
-                z = kept.heads(write, site)
-                after = None
-                if site.post_norm is not None:
-                    after = kept.scale(site.post_norm, site.post_norm_name, write.use)
+                post_norm = site.post_norm_place
+                z = kept.heads(site)
+                after = None if post_norm is None else kept.scale(post_norm)
                 factor = both(write.response, gains[block.layer + 1])
                 plan.append((block.layer, site, z, after, factor))
     if not plan and end:

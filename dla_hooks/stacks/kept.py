@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dla_hooks.call import Inputs
 from dla_hooks.inputs import positions
 from dla_hooks.inputs.entries import Entries
 from dla_hooks.modules import norms
-from dla_hooks.modules.hooks import ONLY_USE, Tap, Use, tapped
+from dla_hooks.modules.hooks import Call, Place, Tap, tapped
 from dla_hooks.residual.stream import Block, HeadSite, Stream, WriteSite
 
 
@@ -61,50 +62,44 @@ class Kept:
 
     def block_input(self, block: Block) -> Any:
         """Keep the stream before a block; for a key."""
-        if block.layer == 0 and self.stream.start is not None:
-            name = self.stream.architecture.start or ""
-            return self._keep(self.stream.start, name, ONLY_USE, before=False)
-        return self._keep(block.module, block.name, block.use, before=True)
+        return self._keep(self.stream.input_of(block))
 
     def last_stream(self) -> Any:
         """Keep what the final norm reads."""
-        stream = self.stream
-        runs = stream.final_norm_runs
-        use = Use(runs - 1, runs)
-        return self._keep(stream.final_norm, stream.final_norm_name, use, before=True)
+        return self._keep(self.stream.last)
 
     def positions(self) -> Any:
         """Keep what positions add to the stream."""
         assert self.stream.positions is not None
-        name = self.stream.architecture.positions or ""
-        return self._keep(self.stream.positions, name, ONLY_USE, before=False)
+        return self._keep(self.stream.positions)
 
     def write(self, write: WriteSite) -> Any:
         """Keep a write."""
-        return self._keep(write.written_by, write.name, write.use, before=False)
+        return self._keep(write.place)
 
-    def heads(self, write: WriteSite, site: HeadSite) -> Any:
+    def heads(self, site: HeadSite) -> Any:
         """Keep z, its heads side by side."""
-        return self._keep(site.proj, site.name, write.use, site=site)
+        return self._keep(site.place, site.z)
 
-    def neurons(self, module: nn.Module, name: str, use: Use) -> Any:
+    def neurons(self, place: Place) -> Any:
         """Keep the activations that enter a down projection."""
-        return self._keep(module, name, use, before=True)
+        return self._keep(place.entered)
 
     def norm(self, key: Any) -> norms.Norm:
         """The norm whose scale is kept under a key."""
         return self._norms[key]
 
-    def scale(self, module: nn.Module, name: str, use: Use) -> Any:
+    def scale(self, place: Place) -> Any:
         """Keep the scale that a norm divides by [*batch_and_pos, 1]."""
-        key = (name, "scale")
+        key = (place.name, "scale")
         stream = self.stream
         with stream.backend.without_user_hooks():
-            norm = norms.probe(module, stream.d_model, name, stream.work_dtype)
+            norm = norms.probe(place.module, stream.d_model, place.name, stream.work_dtype)
         self._norms[key] = norm
 
-        def see(x: Tensor, y: Tensor) -> None:
-            rows = [self.entries.take(t, slice(None)).to(stream.work_dtype) for t in (x, y)]
+        def see(call: Call) -> None:
+            both = call.entered, call.left
+            rows = [self.entries.take(t, slice(None)).to(stream.work_dtype) for t in both]
             scale_N, _ = norms.frozen_scale(norm, *rows)
             self._values[key] = self._unfold(scale_N[:, None])
 
@@ -112,27 +107,19 @@ class Kept:
             self._values[key] = self._unfold(self.entries.take(scale, slice(None)))
 
         if not self._planned(key):
-            self._taps.append(Tap(module, name, see, use=use, on_scale=on_scale))
+            self._taps.append(Tap(place, see, on_scale))
             self._values[key] = torch.empty(0)
         return key
 
-    def _keep(
-        self,
-        module: nn.Module,
-        name: str,
-        use: Use,
-        *,
-        before: bool = True,
-        site: HeadSite | None = None,
-    ) -> Any:
-        key = (name, before, use.nth)
+    def _keep(self, place: Place, seen: Callable[[Call], Tensor] | None = None) -> Any:
+        key = (place.name, place.before, place.use.nth)
 
-        def see(x: Tensor, y: Tensor) -> None:
-            seen = site.z(x, y) if site is not None else x if before else y
-            self._values[key] = self._unfold(self.entries.take(seen, slice(None)).clone())
+        def see(call: Call) -> None:
+            x = call.activation if seen is None else seen(call)
+            self._values[key] = self._unfold(self.entries.take(x, slice(None)).clone())
 
         if not self._planned(key):
-            self._taps.append(Tap(module, name, see, before and site is None, use))
+            self._taps.append(Tap(place, see))
             self._values[key] = torch.empty(0)
         return key
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from dla_hooks.calibration.sublayers import neurons
 from dla_hooks.errors import InputError, UnsupportedModelError
 from dla_hooks.inputs.positions import parse
+from dla_hooks.modules.hooks import Place
 from dla_hooks.modules.linear import matrix
 from dla_hooks.residual.gains import both, later_gains, times
 from dla_hooks.residual.stream import Stream
@@ -70,7 +71,9 @@ def stack_neuron_results(
                     )
                 seen, name, linear = neurons(stream, write)
                 factor = both(write.response, gains[block.layer + 1])
-                plan.append((block.layer, kept.neurons(seen, name, write.use), linear, factor))
+                plan.append(
+                    (block.layer, kept.neurons(Place(seen, name, write.use)), linear, factor)
+                )
     whole = stream_at(kept, end)
     first = [kept.write(w) for w in before_mlp(stream, end)] if mlp_input else []
     scale = scale_at(kept, end, mlp_input) if apply_ln else None

@@ -39,7 +39,7 @@ def read_out(stream: Stream, targets: Targets, *, center_unembed: bool) -> Reado
     """
     dtype = stream.work_dtype
     with stream.backend.without_user_hooks():
-        norm = norms.probe(stream.final_norm, stream.d_model, stream.final_norm_name, dtype)
+        norm = norms.probe(stream.final_norm.module, stream.d_model, stream.final_norm.name, dtype)
     mean: tuple[Tensor, Tensor] | None = None
     if center_unembed and stream.softcap is None and targets.incorrect is None:
         mean = mean_row(stream.unembed, stream.vocabulary, dtype)

@@ -45,12 +45,14 @@ def cache_names(model: Any, unit: str = "component") -> list[str]:
         return [*(site.name for site in heads), *scales, last, *norm]
     if unit == "layer":
         return [first, *writes, *norm]
-    embeds = [] if stream.positions is None else [stream.architecture.positions or ""]
+    embeds = [] if stream.positions is None else [stream.positions.name]
     return ["hook_embed", *embeds, *writes, *norm]
 
 
 def _scale_name(stream: Stream) -> list[str]:
     """The final norm's scale; a model without a final norm has none."""
     return (
-        [f"{stream.final_norm_name}.hook_scale"] if hasattr(stream.final_norm, "hook_scale") else []
+        [f"{stream.final_norm.name}.hook_scale"]
+        if hasattr(stream.final_norm.module, "hook_scale")
+        else []
     )

@@ -125,7 +125,9 @@ def describe(
     embedding = model.get_input_embeddings()
     sites = [write.heads for write in stream.writes if write.heads is not None]
     heads, unanswerable = _heads(sites)
-    norm = norms.probe(stream.final_norm, stream.d_model, stream.final_norm_name, stream.work_dtype)
+    norm = norms.probe(
+        stream.final_norm.module, stream.d_model, stream.final_norm.name, stream.work_dtype
+    )
     if default_prepend_bos is None:
         has_bos = tokenizer is None or getattr(tokenizer, "bos_token_id", None) is not None
         default_prepend_bos = has_bos and begins_with_bos(config.model_type)
@@ -146,7 +148,7 @@ def describe(
             str,
             "hidden_activation hidden_act activation_function activation mlp_hidden_act",
         ),
-        "eps": _eps(stream.final_norm, config),
+        "eps": _eps(stream.final_norm.module, config),
         "model_name": PurePosixPath(name.replace("\\", "/")).name or config.model_type,
         "original_architecture": (model.config.architectures or [type(model).__name__])[0],
         "normalization_type": ("LN" if norm.centred else "RMS")

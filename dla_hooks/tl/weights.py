@@ -17,7 +17,7 @@ from dla_hooks.calibration.prompt import short_prompt
 from dla_hooks.calibration.value_biases import head_constants
 from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.modules import norms
-from dla_hooks.modules.hooks import Tap, tapped
+from dla_hooks.modules.hooks import Call, Tap, tapped
 from dla_hooks.modules.linear import input_width, matrix, mean_row, rows, value_at
 from dla_hooks.modules.vjp import past_hooks
 from dla_hooks.modules.weights import run_device, stored
@@ -82,7 +82,7 @@ class UnembedReader:
         self._norm = None
         if processing.fold_ln:
             self._norm = norms.probe(
-                stream.final_norm, stream.d_model, stream.final_norm_name, dtype
+                stream.final_norm.module, stream.d_model, stream.final_norm.name, dtype
             )
         self._mean: tuple[Tensor, Tensor] | None = None
         if centres_unembed(stream, processing):
@@ -143,7 +143,7 @@ def positional_embedding(stream: Stream, processing: Processing) -> Tensor:
         UnsupportedModelError: where positions enter the stream, but from no plain table.
     """
     assert stream.positions is not None
-    W_PM = stored(stream.positions, "weight")
+    W_PM = stored(stream.positions.module, "weight")
     _, _, seen = _beginning(stream)
     if W_PM is not None and seen is not None:
         if stream.position_limit is not None:
@@ -153,7 +153,7 @@ def positional_embedding(stream: Stream, processing: Processing) -> Tensor:
         if _equal(seen, W_PM[: len(seen)].to(seen), stream):
             return _centred(W_PM) if centres_writes(stream, processing) else W_PM
     raise UnsupportedModelError(
-        f"W_pos: what {stream.architecture.positions} ({type(stream.positions).__name__}) puts "
+        f"W_pos: what {stream.positions.name} ({type(stream.positions.module).__name__}) puts "
         "out are not the rows of a plain weight; run it on the positions that you want"
     )
 
@@ -163,17 +163,13 @@ def _beginning(stream: Stream) -> tuple[Tensor, Tensor, Tensor | None]:
     prompt = short_prompt(stream, length=2)
     seen: dict[str, Tensor] = {}
 
-    def keep(_: Tensor, out: Tensor, key: str = "start") -> None:
+    def keep(call: Call, key: str) -> None:
+        out = call.activation
         seen[key] = out.detach().to(stream.work_dtype).reshape(-1, out.shape[-1]).clone()
 
-    first = stream.blocks[0]
-    if stream.start is None:
-        taps = [Tap(first.module, first.name, keep, before=True, use=first.use)]
-    else:
-        taps = [Tap(stream.start, stream.architecture.start or "", keep)]
+    taps = [Tap(stream.start, lambda call: keep(call, "start"))]
     if stream.positions is not None:
-        name = stream.architecture.positions or ""
-        taps.append(Tap(stream.positions, name, lambda x, out: keep(x, out, "positions")))
+        taps.append(Tap(stream.positions, lambda call: keep(call, "positions")))
     with tapped(taps):
         stream.backend.run_synthetic(prompt, None)
     positions = seen.get("positions")
@@ -239,7 +235,7 @@ def centres_writes(stream: Stream, processing: Processing, write: WriteSite | No
     if any(_per_channel(block.gain) for block in stream.blocks):
         return False
     return norms.probe(
-        stream.final_norm, stream.d_model, stream.final_norm_name, stream.work_dtype
+        stream.final_norm.module, stream.d_model, stream.final_norm.name, stream.work_dtype
     ).centred
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from dla_hooks.calibration.value_biases import head_constants
 from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.modules import norms
-from dla_hooks.modules.hooks import Tap
+from dla_hooks.modules.hooks import Call, Tap
 from dla_hooks.modules.linear import at_hand, bias_of, check_readable, pull_back
 from dla_hooks.projection.kernels import frozen_scales, project_constant, project_heads
 from dla_hooks.projection.ledger import Scalars
@@ -134,21 +134,13 @@ class _LayerHeads:
             scalars: where to write what each head contributes.
         """
 
-        def see_z(entered: Tensor, left: Tensor) -> None:
-            self._see_z(self._heads.z(entered, left), scalars)
+        def see_z(call: Call) -> None:
+            self._see_z(self._heads.z(call), scalars)
 
-        use = self._write.use
-        taps = [Tap(self._heads.proj, self._heads.name, see_z, use=use)]
-        if self._heads.post_norm is not None:
-            taps.append(
-                Tap(
-                    self._heads.post_norm,
-                    self._heads.post_norm_name,
-                    self._see_post_norm,
-                    use=use,
-                    on_scale=self._see_post_scale,
-                )
-            )
+        taps = [Tap(self._heads.place, see_z)]
+        post_norm = self._heads.post_norm_place
+        if post_norm is not None:
+            taps.append(Tap(post_norm, self._see_post_norm, self._see_post_scale))
         return taps
 
     def finish(self, values_CN: Tensor) -> None:
@@ -187,7 +179,8 @@ class _LayerHeads:
     def _see_post_scale(self, scale: Tensor) -> None:
         self._aside.on(scale.device)[1].copy_(self._run.entries.take(scale)[:, 0])
 
-    def _see_post_norm(self, x: Tensor, y: Tensor) -> None:
+    def _see_post_norm(self, call: Call) -> None:
+        x, y = call.entered, call.left
         assert self._post_norm is not None
         scale_N = self._aside.on(x.device)[1]
         self._misfits += frozen_scales(self._post_norm, x, y, self._run.entries, scale_N)

@@ -10,11 +10,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dla_hooks.inputs.entries import Entries
 from dla_hooks.inputs.prompts import Prompt
-from dla_hooks.modules.hooks import ONLY_USE, Tap, Use, tapped
+from dla_hooks.modules.hooks import Call, Place, Tap, tapped
 from dla_hooks.projection.directions import Directions
 from dla_hooks.projection.kernels import project, project_constant
 from dla_hooks.projection.ledger import Scalars
@@ -145,26 +145,20 @@ class Run:
 
     def _taps(self) -> list[Tap]:
         stream = self.stream
-        first = stream.blocks[0]
 
-        def tap(module: nn.Module, name: str, label: str, use: Use, before: bool = False) -> Tap:
+        def tap(place: Place, label: str) -> Tap:
             row, directions = self._row[label], self.directions(label)
 
-            def see(_: Tensor, out: Tensor) -> None:
+            def see(call: Call) -> None:
+                out = call.activation
                 project(out, self.entries, directions, self._scalars.on(out.device)[row])
 
-            return Tap(module, name, see, before, use)
+            return Tap(place, see)
 
-        if stream.start is not None:
-            taps = [tap(stream.start, stream.architecture.start or "", "embed", ONLY_USE)]
-        else:
-            taps = [tap(first.module, first.name, "embed", first.use, before=True)]
+        taps = [tap(stream.start, "embed")]
         if stream.positions is not None:
-            taps.append(
-                tap(stream.positions, stream.architecture.positions or "", "pos_embed", ONLY_USE)
-            )
-        for write in stream.writes:
-            taps.append(tap(write.written_by, write.name, write.label, write.use))
+            taps.append(tap(stream.positions, "pos_embed"))
+        taps += [tap(write.place, write.label) for write in stream.writes]
         return taps
 
     def _finish(self) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from dla_hooks.calibration.prompt import short_prompt
 from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.inputs.prompts import Prompt
-from dla_hooks.modules.hooks import Tap, Use, tapped
+from dla_hooks.modules.hooks import Call, Tap, tapped
 from dla_hooks.modules.linear import pull_back, value_at
 from dla_hooks.modules.norms import frozen_scale
 from dla_hooks.modules.weights import run_device
@@ -138,25 +138,16 @@ class _Trace:
     def run(self, prompt: Prompt) -> Tensor:
         stream = self.stream
         self.length = prompt.input_ids.shape[1]
-        runs = stream.final_norm_runs
-        norm = self._see("norm", 0)
-        taps = [Tap(stream.final_norm, stream.final_norm_name, norm, use=Use(runs - 1, runs))]
+        taps = [Tap(stream.final_norm, self._see("norm", 0))]
         for i, block in enumerate(stream.blocks):
-            see = self._see("in", i)
-            if i == 0 and stream.start is not None:
-                taps.append(Tap(stream.start, stream.architecture.start or "", see))
-            else:
-                taps.append(Tap(block.module, block.name, see, True, block.use))
+            taps.append(Tap(stream.input_of(block), self._see("in", i)))
         for write in stream.writes:
-            use = write.use
-            taps.append(Tap(write.written_by, write.name, self._see("write", write.label), use=use))
+            taps.append(Tap(write.place, self._see("write", write.label)))
             if write.heads is not None:
-                see = self._see("proj", write.label, write.heads)
-                taps.append(Tap(write.heads.proj, write.heads.name, see, use=use))
-                if write.heads.post_norm is not None:
-                    see = self._see("post", write.label)
-                    name = write.heads.post_norm_name
-                    taps.append(Tap(write.heads.post_norm, name, see, use=use))
+                taps.append(Tap(write.heads.place, self._see("proj", write.label, write.heads)))
+                post_norm = write.heads.post_norm_place
+                if post_norm is not None:
+                    taps.append(Tap(post_norm, self._see("post", write.label)))
         with tapped(taps):
             return stream.backend.run_synthetic(prompt, torch.arange(self.length))
 
@@ -220,7 +211,7 @@ class _Trace:
         fit = float((own * theirs).sum() / own.square().sum())
         ok = gap <= self.logit_tolerance
         note = "" if ok else f"The model's logits are {fit:.4g} times ours at best."
-        return Line(stream.final_norm_name, "unembedding of the norm = logits", gap, ok, note)
+        return Line(stream.final_norm.name, "unembedding of the norm = logits", gap, ok, note)
 
     def _blame(self, sites: tuple[WriteSite, ...], writes: list[Tensor], change: Tensor) -> str:
         """Which write enters with which factor, by least squares; or that something is missing."""
@@ -241,11 +232,10 @@ class _Trace:
                 )
         return "Every write enters as declared, but something small is added besides."
 
-    def _see(
-        self, kind: str, key: Any, heads: HeadSite | None = None
-    ) -> Callable[[Tensor, Tensor], None]:
-        def see(x: Tensor, y: Tensor) -> None:
-            x = x if heads is None else heads.flat(x)
+    def _see(self, kind: str, key: Any, heads: HeadSite | None = None) -> Callable[[Call], None]:
+        def see(call: Call) -> None:
+            x = call.entered if heads is None else heads.flat(call.entered)
+            y = call.activation
             flat = [t.detach().double().cpu().reshape(-1, t.shape[-1]).clone() for t in (x, y)]
             self.seen[kind, key] = (flat[0], flat[1])
 

@@ -54,7 +54,7 @@ def gpt2():
 def final_norm_run(model, ids):
     """(what the final norm read, what it made of it, the model's logits)."""
     seen = []
-    norm = stream_of(model).final_norm
+    norm = stream_of(model).final_norm.module
     handle = norm.register_forward_hook(lambda _, args, out: seen.append((args[0], out)))
     logits = model(ids, use_cache=False).logits
     handle.remove()
