@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from dla_hooks.calibration.scales import forget
 from dla_hooks.call import read_call
 from dla_hooks.completeness import (
     Outcome,
@@ -21,6 +20,7 @@ from dla_hooks.inputs import positions
 from dla_hooks.inputs.answers import align, read_answers
 from dla_hooks.inputs.entries import Entries
 from dla_hooks.inputs.prompts import Prompt, to_strings
+from dla_hooks.modules.version import forget
 from dla_hooks.residual.stream import Stream
 from dla_hooks.results.result import DirectLogitAttribution
 from dla_hooks.sources.live import chunk_size_for

@@ -1,24 +1,18 @@
-"""Questions put to a model by short made-up runs, so that no declaration need answer them."""
+"""Do padding and chunks leave the logits as they are? Measured once per model and side."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
-from weakref import WeakKeyDictionary
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dla_hooks.calibration.prompt import short_prompt
 from dla_hooks.inputs.prompts import Prompt
 from dla_hooks.modules.autocast import outside_autocast
-from dla_hooks.modules.version import version_of
+from dla_hooks.modules.version import Remembered
 from dla_hooks.residual.stream import Stream
 
-_Answers = WeakKeyDictionary[nn.Module, tuple[int, dict[bool | None, bool]]]
-_padding: _Answers = WeakKeyDictionary()
-_chunks: _Answers = WeakKeyDictionary()
-_lock = threading.Lock()
+_padding: Remembered[bool] = Remembered()
+_chunks: Remembered[bool] = Remembered()
 
 
 def padding_is_ignored(stream: Stream, *, left: bool) -> bool:
@@ -27,22 +21,7 @@ def padding_is_ignored(stream: Stream, *, left: bool) -> bool:
     Recurrent layers read the padding on the left, and some position tables count it. Asked once
     per model and side.
     """
-    return _remembered(_padding, stream, left, lambda: _ask_padding(stream, left))
-
-
-def _remembered(
-    known: _Answers, stream: Stream, left: bool | None, ask: Callable[[], bool]
-) -> bool:
-    """The answer for a side, asked for once as long as the model stays as it is."""
-    now = version_of(stream.model)
-    with _lock:
-        kept = known.get(stream.model)
-        if kept is None or kept[0] != now:
-            kept = known[stream.model] = now, {}
-    answers = kept[1]
-    if left not in answers:
-        answers[left] = ask()
-    return answers[left]
+    return _padding.of(stream.model, stream.version, lambda: _ask_padding(stream, left), left)
 
 
 def _ask_padding(stream: Stream, left: bool) -> bool:
@@ -73,7 +52,7 @@ def chunks_are_ignored(stream: Stream, *, left: bool | None) -> bool:
     Raises:
         UnsupportedModelError: for a model that has no cache to run chunks against.
     """
-    return _remembered(_chunks, stream, left, lambda: _ask_chunks(stream, left))
+    return _chunks.of(stream.model, stream.version, lambda: _ask_chunks(stream, left), left)
 
 
 @outside_autocast

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from dla_hooks.calibration.invariance import _lock
 from dla_hooks.calibration.prompt import short_prompt
 from dla_hooks.modules.hooks import Call, Edit, Place, Tap, edited, tapped
-from dla_hooks.modules.version import version_of
+from dla_hooks.modules.version import Remembered
 from dla_hooks.residual.stream import Stream, WriteSite
 
-_asked: WeakKeyDictionary[nn.Module, tuple[int, list[int | None]]] = WeakKeyDictionary()
+_known: Remembered[list[int | None]] = Remembered()
 
 
 def mid_streams(stream: Stream) -> list[int | None]:
@@ -25,15 +23,7 @@ def mid_streams(stream: Stream) -> list[int | None]:
     tokens twice: the second time every block is given the input it had before, and every first
     write is disturbed. The mid stream ends before the first write that this changes.
     """
-    now = version_of(stream.model)
-    with _lock:
-        kept = _asked.get(stream.model)
-    if kept is not None and kept[0] == now:
-        return kept[1]
-    answer = _ask_mid_streams(stream)
-    with _lock:
-        _asked[stream.model] = now, answer
-    return answer
+    return _known.of(stream.model, stream.version, lambda: _ask_mid_streams(stream))
 
 
 def _ask_mid_streams(stream: Stream) -> list[int | None]:

@@ -13,9 +13,7 @@ anything else with the sum (a norm on it, a mixing of several streams) is refuse
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass, replace
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +24,7 @@ from dla_hooks.calibration.synthetic_run import SyntheticRun, refusal
 from dla_hooks.errors import HookError, NonFiniteError
 from dla_hooks.modules.compiled import eagerly
 from dla_hooks.modules.hooks import ONLY_USE, Use, count_firings
-from dla_hooks.modules.version import version_of
+from dla_hooks.modules.version import Remembered, version_of
 from dla_hooks.modules.weights import made_of
 from dla_hooks.residual.stream import Stream
 
@@ -64,38 +62,31 @@ class Scales:
     vocabulary: int
 
 
-_known: WeakKeyDictionary[nn.Module, tuple[object, Scales]] = WeakKeyDictionary()
-_lock = threading.Lock()
+_known: Remembered[Scales] = Remembered()
 
 
 def with_scales(stream: Stream) -> Stream:
-    """A located stream with all that its model had to be asked.
+    """A located stream with all that is measured of its model.
 
-    The answers are kept per model object, and forgotten when its weights change.
+    The scales are kept per model object, and measured again when its weights change.
 
     Raises:
         UnsupportedModelError: when a block is no sum, or the logits no affine map of the stream.
     """
-    now = (stream.architecture, version_of(stream.model))
-    with _lock:
-        kept = _known.get(stream.model)
-    if kept is not None and kept[0] == now:
-        return replace(_apply(stream, kept[1]), remembered=True)
-    facts = _ask(stream)
-    with _lock:  # asking may change the weights itself: RWKV rescales them when it first runs
-        _known[stream.model] = (stream.architecture, version_of(stream.model)), facts
-    return _apply(stream, facts)
+    version = version_of(stream.model)
+    scales = _known.find(stream.model, version, stream.architecture)
+    remembered = scales is not None
+    if scales is None:
+        scales = _ask(stream)
+        # A first run may change the weights itself, as RWKV's does.
+        version = version_of(stream.model)
+        _known.keep(stream.model, version, scales, stream.architecture)
+    return replace(_apply(stream, scales), version=version, remembered=remembered)
 
 
-def forget(model: nn.Module) -> None:
-    """Drop what is known of a model."""
-    with _lock:
-        _known.pop(model, None)
-
-
-def _apply(stream: Stream, facts: Scales) -> Stream:
+def _apply(stream: Stream, scales: Scales) -> Stream:
     blocks = []
-    for found in facts.blocks:
+    for found in scales.blocks:
         block = stream.blocks[found.index]
         writes = tuple(
             replace(block.writes[j], response=response)
@@ -105,13 +96,13 @@ def _apply(stream: Stream, facts: Scales) -> Stream:
     return replace(
         stream,
         blocks=tuple(blocks),
-        positions=stream.positions if facts.has_positions else None,
-        positions_response=facts.positions_response,
-        final_norm=stream.final_norm._replace(use=facts.final_norm_use),
-        stream_dtype=facts.stream_dtype,
-        logit_scale=facts.logit_scale,
-        softcap=facts.softcap,
-        vocabulary=facts.vocabulary,
+        positions=stream.positions if scales.has_positions else None,
+        positions_response=scales.positions_response,
+        final_norm=stream.final_norm._replace(use=scales.final_norm_use),
+        stream_dtype=scales.stream_dtype,
+        logit_scale=scales.logit_scale,
+        softcap=scales.softcap,
+        vocabulary=scales.vocabulary,
     )
 
 

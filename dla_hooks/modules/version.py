@@ -1,10 +1,15 @@
-"""Every module of a model: what each call looks at a few times over."""
+"""Which version of a model it is, and answers that are kept until that changes."""
 
 from __future__ import annotations
 
-from typing import Any
+import threading
+from collections.abc import Callable, Hashable
+from typing import Any, ClassVar, Generic, TypeVar
+from weakref import WeakKeyDictionary
 
 from torch import nn
+
+_Answer = TypeVar("_Answer")
 
 
 def modules_of(model: nn.Module) -> list[nn.Module]:
@@ -33,10 +38,61 @@ def version_of(model: nn.Module) -> int:
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None and name not in passing and not tensor.is_meta:
                 seen += tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
-        # Hooks on hook points are not seen by a question: see `Backend.quiet`.
-        # (What a module does not have is slow to ask of it, and quick of what it is made of.)
+        # Synthetic runs skip hooks on hook points: see `Backend.without_user_hooks`.
+        # `getattr` for a missing name goes through `nn.Module.__getattr__`, which is slow;
+        # `vars(module)` is fast.
         if "fwd_hooks" not in vars(module):
             seen += (*module._forward_hooks, *module._forward_pre_hooks)
         if hasattr(type(module), "_disable_adapters") or "_disable_adapters" in vars(module):
             seen += str(module.active_adapters), module.disable_adapters
     return hash(tuple(seen))
+
+
+class Remembered(Generic[_Answer]):
+    """Answers that were measured of models, each kept until its model changes.
+
+    Models are held weakly. An answer must hold no part of its model.
+    """
+
+    _all: ClassVar[list[Remembered[Any]]] = []
+
+    def __init__(self) -> None:
+        self._kept: WeakKeyDictionary[nn.Module, tuple[int, dict[Hashable, _Answer]]]
+        self._kept = WeakKeyDictionary()
+        self._lock = threading.Lock()
+        Remembered._all.append(self)
+
+    def find(self, model: nn.Module, version: int, key: Hashable = None) -> _Answer | None:
+        """The answer to one question about one version of a model, or None."""
+        with self._lock:
+            kept = self._kept.get(model)
+            return kept[1].get(key) if kept is not None and kept[0] == version else None
+
+    def keep(self, model: nn.Module, version: int, answer: _Answer, key: Hashable = None) -> None:
+        """Keep an answer; those about other versions of the model are dropped."""
+        with self._lock:
+            kept = self._kept.get(model)
+            if kept is None or kept[0] != version:
+                kept = self._kept[model] = version, {}
+            kept[1][key] = answer
+
+    def of(
+        self, model: nn.Module, version: int, measure: Callable[[], _Answer], key: Hashable = None
+    ) -> _Answer:
+        """The answer that is kept, or the one that is measured now."""
+        answer = self.find(model, version, key)
+        if answer is None:
+            answer = measure()
+            self.keep(model, version, answer, key)
+        return answer
+
+    def drop(self, model: nn.Module) -> None:
+        """Forget one model."""
+        with self._lock:
+            self._kept.pop(model, None)
+
+
+def forget(model: nn.Module) -> None:
+    """Drop everything that is remembered of a model."""
+    for remembered in Remembered._all:
+        remembered.drop(model)

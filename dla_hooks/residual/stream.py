@@ -144,6 +144,7 @@ class Stream:
         softcap: the cap on the logits, or None.
         stream_dtype: in which the blocks are added up.
         positions_response: what the stream's beginning multiplies positions by; None is one.
+        version: of the model, as its scales were measured.
         remembered: whether the answers come from an earlier call.
         position_limit: the longest prompt that can run, or None where there is no fixed limit.
     """
@@ -163,6 +164,7 @@ class Stream:
     logit_scale: float = 1.0
     softcap: float | None = None
     positions_response: Tensor | None = None
+    version: int = 0
     remembered: bool = False
 
     @property
