@@ -13,43 +13,45 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from dla_hooks import demo
-    from dla_hooks.attribution import direct_logit_attribution
-    from dla_hooks.errors import (
-        ArgumentTypeError,
-        CacheEntryError,
-        CheckpointError,
-        DecompositionError,
-        DLAError,
-        HookError,
-        InputError,
-        MissingExtraError,
-        NonFiniteError,
-        PositionError,
-        ShapeMismatchError,
-        TokenError,
-        TokenizerMissingError,
-        TrainingModeError,
-        UnsupportedModelError,
-    )
-    from dla_hooks.many.sweep import attribute_many
-    from dla_hooks.residual.architecture import Architecture, Heads, Write
-    from dla_hooks.residual.registry import architectures, register
-    from dla_hooks.results.result import DirectLogitAttribution
-    from dla_hooks.results.summary import Summary, summarize
-    from dla_hooks.stacks import (
-        accumulated_resid,
-        apply_ln_to_stack,
-        decompose_resid,
-        logit_attrs,
-        stack_head_results,
-        stack_neuron_results,
-    )
-    from dla_hooks.tl.cache_names import cache_names
-    from dla_hooks.tl.wrap import Wrapped, wrap
-    from dla_hooks.verification.recognise import verify
-    from dla_hooks.verification.trace import Verification
+if TYPE_CHECKING:  # X as X: these names are public
+    from dla_hooks import demo as demo
+    from dla_hooks.attribution import Plan as Plan
+    from dla_hooks.attribution import direct_logit_attribution as direct_logit_attribution
+    from dla_hooks.attribution import prepare as prepare
+    from dla_hooks.errors import ArgumentTypeError as ArgumentTypeError
+    from dla_hooks.errors import CacheEntryError as CacheEntryError
+    from dla_hooks.errors import CheckpointError as CheckpointError
+    from dla_hooks.errors import DecompositionError as DecompositionError
+    from dla_hooks.errors import DLAError as DLAError
+    from dla_hooks.errors import HookError as HookError
+    from dla_hooks.errors import InputError as InputError
+    from dla_hooks.errors import MissingExtraError as MissingExtraError
+    from dla_hooks.errors import NonFiniteError as NonFiniteError
+    from dla_hooks.errors import PositionError as PositionError
+    from dla_hooks.errors import ShapeMismatchError as ShapeMismatchError
+    from dla_hooks.errors import TokenError as TokenError
+    from dla_hooks.errors import TokenizerMissingError as TokenizerMissingError
+    from dla_hooks.errors import TrainingModeError as TrainingModeError
+    from dla_hooks.errors import UnsupportedModelError as UnsupportedModelError
+    from dla_hooks.many.sweep import attribute_many as attribute_many
+    from dla_hooks.residual.architecture import Architecture as Architecture
+    from dla_hooks.residual.architecture import Write as Write
+    from dla_hooks.residual.registry import architectures as architectures
+    from dla_hooks.residual.registry import register as register
+    from dla_hooks.results.result import DirectLogitAttribution as DirectLogitAttribution
+    from dla_hooks.results.summary import Summary as Summary
+    from dla_hooks.results.summary import summarize as summarize
+    from dla_hooks.stacks import accumulated_resid as accumulated_resid
+    from dla_hooks.stacks import apply_ln_to_stack as apply_ln_to_stack
+    from dla_hooks.stacks import decompose_resid as decompose_resid
+    from dla_hooks.stacks import logit_attrs as logit_attrs
+    from dla_hooks.stacks import stack_head_results as stack_head_results
+    from dla_hooks.stacks import stack_neuron_results as stack_neuron_results
+    from dla_hooks.tl.cache_names import cache_names as cache_names
+    from dla_hooks.tl.wrap import Wrapped as Wrapped
+    from dla_hooks.tl.wrap import wrap as wrap
+    from dla_hooks.verification.recognise import verify as verify
+    from dla_hooks.verification.trace import Verification as Verification
 
 __version__ = "0.1.0"
 
@@ -62,11 +64,11 @@ _HOME = {
     "DLAError": "errors",
     "DecompositionError": "errors",
     "DirectLogitAttribution": "results.result",
-    "Heads": "residual.architecture",
     "HookError": "errors",
     "InputError": "errors",
     "MissingExtraError": "errors",
     "NonFiniteError": "errors",
+    "Plan": "attribution",
     "PositionError": "errors",
     "ShapeMismatchError": "errors",
     "Summary": "results.summary",
@@ -85,6 +87,7 @@ _HOME = {
     "decompose_resid": "stacks",
     "direct_logit_attribution": "attribution",
     "logit_attrs": "stacks",
+    "prepare": "attribution",
     "register": "residual.registry",
     "stack_head_results": "stacks",
     "stack_neuron_results": "stacks",
@@ -93,57 +96,30 @@ _HOME = {
     "wrap": "tl.wrap",
 }
 
-__all__ = [
-    "Architecture",
-    "ArgumentTypeError",
-    "CacheEntryError",
-    "CheckpointError",
-    "DLAError",
-    "DecompositionError",
-    "DirectLogitAttribution",
-    "Heads",
-    "HookError",
-    "InputError",
-    "MissingExtraError",
-    "NonFiniteError",
-    "PositionError",
-    "ShapeMismatchError",
-    "Summary",
-    "TokenError",
-    "TokenizerMissingError",
-    "TrainingModeError",
-    "UnsupportedModelError",
-    "Verification",
-    "Wrapped",
-    "Write",
-    "__version__",
-    "accumulated_resid",
-    "apply_ln_to_stack",
-    "architectures",
-    "attribute_many",
-    "cache_names",
-    "decompose_resid",
-    "demo",
-    "direct_logit_attribution",
-    "logit_attrs",
-    "register",
-    "stack_head_results",
-    "stack_neuron_results",
-    "summarize",
-    "verify",
-    "wrap",
-]
+_OTHERS = ("__version__", "demo")
 
 
 def __getattr__(name: str) -> Any:
     if name == "demo":
         return importlib.import_module(f"{__name__}.demo")
-    if name not in _HOME:
+    if name in _HOME:
+        value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    elif name == "__all__":
+        return sorted([*_OTHERS, *_HOME, *_units()])
+    elif name[:1].isupper() and name in _units():
+        value = _units()[name]
+    else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return sorted({*globals(), *_OTHERS, *_HOME, *_units()})
+
+
+def _units() -> dict[str, Any]:
+    """The units, which are public under the names of their classes: ``Components``, ``Heads``, …"""
+    from dla_hooks.units import unit_classes
+
+    return unit_classes()

@@ -1,33 +1,33 @@
-"""The one verb: who wrote this logit?"""
+"""The one verb: who wrote this logit?
+
+read the call -> make a plan -> let a source show activations -> check -> results
+"""
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
-from dla_hooks.call import read_call
+from dla_hooks.call import Opened, open_model, open_source, read_target
 from dla_hooks.completeness import (
     Outcome,
     columns_to_check,
     hold_against_cache,
     hold_against_model,
     identity_gap,
+    norms_hold,
 )
-from dla_hooks.errors import DecompositionError, InputError, ShapeMismatchError
+from dla_hooks.errors import DecompositionError, HookError, InputError
 from dla_hooks.inputs import positions
-from dla_hooks.inputs.answers import align, read_answers
-from dla_hooks.inputs.entries import Entries
-from dla_hooks.inputs.prompts import Prompt, to_strings
-from dla_hooks.modules.version import forget
-from dla_hooks.residual.stream import Stream
+from dla_hooks.modules.version import forget, version_of
 from dla_hooks.results.result import DirectLogitAttribution
-from dla_hooks.sources.live import chunk_size_for
-from dla_hooks.tl.wrap import Wrapped
-from dla_hooks.units import Split, unit_named
-from dla_hooks.units.plan import Run
-from dla_hooks.verification.recognise import stream_of
+from dla_hooks.sources.base import Source
+from dla_hooks.units import UnitName, read_units
+from dla_hooks.units.base import Unit
+from dla_hooks.units.plan import Measurement, Recording, make_plan
+from dla_hooks.units.plan import Plan as PlanData
+
+Result = DirectLogitAttribution | dict[str, DirectLogitAttribution]
 
 
 def direct_logit_attribution(
@@ -36,7 +36,7 @@ def direct_logit_attribution(
     answer_tokens: Any = None,
     incorrect_tokens: Any = None,
     *,
-    unit: str = "component",
+    unit: UnitName | Unit | tuple[UnitName | Unit, ...] | Mapping[str, Any] = "component",
     pos: Any = -1,
     cache: Any = None,
     tokenizer: Any = None,
@@ -46,7 +46,7 @@ def direct_logit_attribution(
     fold_value_biases: bool | None = None,
     check: bool = True,
     chunk_size: int | None = None,
-) -> DirectLogitAttribution:
+) -> Any:
     """Split a logit, or a difference of two logits, into what each part of the model wrote.
 
     With the final norm's scale s frozen at its actual value, the part of a write x_c in the logit
@@ -68,7 +68,9 @@ def direct_logit_attribution(
         incorrect_tokens: the same form and shape; the result is then the attribution of
             ``logit[answer] - logit[incorrect]``.
         unit: ``"component"`` (embeddings and each sublayer), ``"layer"`` (the running sum of
-            components, as in a logit lens), or ``"head"`` (each attention head, and a remainder).
+            components, as in a logit lens), ``"head"`` (each attention head, and a remainder), or
+            an object with a unit's options, as ``Heads(fold_value_biases=True)``. Several in a
+            tuple, or in a mapping with keys of your own, are measured in one run of the model.
         pos: which positions: an int (no position axis in the result), None (all), a tuple meaning
             ``slice(*pos)``, a slice, a list, or a 1-d array or tensor of ints or bools. Counted
             among a row's real tokens, so -1 is the last one whichever side is padded.
@@ -95,133 +97,228 @@ def direct_logit_attribution(
 
     Returns:
         A :class:`DirectLogitAttribution`, whose ``attribution`` is [component, batch] for a
-        single position and [component, batch, pos'] otherwise, in at least float32.
+        single position and [component, batch, pos'] otherwise, in at least float32. For several
+        units a dictionary of them, by the name of the unit or the key of the mapping.
 
     Raises:
         InputError: (a ValueError) for any argument that cannot be used; subclasses say which.
         PositionError: (an IndexError) for a position that some row does not have.
         UnsupportedModelError: (a NotImplementedError) for a model that is no sum of writes.
         DecompositionError: when the parts do not sum to the model's own numbers.
+
+    >>> import dla_hooks
+    >>> model, tokenizer = dla_hooks.demo.load()
+    >>> result = dla_hooks.direct_logit_attribution(
+    ...     model, "The keys near the cabinet", " are", " is", tokenizer=tokenizer)
+    >>> bool(abs(result.attribution.sum() + result.bias - result.logit) < 1e-3)
+    True
     """
-    unit_class = unit_named(unit)
+    units, single = read_units(unit)
+    _require(answer_tokens)
+    opened = open_model(
+        model,
+        tokenizer,
+        cache=cache,
+        center_unembed=center_unembed,
+        fold_value_biases=fold_value_biases,
+        prepend_bos=prepend_bos,
+    )
+    source = _source(opened, units, input, cache, attention_mask, chunk_size)
+    spec = positions.parse(pos, source.prompt.shape[1])
+    selection = positions.select(spec, source.prompt.mask)
+    plan = Plan(opened, answer_tokens, incorrect_tokens, units, single, bool(check))
+    return plan._attribute(source, selection)
+
+
+def prepare(
+    model: Any,
+    answer_tokens: Any,
+    incorrect_tokens: Any = None,
+    *,
+    unit: UnitName | Unit | tuple[UnitName | Unit, ...] | Mapping[str, Any] = "component",
+    tokenizer: Any = None,
+    prepend_bos: bool | None = None,
+    center_unembed: bool | None = None,
+    fold_value_biases: bool | None = None,
+    check: bool = True,
+) -> Plan:
+    """Make everything that no prompt changes, for many calls with the same question.
+
+    Args:
+        model: as for :func:`direct_logit_attribution`; so are all other arguments.
+        answer_tokens: whose logit.
+        incorrect_tokens: whose logit is subtracted, or None.
+        unit: into which rows, or several.
+        tokenizer: for strings.
+        prepend_bos: for strings.
+        center_unembed: take the vocabulary's mean off every row of W_U.
+        fold_value_biases: move each head's constant part to the remainder.
+        check: hold every call against the model's own logits.
+
+    Returns:
+        A :class:`Plan`: a function of a prompt.
+
+    Raises:
+        InputError: for any argument that cannot be used.
+        UnsupportedModelError: for a model that cannot be attributed.
+
+    >>> import dla_hooks
+    >>> model, tokenizer = dla_hooks.demo.load()
+    >>> plan = dla_hooks.prepare(model, " are", " is", unit="head", tokenizer=tokenizer)
+    >>> for prompt in ("The keys near the cabinet", "The dogs near the car"):
+    ...     result = plan(prompt)
+    """
+    units, single = read_units(unit)
+    _require(answer_tokens)
+    opened = open_model(
+        model,
+        tokenizer,
+        center_unembed=center_unembed,
+        fold_value_biases=fold_value_biases,
+        prepend_bos=prepend_bos,
+    )
+    return Plan(opened, answer_tokens, incorrect_tokens, units, single, bool(check))
+
+
+class Plan:
+    """A question, ready to be asked of many prompts; made by :func:`prepare`.
+
+    What is folded into directions is made once. Each call notices when the model's weights, hooks
+    or adapters have changed since, and then makes it anew.
+    """
+
+    __module__ = "dla_hooks"
+
+    def __init__(
+        self,
+        opened: Opened,
+        answer_tokens: Any,
+        incorrect_tokens: Any,
+        units: Mapping[str, Unit],
+        single: bool,
+        check: bool,
+    ) -> None:
+        self._opened, self._units, self._single, self._check = opened, units, single, check
+        self._question = read_target(opened, answer_tokens, incorrect_tokens)
+        self._data = self._make()
+
+    def __call__(
+        self,
+        input: Any = None,
+        *,
+        pos: Any = -1,
+        attention_mask: Any = None,
+        cache: Any = None,
+        chunk_size: int | None = None,
+    ) -> Any:
+        """Attribute one prompt, or one batch of prompts.
+
+        Args:
+            input: as for :func:`direct_logit_attribution`; so are all other arguments.
+            pos: which positions.
+            attention_mask: for padded ids.
+            cache: take activations from it, instead of running the model.
+            chunk_size: run so many tokens at a time.
+
+        Returns:
+            What :func:`direct_logit_attribution` returns for the same arguments.
+        """
+        self._opened.check_evaluation_mode()
+        if self._data.stream.version != version_of(self._opened.backend.model):
+            self._data = self._make()
+        source = _source(self._opened, self._units, input, cache, attention_mask, chunk_size)
+        spec = positions.parse(pos, source.prompt.shape[1])
+        return self._attribute(source, positions.select(spec, source.prompt.mask))
+
+    def __repr__(self) -> str:
+        units = ", ".join(self._units)
+        return f"Plan({self._opened.backend.name}: {units})"
+
+    def _make(self) -> PlanData:
+        stream = self._opened.stream()
+        target = self._question(stream)
+        return make_plan(stream, target, self._units, self._opened.conventions)
+
+    def _attribute(self, source: Source, selection: positions.Selection) -> Any:
+        plan = self._data
+        try:
+            measurement, outcome = _measure(plan, source.on(plan.stream), selection, self._check)
+            stale = not self._check and plan.stream.remembered and not norms_hold(measurement)
+        except (DecompositionError, HookError):
+            if not plan.stream.remembered:
+                raise
+            stale = True
+        if stale:  # the weights may have changed in a way that leaves no trace
+            forget(self._opened.backend.model)
+            self._data = plan = self._make()
+            measurement, outcome = _measure(plan, source.on(plan.stream), selection, self._check)
+        results = _results(measurement, outcome, source, self._opened.tokenizer)
+        return next(iter(results.values())) if self._single else results
+
+
+def _require(answer_tokens: Any) -> None:
     if answer_tokens is None:
         raise InputError("answer_tokens is required: the token whose logit is attributed")
-    if isinstance(model, Wrapped):  # whose numbers are processed as its weights are
-        center_unembed = _else(center_unembed, model.processing.center_unembed)
-        fold_value_biases = _else(fold_value_biases, model.processing.fold_value_biases)
-    inputs = read_call(
-        model,
+
+
+def _source(
+    opened: Opened,
+    units: Mapping[str, Unit],
+    input: Any,
+    cache: Any,
+    attention_mask: Any,
+    chunk_size: int | None,
+) -> Source:
+    names = [unit.words.name for unit in units.values()]
+    return open_source(
+        opened,
         input,
         cache=cache,
-        tokenizer=tokenizer,
         attention_mask=attention_mask,
-        prepend_bos=prepend_bos,
-        purpose=unit,
-    )
-    stream, prompt, replay = inputs.stream, inputs.prompt, inputs.replay
-    model, tokenizer = stream.model, inputs.tokenizer
-    if replay is not None and not unit_class.shows_embeddings:
-        stream = dataclasses.replace(stream, positions=None)  # a cache need not tell them apart
-    if replay is None:
-        chunk_size = chunk_size_for(stream, prompt, chunk_size)
-    elif chunk_size is not None:
-        raise InputError("chunk_size goes with a run of the model; a cache is read as it is")
-    selection = positions.select(positions.parse(pos, prompt.shape[1]), prompt.mask)
-    answers = read_answers(
-        answer_tokens,
-        incorrect_tokens,
-        model=model,
-        tokenizer=tokenizer,
-    )
-    entries, targets = align(answers, selection, prompt.shape, stream.vocabulary)
-    entries.batched = replay is None or replay.batched
-    if not entries.batched and entries.shape[0] > 1:
-        raise ShapeMismatchError(
-            f"answers of shape {list(answers.correct.shape)} do not fit the one position of a "
-            "cache without its batch axis; give one token"
-        )
-
-    def measure(stream: Stream) -> tuple[Run, Split, Outcome]:
-        run = Run(
-            stream,
-            entries,
-            targets,
-            center_unembed=bool(center_unembed),
-            fold_value_biases=bool(fold_value_biases),
-        )
-        splitter = unit_class(run)
-        if replay is not None:
-            run.replay(replay, splitter.taps(), parts=unit_class.made_of_parts)
-            split = splitter.split()
-            if not check:
-                return run, split, Outcome(identity_gap(run), float("nan"))
-            return run, split, hold_against_cache(run, splitter, split, replay.dtype())
-        columns = columns_to_check(run, prompt) if check else None
-        logits = run.forward(prompt, splitter.taps(), columns, chunk_size)
-        split = splitter.split()
-        if not check:
-            return run, split, Outcome(identity_gap(run), float("nan"))
-        return (
-            run,
-            split,
-            hold_against_model(
-                run, splitter, split, prompt, targets, columns, logits, bool(center_unembed)
-            ),
-        )
-
-    try:
-        run, split, outcome = measure(stream)
-    except DecompositionError:
-        if not stream.remembered:
-            raise
-        forget(model)  # the weights may have changed in a way that leaves no trace
-        run, split, outcome = measure(stream_of(model))
-
-    return DirectLogitAttribution(
-        attribution=entries.unfold(split.values_CN),
-        labels=split.labels,
-        unit=unit,
-        bias=entries.unfold(run.final.bias_N()),
-        logit=entries.unfold(run.final.logits_N()),
-        gap=outcome.gap,
-        logit_gap=outcome.logit_gap,
-        positions=_counted_among_real_tokens(prompt, entries),
-        tokens=_texts(prompt, tokenizer) if replay is None else _unknown(prompt),
-        answer=_names(targets.correct, entries, tokenizer),
-        incorrect=None
-        if targets.incorrect is None
-        else _names(targets.incorrect, entries, tokenizer),
-        model=stream.backend.name,
-        softcap=stream.softcap,
+        chunk_size=chunk_size,
+        purpose=names[0] if len(names) == 1 else tuple(names),
+        each_write=any(unit.reads_each_write for unit in units.values()),
     )
 
 
-def _else(given: bool | None, otherwise: bool) -> bool:
-    return otherwise if given is None else given
+def _measure(
+    plan: PlanData, source: Source, selection: positions.Selection, check: bool
+) -> tuple[Measurement, Outcome]:
+    """Let a source show its activations to a plan's taps, and check what they wrote."""
+    prompt = source.prompt
+    entries = plan.target.align(selection, prompt.shape, source.batched)
+    columns = columns_to_check(entries, prompt, plan.stream.vocabulary) if check else None
+    recording = Recording(plan, entries, source.missing)
+    logits = source.show(entries, recording.taps, columns)
+    measurement = recording.finish()
+    if not check:
+        return measurement, Outcome(identity_gap(measurement))
+    if not source.has_logits:
+        return measurement, hold_against_cache(measurement, source.dtype())
+    return measurement, hold_against_model(measurement, prompt, columns, logits)
 
 
-def _texts(prompt: Prompt, tokenizer: Any) -> list[list[str]]:
-    """The tokens of every row, as text."""
-    return [
-        to_strings(ids[mask].tolist(), tokenizer)
-        for ids, mask in zip(prompt.input_ids, prompt.mask, strict=True)
-    ]
-
-
-def _unknown(prompt: Prompt) -> list[list[str]]:
-    """The same for a cache, which does not say what its tokens were."""
-    batch, width = prompt.shape
-    return [["?"] * width for _ in range(batch)]
-
-
-def _names(ids: Tensor, entries: Entries, tokenizer: Any) -> list[str]:
-    """The text of the one answer, or of every entry's answer."""
-    if len(ids) > 1:
-        ids = ids[entries.target_of_entry].reshape(-1)
-    return to_strings(ids.tolist(), tokenizer)
-
-
-def _counted_among_real_tokens(prompt: Prompt, entries: Entries) -> Tensor:
-    """The position in its own row that every entry of the result belongs to; -1 for padding."""
-    counted = prompt.position_ids()[entries.rows, entries.cols].double()
-    return entries.unfold(counted).nan_to_num(nan=-1.0).long()
+def _results(
+    measurement: Measurement, outcome: Outcome, source: Source, tokenizer: Any
+) -> dict[str, DirectLogitAttribution]:
+    """A result for each unit."""
+    plan, entries, reading = measurement.plan, measurement.entries, measurement.reading
+    answer, incorrect = plan.target.names(entries, tokenizer)
+    return {
+        key: DirectLogitAttribution(
+            attribution=entries.unfold(split.values_CN),
+            labels=[row.label for row in split.rows],
+            unit=plan.units[key].unit.words.name,
+            bias=entries.unfold(reading.bias_N),
+            logit=entries.unfold(reading.value_N()),
+            gap=outcome.gap,
+            logit_gap=outcome.logit_gap,
+            positions=entries.positions(source.prompt.mask),
+            tokens=source.texts(tokenizer),
+            answer=list(answer),
+            incorrect=None if incorrect is None else list(incorrect),
+            model=plan.stream.backend.name,
+            softcap=plan.stream.softcap,
+        )
+        for key, split in measurement.splits.items()
+    }

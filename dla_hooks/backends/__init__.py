@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dla_hooks.backends.base import Backend
+from dla_hooks.backends.base import Backend, Conventions
 from dla_hooks.backends.hooked_transformer import HookedTransformerBackend
 from dla_hooks.backends.huggingface import HuggingFaceBackend
 from dla_hooks.backends.peft import PeftBackend
@@ -38,4 +38,4 @@ def _class_names(model: Any) -> list[str]:
     return [f"{base.__module__.partition('.')[0]}.{base.__name__}" for base in type(model).__mro__]
 
 
-__all__ = ["Backend", "backend_of"]
+__all__ = ["Backend", "Conventions", "backend_of"]

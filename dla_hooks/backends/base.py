@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +16,22 @@ from dla_hooks.modules.autocast import outside_autocast
 from dla_hooks.modules.compiled import eagerly, is_compiled
 
 
+@dataclass(frozen=True)
+class Conventions:
+    """What is done where a call leaves it open.
+
+    Attributes:
+        center_unembed: take the vocabulary's mean off every row of W_U.
+        fold_value_biases: move each head's constant part to the remainder.
+        prepend_bos: True for one BOS before a string, False for none, None for the backend's own
+            custom.
+    """
+
+    center_unembed: bool = False
+    fold_value_biases: bool = False
+    prepend_bos: bool | None = None
+
+
 class Backend:
     """How one kind of model is talked to.
 
@@ -24,9 +41,11 @@ class Backend:
     Attributes:
         model_type: the name that its declaration is found by.
         keeps_caches: whether its activations may come from a stored ``ActivationCache``.
+        embedding_name: the path of the token embeddings, where a cache names them.
     """
 
     keeps_caches = False
+    embedding_name = ""
 
     def __init__(self, model: Any) -> None:
         self.model = model

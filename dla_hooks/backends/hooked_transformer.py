@@ -19,6 +19,7 @@ class HookedTransformerBackend(Backend):
     """A ``HookedTransformer``, processed or not."""
 
     keeps_caches = True
+    embedding_name = "hook_embed"
 
     @property
     def model_type(self) -> str:

@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 
 import dla_hooks
 from dla_hooks.cli.options import (
+    DEFAULT_UNIT,
     ChunkSize,
     Device,
     DeviceMap,
@@ -26,7 +27,7 @@ from dla_hooks.cli.options import (
     MaxMemory,
     Model,
     TrustRemoteCode,
-    Unit,
+    UnitOption,
 )
 from dla_hooks.errors import DLAError, InputError, TokenizerMissingError
 
@@ -118,10 +119,7 @@ def attribute(
         str | None,
         typer.Option(help="Attribute the answer's logit minus this token's.", show_default=False),
     ] = None,
-    unit: Annotated[
-        Unit,
-        typer.Option(metavar="UNIT", help="What to split it into: component, layer or head."),
-    ] = Unit.component,
+    unit: UnitOption = DEFAULT_UNIT,
     pos: Annotated[
         str, typer.Option(help="Position: an int, a slice like 2:5, or 'all' (shown as means).")
     ] = "-1",

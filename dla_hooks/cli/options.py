@@ -7,13 +7,11 @@ from typing import Annotated
 
 import typer
 
+from dla_hooks.units import unit_names
 
-class Unit(str, Enum):
-    """What ``--unit`` takes: the names in :data:`dla_hooks.units.UNITS`."""
-
-    component = "component"
-    layer = "layer"
-    head = "head"
+Unit = Enum("Unit", [(name, name) for name in unit_names()], type=str)  # type: ignore[misc]
+"""What ``--unit`` takes: the names of the units."""
+DEFAULT_UNIT = Unit("component")
 
 
 class Dtype(str, Enum):
@@ -69,6 +67,10 @@ MaxMemory = Annotated[
         "as in 4GiB or 500MB. With disk: of memory, nothing by default.",
         show_default=False,
     ),
+]
+UnitOption = Annotated[
+    Unit,
+    typer.Option(metavar="UNIT", help=f"What to split it into: {', '.join(unit_names())}."),
 ]
 TrustRemoteCode = Annotated[
     bool,

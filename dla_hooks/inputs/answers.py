@@ -1,8 +1,8 @@
 """Answers: which token's logit is attributed at which position.
 
-:func:`read_answers` brings every form of ``answer_tokens`` and ``incorrect_tokens`` to ids, and
-:func:`align` lays them over the selected positions by the reference's rule: positions are
-selected first, then the tokens align with the last axes of [component, batch, pos'].
+:func:`read_answers` brings every form of ``answer_tokens`` and ``incorrect_tokens`` to ids.
+:func:`over_positions` lays them over the selected positions by the reference's rule: positions
+are selected first, then the tokens align with the last axes of [component, batch, pos'].
 """
 
 from __future__ import annotations
@@ -15,10 +15,7 @@ import torch
 from torch import Tensor
 
 from dla_hooks.errors import InputError, ShapeMismatchError, TokenError
-from dla_hooks.inputs.entries import Entries
-from dla_hooks.inputs.positions import Selection
 from dla_hooks.inputs.prompts import tokenizer_for
-from dla_hooks.targets.base import Targets
 
 
 @dataclass(frozen=True)
@@ -61,46 +58,6 @@ def read_answers(
     return Answers(correct, incorrect)
 
 
-def align(
-    answers: Answers, selection: Selection, prompt_shape: tuple[int, int], vocabulary: int
-) -> tuple[Entries, Targets]:
-    """Lay answers over the selected positions.
-
-    Args:
-        answers: ids of shape [], [batch], [pos'], [1, pos'], [batch, 1] or [batch, pos'].
-        selection: entries [batch] (a single position) or [batch, pos'].
-        prompt_shape: (batch, pos) of the prompt.
-        vocabulary: number of tokens that the model scores.
-
-    Returns:
-        The entries, whose shape is that of the result after its component axis, and the distinct
-        targets that they point to.
-
-    Raises:
-        ShapeMismatchError: when they do not broadcast; it names both shapes.
-        TokenError: for an id outside the vocabulary, unless it stands at padding.
-    """
-    ids = _over_positions(answers.correct, tuple(selection.cols.shape))
-    shape = torch.broadcast_shapes(ids.shape, selection.cols.shape)
-    valid = selection.valid.expand(shape)
-    # A pair as one number: rows are slow to tell apart.
-    codes = check_answers(ids.expand(shape), valid, "answer_tokens", vocabulary)
-    if answers.incorrect is not None:
-        wrong = _over_positions(answers.incorrect, tuple(selection.cols.shape)).expand(shape)
-        codes = codes * vocabulary + check_answers(wrong, valid, "incorrect_tokens", vocabulary)
-    distinct, target = codes.unique(return_inverse=True)
-    entries = Entries(
-        selection.rows.expand(shape),
-        selection.cols.expand(shape),
-        target,
-        valid,
-        prompt_shape,
-    )
-    if answers.incorrect is None:
-        return entries, Targets(distinct, None)
-    return entries, Targets(distinct // vocabulary, distinct % vocabulary)
-
-
 def check_answers(ids: Tensor, valid: Tensor, name: str, vocabulary: int) -> Tensor:
     """The ids, with any at all allowed where there is only padding.
 
@@ -117,8 +74,16 @@ def check_answers(ids: Tensor, valid: Tensor, name: str, vocabulary: int) -> Ten
     return ids.masked_fill(outside, 0)
 
 
-def _over_positions(ids: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Answer ids with axes that broadcast against [batch] or [batch, pos']."""
+def over_positions(ids: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Answers with axes that broadcast against the selected positions.
+
+    Args:
+        ids: of shape [], [batch], [pos'], [1, pos'], [batch, 1] or [batch, pos'].
+        shape: of the selected positions, [batch] (a single position) or [batch, pos'].
+
+    Raises:
+        ShapeMismatchError: when they do not broadcast; it names both shapes.
+    """
     if ids.numel() == 1:
         return ids.reshape(())
     batch, one_position = shape[0], len(shape) == 1

@@ -22,7 +22,7 @@ from dla_hooks.many.prompts import Names, Reader, Row, Rows
 from dla_hooks.many.store import Shards
 from dla_hooks.results.result import DirectLogitAttribution
 from dla_hooks.tl.wrap import Wrapped
-from dla_hooks.units import unit_named
+from dla_hooks.units import read_units
 
 
 def attribute_many(
@@ -95,7 +95,7 @@ def attribute_many(
         Exception: whatever the prompts' source raises, after the results of what it gave before.
         CheckpointError: when the folder cannot be read or written.
     """
-    unit_named(unit)
+    read_units(unit)
     if answer_tokens is None:
         raise InputError("answer_tokens is required: the token whose logit is attributed")
     max_tokens, window = _count("max_tokens", max_tokens), _count("window", window)

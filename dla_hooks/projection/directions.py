@@ -1,9 +1,9 @@
 """What the targets are projected on, at one place of the model.
 
 A call may have one target, or another one at every position; then the directions together would
-be as large as an activation. So a set of directions is a rule for making any of them. A single
-one is made once and kept; several are made for one tile of entries at a time, from directions
-further down the model, and finally from rows of the unembedding.
+be as large as an activation. ``Directions`` therefore stores a function that makes directions on
+demand. One or few are kept; otherwise they are made for one tile of entries at a time, from
+directions further down the model, and finally from rows of the unembedding.
 """
 
 from __future__ import annotations
@@ -16,7 +16,12 @@ from torch import Tensor
 from dla_hooks.projection.tiles import Tile
 
 _HELD_ELEMENTS = 2**21
-"""Entries of all directions together that may be kept for a call (8 MiB in float32)."""
+"""Elements of all directions together that may be kept for a call (8 MiB in float32)."""
+
+
+def few(n_targets: int, width: int) -> bool:
+    """Whether directions of some width are few enough to be kept."""
+    return n_targets == 1 or n_targets * width <= _HELD_ELEMENTS
 
 
 class Directions:
@@ -26,23 +31,24 @@ class Directions:
         make: directions [k, width] of some targets [k], indices on the CPU.
         n_targets: how many targets there are.
         dtype: of the directions: the dtype of every contraction with them.
-        hold: the width, to make all directions at once where they are few enough to keep; None
-            to keep a single one only.
     """
 
     def __init__(
-        self,
-        make: Callable[[Tensor], Tensor],
-        n_targets: int,
-        dtype: torch.dtype,
-        hold: int | None = None,
+        self, make: Callable[[Tensor], Tensor], n_targets: int, dtype: torch.dtype
     ) -> None:
         self._make = make
         self._n_targets = n_targets
         self.dtype = dtype
-        few = hold is not None and hold * n_targets <= _HELD_ELEMENTS
-        self._held = n_targets == 1 or few
+        self._held = n_targets == 1
         self._on: dict[torch.device, Tensor] = {}
+
+    @classmethod
+    def held(cls, d_KM: Tensor) -> Directions:
+        """Directions that are made already, and kept."""
+        directions = cls(lambda _: d_KM, len(d_KM), d_KM.dtype)
+        directions._held = True
+        directions._on[d_KM.device] = d_KM
+        return directions
 
     def __len__(self) -> int:
         return self._n_targets

@@ -2,7 +2,7 @@
 
 Letters in names give the axes:
 
-    B batch, S column of the prompt, N selected site (a row and column), T tile of entries,
+    B batch, S column of the prompt, N selected entry (a row and column), T tile of entries,
     M d_model, H head, D d_head, I = H * D, K distinct target (an answer, or answer - incorrect),
     C row of scalars.
 
@@ -18,47 +18,46 @@ import torch
 from einops import reduce
 from torch import Tensor
 
-from dla_hooks.inputs.entries import Entries
 from dla_hooks.modules.autocast import outside_autocast
 from dla_hooks.modules.norms import Norm, frozen_scale
 from dla_hooks.projection.directions import Directions
-from dla_hooks.projection.tiles import Tile
+from dla_hooks.projection.tiles import Tile, View
 
 
-def project(x: Tensor, entries: Entries, directions: Directions, out_N: Tensor) -> None:
-    """out[n] = x[site n] . d[target of n].
+def project(x: Tensor, view: View, directions: Directions, out_N: Tensor) -> None:
+    """out[n] = x[entry n] . d[target of n].
 
     Args:
-        x: activations as the hook sees them; see :meth:`Entries.take`.
-        entries: where to read, and which target each site has.
+        x: activations as the hook sees them; see :meth:`View.take`.
+        view: where to read, and which target each entry has.
         directions: one per target [d_model].
-        out_N: one scalar per site, written in place.
+        out_N: one scalar per entry, written in place.
     """
-    for x_TM, tile in tiles(x, entries, directions.dtype):
+    for x_TM, tile in tiles(x, view, directions.dtype):
         out_N[tile.index] = _dot(x_TM, directions.at(tile, x.device), tile)
 
 
 def project_heads(
     z: Tensor,
-    entries: Entries,
+    view: View,
     folded: Directions,
     out_HN: Tensor,
     constant_I: Tensor | None = None,
     of_constant_N: Tensor | None = None,
 ) -> None:
-    """out[h, n] = (z_h[site n] - constant_h) . u_h[target of n].
+    """out[h, n] = (z_h[entry n] - constant_h) . u_h[target of n].
 
     Args:
         z: the output projection's input [batch, pos, head * d_head].
-        entries: where to read, and which target each site has.
+        view: where to read, and which target each entry has.
         folded: u, the directions pulled back through the output projection [head * d_head]
             (u_h = W_O[h] d), so that no head's write to the stream is ever built.
-        out_HN: one scalar per head and site, written in place.
+        out_HN: one scalar per head and entry, written in place.
         constant_I: what to take off every z first [head * d_head].
         of_constant_N: what was taken off all heads together, added to in place.
     """
     n_heads = len(out_HN)
-    for z_TI, tile in tiles(z, entries, folded.dtype):
+    for z_TI, tile in tiles(z, view, folded.dtype):
         u_KI = folded.at(tile, z.device)
         if constant_I is not None and of_constant_N is not None:
             z_TI = z_TI - constant_I
@@ -72,23 +71,21 @@ def project_heads(
             out_HN[:, tile.index] = reduce(products_TI, "t (h d) -> h t", "sum", h=n_heads)
 
 
-def frozen_scales(
-    norm: Norm, x: Tensor, y: Tensor, entries: Entries, out_N: Tensor
-) -> list[Tensor]:
-    """The scale that a norm divided by at each site; see :func:`frozen_scale`.
+def frozen_scales(norm: Norm, x: Tensor, y: Tensor, view: View, out_N: Tensor) -> list[Tensor]:
+    """The scale that a norm divided by at each entry; see :func:`frozen_scale`.
 
     Args:
         norm: its constants.
         x: what went in, as the hook sees it.
         y: what came out.
-        entries: where to read.
-        out_N: one scale per site, written in place.
+        view: where to read.
+        out_N: one scale per entry, written in place.
 
     Returns:
         What the norm's form leaves unexplained, for each tile.
     """
     misfits = []
-    pairs = zip(tiles(x, entries, out_N.dtype), tiles(y, entries, out_N.dtype), strict=True)
+    pairs = zip(tiles(x, view, out_N.dtype), tiles(y, view, out_N.dtype), strict=True)
     for (x_TM, tile), (y_TM, _) in pairs:
         out_N[tile.index], misfit = frozen_scale(norm, x_TM, y_TM)
         misfits.append(misfit)
@@ -96,19 +93,17 @@ def frozen_scales(
 
 
 @outside_autocast
-def project_constant(
-    constant_M: Tensor, entries: Entries, directions: Directions, out_N: Tensor
-) -> None:
+def project_constant(constant_M: Tensor, view: View, directions: Directions, out_N: Tensor) -> None:
     """out[n] += constant . d[target of n], for a vector [d_model] that is the same everywhere."""
-    for _, tile in entries.tiles(len(constant_M), out_N.device):
+    for _, tile in view.tiles(len(constant_M), out_N.device):
         d_KM = directions.at(tile, out_N.device)
         out_N[tile.index] += tile.spread(d_KM @ constant_M.to(d_KM))
 
 
-def tiles(x: Tensor, entries: Entries, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tile]]:
+def tiles(x: Tensor, view: View, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tile]]:
     """An activation at the entries in view, a tile at a time [T, d], in the accumulation dtype."""
-    for place, tile in entries.tiles(x.shape[-1], x.device):
-        yield entries.take(x, place).to(dtype), tile
+    for place, tile in view.tiles(x.shape[-1], x.device):
+        yield view.take(x, place).to(dtype), tile
 
 
 def _dot(x_TM: Tensor, d_KM: Tensor, tile: Tile) -> Tensor:

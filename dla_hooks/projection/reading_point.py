@@ -1,78 +1,140 @@
-"""Where the stream is read: what the final norm saw."""
+"""Where the stream is read: the place, and the norm that stands behind it.
+
+    logit_t = cap( k * (W_U[t] . P(N(x)) + b_t) ),   N(x) = gamma * (x - centre(x)) / s + beta
+
+with P the (rare) linear modules between the norm and the unembedding. With s frozen at its actual
+value this is ``x . d / s + bias``. One reading point keeps s and the whole stream's projections;
+the parts of the stream are measured elsewhere, apart from them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 
-from dla_hooks.inputs.entries import Entries
 from dla_hooks.modules import norms
-from dla_hooks.modules.hooks import Call, Tap
+from dla_hooks.modules.hooks import Call, Place, Tap
+from dla_hooks.modules.norms import Norm
+from dla_hooks.projection.directions import Directions
 from dla_hooks.projection.kernels import frozen_scales, project
-from dla_hooks.projection.ledger import Scalars
-from dla_hooks.residual.stream import Stream
-from dla_hooks.targets.base import Readout
+from dla_hooks.projection.ledger import FixedRows
+from dla_hooks.projection.tiles import View
 
 
-class FinalStream:
-    """What the final norm saw: its scale at every site, and the whole stream's projections.
-
-    Args:
-        stream: the located model.
-        entries: where to look.
-        readouts: the directions to project on; the first is the one that is attributed.
+@dataclass(frozen=True)
+class ReadingPoint:
+    """A place of the stream, and how it is read there.
 
     Attributes:
-        scale_N: the final norm's scale, once the model has run.
-        total_RN: x . d for each readout, not yet divided by it.
+        stream: the stream that is read: what enters the final norm.
+        norm_place: the norm behind it, or None where the stream is read as it is.
+        norm: that norm's constants.
+        dtype: of all contractions.
+    """
+
+    stream: Place
+    norm_place: Place | None
+    norm: Norm | None
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Readout:
+    """One linear reading at a reading point, for each distinct target.
+
+    Attributes:
+        directions: in the stream, one per target [d_model], the norm folded in.
+        bias_K: what the reading has besides the stream [n_targets].
+    """
+
+    directions: Directions
+    bias_K: Tensor
+
+    @property
+    def d_KM(self) -> Tensor:
+        """All directions at once [n_targets, d_model]."""
+        return self.directions.of(torch.arange(len(self.directions)))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What was seen at a reading point.
+
+    Attributes:
+        scale_N: the norm's scale at every entry; ones where there is no norm.
+        total_RN: x . d / s for each readout: what the whole stream contributes.
+        bias_RN: what each readout has besides.
+        misfit: the largest part of the norm's output that its form leaves unexplained.
     """
 
     scale_N: Tensor
     total_RN: Tensor
-
-    def __init__(self, stream: Stream, entries: Entries, readouts: list[Readout]) -> None:
-        self._entries = entries
-        self._readouts = readouts
-        # The scale comes first: it is read where the norm is, and all else divided by it there.
-        self._scalars = Scalars(1 + len(readouts), len(entries), stream.work_dtype)
-        self._misfits: list[Tensor] = []
-        self.taps = [
-            Tap(stream.last, self._see_stream),
-            Tap(stream.final_norm, self._see_norm, self._see_scale),
-        ]
-
-    def finish(self) -> None:
-        """Bring everything together after a run."""
-        rows = self._scalars.gathered()
-        self.scale_N, self.total_RN = rows[0], rows[1:]
+    bias_RN: Tensor
+    misfit: float
 
     @property
-    def misfit(self) -> float:
-        """The largest part of the norm's output that its form leaves unexplained."""
-        return norms.largest(self._misfits)
-
     def total_N(self) -> Tensor:
-        """x . d / s [N]: what the whole stream contributes to the logit (or difference)."""
-        return self.total_RN[0] / self.scale_N
+        """What the whole stream contributes to what is attributed [N]."""
+        return self.total_RN[0]
 
-    def bias_N(self, which: int = 0) -> Tensor:
-        """What the logit (or difference) has besides the stream [N]."""
-        bias_K = self._readouts[which].bias_K.to(self.scale_N.device)
-        return bias_K[self._entries.target_on(bias_K.device)]
+    @property
+    def bias_N(self) -> Tensor:
+        """What that has besides the stream [N]."""
+        return self.bias_RN[0]
 
-    def logits_N(self, which: int = 0) -> Tensor:
+    def value_N(self, readout: int = 0) -> Tensor:
         """x . d / s + bias [N]: the logit (or difference) before any cap."""
-        return self.total_RN[which] / self.scale_N + self.bias_N(which)
+        return self.total_RN[readout] + self.bias_RN[readout]
 
-    def _see_stream(self, call: Call) -> None:
-        x = call.activation
-        totals = self._scalars.on(x.device)[1:]
-        for readout, total_N in zip(self._readouts, totals, strict=True):
-            project(x, self._entries, readout.directions, total_N)
 
-    def _see_scale(self, scale: Tensor) -> None:
-        self._scalars.on(scale.device)[0].copy_(self._entries.take(scale)[:, 0])
+class PointRecorder:
+    """Records one reading point in one run.
 
-    def _see_norm(self, call: Call) -> None:
-        x, y = call.entered, call.left
-        scale_N = self._scalars.on(x.device)[0]
-        self._misfits += frozen_scales(self._readouts[0].norm, x, y, self._entries, scale_N)
+    Args:
+        point: where the stream is read.
+        readouts: the readings; the first is the one that is attributed.
+        target_N: the target of every entry, on the CPU.
+    """
+
+    def __init__(self, point: ReadingPoint, readouts: Sequence[Readout], target_N: Tensor) -> None:
+        self._point, self._readouts, self._target_N = point, readouts, target_N
+        # The scale comes first: it is read where the norm is, and all else is divided by it there.
+        self._rows = FixedRows(1 + len(readouts), len(target_N), point.dtype)
+        self._misfits: list[Tensor] = []
+
+    def taps(self, view: View) -> list[Tap]:
+        """What to watch while the entries in view are run."""
+        place, norm = self._point.norm_place, self._point.norm
+
+        def see_stream(call: Call) -> None:
+            x = call.activation
+            for readout, out_N in zip(self._readouts, self._rows.on(x.device)[1:], strict=True):
+                project(x, view, readout.directions, out_N)
+
+        taps = [Tap(self._point.stream, see_stream)]
+        if place is None or norm is None:
+            return taps
+
+        def see_norm(call: Call) -> None:
+            x, y = call.entered, call.left
+            self._misfits += frozen_scales(norm, x, y, view, self._rows.on(x.device)[0])
+
+        def see_scale(scale: Tensor) -> None:
+            self._rows.on(scale.device)[0].copy_(view.take(scale)[:, 0])
+
+        return [*taps, Tap(place, see_norm, see_scale)]
+
+    def finish(self) -> Reading:
+        """Bring everything together after a run."""
+        rows = self._rows.gathered()
+        scale_N, total_RN = rows[0], rows[1:]
+        if self._point.norm_place is None:
+            scale_N.fill_(1)
+        target_N = self._target_N.to(rows.device)
+        biases = [readout.bias_K.to(rows.device)[target_N] for readout in self._readouts]
+        return Reading(
+            scale_N, total_RN / scale_N, torch.stack(biases), norms.largest(self._misfits)
+        )

@@ -1,17 +1,23 @@
-"""Some of the entries, read together: what a processor's cache holds."""
+"""Entries in tiles: as many as a processor's cache holds, read together.
+
+The model may run a prompt in pieces. A view holds the entries of one piece, and how to read them
+off an activation of that piece.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from dla_hooks.errors import UnsupportedModelError
+from dla_hooks.inputs.entries import Entries
+
 _TILE_ELEMENTS = {"cpu": 2**19}
-"""Entries of an activation in a tile: what a processor's cache holds (2 MiB in float32), ..."""
-
-
+"""Elements of an activation in a tile: what a processor's cache holds (2 MiB in float32)."""
 _TILE_ELEMENTS_ELSEWHERE = 2**24
-"""... and elsewhere so many that starting a kernel costs little against running it."""
+"""The same on other devices, where starting a kernel must cost little against running it."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +29,7 @@ class Tile:
         size: how many.
         targets: their targets, on the CPU: one for all [1], one for each [size], or the distinct
             ones in any number between, to which ``which`` points.
-        which: for every site its place in ``targets`` [size] on the device, or None.
+        which: for every entry its place in ``targets`` [size] on the device, or None.
     """
 
     index: slice | Tensor
@@ -32,5 +38,111 @@ class Tile:
     which: Tensor | None
 
     def spread(self, rows_K: Tensor) -> Tensor:
-        """A row for every target in the tile as a row for every site; or the one row for all."""
+        """A row for every target in the tile as a row for every entry; or the one row for all."""
         return rows_K if self.which is None else rows_K.index_select(0, self.which)
+
+
+class View:
+    """The entries whose columns are run together.
+
+    Args:
+        entries: all of them.
+        start: the first column that is run.
+        stop: the column after the last; None is the end of the prompt.
+    """
+
+    def __init__(self, entries: Entries, start: int = 0, stop: int | None = None) -> None:
+        batch, width = entries.prompt_shape
+        stop = width if stop is None else stop
+        self._entries = entries
+        self._batch, self._width = batch, stop - start
+        cols = entries.cols
+        if start == 0 and stop == width:
+            self._inside = torch.arange(len(cols))
+        else:
+            self._inside = ((cols >= start) & (cols < stop)).nonzero()[:, 0]
+            cols = cols[self._inside]
+        cols = cols - start
+        flat = entries.rows[self._inside] * self._width + cols
+        self._contiguous = _run_of(self._inside) is not None
+        # Neighbours can be read as a slice of the activation, without gathering.
+        self._flat_run, self._cols_run = _run_of(flat), _run_of(cols)
+        self._on: dict[torch.device, tuple[Tensor, Tensor]] = {torch.device("cpu"): (flat, cols)}
+        self._tiles: dict[tuple[int, torch.device], list[tuple[slice, Tile]]] = {}
+
+    def __len__(self) -> int:
+        return len(self._inside)
+
+    def take(self, x: Tensor, tile: slice = slice(None)) -> Tensor:
+        """The activations [tile, d] at the entries in view, or at some of them.
+
+        Args:
+            x: [batch, pos, d]; or [1, pos, d], shared by the rows; or [batch * pos, d], as
+                modules that flatten their input see it; or [batch, more + pos, d], where the
+                model puts positions of its own before the prompt.
+            tile: which of the entries in view.
+        """
+        batch, width = self._batch, self._width
+        if x.ndim == 3 and x.shape[0] == batch and x.shape[1] > width:
+            x = x[:, x.shape[1] - width :]
+        flat_x = x.reshape(-1, x.shape[-1])
+        if flat_x.shape[0] == batch * width:
+            run, place = self._flat_run, 0
+        elif flat_x.shape[0] == width:
+            run, place = self._cols_run, 1
+        else:
+            raise UnsupportedModelError(
+                f"an activation of shape {tuple(x.shape)} does not line up with a prompt of "
+                f"shape {(batch, width)}"
+            )
+        if run is not None:
+            return flat_x[run][tile]
+        return flat_x.index_select(0, self._indices(x.device)[place][tile])
+
+    def tiles(self, width: int, device: torch.device) -> list[tuple[slice, Tile]]:
+        """The entries in view, cut into tiles: places among those in view, and the tile.
+
+        Args:
+            width: of the activations that are to be read.
+            device: where they are.
+        """
+        key = width, device
+        if key not in self._tiles:
+            self._tiles[key] = self._cut(*key)
+        return self._tiles[key]
+
+    def _cut(self, width: int, device: torch.device) -> list[tuple[slice, Tile]]:
+        elements = _TILE_ELEMENTS.get(device.type, _TILE_ELEMENTS_ELSEWHERE)
+        size = max(1, elements // max(1, width))
+        tiles = []
+        for start in range(0, len(self), size):
+            place = slice(start, min(start + size, len(self)))
+            here = self._inside[place]
+            index: slice | Tensor = here.to(device)
+            if self._contiguous:
+                index = slice(int(here[0]), int(here[-1]) + 1)
+            targets = self._entries.target[here]
+            distinct, which = targets.unique(return_inverse=True)
+            if len(distinct) == 1:
+                tile = Tile(index, len(here), distinct, None)
+            elif 2 * len(distinct) > len(here):  # most entries have a target of their own
+                tile = Tile(index, len(here), targets, None)
+            else:
+                tile = Tile(index, len(here), distinct, which.to(device))
+            tiles.append((place, tile))
+        return tiles
+
+    def _indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if device not in self._on:
+            flat, cols = self._on[torch.device("cpu")]
+            self._on[device] = flat.to(device), cols.to(device)
+        return self._on[device]
+
+
+def _run_of(numbers: Tensor) -> slice | None:
+    """The slice that a list of numbers is, or None where they are no neighbours in order."""
+    if not len(numbers):
+        return slice(0, 0)
+    first = int(numbers[0])
+    run = torch.arange(first, first + len(numbers))
+    return slice(first, first + len(numbers)) if torch.equal(numbers, run) else None

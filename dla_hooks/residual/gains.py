@@ -17,7 +17,7 @@ def times(values: Tensor, factor: Tensor | None) -> Tensor:
     return values if factor is None else values * factor.to(values)
 
 
-def _path_factors(stream: Stream) -> dict[str, Tensor | None]:
+def path_factors(stream: Stream) -> dict[str, Tensor | None]:
     """What the last stream holds of every part: its response, times all later blocks' gains."""
     factors: dict[str, Tensor | None] = {}
     later: Tensor | None = None

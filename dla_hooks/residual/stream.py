@@ -92,6 +92,11 @@ class WriteSite:
         return self.module if self.post_norm is None else self.post_norm
 
     @property
+    def kind(self) -> str:
+        """What the term is, whatever its block: ``attn_out``, ``mlp_out``."""
+        return self.label.removeprefix(f"{self.layer}_")
+
+    @property
     def place(self) -> Place:
         """Where the term leaves for the stream."""
         return Place(self.written_by, self.name, self.use)
@@ -171,6 +176,11 @@ class Stream:
     def model(self) -> Any:
         """The model itself."""
         return self.backend.model
+
+    @property
+    def embedding(self) -> Place:
+        """The token embeddings, before positions and scales."""
+        return Place(self.backend.embedding(), self.backend.embedding_name)
 
     @property
     def start(self) -> Place:

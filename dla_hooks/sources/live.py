@@ -1,7 +1,8 @@
-"""Long prompts in pieces, each run against the model's own cache of what came before it.
+"""A run of the model, whole or in pieces.
 
+A long prompt may be run in pieces, each against the model's own cache of what came before it.
 Activation memory then grows with the piece, and only the cache with the prompt. The numbers are
-those of one whole run where the model computes the same either way; it is asked whether it does.
+those of one whole run where the model computes the same either way; a short run measures that.
 """
 
 from __future__ import annotations
@@ -17,13 +18,51 @@ from torch import Tensor
 from dla_hooks.backends import Backend
 from dla_hooks.calibration.invariance import chunks_are_ignored
 from dla_hooks.errors import InputError, UnsupportedModelError
-from dla_hooks.inputs.prompts import Prompt
+from dla_hooks.inputs.entries import Entries
+from dla_hooks.inputs.prompts import Prompt, to_strings
+from dla_hooks.modules.hooks import Tap, tapped
+from dla_hooks.projection.tiles import View
 from dla_hooks.residual.stream import Stream
+from dla_hooks.sources.base import Source
 
 LONG_PROMPT = 8192
 """Prompts of more tokens than this are run in chunks unless the caller says otherwise, ..."""
 AUTOMATIC_CHUNK = 2048
 """... of this size."""
+
+
+class Live(Source):
+    """One forward pass of a model.
+
+    Args:
+        backend: how the model is run.
+        prompt: the batch.
+        chunk_size: columns that are run together; None is all at once.
+    """
+
+    def __init__(self, backend: Backend, prompt: Prompt, chunk_size: int | None = None) -> None:
+        self.prompt = prompt
+        self._backend, self._chunk_size = backend, chunk_size
+
+    def show(
+        self, entries: Entries, taps: Callable[[View], list[Tap]], columns: Tensor | None
+    ) -> Tensor | None:
+        """Run the model with taps on it. Pieces without an entry are run without."""
+        logits = []
+        for chunk, run in chunks(self._backend, self.prompt, columns, self._chunk_size):
+            view = View(entries, chunk.start, chunk.stop)
+            whole = len(chunk) == self.prompt.shape[1]
+            with tapped(taps(view) if whole or len(view) else []):
+                logits.append(run())
+        if columns is None:
+            return None
+        return logits[0] if len(logits) == 1 else torch.cat(logits, dim=1)
+
+    def texts(self, tokenizer: Any) -> list[list[str]]:
+        """The tokens of every row, as text; padding left out."""
+        ids, mask = self.prompt.input_ids, self.prompt.mask
+        rows = zip(ids, mask, strict=True)
+        return [to_strings(row[real].tolist(), tokenizer) for row, real in rows]
 
 
 def chunks(

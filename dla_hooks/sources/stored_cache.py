@@ -7,6 +7,7 @@ sum of all that was written, attention's write is the difference of the streams 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,10 +15,13 @@ from torch import Tensor
 
 from dla_hooks.calibration.mid_streams import mid_streams
 from dla_hooks.errors import CacheEntryError, InputError
+from dla_hooks.inputs.entries import Entries
 from dla_hooks.inputs.prompts import Prompt
-from dla_hooks.modules.hooks import Call, Tap
+from dla_hooks.modules.hooks import Call, Place, Tap
+from dla_hooks.projection.tiles import View
 from dla_hooks.residual.gains import times
 from dla_hooks.residual.stream import Block, Stream
+from dla_hooks.sources.base import Source
 
 
 def check_cache(model: Any, cache: Any) -> None:
@@ -38,30 +42,71 @@ def check_cache(model: Any, cache: Any) -> None:
         )
 
 
-class Replay:
+class StoredCache(Source):
     """A cache as the source of activations, in place of a forward pass.
 
     Args:
         cache: the ``ActivationCache``; never written to.
         stream: the located model.
-        unit: the unit asked for, for messages.
+        purpose: what reads it, for messages: the name of a unit, or several in a tuple.
+        each_write: whether every write is needed by itself; otherwise all that a block added may
+            be shown as its last write.
     """
 
-    def __init__(self, cache: Any, stream: Stream, unit: str) -> None:
-        self._cache = cache
-        self._stream = stream
-        self._unit = unit
-        self._batched = bool(cache.has_batch_dim)
+    has_logits = False
+
+    def __init__(self, cache: Any, stream: Stream, purpose: Any, each_write: bool = True) -> None:
+        self._cache, self._stream = cache, stream
+        self._purpose, self._each_write = purpose, each_write
+        self.batched = bool(cache.has_batch_dim)
         self._block = {block.name: block for block in stream.blocks}
         self._writes = {write.name: write for write in stream.writes}
+        self.prompt = self._prompt()
 
-    @property
-    def batched(self) -> bool:
-        """Whether the entries have their batch axis."""
-        return self._batched
+    def on(self, stream: Stream) -> StoredCache:
+        """The same cache, read by what was measured of its model anew."""
+        return StoredCache(self._cache, stream, self._purpose, self._each_write)
 
-    def prompt(self) -> Prompt:
-        """A prompt of the cache's shape; which tokens it had, a cache does not say."""
+    def dtype(self) -> torch.dtype:
+        """The coarsest dtype of its entries: a cache may have been converted to save memory."""
+        found = {v.dtype for v in self._cache.cache_dict.values() if v.is_floating_point()}
+        return max(found, key=lambda one: torch.finfo(one).eps, default=torch.float64)
+
+    def missing(self, place: Place) -> CacheEntryError | None:
+        """Why a place cannot be shown: its hook point was not kept, and follows from no other."""
+        try:
+            self._read(place)
+        except CacheEntryError as error:
+            return error
+        return None
+
+    def show(
+        self, entries: Entries, taps: Callable[[View], list[Tap]], columns: Tensor | None
+    ) -> None:
+        """Show every tap its activation. A cache holds no logits.
+
+        Raises:
+            CacheEntryError: (a KeyError) for one that the cache does not hold; it names it.
+        """
+        self.play(taps(View(entries)))
+
+    def play(self, taps: Iterable[Tap]) -> None:
+        """Show some taps their activations; see :meth:`show`."""
+        with torch.no_grad():
+            for tap in taps:
+                place = tap.place
+                if tap.on_scale is not None and hasattr(place.module, "hook_scale"):
+                    tap.on_scale(self._entry(f"{place.name}.hook_scale"))
+                else:
+                    tap.on_activation(Call.of(self._read(place)))
+
+    def texts(self, tokenizer: Any) -> list[list[str]]:
+        """A question mark for each token: a cache does not say which tokens it had."""
+        batch, width = self.prompt.shape
+        return [["?"] * width for _ in range(batch)]
+
+    def _prompt(self) -> Prompt:
+        """A prompt of the cache's shape."""
         # Any of these has the axes [batch, pos, ...], whatever else was kept.
         norm, last = self._stream.final_norm.name, self._stream.blocks[-1].name
         for name in (f"{norm}.hook_scale", f"{last}.hook_resid_post", *self._writes):
@@ -70,40 +115,11 @@ class Replay:
                 return Prompt(ids, torch.ones_like(ids, dtype=torch.bool))
         raise self._missing(f"{norm}.hook_scale")
 
-    def dtype(self) -> torch.dtype:
-        """The coarsest dtype of its entries: a cache may have been converted to save memory."""
-        found = {v.dtype for v in self._cache.cache_dict.values() if v.is_floating_point()}
-        return max(found, key=lambda one: torch.finfo(one).eps, default=torch.float64)
-
-    def holds(self, tap: Tap) -> bool:
-        """Whether a tap can be shown what it is for."""
-        try:
-            self._read(tap)
-        except CacheEntryError:
-            return False
-        return True
-
-    def play(self, taps: list[Tap]) -> None:
-        """Show every tap its activation.
-
-        Raises:
-            CacheEntryError: (a KeyError) for one that the cache does not hold; it names it.
-        """
-        with torch.no_grad():
-            for tap in taps:
-                value = self._read(tap)
-                if tap.on_scale is not None and hasattr(tap.place.module, "hook_scale"):
-                    tap.on_scale(value)
-                else:
-                    tap.on_activation(Call.of(value))
-
-    def _read(self, tap: Tap) -> Tensor:
-        if tap.on_scale is not None and hasattr(tap.place.module, "hook_scale"):
-            return self._entry(f"{tap.place.name}.hook_scale")
-        name = tap.place.name
+    def _read(self, place: Place) -> Tensor:
+        name = place.name
         if name == self._stream.final_norm.name:
             return self._last()
-        if tap.place.before and name in self._block:
+        if place.before and name in self._block:
             return self._before(self._block[name])
         if name in self._writes:
             return self._write(name)
@@ -147,7 +163,7 @@ class Replay:
             return self._entry(name)
         write = self._writes[name]
         block = self._stream.blocks[write.layer]
-        if self._unit == "layer" and mid_streams(self._stream)[block.layer] is None:
+        if not self._each_write and mid_streams(self._stream)[block.layer] is None:
             # Only where the block ends is shown: all that it added may stand in its last write.
             added = self._after(block) - times(self._before(block), block.gain)
             return added if write is block.writes[-1] else torch.zeros_like(added)
@@ -179,11 +195,11 @@ class Replay:
         if name not in self._cache.cache_dict:
             raise self._missing(name)
         value: Tensor = self._cache.cache_dict[name].detach()
-        return value if self._batched else value[None]
+        return value if self.batched else value[None]
 
     def _missing(self, name: str) -> CacheEntryError:
         return CacheEntryError(
-            f"the cache has no {name!r}, which unit={self._unit!r} reads. Keep it: "
+            f"the cache has no {name!r}, which unit={self._purpose!r} reads. Keep it: "
             "model.run_with_cache(tokens, names_filter="
-            f"dla_hooks.cache_names(model, {self._unit!r})), or no names_filter at all"
+            f"dla_hooks.cache_names(model, {self._purpose!r})), or no names_filter at all"
         )

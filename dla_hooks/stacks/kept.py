@@ -11,9 +11,10 @@ from torch import Tensor
 
 from dla_hooks.call import Inputs
 from dla_hooks.inputs import positions
-from dla_hooks.inputs.entries import Entries
+from dla_hooks.inputs.entries import Entries, one_target
 from dla_hooks.modules import norms
-from dla_hooks.modules.hooks import Call, Place, Tap, tapped
+from dla_hooks.modules.hooks import Call, Place, Tap
+from dla_hooks.projection.tiles import View
 from dla_hooks.residual.stream import Block, HeadSite, Stream, WriteSite
 
 
@@ -28,6 +29,7 @@ class Kept:
 
     inputs: Inputs
     entries: Entries
+    _view: View
     _taps: list[Tap] = field(default_factory=list)
     _values: dict[Any, Tensor] = field(default_factory=dict)
     _norms: dict[Any, norms.Norm] = field(default_factory=dict)
@@ -35,12 +37,12 @@ class Kept:
     @classmethod
     def of(cls, inputs: Inputs, pos_slice: Any) -> Kept:
         """Nothing yet, at the positions of the reference's ``pos_slice``."""
-        prompt = inputs.prompt
+        prompt = inputs.source.prompt
         chosen = positions.select(positions.parse(pos_slice, prompt.shape[1]), prompt.mask)
-        none = torch.zeros_like(chosen.cols)
-        entries = Entries(chosen.rows, chosen.cols, none, chosen.valid, prompt.shape)
-        entries.batched = inputs.replay is None or inputs.replay.batched
-        return cls(inputs, entries)
+        entries = one_target(
+            chosen.rows, chosen.cols, chosen.valid, prompt.shape, inputs.source.batched
+        )
+        return cls(inputs, entries, View(entries))
 
     @property
     def stream(self) -> Stream:
@@ -52,12 +54,7 @@ class Kept:
 
     def run(self) -> Kept:
         """Run the model once, or read the cache."""
-        inputs = self.inputs
-        if inputs.replay is not None:
-            inputs.replay.play(self._taps)
-            return self
-        with tapped(self._taps):
-            inputs.stream.backend.forward(inputs.prompt, None)
+        self.inputs.source.show(self.entries, lambda _: self._taps, None)
         return self
 
     def block_input(self, block: Block) -> Any:
@@ -99,12 +96,12 @@ class Kept:
 
         def see(call: Call) -> None:
             both = call.entered, call.left
-            rows = [self.entries.take(t, slice(None)).to(stream.work_dtype) for t in both]
+            rows = [self._view.take(t, slice(None)).to(stream.work_dtype) for t in both]
             scale_N, _ = norms.frozen_scale(norm, *rows)
             self._values[key] = self._unfold(scale_N[:, None])
 
         def on_scale(scale: Tensor) -> None:
-            self._values[key] = self._unfold(self.entries.take(scale, slice(None)))
+            self._values[key] = self._unfold(self._view.take(scale, slice(None)))
 
         if not self._planned(key):
             self._taps.append(Tap(place, see, on_scale))
@@ -116,7 +113,7 @@ class Kept:
 
         def see(call: Call) -> None:
             x = call.activation if seen is None else seen(call)
-            self._values[key] = self._unfold(self.entries.take(x, slice(None)).clone())
+            self._values[key] = self._unfold(self._view.take(x, slice(None)).clone())
 
         if not self._planned(key):
             self._taps.append(Tap(place, see))

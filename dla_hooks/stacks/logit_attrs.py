@@ -17,8 +17,7 @@ from dla_hooks.stacks.arguments import (
     scale_at,
 )
 from dla_hooks.stacks.kept import Kept
-from dla_hooks.targets.base import Targets
-from dla_hooks.targets.tokens import read_out
+from dla_hooks.targets.tokens import TokenPairs, read_out
 from dla_hooks.tl.wrap import Wrapped
 
 
@@ -57,8 +56,8 @@ def apply_ln_to_stack(
     kept = Kept.of(inputs, pos_slice)
     key = scale_at(kept, end, mlp_input)
     kept.run()
-    _check_stack(residual_stack, kept, has_batch_dim, inputs.prompt.shape[0])
-    rows = _slice(batch_slice, inputs.prompt.shape[0])
+    _check_stack(residual_stack, kept, has_batch_dim, inputs.source.prompt.shape[0])
+    rows = _slice(batch_slice, inputs.source.prompt.shape[0])
     if has_batch_dim and rows is not None:
         residual_stack = residual_stack[:, rows]
     if recompute_ln and end == len(stream.blocks):
@@ -120,7 +119,7 @@ def logit_attrs(
     for ids in (answers.correct, answers.incorrect):
         if ids is not None:
             check_ids(ids, inputs.stream.vocabulary)
-    flat = Targets(
+    flat = TokenPairs(
         answers.correct.reshape(-1),
         None if answers.incorrect is None else answers.incorrect.reshape(-1),
     )

@@ -1,44 +1,121 @@
-"""What is attributed: a linear reading of the stream."""
+"""What is attributed: a linear functional of the stream at a reading point.
+
+A target says in which directions the stream is read, what the reading has besides the stream, and
+what the model itself says there, by which the parts are checked. ``answer_tokens`` takes tokens,
+or a :class:`Request` for any other target. A new target is one file with both.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dla_hooks.modules.norms import Norm
-from dla_hooks.projection.directions import Directions
+from dla_hooks.inputs.entries import Entries, one_target
+from dla_hooks.inputs.positions import Selection
+from dla_hooks.projection.reading_point import Reading, ReadingPoint, Readout
+from dla_hooks.residual.stream import Stream
 
 
 @dataclass(frozen=True)
-class Targets:
-    """The distinct things to attribute.
+class Observed:
+    """What the model itself put out, at the entries where it was looked at.
 
     Attributes:
-        correct: ids [n_targets].
-        incorrect: ids [n_targets], or None.
+        logits_BSV: the model's logits at a few columns [batch, n_columns, vocabulary].
+        row_E: the batch row of each such entry.
+        column_E: its place among the columns.
+        entries_E: its number among all entries.
+        target_E: its target.
     """
 
-    correct: Tensor
-    incorrect: Tensor | None
+    logits_BSV: Tensor
+    row_E: Tensor
+    column_E: Tensor
+    entries_E: Tensor
+    target_E: Tensor
+
+    @classmethod
+    def at(cls, entries: Entries, columns: Tensor, logits_BSV: Tensor) -> Observed:
+        """The entries whose columns the model's logits were kept for."""
+        hit = entries.cols[:, None] == columns[None, :]
+        entries_E = hit.any(-1).nonzero()[:, 0]
+        column_E = hit[entries_E].long().argmax(-1)
+        row_E, device = entries.rows[entries_E], logits_BSV.device
+        target_E = entries.target[entries_E]
+        return cls(logits_BSV, row_E.to(device), column_E.to(device), entries_E, target_E)
+
+    def of(self, ids_E: Tensor) -> Tensor:
+        """One token's logit for each entry, in float64."""
+        ids_E = ids_E.to(self.logits_BSV.device)
+        return self.logits_BSV[self.row_E, self.column_E, ids_E].double()
+
+    def mean(self) -> Tensor:
+        """The mean logit over the vocabulary for each entry, in float64."""
+        return self.logits_BSV.mean(-1, dtype=torch.float64)[self.row_E, self.column_E]
+
+    def spread(self) -> float:
+        """Largest less smallest logit over the vocabulary, averaged over the entries."""
+        low, high = self.logits_BSV.aminmax(dim=-1)
+        if not bool(torch.isfinite(high - low).all()):
+            # Some models mask the end of their vocabulary with -inf.
+            finite = torch.isfinite(self.logits_BSV)
+            high = self.logits_BSV.masked_fill(~finite, -torch.inf).amax(-1)
+            low = self.logits_BSV.masked_fill(~finite, torch.inf).amin(-1)
+        spread_BS = high.double() - low.double()
+        return float(spread_BS[self.row_E, self.column_E].mean())
 
 
-@dataclass(frozen=True)
-class Readout:
-    """How the final norm's input is read, once per distinct target.
+class Target:
+    """Something to attribute, on one located model.
 
     Attributes:
-        directions: in the stream, one per target [d_model].
-        bias_K: what the logit has besides the stream [n_targets].
-        norm: the final norm.
+        point: where the stream is read.
+        readouts: the directions and biases there, one per distinct target. The first readout is
+            attributed. Others are only measured, for :meth:`own_and_theirs`.
     """
 
-    directions: Directions
-    bias_K: Tensor
-    norm: Norm
+    point: ReadingPoint
+    readouts: Sequence[Readout]
 
-    @property
-    def d_KM(self) -> Tensor:
-        """All directions at once [n_targets, d_model]."""
-        return self.directions.of(torch.arange(len(self.directions)))
+    def align(
+        self, selection: Selection, prompt_shape: tuple[int, int], batched: bool = True
+    ) -> Entries:
+        """Lay the target over the selected positions: by default one target at all of them.
+
+        Args:
+            selection: entries [batch] (a single position) or [batch, pos'].
+            prompt_shape: (batch, pos) of the prompt.
+            batched: whether the result has an axis for the batch.
+
+        Raises:
+            ShapeMismatchError: when the two do not broadcast; it names both shapes.
+        """
+        return one_target(selection.rows, selection.cols, selection.valid, prompt_shape, batched)
+
+    def own_and_theirs(self, reading: Reading, observed: Observed) -> tuple[Tensor, Tensor]:
+        """The same numbers twice, at the observed entries: from the stream, and from the model.
+
+        Returns:
+            Ours [n] and the model's [n], after any cap.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must say how it is checked")
+
+    def names(self, entries: Entries, tokenizer: Any) -> tuple[list[str], list[str] | None]:
+        """The text of the answers and of the incorrect tokens: one, or one for every entry."""
+        return [type(self).__name__], None
+
+
+class Request:
+    """A target before it meets a model: what a caller gives as ``answer_tokens``."""
+
+    def on(self, stream: Stream) -> Target:
+        """The target on a located model.
+
+        Raises:
+            InputError: when it does not fit the model.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must say what it reads of a model")

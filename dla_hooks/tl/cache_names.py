@@ -1,4 +1,4 @@
-"""The fewest activations that a cache needs for a unit."""
+"""The fewest activations that a cache needs for a unit, by the names of their hook points."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from typing import Any
 
 from dla_hooks.backends import backend_of
 from dla_hooks.errors import InputError
+from dla_hooks.modules.hooks import Place
 from dla_hooks.residual.stream import Stream
-from dla_hooks.units import UNITS
+from dla_hooks.units import read_units
+from dla_hooks.verification.recognise import stream_of
 
 
-def cache_names(model: Any, unit: str = "component") -> list[str]:
+def cache_names(model: Any, unit: Any = "component") -> list[str]:
     """The fewest activations that a cache needs for a unit, as a ``names_filter``.
 
     >>> _, cache = model.run_with_cache(tokens, names_filter=cache_names(model, "head"))
@@ -20,39 +22,29 @@ def cache_names(model: Any, unit: str = "component") -> list[str]:
 
     Args:
         model: a ``HookedTransformer`` or ``TransformerBridge``.
-        unit: ``"component"``, ``"layer"`` or ``"head"``.
+        unit: a unit, or several, as for :func:`direct_logit_attribution`.
 
     Raises:
         InputError: for a model that keeps no caches, or another unit.
     """
-    from dla_hooks.verification.recognise import stream_of
-
-    if unit not in UNITS:
-        raise InputError(f"unit must be one of {tuple(UNITS)}, got {unit!r}")
+    units, _ = read_units(unit)
     if not backend_of(model).keeps_caches:
         raise InputError(
             f"{type(model).__name__} keeps no ActivationCache; "
             "direct_logit_attribution(model, input, ...) needs none"
         )
     stream = stream_of(model)
-    norm = _scale_name(stream)
-    last = f"{stream.blocks[-1].name}.hook_resid_post"
-    first = f"{stream.blocks[0].name}.hook_resid_pre"
-    writes = [write.name for write in stream.writes]
-    if unit == "head":
-        heads = [write.heads for write in stream.writes if write.heads is not None]
-        scales = [f"{site.post_norm_name}.hook_scale" for site in heads if site.post_norm]
-        return [*(site.name for site in heads), *scales, last, *norm]
-    if unit == "layer":
-        return [first, *writes, *norm]
-    embeds = [] if stream.positions is None else [stream.positions.name]
-    return ["hook_embed", *embeds, *writes, *norm]
+    places = [place for one in units.values() for place in one.places(stream)]
+    names = [_name_of(stream, place) for place in places]
+    if hasattr(stream.final_norm.module, "hook_scale"):  # a model may have no final norm
+        names.append(f"{stream.final_norm.name}.hook_scale")
+    return list(dict.fromkeys(names))
 
 
-def _scale_name(stream: Stream) -> list[str]:
-    """The final norm's scale; a model without a final norm has none."""
-    return (
-        [f"{stream.final_norm.name}.hook_scale"]
-        if hasattr(stream.final_norm.module, "hook_scale")
-        else []
-    )
+def _name_of(stream: Stream, place: Place) -> str:
+    """The hook point under which a cache holds what is seen at a place."""
+    if place == stream.last:
+        return f"{stream.blocks[-1].name}.hook_resid_post"
+    if place.before:  # a block's input
+        return f"{place.name}.hook_resid_pre"
+    return f"{place.name}.hook_scale" if hasattr(place.module, "hook_scale") else place.name

@@ -1,33 +1,117 @@
 """What the stream is split into: one small file per unit.
 
-A unit is built for one run. It may put taps of its own on the model, turns the run's scalars into
-labelled rows, and states what must hold if those rows are right.
+A unit is found by its file: ``head.py`` holds the unit ``head``, the one class of that file whose
+``words.name`` is ``head``. Nothing else names it. Names are known without loading any of them, so
+that ``dla-hooks --help`` need not wait for torch.
 """
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
 from dla_hooks.errors import InputError
-from dla_hooks.units.base import Claim, Split, Unit
-from dla_hooks.units.component import ComponentUnit
-from dla_hooks.units.head import HeadUnit
-from dla_hooks.units.layer import LayerUnit
+from dla_hooks.results.rows import Words
 
-UNITS: dict[str, type[Unit]] = {
-    "component": ComponentUnit,
-    "layer": LayerUnit,
-    "head": HeadUnit,
-}
+if TYPE_CHECKING:
+    from dla_hooks.units.base import Unit
+
+_SHARED = {"base", "parts", "plan"}
+"""Files of this folder that hold no unit."""
+
+_Listed = Literal["component", "layer", "head"]
+UnitName = _Listed | str
+"""The names of units, for editors; any file of this folder adds one."""
 
 
-def unit_named(name: object) -> type[Unit]:
-    """The unit of that name.
+def _find_names() -> tuple[str, ...]:
+    found = {entry.name for entry in pkgutil.iter_modules(__path__)} - _SHARED
+    first = [name for name in get_args(_Listed) if name in found]
+    return (*first, *sorted(found.difference(first)))
+
+
+_NAMES = _find_names()
+_classes: dict[str, type[Unit]] = {}
+
+
+def unit_names() -> tuple[str, ...]:
+    """The names that ``unit=`` takes."""
+    return _NAMES
+
+
+def unit_class(name: str) -> type[Unit]:
+    """The class of a unit.
+
+    Args:
+        name: one of :func:`unit_names`.
+    """
+    if name not in _classes:
+        module = importlib.import_module(f"{__name__}.{name}")
+        found = [one for one in vars(module).values() if _is_unit(one) and one.words.name == name]
+        if len(found) != 1:
+            raise ImportError(f"{module.__name__} must hold one unit with words.name {name!r}")
+        _classes[name] = found[0]
+    return _classes[name]
+
+
+def unit_classes() -> dict[str, type[Unit]]:
+    """The classes of all units, by the name of the class: ``Components``, ``Heads``, …"""
+    classes = [unit_class(name) for name in unit_names()]
+    return {found.__name__: found for found in classes}
+
+
+def read_units(unit: Any) -> tuple[dict[str, Unit], bool]:
+    """Read the ``unit`` argument.
+
+    Args:
+        unit: a name, a unit object, a tuple or list of these, or a mapping from keys of the
+            caller's own to them.
+
+    Returns:
+        The units by the key of their result, and whether there is only the one that was given by
+        itself.
 
     Raises:
-        InputError: for any other name; it lists the units.
+        InputError: for anything else, and for a name that comes twice.
     """
-    if not isinstance(name, str) or name not in UNITS:
-        raise InputError(f"unit must be one of {tuple(UNITS)}, got {name!r}")
-    return UNITS[name]
+    if isinstance(unit, Mapping):
+        if not unit or not all(isinstance(key, str) for key in unit):
+            raise InputError(
+                f"unit as a mapping needs names of your own as keys, got {list(unit)!r:.80}"
+            )
+        return {key: _read_one(value) for key, value in unit.items()}, False
+    if not isinstance(unit, (tuple, list)):
+        read = _read_one(unit)
+        return {read.words.name: read}, True
+    if not unit:
+        raise InputError(f"unit is empty: give one or more of {_NAMES}")
+    units = [_read_one(one) for one in unit]
+    by_name = {one.words.name: one for one in units}
+    if len(by_name) < len(units):
+        names = [one.words.name for one in units]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(
+            f"unit holds {twice!r} twice, and results are named by their units; give a mapping "
+            'with keys of your own: unit={"first": ..., "second": ...}'
+        )
+    return by_name, False
 
 
-__all__ = ["UNITS", "Claim", "Split", "Unit", "unit_named"]
+def _read_one(unit: Any) -> Unit:
+    if isinstance(unit, str) and unit in _NAMES:
+        return unit_class(unit)()
+    if _is_unit(type(unit)):
+        read: Unit = unit
+        return read
+    if _is_unit(unit):
+        raise InputError(f"unit is the class {unit.__name__}; make one: unit={unit.__name__}()")
+    raise InputError(
+        f"unit must be one of {_NAMES}, got {unit!r:.80}; options go in an object, such as "
+        f"dla_hooks.{next(iter(unit_classes()))}(), and several units in a tuple"
+    )
+
+
+def _is_unit(value: Any) -> bool:
+    return isinstance(value, type) and isinstance(getattr(value, "words", None), Words)

@@ -1,21 +1,27 @@
-"""What every unit has in common."""
+"""What every unit has in common.
+
+A unit says into which rows the stream is split. It lives in three steps, each whole when it is
+made: the unit with its options; the unit on one model and target (:class:`UnitPlan`), with all
+that no prompt changes; and what it records of one prompt (:class:`Recorder`).
+
+A unit whose rows are made of the parts alone needs one method, :meth:`Unit.split`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import Tensor
 
-from dla_hooks.modules.hooks import Tap
-from dla_hooks.units.plan import Run
-
-
-@dataclass(frozen=True)
-class Split:
-    """Rows of a result: ``labels[i]`` contributed ``values_CN[i]`` at each site."""
-
-    labels: list[str]
-    values_CN: Tensor
+from dla_hooks.backends import Conventions
+from dla_hooks.inputs.entries import Entries
+from dla_hooks.modules.hooks import Place, Tap
+from dla_hooks.projection.tiles import View
+from dla_hooks.residual.stream import Stream
+from dla_hooks.results.rows import Row, Words
+from dla_hooks.units.parts import Parts, PartsPlan
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,7 @@ class Claim:
 
     Attributes:
         what: what the parts are, for the message of an error.
-        parts_N: their sum at each site.
+        parts_N: their sum at each entry.
         whole_N: what it should be.
         through_norm: whether a norm of the model stands between the two; transformers computes
             norms in float32, so that even a float64 model is then exact to float32 only.
@@ -36,35 +42,98 @@ class Claim:
     through_norm: bool = False
 
 
-class Unit:
-    """A way to split the stream, for one run.
+@dataclass(frozen=True)
+class Split:
+    """What a unit found for one prompt.
 
     Attributes:
-        made_of_parts: whether its rows are computed from the parts.
-        shows_embeddings: whether tokens and positions have rows of their own.
-
-    Args:
-        run: the plan; its scalars are there once its ``forward`` has returned.
+        rows: a record for each row.
+        values_CN: what ``rows[i]`` contributed at each entry.
+        claims: what must hold if the rows are right, besides the parts summing to the stream.
+        norms: norms that the unit reads through, each with what its form leaves unexplained.
     """
 
-    made_of_parts = True
-    shows_embeddings = False
+    rows: Sequence[Row]
+    values_CN: Tensor
+    claims: Sequence[Claim] = field(default_factory=tuple)
+    norms: Sequence[tuple[str, float]] = field(default_factory=tuple)
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
 
-    def taps(self) -> list[Tap]:
-        """What to watch besides the parts."""
+class Recorder:
+    """What a unit records of one run, besides the parts."""
+
+    def taps(self, view: View) -> list[Tap]:
+        """What to watch while the entries in view are run."""
         return []
 
-    def split(self) -> Split:
-        """The labelled rows, after the run."""
+    def finish(self, parts: Parts) -> Split:
+        """The rows, after the run."""
         raise NotImplementedError(f"{type(self).__name__} must say how it splits the stream")
 
-    def norms_seen(self) -> list[tuple[str, float]]:
-        """Norms that the unit reads through, each with what its form leaves unexplained."""
-        return []
 
-    def claims(self) -> list[Claim]:
-        """What must hold of the unit's own rows, besides the parts summing to the stream."""
-        return []
+class UnitPlan:
+    """A unit on one model and target.
+
+    Args:
+        unit: the unit, with its options.
+    """
+
+    def __init__(self, unit: Unit) -> None:
+        self.unit = unit
+
+    def recorder(self, entries: Entries) -> Recorder:
+        """A recorder for one prompt."""
+        return _FromParts(self.unit)
+
+
+class Unit:
+    """A way to split the stream.
+
+    Attributes:
+        words: its name, and what it says of its rows.
+        reads_each_write: whether it needs every write by itself; otherwise what a block added may
+            come in one, as from a cache that holds the stream around each block only.
+    """
+
+    words: ClassVar[Words]
+    reads_each_write: ClassVar[bool] = True
+
+    def places(self, stream: Stream) -> list[Place]:
+        """The places whose activations it is made of, besides the final norm's scale."""
+        raise NotImplementedError(f"{type(self).__name__} must name its places")
+
+    def prepare(self, parts: PartsPlan, conventions: Conventions) -> UnitPlan:
+        """The unit on one model and target: everything that no prompt changes is made here.
+
+        Args:
+            parts: the parts of the stream, each with the directions that it is projected on.
+            conventions: what is done where the unit's own options leave it open.
+
+        Raises:
+            UnsupportedModelError: when the model has nothing of the kind.
+        """
+        return UnitPlan(self)
+
+    def split(self, parts: Parts) -> Split:
+        """The rows, for a unit that is made of the parts alone."""
+        raise NotImplementedError(f"{type(self).__name__} must say how it splits the stream")
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({options})"
+
+
+class _FromParts(Recorder):
+    """The recorder of a unit that is made of the parts: there is nothing more to watch."""
+
+    def __init__(self, unit: Unit) -> None:
+        self._unit = unit
+
+    def finish(self, parts: Parts) -> Split:
+        return self._unit.split(parts)

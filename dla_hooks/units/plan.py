@@ -1,179 +1,106 @@
-"""One run of a model: what every unit shares, and the forward pass itself.
+"""A plan: one model, one target and some units, with everything that no prompt changes.
 
-:class:`Run` holds the plan of a call (stream, entries, directions) and the scalars it gathers. Its
-own rows are the *parts*: every term of the residual stream, measured one by one, whatever the
-unit. Units add rows of their own, and the parts are what each call is checked by.
+A plan is data. Prompts come and go: each makes a :class:`Recording`, whose taps write scalars
+while a source shows activations, and at its end a :class:`Measurement`, which is whole.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
+from dla_hooks.backends import Conventions
 from dla_hooks.inputs.entries import Entries
-from dla_hooks.inputs.prompts import Prompt
-from dla_hooks.modules.hooks import Call, Place, Tap, tapped
-from dla_hooks.projection.directions import Directions
-from dla_hooks.projection.kernels import project, project_constant
-from dla_hooks.projection.ledger import Scalars
-from dla_hooks.projection.reading_point import FinalStream
-from dla_hooks.residual.gains import _path_factors, constant_label, times
+from dla_hooks.modules.hooks import Tap
+from dla_hooks.projection.reading_point import PointRecorder, Reading
+from dla_hooks.projection.tiles import View
 from dla_hooks.residual.stream import Stream
-from dla_hooks.sources.live import chunks
-from dla_hooks.targets.base import Targets
-from dla_hooks.targets.tokens import read_out
-
-if TYPE_CHECKING:
-    from dla_hooks.sources.stored_cache import Replay
+from dla_hooks.targets.base import Target
+from dla_hooks.units.base import Split, Unit, UnitPlan
+from dla_hooks.units.parts import Missing, Parts, PartsPlan
 
 
-class Run:
-    """The plan and the scalars of one call.
+@dataclass(frozen=True)
+class Plan:
+    """What is measured of every prompt.
+
+    Attributes:
+        stream: the located model.
+        target: what is attributed.
+        parts: the terms of the stream, and what they are projected on.
+        units: the units, by the key of their result.
+    """
+
+    stream: Stream
+    target: Target
+    parts: PartsPlan
+    units: Mapping[str, UnitPlan]
+
+
+def make_plan(
+    stream: Stream, target: Target, units: Mapping[str, Unit], conventions: Conventions
+) -> Plan:
+    """Fold the directions of a target for the parts and for each unit.
 
     Args:
         stream: the located model.
-        entries: where the stream is read.
-        targets: what is attributed there.
-        center_unembed: see :func:`dla_hooks.targets.tokens.read_out`.
-        fold_value_biases: see :mod:`dla_hooks.calibration.value_biases`.
+        target: what is attributed.
+        units: by the key of their result.
+        conventions: what is done where a unit's own options leave it open.
+
+    Raises:
+        UnsupportedModelError: when a unit finds nothing of its kind in the model.
+    """
+    parts = PartsPlan(stream, target.readouts[0].directions)
+    plans = {key: unit.prepare(parts, conventions) for key, unit in units.items()}
+    return Plan(stream, target, parts, plans)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The scalars of one prompt.
 
     Attributes:
-        labels: names of the parts, in stream order.
-        last_of_block: for every block, the row of the last part that it adds.
-        has_parts: whether the parts were measured, as they are in every run.
-        final: what the final norm saw.
-        finite_C: whether each part is finite, before the division by the final scale; once the
-            model has run.
-        parts_CN: contribution of each part to the logit (difference) at each site; as above.
+        plan: what was measured.
+        entries: where.
+        reading: what the final norm saw: the whole stream.
+        parts: the terms of the stream.
+        splits: the rows of each unit.
     """
 
-    finite_C: Tensor
-    parts_CN: Tensor
+    plan: Plan
+    entries: Entries
+    reading: Reading
+    parts: Parts
+    splits: Mapping[str, Split]
 
-    def __init__(
-        self,
-        stream: Stream,
-        entries: Entries,
-        targets: Targets,
-        *,
-        center_unembed: bool = False,
-        fold_value_biases: bool = False,
-    ) -> None:
-        self.stream = stream
-        self.entries = entries
-        self.fold_value_biases = fold_value_biases
-        self.readout = read_out(stream, targets, center_unembed=center_unembed)
-        readouts = [self.readout]
-        if stream.softcap is not None and targets.incorrect is not None:
-            # The cap acts on each logit, not on their difference: measure both for the check.
-            for ids in (targets.correct, targets.incorrect):
-                readouts.append(read_out(stream, Targets(ids, None), center_unembed=False))
-        self.final = FinalStream(stream, entries, readouts)
 
-        self.labels = ["embed"]
-        if stream.positions is not None:
-            self.labels.append("pos_embed")
-        self.last_of_block: list[int] = []
-        for block in stream.blocks:
-            self.labels += [write.label for write in block.writes]
-            if block.constant is not None:
-                self.labels.append(constant_label(block))
-            self.last_of_block.append(len(self.labels) - 1)
-        self._row = {label: row for row, label in enumerate(self.labels)}
-        self.readout.directions.prepare()
-        self._factors = _path_factors(stream)
-        self._scalars = Scalars(len(self.labels), len(entries), stream.work_dtype)
-        self.has_parts = True
+class Recording:
+    """One prompt while it is being measured.
 
-    def part(self, label: str) -> Tensor:
-        """The row [N] of one part."""
-        return self.parts_CN[self._row[label]]
+    Args:
+        plan: what is measured.
+        entries: where.
+        missing: why the source of activations does not have a place, or None where it has it.
+    """
 
-    def directions(self, label: str) -> Directions:
-        """What one part is projected on: d, through all later gains."""
-        factor = self._factors[label]
-        d = self.readout.directions
-        return d if factor is None else d.then(lambda d_KM: times(d_KM, factor))
+    def __init__(self, plan: Plan, entries: Entries, missing: Missing) -> None:
+        self._plan, self._entries = plan, entries
+        target = plan.target
+        self._point = PointRecorder(target.point, target.readouts, entries.target)
+        self._parts = plan.parts.recorder(entries, missing)
+        self._units = {key: unit.recorder(entries) for key, unit in plan.units.items()}
 
-    def replay(self, cache: Replay, taps: list[Tap], *, parts: bool) -> None:
-        """The same from a stored cache, instead of a run.
-
-        Args:
-            cache: the source of activations.
-            taps: the unit's own taps.
-            parts: whether the unit is made of the parts. Otherwise a cache need not hold them;
-                then they are NaN, and nothing is checked by them.
-        """
-        own = self._taps()
-        if not parts and not all(cache.holds(tap) for tap in own):
-            own = []
-            self._scalars.on(torch.device("cpu")).fill_(float("nan"))
-        self.has_parts = bool(own)
-        cache.play([*own, *self.final.taps, *taps])
-        self._finish()
-
-    def forward(
-        self,
-        prompt: Prompt,
-        taps: list[Tap],
-        columns: Tensor | None,
-        chunk_size: int | None = None,
-    ) -> Tensor:
-        """Run the model once, with the parts' taps and a unit's on it.
-
-        Args:
-            prompt: what to run on.
-            taps: the unit's own taps.
-            columns: where the model's own logits are wanted, or None for the least it can do.
-            chunk_size: run so many columns at a time, against the model's own cache of what came
-                before; None is all at once. Chunks without a site are run without taps.
-
-        Returns:
-            Logits [batch, n_columns, vocabulary].
-        """
-        taps = [*self._taps(), *self.final.taps, *taps]
-        logits = []
-        for chunk, run in chunks(self.stream.backend, prompt, columns, chunk_size):
-            seen = self.entries.look_at(chunk.start, chunk.stop)
-            with tapped(taps if seen or chunk_size is None else []):
-                logits.append(run())
-        self.entries.look_at(0, prompt.shape[1])
-        self._finish()
-        return logits[0] if len(logits) == 1 else torch.cat(logits, dim=1)
-
-    def _taps(self) -> list[Tap]:
-        stream = self.stream
-
-        def tap(place: Place, label: str) -> Tap:
-            row, directions = self._row[label], self.directions(label)
-
-            def see(call: Call) -> None:
-                out = call.activation
-                project(out, self.entries, directions, self._scalars.on(out.device)[row])
-
-            return Tap(place, see)
-
-        taps = [tap(stream.start, "embed")]
-        if stream.positions is not None:
-            taps.append(tap(stream.positions, "pos_embed"))
-        taps += [tap(write.place, write.label) for write in stream.writes]
+    def taps(self, view: View) -> list[Tap]:
+        """Everything to watch while the entries in view are run."""
+        taps = [*self._parts.taps(view), *self._point.taps(view)]
+        for recorder in self._units.values():
+            taps += recorder.taps(view)
         return taps
 
-    def _finish(self) -> None:
-        self.final.finish()
-        device = self.final.scale_N.device
-        self.parts_CN = self._scalars.gathered(device)
-        # What enters block 0 is the sum of the embeddings; the tokens' part is what positions
-        # leave of it, with whatever scaling, norm or projection the model puts on it.
-        if self.stream.positions is not None:
-            self.part("embed").sub_(self.part("pos_embed"))
-        for block in self.stream.blocks:
-            if block.constant is not None:
-                label = constant_label(block)
-                project_constant(
-                    block.constant, self.entries, self.directions(label), self.part(label)
-                )
-        self.finite_C = torch.isfinite(self.parts_CN).all(-1)
-        self.parts_CN /= self.final.scale_N
+    def finish(self) -> Measurement:
+        """The measurement, once the source has shown everything."""
+        reading = self._point.finish()
+        parts = self._parts.finish(reading)
+        splits = {key: recorder.finish(parts) for key, recorder in self._units.items()}
+        return Measurement(self._plan, self._entries, reading, parts, splits)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dla_hooks.calibration.norm_constants import norm_at
 from dla_hooks.calibration.prompt import short_prompt
 from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.inputs.prompts import Prompt
@@ -23,8 +24,7 @@ from dla_hooks.modules.norms import frozen_scale
 from dla_hooks.modules.weights import run_device
 from dla_hooks.residual.gains import times
 from dla_hooks.residual.stream import HeadSite, Stream, WriteSite
-from dla_hooks.targets.base import Targets
-from dla_hooks.targets.tokens import read_out
+from dla_hooks.targets.tokens import TokenPairs, read_out
 
 _MARKS = {True: "ok ", False: "BAD", None: "?  "}
 _LONGEST = 8
@@ -197,11 +197,11 @@ class _Trace:
     def readout(self, logits: Tensor) -> Line:
         """k * (W_U N(x) + b), capped, is what the model returns."""
         stream = self.stream
-        readout = read_out(stream, Targets(self.tokens, None), center_unembed=False)
+        readout = read_out(stream, TokenPairs(self.tokens, None), center_unembed=False)
         # The last of them: a model may put positions of its own before the prompt.
         d_KM = readout.d_KM
         x, y = (t[-self.length :].to(d_KM) for t in self.seen["norm", 0])
-        scale_N, _ = frozen_scale(readout.norm, x, y)
+        scale_N, _ = frozen_scale(norm_at(stream, stream.final_norm), x, y)
         own = x @ d_KM.T / scale_N[:, None] + readout.bias_K
         own = own.double().cpu()
         if stream.softcap is not None:

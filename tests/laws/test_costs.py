@@ -9,8 +9,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-import dla_hooks.inputs.entries
 import dla_hooks.projection.directions
+import dla_hooks.projection.tiles
 import dla_hooks.units.head
 from dla_hooks import direct_logit_attribution
 from dla_hooks.projection.directions import Directions
@@ -126,7 +126,9 @@ def test_a_target_at_every_position_is_looked_up_a_tile_at_a_time(model, ids, mo
     """Nothing is kept of the directions, which together are as large as an activation."""
     rows_in_a_tile, width = 32, 128
     monkeypatch.setattr(dla_hooks.projection.directions, "_HELD_ELEMENTS", rows_in_a_tile * width)
-    monkeypatch.setattr(dla_hooks.inputs.entries, "_TILE_ELEMENTS", {"cpu": rows_in_a_tile * width})
+    monkeypatch.setattr(
+        dla_hooks.projection.tiles, "_TILE_ELEMENTS", {"cpu": rows_in_a_tile * width}
+    )
     made, kept = [], []
     then, pull_back = Directions.then, dla_hooks.units.head.pull_back
 

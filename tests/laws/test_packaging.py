@@ -19,7 +19,9 @@ def test_public_names_are_the_listed_ones_and_all_exist():
     assert dla_hooks.__all__ == sorted(dla_hooks.__all__)
     for name in dla_hooks.__all__:
         assert getattr(dla_hooks, name) is not None
-    assert set(dla_hooks.__all__) - {"__version__", "demo"} == set(dla_hooks._HOME)
+    units = {"Components", "Heads", "Layers"}
+    assert set(dla_hooks.__all__) == {"__version__", "demo", *dla_hooks._HOME, *units}
+    assert set(dla_hooks.__all__) <= set(dir(dla_hooks))
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         dla_hooks.nonsense  # noqa: B018
 

@@ -7,8 +7,8 @@ import torch
 from zoo import build, example_ids
 
 from dla_hooks import direct_logit_attribution as attribute
-from dla_hooks.inputs import entries as sites
 from dla_hooks.projection import directions
+from dla_hooks.projection import tiles as sites
 
 CONVENTIONS = {"center_unembed": True, "fold_value_biases": True}
 

@@ -1,0 +1,65 @@
+"""Where activations come from: a run of the model, or a stored cache.
+
+A source shows taps the activations of one prompt. Whatever it is, the same taps write the same
+scalars.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dla_hooks.errors import CacheEntryError
+from dla_hooks.inputs.entries import Entries
+from dla_hooks.inputs.prompts import Prompt
+from dla_hooks.modules.hooks import Place, Tap
+from dla_hooks.projection.tiles import View
+from dla_hooks.residual.stream import Stream
+
+
+class Source:
+    """Activations of one prompt.
+
+    Attributes:
+        prompt: the batch of tokens.
+        batched: whether results have an axis for the batch.
+        has_logits: whether the model's own logits come with the activations.
+    """
+
+    prompt: Prompt
+    batched: bool = True
+    has_logits: bool = True
+
+    def on(self, stream: Stream) -> Source:
+        """The same source, for a model that was measured anew."""
+        return self
+
+    def missing(self, place: Place) -> CacheEntryError | None:
+        """Why the activation at a place cannot be shown; None where it can."""
+        return None
+
+    def show(
+        self, entries: Entries, taps: Callable[[View], list[Tap]], columns: Tensor | None
+    ) -> Tensor | None:
+        """Show every tap its activation.
+
+        Args:
+            entries: what is read.
+            taps: makes the taps for the entries that are shown together.
+            columns: where the model's own logits are wanted, or None for nowhere.
+
+        Returns:
+            Logits [batch, n_columns, vocabulary], or None where the source has none.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must show activations")
+
+    def dtype(self) -> torch.dtype:
+        """The coarsest dtype of what it shows, where that may be another than the model's."""
+        return torch.float64
+
+    def texts(self, tokenizer: Any) -> list[list[str]]:
+        """The tokens of every row, as text."""
+        raise NotImplementedError(f"{type(self).__name__} must name its tokens")
