@@ -5,10 +5,10 @@ read the call -> make a plan -> let a source show activations -> check -> result
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from dla_hooks.call import Opened, open_model, open_source, read_target
+from dla_hooks.call import Opened, check_given, open_model, open_source, read_target
 from dla_hooks.completeness import (
     Outcome,
     columns_to_check,
@@ -20,8 +20,10 @@ from dla_hooks.completeness import (
 from dla_hooks.errors import DecompositionError, HookError, InputError
 from dla_hooks.inputs import positions
 from dla_hooks.modules.version import forget, version_of
+from dla_hooks.residual.stream import Stream
 from dla_hooks.results.result import DirectLogitAttribution
 from dla_hooks.sources.base import Source
+from dla_hooks.targets.base import Target
 from dla_hooks.units import UnitName, read_units
 from dla_hooks.units.base import Unit
 from dla_hooks.units.plan import Measurement, Recording, make_plan
@@ -123,10 +125,12 @@ def direct_logit_attribution(
         fold_value_biases=fold_value_biases,
         prepend_bos=prepend_bos,
     )
-    source = _source(opened, units, input, cache, attention_mask, chunk_size)
-    spec = positions.parse(pos, source.prompt.shape[1])
-    selection = positions.select(spec, source.prompt.mask)
-    plan = Plan(opened, answer_tokens, incorrect_tokens, units, single, bool(check))
+    check_given(input, cache)
+    stream = opened.stream()
+    source = _source(opened, stream, units, input, cache, attention_mask, chunk_size)
+    selection = positions.select(pos, source.prompt.mask)
+    question = read_target(opened, answer_tokens, incorrect_tokens)
+    plan = Plan(opened, stream, question, units, single, bool(check))
     return plan._attribute(source, selection)
 
 
@@ -177,7 +181,9 @@ def prepare(
         fold_value_biases=fold_value_biases,
         prepend_bos=prepend_bos,
     )
-    return Plan(opened, answer_tokens, incorrect_tokens, units, single, bool(check))
+    stream = opened.stream()
+    question = read_target(opened, answer_tokens, incorrect_tokens)
+    return Plan(opened, stream, question, units, single, bool(check))
 
 
 class Plan:
@@ -192,15 +198,15 @@ class Plan:
     def __init__(
         self,
         opened: Opened,
-        answer_tokens: Any,
-        incorrect_tokens: Any,
+        stream: Stream,
+        question: Callable[[Stream], Target],
         units: Mapping[str, Unit],
         single: bool,
         check: bool,
     ) -> None:
-        self._opened, self._units, self._single, self._check = opened, units, single, check
-        self._question = read_target(opened, answer_tokens, incorrect_tokens)
-        self._data = self._make()
+        self._opened, self._question = opened, question
+        self._units, self._single, self._check = units, single, check
+        self._data = self._make(stream)
 
     def __call__(
         self,
@@ -223,19 +229,20 @@ class Plan:
         Returns:
             What :func:`direct_logit_attribution` returns for the same arguments.
         """
-        self._opened.check_evaluation_mode()
-        if self._data.stream.version != version_of(self._opened.backend.model):
-            self._data = self._make()
-        source = _source(self._opened, self._units, input, cache, attention_mask, chunk_size)
-        spec = positions.parse(pos, source.prompt.shape[1])
-        return self._attribute(source, positions.select(spec, source.prompt.mask))
+        opened = self._opened
+        opened.check_evaluation_mode()
+        check_given(input, cache)
+        if self._data.stream.version != version_of(opened.backend.model):
+            self._data = self._make(opened.stream())
+        stream = self._data.stream
+        source = _source(opened, stream, self._units, input, cache, attention_mask, chunk_size)
+        return self._attribute(source, positions.select(pos, source.prompt.mask))
 
     def __repr__(self) -> str:
         units = ", ".join(self._units)
         return f"Plan({self._opened.backend.name}: {units})"
 
-    def _make(self) -> PlanData:
-        stream = self._opened.stream()
+    def _make(self, stream: Stream) -> PlanData:
         target = self._question(stream)
         return make_plan(stream, target, self._units, self._opened.conventions)
 
@@ -250,7 +257,7 @@ class Plan:
             stale = True
         if stale:  # the weights may have changed in a way that leaves no trace
             forget(self._opened.backend.model)
-            self._data = plan = self._make()
+            self._data = plan = self._make(self._opened.stream())
             measurement, outcome = _measure(plan, source.on(plan.stream), selection, self._check)
         results = _results(measurement, outcome, source, self._opened.tokenizer)
         return next(iter(results.values())) if self._single else results
@@ -263,6 +270,7 @@ def _require(answer_tokens: Any) -> None:
 
 def _source(
     opened: Opened,
+    stream: Stream,
     units: Mapping[str, Unit],
     input: Any,
     cache: Any,
@@ -272,6 +280,7 @@ def _source(
     names = [unit.words.name for unit in units.values()]
     return open_source(
         opened,
+        stream,
         input,
         cache=cache,
         attention_mask=attention_mask,
@@ -289,7 +298,7 @@ def _measure(
     entries = plan.target.align(selection, prompt.shape, source.batched)
     columns = columns_to_check(entries, prompt, plan.stream.vocabulary) if check else None
     recording = Recording(plan, entries, source.missing)
-    logits = source.show(entries, recording.taps, columns)
+    logits = source.show(recording.view, recording.taps, columns)
     measurement = recording.finish()
     if not check:
         return measurement, Outcome(identity_gap(measurement))

@@ -88,8 +88,22 @@ def open_model(
     return Opened(backend, _carried(model, tokenizer), dataclasses.replace(conventions, **chosen))
 
 
+def check_given(input: Any, cache: Any) -> None:
+    """Refuse a call with nothing to take activations from.
+
+    Raises:
+        InputError: when there is neither.
+    """
+    if input is None and cache is None:
+        raise InputError(
+            "provide either `input` (a prompt, a list of prompts, or token ids) to run the model, "
+            "or a precomputed `cache`"
+        )
+
+
 def open_source(
     opened: Opened,
+    stream: Stream,
     input: Any,
     *,
     cache: Any = None,
@@ -102,6 +116,7 @@ def open_source(
 
     Args:
         opened: the model.
+        stream: the same, located.
         input: see :func:`dla_hooks.direct_logit_attribution`.
         cache: an ``ActivationCache``, or None.
         attention_mask: for padded ids.
@@ -113,12 +128,6 @@ def open_source(
         InputError: for any argument that cannot be used.
         UnsupportedModelError: for a prompt that the model cannot be run on without other numbers.
     """
-    if input is None and cache is None:
-        raise InputError(
-            "provide either `input` (a prompt, a list of prompts, or token ids) to run the model, "
-            "or a precomputed `cache`"
-        )
-    stream = opened.stream()
     if cache is not None:
         if chunk_size is not None:
             raise InputError("chunk_size goes with a run of the model; a cache is read as it is")
@@ -199,8 +208,12 @@ def read_call(
 ) -> Inputs:
     """Check a model and read its input, or take a cache's; see :func:`open_source`."""
     opened = open_model(model, tokenizer, cache=cache, prepend_bos=prepend_bos)
-    source = open_source(opened, input, cache=cache, attention_mask=attention_mask, purpose=purpose)
-    return Inputs(opened.stream(), source, opened.tokenizer)
+    check_given(input, cache)
+    stream = opened.stream()
+    source = open_source(
+        opened, stream, input, cache=cache, attention_mask=attention_mask, purpose=purpose
+    )
+    return Inputs(stream, source, opened.tokenizer)
 
 
 def _unwrapped(model: Any, tokenizer: Any) -> tuple[Conventions, Any, Any]:

@@ -112,9 +112,9 @@ def hold_against_model(
     rounding_N = _rounding(measurement)
     for claim in _claims(measurement):
         relative = allowed_logit if claim.through_norm else allowed
-        gap_N = (claim.parts_N - claim.whole_N).abs()
-        if not bool((gap_N <= relative * spread + rounding_N).all()):
-            raise _failure(measurement, prompt, claim.what, _largest(gap_N), spread, relative)
+        broken = _broken(claim, relative * spread + rounding_N)
+        if broken is not None:
+            raise _failure(measurement, prompt, *broken, spread, relative)
     for name, misfit in _norms(measurement):
         if not misfit <= misfit_tolerance(stream.dtype):
             raise DecompositionError(
@@ -156,10 +156,10 @@ def hold_against_cache(measurement: Measurement, dtype: torch.dtype) -> Outcome:
     rounding_N = _rounding(measurement)
     for claim in _claims(measurement):
         relative = through_norm if claim.through_norm else allowed
-        gap_N = (claim.parts_N - claim.whole_N).abs()
-        if not bool((gap_N <= relative * largest_N + rounding_N).all()):
+        broken = _broken(claim, relative * largest_N + rounding_N)
+        if broken is not None:
             raise DecompositionError(
-                f"{claim.what} miss by {_largest(gap_N):.3g}, where rounding explains "
+                f"{broken[0]} miss by {broken[1]:.3g}, where rounding explains "
                 f"{relative:.0e} of {_largest(largest_N):.3g}: the cache does not hold what one "
                 "run of this model wrote (its entries were changed, or its weights were)"
             )
@@ -169,9 +169,20 @@ def hold_against_cache(measurement: Measurement, dtype: torch.dtype) -> Outcome:
 def _claims(measurement: Measurement) -> Iterator[Claim]:
     """What must hold: the parts sum to the stream, and all that the units claim."""
     parts = measurement.parts
-    yield Claim("the parts of the stream", parts.sum_N, measurement.reading.total_N)
+    whole_LN = measurement.reading.total_N[None]
+    yield Claim(["the parts of the stream"], parts.sum_N[None], whole_LN)
     for split in measurement.splits.values():
         yield from split.claims
+
+
+def _broken(claim: Claim, allowed_N: Tensor) -> tuple[str, float] | None:
+    """The first thing that is not as claimed, and the largest gap there; None if all is."""
+    gap_LN = (claim.parts_LN - claim.whole_LN).abs_()
+    holds_LN = gap_LN <= allowed_N
+    if bool(holds_LN.all()):
+        return None
+    first = int((~holds_LN.all(-1)).nonzero()[0])
+    return claim.what[first], _largest(gap_LN[first])
 
 
 def _norms(measurement: Measurement) -> Iterator[tuple[str, float]]:

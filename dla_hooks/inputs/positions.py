@@ -69,16 +69,18 @@ def parse(pos: Any, width: int) -> PositionSpec:
     return _as_int(pos, pos)
 
 
-def select(spec: PositionSpec, mask: Tensor) -> Selection:
+def select(pos: Any, mask: Tensor) -> Selection:
     """Find the selected entries in a batch that may be padded.
 
     Args:
-        spec: from :func:`parse`.
+        pos: any form that :func:`parse` takes.
         mask: True at the real tokens [batch, pos], on the CPU.
 
     Raises:
+        InputError: for any other form.
         PositionError: when a row has no such position.
     """
+    spec = parse(pos, mask.shape[1])
     if spec is None:
         rows, cols = torch.meshgrid(*map(torch.arange, mask.shape), indexing="ij")
         return Selection(rows, cols, mask)

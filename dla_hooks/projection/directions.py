@@ -71,8 +71,12 @@ class Directions:
         """Directions of a tile's targets, on a device."""
         if self._n_targets > 1:
             return self.of(tile.targets).to(device)
+        return self.on(device)
+
+    def on(self, device: torch.device) -> Tensor:
+        """The direction [1, width] of the only target, on a device."""
         if device not in self._on:
-            self._on[device] = self.of(tile.targets).to(device)
+            self._on[device] = self.of(torch.zeros(1, dtype=torch.long)).to(device)
         return self._on[device]
 
     def then(self, change: Callable[[Tensor], Tensor]) -> Directions:

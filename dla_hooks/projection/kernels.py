@@ -95,6 +95,10 @@ def frozen_scales(norm: Norm, x: Tensor, y: Tensor, view: View, out_N: Tensor) -
 @outside_autocast
 def project_constant(constant_M: Tensor, view: View, directions: Directions, out_N: Tensor) -> None:
     """out[n] += constant . d[target of n], for a vector [d_model] that is the same everywhere."""
+    if len(directions) == 1:
+        d_M = directions.on(out_N.device)[0]
+        out_N += d_M @ constant_M.to(d_M)
+        return
     for _, tile in view.tiles(len(constant_M), out_N.device):
         d_KM = directions.at(tile, out_N.device)
         out_N[tile.index] += tile.spread(d_KM @ constant_M.to(d_KM))

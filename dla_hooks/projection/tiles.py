@@ -54,7 +54,7 @@ class View:
     def __init__(self, entries: Entries, start: int = 0, stop: int | None = None) -> None:
         batch, width = entries.prompt_shape
         stop = width if stop is None else stop
-        self._entries = entries
+        self._entries, self._columns = entries, (start, stop)
         self._batch, self._width = batch, stop - start
         cols = entries.cols
         if start == 0 and stop == width:
@@ -72,6 +72,12 @@ class View:
 
     def __len__(self) -> int:
         return len(self._inside)
+
+    def part(self, start: int, stop: int) -> View:
+        """The view of some columns of the prompt; this one, if these are its own."""
+        if (start, stop) == self._columns:
+            return self
+        return View(self._entries, start, stop)
 
     def take(self, x: Tensor, tile: slice = slice(None)) -> Tensor:
         """The activations [tile, d] at the entries in view, or at some of them.

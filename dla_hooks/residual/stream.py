@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -196,22 +197,22 @@ class Stream:
         """The stream before a block; before the first one it may be declared elsewhere."""
         return self.start if block is self.blocks[0] else block.input
 
-    @property
+    @cached_property
     def writes(self) -> tuple[WriteSite, ...]:
         """All writes, in the order in which they are added."""
         return tuple(write for block in self.blocks for write in block.writes)
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         """The dtype that the model's unembedding runs in."""
         return dtype_of(self.unembed)
 
-    @property
+    @cached_property
     def coarsest_dtype(self) -> torch.dtype:
         """Of the weights' and the stream's, the dtype that rounds more (Mamba adds in float32)."""
         return max(self.dtype, self.stream_dtype, key=lambda dtype: torch.finfo(dtype).eps)
 
-    @property
+    @cached_property
     def work_dtype(self) -> torch.dtype:
         """The dtype of every contraction: float64 for float64 models, float32 for all others."""
         return torch.promote_types(self.dtype, torch.float32)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from dla_hooks.errors import CacheEntryError
-from dla_hooks.inputs.entries import Entries
 from dla_hooks.inputs.prompts import Prompt
 from dla_hooks.modules.hooks import Place, Tap
 from dla_hooks.projection.tiles import View
@@ -42,12 +41,12 @@ class Source:
         return None
 
     def show(
-        self, entries: Entries, taps: Callable[[View], list[Tap]], columns: Tensor | None
+        self, view: View, taps: Callable[[View], list[Tap]], columns: Tensor | None
     ) -> Tensor | None:
         """Show every tap its activation.
 
         Args:
-            entries: what is read.
+            view: all entries that are read.
             taps: makes the taps for the entries that are shown together.
             columns: where the model's own logits are wanted, or None for nowhere.
 

@@ -18,7 +18,6 @@ from torch import Tensor
 from dla_hooks.backends import Backend
 from dla_hooks.calibration.invariance import chunks_are_ignored
 from dla_hooks.errors import InputError, UnsupportedModelError
-from dla_hooks.inputs.entries import Entries
 from dla_hooks.inputs.prompts import Prompt, to_strings
 from dla_hooks.modules.hooks import Tap, tapped
 from dla_hooks.projection.tiles import View
@@ -45,14 +44,13 @@ class Live(Source):
         self._backend, self._chunk_size = backend, chunk_size
 
     def show(
-        self, entries: Entries, taps: Callable[[View], list[Tap]], columns: Tensor | None
+        self, view: View, taps: Callable[[View], list[Tap]], columns: Tensor | None
     ) -> Tensor | None:
         """Run the model with taps on it. Pieces without an entry are run without."""
         logits = []
         for chunk, run in chunks(self._backend, self.prompt, columns, self._chunk_size):
-            view = View(entries, chunk.start, chunk.stop)
-            whole = len(chunk) == self.prompt.shape[1]
-            with tapped(taps(view) if whole or len(view) else []):
+            piece = view.part(chunk.start, chunk.stop)
+            with tapped(taps(piece) if piece is view or len(piece) else []):
                 logits.append(run())
         if columns is None:
             return None

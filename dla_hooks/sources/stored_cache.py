@@ -15,7 +15,6 @@ from torch import Tensor
 
 from dla_hooks.calibration.mid_streams import mid_streams
 from dla_hooks.errors import CacheEntryError, InputError
-from dla_hooks.inputs.entries import Entries
 from dla_hooks.inputs.prompts import Prompt
 from dla_hooks.modules.hooks import Call, Place, Tap
 from dla_hooks.projection.tiles import View
@@ -80,15 +79,13 @@ class StoredCache(Source):
             return error
         return None
 
-    def show(
-        self, entries: Entries, taps: Callable[[View], list[Tap]], columns: Tensor | None
-    ) -> None:
+    def show(self, view: View, taps: Callable[[View], list[Tap]], columns: Tensor | None) -> None:
         """Show every tap its activation. A cache holds no logits.
 
         Raises:
             CacheEntryError: (a KeyError) for one that the cache does not hold; it names it.
         """
-        self.play(taps(View(entries)))
+        self.play(taps(view))
 
     def play(self, taps: Iterable[Tap]) -> None:
         """Show some taps their activations; see :meth:`show`."""

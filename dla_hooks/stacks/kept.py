@@ -54,7 +54,7 @@ class Kept:
 
     def run(self) -> Kept:
         """Run the model once, or read the cache."""
-        self.inputs.source.show(self.entries, lambda _: self._taps, None)
+        self.inputs.source.show(self._view, lambda _: self._taps, None)
         return self
 
     def block_input(self, block: Block) -> Any:

@@ -59,7 +59,8 @@ class Observed:
 
     def spread(self) -> float:
         """Largest less smallest logit over the vocabulary, averaged over the entries."""
-        low, high = self.logits_BSV.aminmax(dim=-1)
+        # Apart: `aminmax` along an axis is ten times slower than both.
+        low, high = self.logits_BSV.amin(-1), self.logits_BSV.amax(-1)
         if not bool(torch.isfinite(high - low).all()):
             # Some models mask the end of their vocabulary with -inf.
             finite = torch.isfinite(self.logits_BSV)

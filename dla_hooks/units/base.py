@@ -16,7 +16,6 @@ from typing import ClassVar
 from torch import Tensor
 
 from dla_hooks.backends import Conventions
-from dla_hooks.inputs.entries import Entries
 from dla_hooks.modules.hooks import Place, Tap
 from dla_hooks.projection.tiles import View
 from dla_hooks.residual.stream import Stream
@@ -26,19 +25,20 @@ from dla_hooks.units.parts import Parts, PartsPlan
 
 @dataclass(frozen=True)
 class Claim:
-    """Two ways [N] to the same number, measured apart; they differ by rounding or by a mistake.
+    """Two ways to the same numbers, measured apart; they differ by rounding or by a mistake.
 
     Attributes:
-        what: what the parts are, for the message of an error.
-        parts_N: their sum at each entry.
-        whole_N: what it should be.
+        what: what the parts are, for the message of an error: a name for each number that is
+            claimed.
+        parts_LN: their sums at each entry.
+        whole_LN: what these should be.
         through_norm: whether a norm of the model stands between the two; transformers computes
             norms in float32, so that even a float64 model is then exact to float32 only.
     """
 
-    what: str
-    parts_N: Tensor
-    whole_N: Tensor
+    what: Sequence[str]
+    parts_LN: Tensor
+    whole_LN: Tensor
     through_norm: bool = False
 
 
@@ -81,8 +81,8 @@ class UnitPlan:
     def __init__(self, unit: Unit) -> None:
         self.unit = unit
 
-    def recorder(self, entries: Entries) -> Recorder:
-        """A recorder for one prompt."""
+    def recorder(self, view: View) -> Recorder:
+        """A recorder for one prompt, whose entries are all in view."""
         return _FromParts(self.unit)
 
 

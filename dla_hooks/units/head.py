@@ -16,7 +16,6 @@ from dla_hooks.backends import Conventions
 from dla_hooks.calibration.norm_constants import norm_at
 from dla_hooks.calibration.value_biases import head_constants
 from dla_hooks.errors import InputError, UnsupportedModelError
-from dla_hooks.inputs.entries import Entries
 from dla_hooks.modules import norms
 from dla_hooks.modules.hooks import Call, Place, Tap
 from dla_hooks.modules.linear import at_hand, bias_of, check_readable, pull_back
@@ -119,33 +118,8 @@ class _HeadsPlan(UnitPlan):
         self.rows.append(Row(remainder, remainder))
         self.dtype = stream.work_dtype
 
-    def recorder(self, entries: Entries) -> Recorder:
-        return _HeadsRecorder(self, entries)
-
-
-class _HeadsRecorder(Recorder):
-    """All layers' heads in one run."""
-
-    def __init__(self, plan: _HeadsPlan, entries: Entries) -> None:
-        self._plan = plan
-        self._values = FixedRows(len(plan.rows), len(entries), plan.dtype)
-        self._layers = [_LayerRecorder(layer, self._values, entries) for layer in plan.layers]
-
-    def taps(self, view: View) -> list[Tap]:
-        """Every output projection, and every post-norm behind one."""
-        return [tap for layer in self._layers for tap in layer.taps(view)]
-
-    def finish(self, parts: Parts) -> Split:
-        reading = parts.reading
-        values_CN = self._values.gathered(reading.scale_N.device)
-        claims = []
-        for layer in self._layers:
-            claim = layer.finish(values_CN, parts)
-            if claim is not None:
-                claims.append(claim)
-        torch.sub(reading.total_N, values_CN[:-1].sum(0), out=values_CN[-1])
-        seen = [(layer.norm_name, layer.misfit) for layer in self._layers]
-        return Split(self._plan.rows, values_CN, claims, seen)
+    def recorder(self, view: View) -> Recorder:
+        return _HeadsRecorder(self, view)
 
 
 class _Layer:
@@ -163,9 +137,8 @@ class _Layer:
     ) -> None:
         assert write.heads is not None
         stream = parts.stream
-        self.write, self.site, self.rows = write, write.heads, rows
+        self.label, self.site, self.rows = write.label, write.heads, rows
         self.constant_I = constant_I
-        self.dtype = stream.work_dtype
         self.in_stream = self.at_output = parts.directions(write.label)
         self.post_norm: norms.Norm | None = None
         self.beta_M: Tensor | None = None
@@ -176,6 +149,7 @@ class _Layer:
             self.at_output = self.in_stream.then(norm.pull_back)
         linear = self.site.linear
         check_readable(linear, self.site.name)
+        self.bias_M = bias_of(linear)
         self.folded = self.at_output.then(lambda d_KM: pull_back(linear, d_KM))
         if at_hand(linear):
             # Fold before the run: between the model's own matrix products this is several times
@@ -183,79 +157,85 @@ class _Layer:
             self.folded.prepare()
 
 
-class _LayerRecorder:
-    """The heads of one layer in one run.
+class _HeadsRecorder(Recorder):
+    """All layers' heads in one run."""
 
-    Args:
-        layer: the layer.
-        values: the unit's rows.
-        entries: what is read.
-    """
-
-    def __init__(self, layer: _Layer, values: FixedRows, entries: Entries) -> None:
-        self._layer, self._values = layer, values
-        # Besides the heads: what was taken off them, and the post-norm's scale.
-        self._aside = FixedRows(2, len(entries), layer.dtype)
-        self._misfits: list[Tensor] = []
-        self.norm_name = layer.site.post_norm_name
-
-    @property
-    def misfit(self) -> float:
-        """The largest part of the post-norm's output that its form leaves unexplained."""
-        return norms.largest(self._misfits)
+    def __init__(self, plan: _HeadsPlan, view: View) -> None:
+        self._plan, n_layers = plan, len(plan.layers)
+        self._values = FixedRows(len(plan.rows), len(view), plan.dtype)
+        # Besides the heads, for each layer: what was taken off them, and the post-norm's scale.
+        self._aside = FixedRows(2 * n_layers, len(view), plan.dtype)
+        self._misfits: dict[str, list[Tensor]] = {}
 
     def taps(self, view: View) -> list[Tap]:
-        """The output projection, and the post-norm behind it."""
-        layer, norm = self._layer, self._layer.post_norm
+        """Every output projection, and every post-norm behind one."""
+        layers = enumerate(self._plan.layers)
+        return [tap for number, layer in layers for tap in self._taps(number, layer, view)]
+
+    def finish(self, parts: Parts) -> Split:
+        reading, layers = parts.reading, self._plan.layers
+        values_CN = self._values.gathered(reading.scale_N.device)
+        aside_CN = self._aside.gathered(values_CN.device)
+        beside_LN, scale_LN = aside_CN[: len(layers)], aside_CN[len(layers) :]
+        for number, layer in enumerate(layers):
+            if layer.bias_M is not None:
+                project_constant(layer.bias_M, parts.view, layer.at_output, beside_LN[number])
+            if layer.post_norm is not None:
+                values_CN[layer.rows] /= scale_LN[number]
+                beside_LN[number] /= scale_LN[number]
+            if layer.beta_M is not None:
+                project_constant(layer.beta_M, parts.view, layer.in_stream, beside_LN[number])
+        values_CN[:-1] /= reading.scale_N
+        beside_LN /= reading.scale_N
+        torch.sub(reading.total_N, values_CN[:-1].sum(0), out=values_CN[-1])
+        seen = [(name, norms.largest(misfits)) for name, misfits in self._misfits.items()]
+        return Split(self._plan.rows, values_CN, self._claims(values_CN, beside_LN, parts), seen)
+
+    def _taps(self, number: int, layer: _Layer, view: View) -> list[Tap]:
+        norm, place = layer.post_norm, layer.site.post_norm_place
+        scale_row = len(self._plan.layers) + number
 
         def see_z(call: Call) -> None:
             z = layer.site.z(call)
             heads_HN = self._values.on(z.device)[layer.rows]
-            off_N = None if layer.constant_I is None else self._aside.on(z.device)[0]
+            off_N = None if layer.constant_I is None else self._aside.on(z.device)[number]
             project_heads(z, view, layer.folded, heads_HN, layer.constant_I, off_N)
 
         taps = [Tap(layer.site.place, see_z)]
-        place = layer.site.post_norm_place
         if place is None or norm is None:
             return taps
 
         def see_post_norm(call: Call) -> None:
             x, y = call.entered, call.left
-            self._misfits += frozen_scales(norm, x, y, view, self._aside.on(x.device)[1])
+            misfits = frozen_scales(norm, x, y, view, self._aside.on(x.device)[scale_row])
+            self._misfits.setdefault(layer.site.post_norm_name, []).extend(misfits)
 
         def see_post_scale(scale: Tensor) -> None:
-            self._aside.on(scale.device)[1].copy_(view.take(scale)[:, 0])
+            self._aside.on(scale.device)[scale_row].copy_(view.take(scale)[:, 0])
 
         return [*taps, Tap(place, see_post_norm, see_post_scale)]
 
-    def finish(self, values_CN: Tensor, parts: Parts) -> Claim | None:
-        """Divide by all scales, after the run, and claim what the heads and biases make up.
-
-        Args:
-            values_CN: the unit's rows, on the final norm's device; this layer's are changed.
-            parts: what the layer's attention wrote is among them.
-        """
-        layer, final_N, view = self._layer, parts.reading.scale_N, parts.view
-        biases_N, post_scale_N = self._aside.gathered(values_CN.device)
-        scale_N = final_N if layer.post_norm is None else post_scale_N * final_N
-        heads_HN = values_CN[layer.rows]
-        heads_HN /= scale_N
-        if layer.write.label in parts.missing:
-            return None
-        bias_M = bias_of(layer.site.linear)
-        if bias_M is not None:
-            project_constant(bias_M, view, layer.at_output, biases_N)
-        no_head_N = biases_N / scale_N
-        if layer.beta_M is not None:
-            beta_N = torch.zeros_like(biases_N)
-            project_constant(layer.beta_M, view, layer.in_stream, beta_N)
-            no_head_N += beta_N / final_N
-        return Claim(
-            f"the heads in {layer.site.name}",
-            heads_HN.sum(0) + no_head_N,
-            parts[layer.write.label],
-            through_norm=layer.post_norm is not None,
-        )
+    def _claims(self, values_CN: Tensor, beside_LN: Tensor, parts: Parts) -> list[Claim]:
+        """Each layer's heads, with the biases, make up what that layer's attention wrote."""
+        claims = []
+        for through_norm in (False, True):
+            kept = [
+                (number, layer)
+                for number, layer in enumerate(self._plan.layers)
+                if (layer.post_norm is not None) == through_norm
+                and layer.label not in parts.missing
+            ]
+            if kept:
+                heads = [values_CN[layer.rows].sum(0) + beside_LN[number] for number, layer in kept]
+                claims.append(
+                    Claim(
+                        [f"the heads in {layer.site.name}" for _, layer in kept],
+                        torch.stack(heads),
+                        torch.stack([parts[layer.label] for _, layer in kept]),
+                        through_norm,
+                    )
+                )
+        return claims
 
 
 def _rows_of(write: WriteSite, sub: int) -> list[Row]:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from dla_hooks.errors import CacheEntryError
-from dla_hooks.inputs.entries import Entries
 from dla_hooks.modules.hooks import Call, Place, Tap
 from dla_hooks.projection.directions import Directions
 from dla_hooks.projection.kernels import project, project_constant
@@ -65,14 +64,14 @@ class PartsPlan:
         """What one part is projected on: the target's directions, through all later gains."""
         return self._directions[label]
 
-    def recorder(self, entries: Entries, missing: Missing) -> PartsRecorder:
+    def recorder(self, view: View, missing: Missing) -> PartsRecorder:
         """A recorder for one prompt.
 
         Args:
-            entries: what is read.
+            view: all entries that are read.
             missing: why the source of activations does not have a place; None where it has it.
         """
-        return PartsRecorder(self, entries, missing)
+        return PartsRecorder(self, view, missing)
 
     def _make(self, label: str) -> Directions:
         factor = self._factors[label]
@@ -86,15 +85,15 @@ class PartsRecorder:
 
     Args:
         plan: the parts.
-        entries: what is read.
+        view: all entries that are read.
         missing: why the source of activations does not have a place, or None. Parts at such
             places are left out; only a unit that needs them says so.
     """
 
-    def __init__(self, plan: PartsPlan, entries: Entries, missing: Missing) -> None:
+    def __init__(self, plan: PartsPlan, view: View, missing: Missing) -> None:
         self._plan = plan
-        self._rows = FixedRows(len(plan.rows), len(entries), plan.stream.work_dtype)
-        self._entries = entries
+        self._rows = FixedRows(len(plan.rows), len(view), plan.stream.work_dtype)
+        self._view = view
         stream = plan.stream
         places = {EMBED: stream.start}
         if stream.positions is not None:
@@ -112,7 +111,7 @@ class PartsRecorder:
         """The parts, after the run."""
         plan, device = self._plan, reading.scale_N.device
         values_CN = self._rows.gathered(device)
-        view = View(self._entries)
+        view = self._view
         for block in plan.stream.blocks:
             if block.constant is not None:
                 label = constant_label(block)

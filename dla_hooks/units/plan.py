@@ -82,14 +82,18 @@ class Recording:
         plan: what is measured.
         entries: where.
         missing: why the source of activations does not have a place, or None where it has it.
+
+    Attributes:
+        view: all entries, for the source to show.
     """
 
     def __init__(self, plan: Plan, entries: Entries, missing: Missing) -> None:
         self._plan, self._entries = plan, entries
+        self.view = view = View(entries)
         target = plan.target
         self._point = PointRecorder(target.point, target.readouts, entries.target)
-        self._parts = plan.parts.recorder(entries, missing)
-        self._units = {key: unit.recorder(entries) for key, unit in plan.units.items()}
+        self._parts = plan.parts.recorder(view, missing)
+        self._units = {key: unit.recorder(view) for key, unit in plan.units.items()}
 
     def taps(self, view: View) -> list[Tap]:
         """Everything to watch while the entries in view are run."""
