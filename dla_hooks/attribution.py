@@ -24,7 +24,6 @@ from dla_hooks.modules.version import forget
 from dla_hooks.residual.stream import Stream
 from dla_hooks.results.result import DirectLogitAttribution
 from dla_hooks.sources.live import chunk_size_for
-from dla_hooks.tl.wrap import Wrapped
 from dla_hooks.units import Split, unit_named
 from dla_hooks.units.plan import Run
 from dla_hooks.verification.recognise import stream_of
@@ -106,9 +105,6 @@ def direct_logit_attribution(
     unit_class = unit_named(unit)
     if answer_tokens is None:
         raise InputError("answer_tokens is required: the token whose logit is attributed")
-    if isinstance(model, Wrapped):  # whose numbers are processed as its weights are
-        center_unembed = _else(center_unembed, model.processing.center_unembed)
-        fold_value_biases = _else(fold_value_biases, model.processing.fold_value_biases)
     inputs = read_call(
         model,
         input,
@@ -119,6 +115,7 @@ def direct_logit_attribution(
         purpose=unit,
     )
     stream, prompt, replay = inputs.stream, inputs.prompt, inputs.replay
+    conventions = inputs.model.conventions(center_unembed, fold_value_biases)
     model, tokenizer = stream.model, inputs.tokenizer
     if replay is not None and not unit_class.shows_embeddings:
         stream = dataclasses.replace(stream, positions=None)  # a cache need not tell them apart
@@ -146,8 +143,8 @@ def direct_logit_attribution(
             stream,
             entries,
             targets,
-            center_unembed=bool(center_unembed),
-            fold_value_biases=bool(fold_value_biases),
+            center_unembed=conventions.center_unembed,
+            fold_value_biases=conventions.fold_value_biases,
         )
         splitter = unit_class(run)
         if replay is not None:
@@ -165,7 +162,7 @@ def direct_logit_attribution(
             run,
             split,
             hold_against_model(
-                run, splitter, split, prompt, targets, columns, logits, bool(center_unembed)
+                run, splitter, split, prompt, targets, columns, logits, conventions.center_unembed
             ),
         )
 
@@ -194,10 +191,6 @@ def direct_logit_attribution(
         model=stream.backend.name,
         softcap=stream.softcap,
     )
-
-
-def _else(given: bool | None, otherwise: bool) -> bool:
-    return otherwise if given is None else given
 
 
 def _texts(prompt: Prompt, tokenizer: Any) -> list[list[str]]:

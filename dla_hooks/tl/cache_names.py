@@ -8,6 +8,7 @@ from dla_hooks.backends import backend_of
 from dla_hooks.errors import InputError
 from dla_hooks.residual.stream import Stream
 from dla_hooks.units import UNITS
+from dla_hooks.verification.recognise import stream_of
 
 
 def cache_names(model: Any, unit: str = "component") -> list[str]:
@@ -25,15 +26,9 @@ def cache_names(model: Any, unit: str = "component") -> list[str]:
     Raises:
         InputError: for a model that keeps no caches, or another unit.
     """
-    from dla_hooks.verification.recognise import stream_of
-
     if unit not in UNITS:
         raise InputError(f"unit must be one of {tuple(UNITS)}, got {unit!r}")
-    if not backend_of(model).keeps_caches:
-        raise InputError(
-            f"{type(model).__name__} keeps no ActivationCache; "
-            "direct_logit_attribution(model, input, ...) needs none"
-        )
+    backend_of(model).check_cacheable()
     stream = stream_of(model)
     norm = _scale_name(stream)
     last = f"{stream.blocks[-1].name}.hook_resid_post"
