@@ -42,7 +42,7 @@ REFUSALS = (
         needed="an attribution through a chain of frozen norms, which is another quantity",
     ),
     Refusal(
-        model_types=("minimax",),
+        model_types=("dory", "minimax"),
         place="every block",
         reason="the residual is taken after the norm, so that each block rescales the stream",
         needed="an attribution through a chain of frozen norms, which is another quantity",
@@ -61,7 +61,7 @@ REFUSALS = (
         needed="directions that are carried back through those gates, position by position",
     ),
     Refusal(
-        model_types=("inkling2_text",),
+        model_types=("inkling2_loop_text", "inkling2_text"),
         place="between the blocks",
         reason="what a block reads is a softmax over the outputs of all earlier ones",
         needed="directions that are carried back through that softmax, position by position",

@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # X as X: these names are public
     from dla_hooks.errors import CheckpointError as CheckpointError
     from dla_hooks.errors import DecompositionError as DecompositionError
     from dla_hooks.errors import DLAError as DLAError
+    from dla_hooks.errors import DLAWarning as DLAWarning
     from dla_hooks.errors import HookError as HookError
     from dla_hooks.errors import InputError as InputError
     from dla_hooks.errors import MissingExtraError as MissingExtraError
@@ -62,6 +63,7 @@ _HOME = {
     "CacheEntryError": "errors",
     "CheckpointError": "errors",
     "DLAError": "errors",
+    "DLAWarning": "errors",
     "DecompositionError": "errors",
     "DirectLogitAttribution": "results.result",
     "HookError": "errors",

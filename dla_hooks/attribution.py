@@ -5,10 +5,12 @@ read the call -> make a plan -> let a source show activations -> check -> result
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dla_hooks.call import Opened, check_given, open_model, open_source, read_target
+from dla_hooks.backends import Backend, Conventions
+from dla_hooks.call import ReadModel, check_given, checked, model_of, source_of, target_of
 from dla_hooks.completeness import (
     Outcome,
     columns_to_check,
@@ -19,7 +21,7 @@ from dla_hooks.completeness import (
 )
 from dla_hooks.errors import DecompositionError, HookError, InputError
 from dla_hooks.inputs import positions
-from dla_hooks.modules.version import forget, version_of
+from dla_hooks.modules.version import forget
 from dla_hooks.residual.stream import Stream
 from dla_hooks.results.result import DirectLogitAttribution
 from dla_hooks.sources.base import Source
@@ -28,6 +30,7 @@ from dla_hooks.units import UnitName, read_units
 from dla_hooks.units.base import Unit
 from dla_hooks.units.plan import Measurement, Recording, make_plan
 from dla_hooks.units.plan import Plan as PlanData
+from dla_hooks.verification.recognise import located
 
 Result = DirectLogitAttribution | dict[str, DirectLogitAttribution]
 
@@ -117,20 +120,14 @@ def direct_logit_attribution(
     """
     units, single = read_units(unit)
     _require(answer_tokens)
-    opened = open_model(
-        model,
-        tokenizer,
-        cache=cache,
-        center_unembed=center_unembed,
-        fold_value_biases=fold_value_biases,
-        prepend_bos=prepend_bos,
-    )
+    backend = checked(model, cache=cache)
     check_given(input, cache)
-    stream = opened.stream()
-    source = _source(opened, stream, units, input, cache, attention_mask, chunk_size)
+    read = model_of(backend, tokenizer=tokenizer, prepend_bos=prepend_bos)
+    source = _source(read, units, input, cache, attention_mask, chunk_size)
     selection = positions.select(pos, source.prompt.mask)
-    question = read_target(opened, answer_tokens, incorrect_tokens)
-    plan = Plan(opened, stream, question, units, single, bool(check))
+    conventions = read.conventions(center_unembed, fold_value_biases)
+    question = target_of(read, answer_tokens, incorrect_tokens, conventions)
+    plan = Plan(model, read, question, units, single, conventions, bool(check))
     return plan._attribute(source, selection)
 
 
@@ -174,16 +171,10 @@ def prepare(
     """
     units, single = read_units(unit)
     _require(answer_tokens)
-    opened = open_model(
-        model,
-        tokenizer,
-        center_unembed=center_unembed,
-        fold_value_biases=fold_value_biases,
-        prepend_bos=prepend_bos,
-    )
-    stream = opened.stream()
-    question = read_target(opened, answer_tokens, incorrect_tokens)
-    return Plan(opened, stream, question, units, single, bool(check))
+    read = model_of(model, tokenizer=tokenizer, prepend_bos=prepend_bos)
+    conventions = read.conventions(center_unembed, fold_value_biases)
+    question = target_of(read, answer_tokens, incorrect_tokens, conventions)
+    return Plan(model, read, question, units, single, conventions, bool(check))
 
 
 class Plan:
@@ -197,16 +188,18 @@ class Plan:
 
     def __init__(
         self,
-        opened: Opened,
-        stream: Stream,
+        model: Any,
+        read: ReadModel,
         question: Callable[[Stream], Target],
         units: Mapping[str, Unit],
         single: bool,
+        conventions: Conventions,
         check: bool,
     ) -> None:
-        self._opened, self._question = opened, question
-        self._units, self._single, self._check = units, single, check
-        self._data = self._make(stream)
+        self._model, self._read, self._question = model, read, question
+        self._units, self._single = units, single
+        self._conventions, self._check = conventions, check
+        self._data = self._make()
 
     def __call__(
         self,
@@ -229,22 +222,24 @@ class Plan:
         Returns:
             What :func:`direct_logit_attribution` returns for the same arguments.
         """
-        opened = self._opened
-        opened.check_evaluation_mode()
+        backend = checked(self._model, cache=cache)
         check_given(input, cache)
-        if self._data.stream.version != version_of(opened.backend.model):
-            self._data = self._make(opened.stream())
-        stream = self._data.stream
-        source = _source(opened, stream, self._units, input, cache, attention_mask, chunk_size)
+        if backend.state.version != self._read.stream.version:
+            self._measure_again(backend)
+        source = _source(self._read, self._units, input, cache, attention_mask, chunk_size)
         return self._attribute(source, positions.select(pos, source.prompt.mask))
 
     def __repr__(self) -> str:
-        units = ", ".join(self._units)
-        return f"Plan({self._opened.backend.name}: {units})"
+        return f"Plan({self._read.backend.name}: {', '.join(self._units)})"
 
-    def _make(self, stream: Stream) -> PlanData:
-        target = self._question(stream)
-        return make_plan(stream, target, self._units, self._opened.conventions)
+    def _make(self) -> PlanData:
+        stream = self._read.stream
+        return make_plan(stream, self._question(stream), self._units, self._conventions)
+
+    def _measure_again(self, backend: Backend) -> None:
+        """Make the plan anew, for a model that has changed."""
+        self._read = dataclasses.replace(self._read, stream=located(backend))
+        self._data = self._make()
 
     def _attribute(self, source: Source, selection: positions.Selection) -> Any:
         plan = self._data
@@ -256,10 +251,12 @@ class Plan:
                 raise
             stale = True
         if stale:  # the weights may have changed in a way that leaves no trace
-            forget(self._opened.backend.model)
-            self._data = plan = self._make(self._opened.stream())
+            backend = checked(self._read.backend.model)
+            forget(backend.model)
+            self._measure_again(backend)
+            plan = self._data
             measurement, outcome = _measure(plan, source.on(plan.stream), selection, self._check)
-        results = _results(measurement, outcome, source, self._opened.tokenizer)
+        results = _results(measurement, outcome, source, self._read.tokenizer)
         return next(iter(results.values())) if self._single else results
 
 
@@ -269,8 +266,7 @@ def _require(answer_tokens: Any) -> None:
 
 
 def _source(
-    opened: Opened,
-    stream: Stream,
+    read: ReadModel,
     units: Mapping[str, Unit],
     input: Any,
     cache: Any,
@@ -278,9 +274,8 @@ def _source(
     chunk_size: int | None,
 ) -> Source:
     names = [unit.words.name for unit in units.values()]
-    return open_source(
-        opened,
-        stream,
+    return source_of(
+        read,
         input,
         cache=cache,
         attention_mask=attention_mask,

@@ -1,4 +1,8 @@
-"""What every public call begins with: from the arguments to a located stream and a prompt."""
+"""The beginning of every public call: from the arguments to a model, a source and a target.
+
+The model is read first (:func:`model_of`). What it is asked (:func:`target_of`) and where its
+activations come from (:func:`source_of`) are read later, any number of times.
+"""
 
 from __future__ import annotations
 
@@ -17,82 +21,97 @@ from dla_hooks.sources.live import Live, chunk_size_for
 from dla_hooks.sources.stored_cache import StoredCache, check_cache
 from dla_hooks.targets.base import Request, Target
 from dla_hooks.targets.tokens import TokenTarget
-from dla_hooks.verification.recognise import stream_of
+from dla_hooks.verification.recognise import located
 
 
 @dataclasses.dataclass(frozen=True)
-class Opened:
-    """A model that was let in, and what is done where a call leaves it open.
+class ReadModel:
+    """A model that can be attributed, and what its strings are read with.
 
     Attributes:
-        backend: how the model is run.
+        stream: the located model.
         tokenizer: the one given, or one that the model or its wrapper carries, or None.
-        conventions: the keywords of the call, or the wrapper's own.
+        prepend_bos: as given; where it was not, the custom that goes with that tokenizer.
     """
 
-    backend: Backend
+    stream: Stream
     tokenizer: Any
-    conventions: Conventions
+    prepend_bos: bool | None
 
+    @property
+    def backend(self) -> Backend:
+        """The backend of the model."""
+        return self.stream.backend
+
+    def conventions(
+        self, center_unembed: bool | None = None, fold_value_biases: bool | None = None
+    ) -> Conventions:
+        """The conventions of a call: what it gives, and the wrapper's where it gives None."""
+        return self.backend.conventions.given(
+            center_unembed=center_unembed, fold_value_biases=fold_value_biases
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """A model and what it is to be run on.
+
+    Attributes:
+        model: the model.
+        source: where activations come from.
+    """
+
+    model: ReadModel
+    source: Source
+
+    @property
     def stream(self) -> Stream:
-        """The located model, as it is now."""
-        return stream_of(self.backend.model)
+        """The located model."""
+        return self.model.stream
 
-    def check_evaluation_mode(self) -> None:
-        """Refuse a model in training mode."""
-        self.backend.check_evaluation_mode()
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt."""
-        return self.backend.encode(text, self.tokenizer, self.conventions.prepend_bos)
+    @property
+    def tokenizer(self) -> Any:
+        """The one given, or one that the model or its wrapper carries, or None."""
+        return self.model.tokenizer
 
 
-def open_model(
+def read_call(
     model: Any,
-    tokenizer: Any = None,
+    input: Any,
     *,
-    cache: Any = None,
-    center_unembed: bool | None = None,
-    fold_value_biases: bool | None = None,
-    prepend_bos: bool | None = None,
-) -> Opened:
-    """Let a model in, or refuse it.
+    cache: Any,
+    tokenizer: Any,
+    attention_mask: Any,
+    prepend_bos: bool | None,
+    purpose: str,
+) -> Inputs:
+    """Check a model and read its input, or take a cache's.
 
     Args:
-        model: a model of any backend, or what :func:`dla_hooks.wrap` made of one. None takes the
-            model that made the cache.
-        tokenizer: for strings.
+        model: a model of any backend, or what :func:`dla_hooks.wrap` made of one.
+        input: see :func:`dla_hooks.direct_logit_attribution`.
         cache: an ``ActivationCache``, or None.
-        center_unembed: None leaves it to how the model was wrapped; so do the next two.
-        fold_value_biases: likewise.
-        prepend_bos: likewise.
+        tokenizer: for strings.
+        attention_mask: for padded ids.
+        prepend_bos: for strings.
+        purpose: what reads the cache, for the message about a missing entry.
 
     Raises:
         InputError: for any argument that cannot be used.
-        UnsupportedModelError: for a model that is no causal language model.
+        UnsupportedModelError: for a model that is no sum of writes.
     """
-    conventions, model, tokenizer = _unwrapped(model, tokenizer)
-    given = {
-        "center_unembed": center_unembed,
-        "fold_value_biases": fold_value_biases,
-        "prepend_bos": prepend_bos,
-    }
-    chosen = {name: value for name, value in given.items() if value is not None}
-    if model is None and cache is not None:
-        model = getattr(cache, "model", None)
-    backend = backend_of(model)
-    backend.check()
-    if cache is not None:
-        check_cache(model, cache)
-    check_tokenizer(tokenizer)
-    return Opened(backend, _carried(model, tokenizer), dataclasses.replace(conventions, **chosen))
+    backend = checked(model, cache=cache)
+    check_given(input, cache)
+    read = model_of(backend, tokenizer=tokenizer, prepend_bos=prepend_bos)
+    source = source_of(read, input, cache=cache, attention_mask=attention_mask, purpose=purpose)
+    return Inputs(read, source)
 
 
 def check_given(input: Any, cache: Any) -> None:
     """Refuse a call with nothing to take activations from.
 
     Raises:
-        InputError: when there is neither.
+        InputError: when there is neither a prompt nor a cache.
     """
     if input is None and cache is None:
         raise InputError(
@@ -101,9 +120,48 @@ def check_given(input: Any, cache: Any) -> None:
         )
 
 
-def open_source(
-    opened: Opened,
-    stream: Stream,
+def checked(model: Any, *, cache: Any = None) -> Backend:
+    """The backend of a model that can be run as it stands.
+
+    Args:
+        model: a model of any backend, or what :func:`dla_hooks.wrap` made of one; with a cache,
+            None is the model that made it.
+        cache: an ``ActivationCache`` of the model, or None.
+
+    Raises:
+        InputError: for what is no model, or not in evaluation mode; for another model's cache.
+        UnsupportedModelError: for a model that its backend does not support.
+    """
+    if model is None and cache is not None:
+        model = getattr(cache, "model", None)
+    backend = backend_of(model)
+    backend.check()
+    if cache is not None:
+        check_cache(backend.model, cache)
+    return backend
+
+
+def model_of(model: Any, *, tokenizer: Any = None, prepend_bos: bool | None = None) -> ReadModel:
+    """Check and locate a model, without a prompt.
+
+    Args:
+        model: a model of any backend, what :func:`dla_hooks.wrap` made of one, or its backend from
+            :func:`checked`.
+        tokenizer: for strings, or None for the one that the model or its wrapper carries.
+        prepend_bos: for strings.
+
+    Raises:
+        InputError: for what is no model, or not in evaluation mode; for no tokenizer.
+        UnsupportedModelError: for a model that is no sum of writes.
+    """
+    backend = model if isinstance(model, Backend) else checked(model)
+    stream = located(backend)
+    check_tokenizer(tokenizer)
+    return ReadModel(stream, *backend.reads_with(tokenizer, prepend_bos))
+
+
+def source_of(
+    model: ReadModel,
     input: Any,
     *,
     cache: Any = None,
@@ -115,8 +173,7 @@ def open_source(
     """Where a call's activations come from: a run on a prompt, or a cache.
 
     Args:
-        opened: the model.
-        stream: the same, located.
+        model: from :func:`model_of`.
         input: see :func:`dla_hooks.direct_logit_attribution`.
         cache: an ``ActivationCache``, or None.
         attention_mask: for padded ids.
@@ -126,25 +183,26 @@ def open_source(
 
     Raises:
         InputError: for any argument that cannot be used.
-        UnsupportedModelError: for a prompt that the model cannot be run on without other numbers.
+        UnsupportedModelError: for a prompt that the model cannot be run on with the same numbers.
     """
     if cache is not None:
         if chunk_size is not None:
             raise InputError("chunk_size goes with a run of the model; a cache is read as it is")
-        return StoredCache(cache, stream, purpose, each_write)
-    prompt = _read_prompt(opened, stream, input, attention_mask)
-    return Live(opened.backend, prompt, chunk_size_for(stream, prompt, chunk_size))
+        return StoredCache(cache, model.stream, purpose, each_write)
+    prompt = prompt_of(model, input, attention_mask=attention_mask)
+    return Live(model.backend, prompt, chunk_size_for(model.stream, prompt, chunk_size))
 
 
-def read_target(
-    opened: Opened, answer_tokens: Any, incorrect_tokens: Any
+def target_of(
+    model: ReadModel, answer_tokens: Any, incorrect_tokens: Any, conventions: Conventions
 ) -> Callable[[Stream], Target]:
     """Read what is attributed: tokens, or a request for another target.
 
     Args:
-        opened: the model.
+        model: from :func:`model_of`.
         answer_tokens: see :func:`dla_hooks.direct_logit_attribution`.
         incorrect_tokens: likewise.
+        conventions: of the call.
 
     Returns:
         A function that makes the target on a located model.
@@ -159,88 +217,37 @@ def read_target(
             )
         return answer_tokens.on
     answers = read_answers(
-        answer_tokens, incorrect_tokens, model=opened.backend.model, tokenizer=opened.tokenizer
+        answer_tokens, incorrect_tokens, model=model.backend.model, tokenizer=model.tokenizer
     )
-    centred = opened.conventions.center_unembed
+    centred = conventions.center_unembed
     return lambda stream: TokenTarget(stream, answers, center_unembed=centred)
 
 
-def _read_prompt(opened: Opened, stream: Stream, input: Any, attention_mask: Any) -> Prompt:
-    tokenizer = opened.tokenizer
+def prompt_of(model: ReadModel, input: Any, *, attention_mask: Any = None) -> Prompt:
+    """Read a prompt for a model, and check that the model can run it.
+
+    Args:
+        model: from :func:`model_of`.
+        input: see :func:`dla_hooks.direct_logit_attribution`.
+        attention_mask: for padded ids.
+
+    Raises:
+        InputError: for an input that cannot be read, or is longer than the model's positions.
+        UnsupportedModelError: for padding that would change the model's logits.
+    """
+    stream, backend, tokenizer = model.stream, model.backend, model.tokenizer
     if _holds_string(input):
-        tokenizer = tokenizer_for(opened.backend.model, tokenizer, "input")
+        tokenizer = tokenizer_for(backend.model, tokenizer, "input")
     prompt = read_prompt(
         input,
         tokenizer=tokenizer,
         attention_mask=attention_mask,
-        vocabulary=opened.backend.n_tokens(),
-        encode=opened.encode,
+        vocabulary=backend.n_tokens(),
+        encode=lambda text: backend.encode(text, tokenizer, model.prepend_bos),
     )
     check_length(stream, prompt)
     _check_padding(stream, prompt)
     return prompt
-
-
-@dataclasses.dataclass(frozen=True)
-class Inputs:
-    """A model and what it is to be run on.
-
-    Attributes:
-        stream: the located model.
-        source: where activations come from.
-        tokenizer: the one given, or one that the model or its wrapper carries, or None.
-    """
-
-    stream: Stream
-    source: Source
-    tokenizer: Any
-
-
-def read_call(
-    model: Any,
-    input: Any,
-    *,
-    cache: Any,
-    tokenizer: Any,
-    attention_mask: Any,
-    prepend_bos: bool | None,
-    purpose: str,
-) -> Inputs:
-    """Check a model and read its input, or take a cache's; see :func:`open_source`."""
-    opened = open_model(model, tokenizer, cache=cache, prepend_bos=prepend_bos)
-    check_given(input, cache)
-    stream = opened.stream()
-    source = open_source(
-        opened, stream, input, cache=cache, attention_mask=attention_mask, purpose=purpose
-    )
-    return Inputs(stream, source, opened.tokenizer)
-
-
-def _unwrapped(model: Any, tokenizer: Any) -> tuple[Conventions, Any, Any]:
-    from dla_hooks.tl.wrap import Wrapped
-
-    if not isinstance(model, Wrapped):
-        return Conventions(), model, tokenizer
-    bos = model.cfg.default_prepend_bos if tokenizer is None else None
-    conventions = Conventions(
-        model.processing.center_unembed, model.processing.fold_value_biases, bos
-    )
-    return conventions, model.model, model.tokenizer if tokenizer is None else tokenizer
-
-
-def unwrap(model: Any, tokenizer: Any, prepend_bos: bool | None) -> tuple[Any, Any, bool | None]:
-    """A wrapped model's own model, with the tokenizer and the BOS custom that it carries."""
-    from dla_hooks.tl.wrap import Wrapped
-
-    if not isinstance(model, Wrapped):
-        return model, tokenizer, prepend_bos
-    if prepend_bos is None and tokenizer is None:
-        prepend_bos = model.cfg.default_prepend_bos
-    return model.model, model.tokenizer if tokenizer is None else tokenizer, prepend_bos
-
-
-def _carried(model: Any, tokenizer: Any) -> Any:
-    return tokenizer if tokenizer is not None else getattr(model, "tokenizer", None)
 
 
 def _holds_string(input: Any) -> bool:

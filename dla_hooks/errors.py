@@ -18,6 +18,8 @@
     ├── CheckpointError (OSError)               a checkpoint that is missing or cannot be read
     └── MissingExtraError (ImportError)         an optional package is not installed
 
+    DLAWarning (UserWarning)                    right numbers that cost more than they need to
+
 Wherever the reference implementation raises a builtin error, ours is one too, so that code which
 catches the builtin goes on working.
 """
@@ -34,6 +36,13 @@ class DLAError(Exception):
     """
 
     prompt_index: int | None = None
+
+
+class DLAWarning(UserWarning):
+    """The numbers are right, but something is not done that makes them cheaper.
+
+    ``warnings.simplefilter("ignore", DLAWarning)`` switches these off.
+    """
 
 
 class InputError(DLAError, ValueError):

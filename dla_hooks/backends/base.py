@@ -1,54 +1,79 @@
-"""What every kind of model has in common."""
+"""The parts that all backends share, and the methods that each one has of its own."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
 
-from dla_hooks.errors import TrainingModeError, UnsupportedModelError
+from dla_hooks.errors import InputError, TrainingModeError, UnsupportedModelError
 from dla_hooks.inputs.prompts import Prompt, encode
 from dla_hooks.modules.autocast import outside_autocast
-from dla_hooks.modules.compiled import eagerly, is_compiled
+from dla_hooks.modules.compiled import eagerly
+from dla_hooks.modules.version import State, is_training, state_of
 
 
 @dataclass(frozen=True)
 class Conventions:
-    """What is done where a call leaves it open.
+    """The values of keywords that a call leaves out.
 
     Attributes:
-        center_unembed: take the vocabulary's mean off every row of W_U.
-        fold_value_biases: move each head's constant part to the remainder.
-        prepend_bos: True for one BOS before a string, False for none, None for the backend's own
-            custom.
+        center_unembed: the vocabulary's mean is taken off every row of W_U.
+        fold_value_biases: each head's constant part counts as remainder.
+        prepend_bos: strings begin with one BOS, or with none; None is the tokenizer's custom.
     """
 
     center_unembed: bool = False
     fold_value_biases: bool = False
     prepend_bos: bool | None = None
 
+    def given(
+        self, *, center_unembed: bool | None = None, fold_value_biases: bool | None = None
+    ) -> Conventions:
+        """These conventions with the values that a call does give.
+
+        >>> Conventions(center_unembed=True).given(fold_value_biases=True)
+        Conventions(center_unembed=True, fold_value_biases=True, prepend_bos=None)
+        """
+        given = {"center_unembed": center_unembed, "fold_value_biases": fold_value_biases}
+        return replace(self, **{name: bool(v) for name, v in given.items() if v is not None})
+
 
 class Backend:
-    """How one kind of model is talked to.
+    """The way in which the models of one library are looked at and run.
 
     Args:
         model: the model, not checked yet.
+        conventions: of the wrapper around it.
+        tokenizer: of the wrapper around it, or None.
 
     Attributes:
-        model_type: the name that its declaration is found by.
-        keeps_caches: whether its activations may come from a stored ``ActivationCache``.
+        model: the model.
+        conventions: the values of keywords that a call leaves out.
+        advice: a sentence for refusals, about another way to pass the model; or nothing.
         embedding_name: the path of the token embeddings, where a cache names them.
     """
 
-    keeps_caches = False
+    advice = ""
     embedding_name = ""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(
+        self, model: Any, conventions: Conventions | None = None, tokenizer: Any = None
+    ) -> None:
         self.model = model
+        self.conventions = conventions or Conventions()
+        self._tokenizer = tokenizer
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the wrapper, or one that the model itself carries, or None."""
+        if self._tokenizer is not None:
+            return self._tokenizer
+        return getattr(self.model, "tokenizer", None)
 
     @property
     def root(self) -> Any:
@@ -56,9 +81,18 @@ class Backend:
         return self.model
 
     @cached_property
+    def state(self) -> State:
+        """The state of the model's modules when this was first read: one walk for each backend."""
+        return self.read_state()
+
+    def read_state(self) -> State:
+        """The state of the model's modules now."""
+        return state_of(self.model)
+
+    @property
     def compiled(self) -> bool:
         """Whether a part of the model is compiled, and has to be run eagerly to be seen."""
-        return is_compiled(self.model)
+        return self.state.compiled
 
     @property
     def model_type(self) -> str:
@@ -71,32 +105,54 @@ class Backend:
         return f"{type(self.root).__name__} ({self.model_type})"
 
     def check(self) -> None:
-        """Refuse a model that is of this kind, but can tell nothing about itself as it stands."""
+        """Refuse a model that cannot be attributed as it stands.
+
+        Raises:
+            InputError: for what is no such model, or not set up as it must be.
+            TrainingModeError: (an InputError) for a model in training mode.
+            UnsupportedModelError: for a model that no setting would help.
+        """
+        self.check_kind()
+        self.check_evaluation_mode()
+
+    def check_kind(self) -> None:
+        """Refuse a model for what it is, or for how it is set up."""
 
     def check_evaluation_mode(self) -> None:
-        """Refuse a model any part of which is in training mode.
+        """Refuse a model any part of which is in training mode; containers do not count.
 
         Raises:
             TrainingModeError: naming the first such part.
         """
-        for path, module in self.modules():
-            if module.training:
-                place = f" (in {path})" if path else ""
-                raise TrainingModeError(
-                    f"the model is in training mode{place}, where dropout changes every run; "
-                    "call model.eval() first"
-                )
+        if self.state.training:
+            path = next((path for path, module in self.modules() if is_training(module)), "")
+            place = f" (in {path})" if path else ""
+            raise TrainingModeError(
+                f"the model is in training mode{place}, where dropout changes every run; "
+                "call model.eval() first"
+            )
+
+    def check_cacheable(self) -> None:
+        """Refuse a model whose activations never come from a stored ``ActivationCache``.
+
+        Raises:
+            InputError: for all but the models of TransformerLens.
+        """
+        raise InputError(
+            f"{type(self.model).__name__} keeps no ActivationCache; "
+            "direct_logit_attribution(model, input, ...) needs none"
+        )
 
     def modules(self) -> list[tuple[str, nn.Module]]:
         """Every module, with its path."""
         return list(self.model.named_modules())
 
     def embedding(self) -> nn.Module:
-        """The module whose output are the token embeddings."""
+        """The module that puts out the token embeddings."""
         raise NotImplementedError
 
     def n_tokens(self) -> int:
-        """How many tokens can be embedded."""
+        """The number of tokens that can be embedded."""
         raise NotImplementedError
 
     def unembed(self) -> nn.Module:
@@ -108,15 +164,48 @@ class Backend:
         raise NotImplementedError
 
     def linear(self, attention: nn.Module, seen: nn.Module) -> nn.Module:
-        """What maps z to the stream: the module at whose input z is seen, or one beside it."""
+        """The linear map from z to the stream: the module where z is seen, or one beside it."""
         return seen
 
-    def neurons(self, mlp: nn.Module) -> nn.Module:
-        """What maps an MLP's hidden activations to the stream, where it cannot be found by a run.
+    def last_stream(self, layers: str) -> str | None:
+        """The path of a module that stands in for a missing final norm and returns its input.
 
-        Only kinds whose activations have hook points of their own have this.
+        Args:
+            layers: the path of the list of blocks.
+
+        Returns:
+            None where a model without a final norm is refused.
         """
-        raise NotImplementedError
+        return None
+
+    def norm_before(self, *, mlp: bool) -> str | None:
+        """The name, in a block, of the norm before its MLP or its attention.
+
+        Returns:
+            None where a run must find it.
+        """
+        return None
+
+    def neurons(self, block: nn.Module) -> tuple[nn.Module, str, nn.Module] | None:
+        """Where the neurons of a block's MLP are seen.
+
+        Returns:
+            The module whose output they are, its path in the block, and the linear map from there
+            to the stream; None where a run must find them.
+        """
+        return None
+
+    def reads_with(self, tokenizer: Any, prepend_bos: bool | None) -> tuple[Any, bool | None]:
+        """The tokenizer and the BOS custom for a call's strings.
+
+        Args:
+            tokenizer: the call's own, or None for this backend's. The conventions about a BOS
+                belong to the backend's tokenizer and do not hold for another.
+            prepend_bos: what the call says, or None.
+        """
+        if tokenizer is not None:
+            return tokenizer, prepend_bos
+        return self.tokenizer, self.conventions.prepend_bos if prepend_bos is None else prepend_bos
 
     def encode(self, text: str, tokenizer: Any, prepend_bos: bool | None) -> list[int]:
         """Token ids of a prompt.
@@ -124,7 +213,7 @@ class Backend:
         Args:
             text: the prompt.
             tokenizer: one that the caller gave, or the model's own.
-            prepend_bos: True for exactly one BOS, False for none, None for the kind's custom.
+            prepend_bos: True for exactly one BOS, False for none, None for the custom of the model.
         """
         return encode(text, tokenizer, prepend_bos)
 
@@ -134,21 +223,21 @@ class Backend:
 
     @contextmanager
     def without_user_hooks(self) -> Iterator[None]:
-        """Past the user's hooks, where made-up activations would run into them; eagerly."""
+        """Run eagerly, and without the user's hooks where these expect the user's prompt."""
         with eagerly(self.compiled):
             yield
 
     @outside_autocast
     def run_synthetic(self, prompt: Prompt, columns: Tensor | None) -> Tensor:
-        """A made-up run, to find out about the model; see :meth:`forward`.
+        """Run the model on made-up activations, to measure something; see :meth:`forward`.
 
-        It runs past a caller's autocast, since what is found out is kept for calls outside of it.
+        A caller's autocast is switched off: the measurement also serves calls outside of it.
         """
         with self.without_user_hooks():
             return self.forward(prompt, columns)
 
     def forward(self, prompt: Prompt, columns: Tensor | None) -> Tensor:
-        """The plain forward pass, run eagerly, with logits at a few columns only.
+        """Run the plain forward pass eagerly, with logits at a few columns only.
 
         Args:
             prompt: the batch.
@@ -161,25 +250,25 @@ class Backend:
             return self.run(prompt, columns)
 
     def run(self, prompt: Prompt, columns: Tensor | None) -> Tensor:
-        """:meth:`forward`, as this kind does it."""
+        """:meth:`forward`, as this backend does it."""
         raise NotImplementedError
 
     def forward_chunk(
         self, prompt: Prompt, chunk: range, columns: Tensor | None, past: Any
     ) -> tuple[Tensor, Any]:
-        """The forward pass of some columns, on top of what the model has read before them.
+        """Run the forward pass of some columns, on top of those that the model has read before.
 
         Args:
             prompt: the whole batch.
             chunk: the columns to run.
             columns: some of these [n], or None for the last.
-            past: what the chunk before returned, or None.
+            past: the second value that the chunk before returned, or None.
 
         Returns:
-            Logits [batch, n, vocabulary], and what the next chunk is to be given.
+            Logits [batch, n, vocabulary], and ``past`` for the next chunk.
 
         Raises:
-            UnsupportedModelError: for a kind, or a model, that cannot be run so.
+            UnsupportedModelError: for a model that cannot be run so.
         """
         with eagerly(self.compiled):
             return self.run_chunk(prompt, chunk, columns, past)
@@ -187,7 +276,5 @@ class Backend:
     def run_chunk(
         self, prompt: Prompt, chunk: range, columns: Tensor | None, past: Any
     ) -> tuple[Tensor, Any]:
-        """:meth:`forward_chunk`, as this kind does it."""
-        raise UnsupportedModelError(
-            "models of TransformerLens are run at once; the Hugging Face model itself can be passed"
-        )
+        """:meth:`forward_chunk`, as this backend does it."""
+        raise UnsupportedModelError(f"{type(self.root).__name__} runs a prompt at once")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dla_hooks.backends.base import Backend
+from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.inputs.prompts import Prompt, encode
 from dla_hooks.modules.hooks import Edit, edited, is_ours
 from dla_hooks.modules.weights import run_device
@@ -18,7 +19,7 @@ from dla_hooks.modules.weights import run_device
 class HookedTransformerBackend(Backend):
     """A ``HookedTransformer``, processed or not."""
 
-    keeps_caches = True
+    advice = "The Hugging Face model itself can be passed"
     embedding_name = "hook_embed"
 
     @property
@@ -30,7 +31,10 @@ class HookedTransformerBackend(Backend):
         return f"{type(self.model).__name__} ({getattr(self.model.cfg, 'model_name', '?')})"
 
     def check_evaluation_mode(self) -> None:
-        """Nothing to refuse: it has no dropout, and is in training mode as it comes."""
+        """Accept either mode: the model has no dropout, and comes in training mode."""
+
+    def check_cacheable(self) -> None:
+        """Accept the model: its activations may come from an ``ActivationCache``."""
 
     def embedding(self) -> nn.Module:
         found: nn.Module = self.model.hook_embed
@@ -46,13 +50,22 @@ class HookedTransformerBackend(Backend):
         return getattr(self.model.cfg, field, None)
 
     def linear(self, attention: nn.Module, seen: nn.Module) -> nn.Module:
-        """W_O, whose heads are side by side as in every other kind."""
+        """W_O, with its heads side by side as in every other backend."""
         found: Any = attention
         return as_linear(found.W_O.flatten(0, 1).T, getattr(found, "b_O", None))
 
-    def neurons(self, mlp: nn.Module) -> nn.Module:
-        found: Any = mlp
-        return as_linear(found.W_out.T, getattr(found, "b_out", None))
+    def last_stream(self, layers: str) -> str | None:
+        # A model made without norms: the last stream's own hook point returns its input.
+        return f"{layers}.{len(self.model.blocks) - 1}.hook_resid_post"
+
+    def norm_before(self, *, mlp: bool) -> str | None:
+        return "ln2" if mlp else "ln1"
+
+    def neurons(self, block: nn.Module) -> tuple[nn.Module, str, nn.Module] | None:
+        mlp: Any = getattr(block, "mlp", None)
+        if mlp is None or not hasattr(mlp, "hook_post"):
+            return None
+        return mlp.hook_post, "mlp.hook_post", as_linear(mlp.W_out.T, getattr(mlp, "b_out", None))
 
     def encode(self, text: str, tokenizer: Any, prepend_bos: bool | None) -> list[int]:
         if tokenizer is not getattr(self.model, "tokenizer", None):
@@ -110,8 +123,15 @@ class HookedTransformerBackend(Backend):
             )
         return logits
 
+    def run_chunk(
+        self, prompt: Prompt, chunk: range, columns: Tensor | None, past: Any
+    ) -> tuple[Tensor, Any]:
+        raise UnsupportedModelError(
+            "models of TransformerLens are run at once; the Hugging Face model itself can be passed"
+        )
+
     def arguments(self, prompt: Prompt, device: torch.device) -> dict[str, Any]:
-        """What a forward pass takes besides the tokens."""
+        """Arguments of a forward pass besides the tokens."""
         return {"attention_mask": prompt.mask.long().to(device)} if prompt.padded else {}
 
 

@@ -13,8 +13,17 @@ from dla_hooks.errors import InputError, UnsupportedModelError
 from dla_hooks.inputs.prompts import Prompt
 from dla_hooks.modules.weights import run_device
 
-_PAST = ("past_key_values", "cache_params", "state")
-"""What models call the cache of what they have read, both as an argument and in their output."""
+_CACHES = {
+    "cache": ("cache",),
+    "past_key_values": ("cache", "past_key_values"),
+    "cache_params": ("cache", "cache_params"),
+    "state": ("state",),
+}
+"""Arguments that take the cache of earlier tokens, and the output's names for the same cache.
+
+transformers 5.24 renamed the second and the third to the first. Its outputs rename them in models
+of other people's, too, whose arguments stay as they were.
+"""
 
 _EXACT_LAYERS = {
     "DynamicLayer",
@@ -24,7 +33,7 @@ _EXACT_LAYERS = {
     "LinearAttentionAndSlidingWindowAttentionLayer",
     "DummyLayer",
 }
-"""Layers of transformers' caches that hold all that later tokens read, as it was."""
+"""Layers of transformers' caches that keep unchanged all that later tokens read."""
 
 
 class HuggingFaceBackend(Backend):
@@ -34,8 +43,8 @@ class HuggingFaceBackend(Backend):
     def model_type(self) -> str:
         return str(self.root.config.model_type)
 
-    def check(self) -> None:
-        """Refuse what is no causal language model.
+    def check_kind(self) -> None:
+        """Refuse models that are not causal language models.
 
         Raises:
             InputError: for something that is no Hugging Face model at all.
@@ -85,11 +94,12 @@ class HuggingFaceBackend(Backend):
         logits, output = self._run(prompt, chunk, columns, {"use_cache": True, **(past or {})})
         # The model makes the cache that suits it: sliding windows, states, whatever it needs.
         accepted = inspect.signature(self.root.forward).parameters
-        found = {
-            name: output[name]
-            for name in _PAST
-            if name in accepted and output.get(name) is not None
-        }
+        found: dict[str, Any] = {}
+        for argument in (name for name in _CACHES if name in accepted):
+            handed_on = (output.get(name) for name in _CACHES[argument])
+            cache = next((cache for cache in handed_on if cache is not None), None)
+            if cache is not None:
+                found[argument] = cache
         if not found:
             raise UnsupportedModelError(
                 f"{type(self.root).__name__} hands on no cache of what it has read"
@@ -101,21 +111,21 @@ class HuggingFaceBackend(Backend):
         } - _EXACT_LAYERS
         if unknown:
             raise UnsupportedModelError(
-                f"its cache ({', '.join(sorted(unknown))}) is of a sort that is not known to be "
-                "exact; sparse attention, say, picks other tokens where scores tie"
+                f"its cache ({', '.join(sorted(unknown))}) is not known to be exact; sparse "
+                "attention, for example, picks other tokens where scores tie"
             )
         return logits, found
 
     def _run(
         self, prompt: Prompt, chunk: range, columns: Tensor | None, options: dict[str, Any]
     ) -> tuple[Tensor, Any]:
-        """Logits at some columns of the prompt, all in the chunk, and all that the model returns.
+        """Run a chunk: logits at some of its columns, and the model's whole output.
 
         Args:
             prompt: the whole batch.
             chunk: the columns to run; those before are in the cache.
-            columns: as in :meth:`forward`.
-            options: what the model is called with besides.
+            columns: as in :meth:`forward`, all within the chunk.
+            options: further arguments of the model.
         """
         model = self.model
         accepted = inspect.signature(self.root.forward).parameters

@@ -1,4 +1,4 @@
-"""PEFT's wrapped models: the model inside, with whatever its active adapters make of it."""
+"""PEFT's wrapped models: the model inside, as its active adapters change it."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class PeftBackend(HuggingFaceBackend):
         adapters = "no adapter" if not active else "adapter" if len(active) == 1 else "adapters"
         return f"{super().name} with {adapters} {', '.join(active)}".rstrip()
 
-    def check(self) -> None:
-        """Refuse adapters that do something else than change what modules compute.
+    def check_kind(self) -> None:
+        """Refuse adapters that do more than change the output of modules.
 
         Raises:
             UnsupportedModelError: naming the adapter, and why.
@@ -59,14 +59,13 @@ class PeftBackend(HuggingFaceBackend):
                     f"adapter {adapter!r} ({method}) {reason}. Attribute the model without it: "
                     "`with model.disable_adapter(): ...`"
                 )
-        super().check()
+        super().check_kind()
 
     def _active(self) -> dict[str, Any]:
         """The configs of the adapters that are on, by name."""
         model = self.model
-        adapted = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
-        off = bool(adapted) and all(module.disable_adapters for module in adapted)
-        if off or getattr(model, "_adapters_disabled", False):
+        adapters_off = self.state.adapters_off
+        if (adapters_off and all(adapters_off)) or getattr(model, "_adapters_disabled", False):
             return {}
         names = model.active_adapters
         return {name: model.peft_config[name] for name in names}

@@ -12,6 +12,7 @@ from dla_hooks.backends.base import Backend
 from dla_hooks.backends.hooked_transformer import HookedTransformerBackend
 from dla_hooks.errors import InputError, UnsupportedModelError
 from dla_hooks.inputs.prompts import Prompt
+from dla_hooks.modules.version import State, state_of
 
 _HYBRID = {"mamba", "ssm", "mixer", "linear_attn"}
 _INSTEAD = "The Hugging Face model itself can be passed instead, as it is."
@@ -24,15 +25,16 @@ class TransformerBridgeBackend(HookedTransformerBackend):
     def model_type(self) -> str:
         return "TransformerBridge"
 
-    def check(self) -> None:
-        """Refuse what the reference refuses, in its order.
+    def check_kind(self) -> None:
+        """Refuse the bridges that TransformerLens' own attribution refuses, in its order.
 
         Raises:
             InputError: without compatibility mode, or with a final norm that is not folded.
             UnsupportedModelError: for hybrid layouts.
         """
         model = self.model
-        # What the class does not have at all cannot be asked of it by attribute: it looks on.
+        # `TransformerBridge.__getattr__` forwards unknown names to the wrapped model, so read
+        # `_modules` directly.
         blocks = (getattr(model, "_modules", None) or {}).get("blocks") or ()
         for layer, block in enumerate(blocks):
             if not getattr(block, "hook_out_is_single_residual_stream", True):
@@ -71,6 +73,9 @@ class TransformerBridgeBackend(HookedTransformerBackend):
 
     def check_evaluation_mode(self) -> None:
         Backend.check_evaluation_mode(self)
+
+    def read_state(self) -> State:
+        return state_of(self.model, self.model.original_model)
 
     def modules(self) -> list[tuple[str, nn.Module]]:
         wrapped: Any = self.model.original_model

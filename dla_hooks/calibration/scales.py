@@ -24,7 +24,7 @@ from dla_hooks.calibration.synthetic_run import SyntheticRun, refusal
 from dla_hooks.errors import HookError, NonFiniteError
 from dla_hooks.modules.compiled import eagerly
 from dla_hooks.modules.hooks import ONLY_USE, Use, count_firings
-from dla_hooks.modules.version import Remembered, version_of
+from dla_hooks.modules.version import Remembered
 from dla_hooks.modules.weights import made_of
 from dla_hooks.residual.stream import Stream
 
@@ -73,13 +73,13 @@ def with_scales(stream: Stream) -> Stream:
     Raises:
         UnsupportedModelError: when a block is no sum, or the logits no affine map of the stream.
     """
-    version = version_of(stream.model)
+    version = stream.backend.state.version
     scales = _known.find(stream.model, version, stream.architecture)
     remembered = scales is not None
     if scales is None:
         scales = _ask(stream)
         # A first run may change the weights itself, as RWKV's does.
-        version = version_of(stream.model)
+        version = stream.backend.read_state().version
         _known.keep(stream.model, version, scales, stream.architecture)
     return replace(_apply(stream, scales), version=version, remembered=remembered)
 

@@ -20,15 +20,15 @@ from dla_hooks.residual.stream import Block, Stream, WriteSite
 
 
 def norm_before(stream: Stream, layer: int, *, mlp: bool) -> tuple[nn.Module, str]:
-    """The norm through which block ``layer``'s attention, or its MLP, reads the stream.
+    """Find the norm through which block ``layer``'s attention, or its MLP, reads the stream.
 
     Raises:
         UnsupportedModelError: when there is none, as in blocks that norm what they write.
     """
     block = stream.blocks[layer]
     what = "MLP" if mlp else "attention"
-    if stream.backend.keeps_caches:
-        name = "ln2" if mlp else "ln1"
+    name = stream.backend.norm_before(mlp=mlp)
+    if name is not None:
         found = getattr(block.module, name, None)
         if isinstance(found, nn.Module):
             return found, f"{block.name}.{name}"
@@ -58,15 +58,16 @@ def _no_norm(block: Block, what: str) -> UnsupportedModelError:
 
 
 def neurons(stream: Stream, write: WriteSite) -> tuple[nn.Module, str, nn.Module]:
-    """Where the neurons of one MLP are seen: the module they enter, its path, its linear map.
+    """Find where the neurons of one MLP are seen: a module, its path, and their linear map.
 
     Raises:
         UnsupportedModelError: when no single linear module makes the write, as with experts.
     """
     block = stream.blocks[write.layer]
-    mlp = getattr(block.module, "mlp", None)
-    if stream.backend.keeps_caches and mlp is not None and hasattr(mlp, "hook_post"):
-        return mlp.hook_post, f"{block.name}.mlp.hook_post", stream.backend.neurons(mlp)
+    found = stream.backend.neurons(block.module)
+    if found is not None:
+        hook, path, linear = found
+        return hook, f"{block.name}.{path}", linear
     kept = _short_run(stream, block)
     wrote = kept[write.name][0 if write.post_norm is not None else 1]
     for name, (_, out) in reversed(kept.items()):
@@ -85,7 +86,7 @@ def neurons(stream: Stream, write: WriteSite) -> tuple[nn.Module, str, nn.Module
 
 
 def _short_run(stream: Stream, block: Block) -> dict[str, tuple[Tensor, Tensor]]:
-    """What went in and came out of every module of a block that runs once, in order."""
+    """Run a few tokens: the input and output of every module of a block, in order."""
     kept: dict[str, tuple[Tensor, Tensor]] = {}
     handles = []
 

@@ -22,7 +22,7 @@ _TOKENS = 64  # as many as are needed to see a map of the vocabulary for what it
 
 
 def refusal(stream: Stream, what: str) -> UnsupportedModelError:
-    instead = ". The Hugging Face model itself can be passed" if stream.backend.keeps_caches else ""
+    instead = f". {stream.backend.advice}" if stream.backend.advice else ""
     return UnsupportedModelError(
         f"{type(stream.backend.root).__name__} (model type {stream.backend.model_type!r}) cannot "
         f"be attributed: {what}{instead}"

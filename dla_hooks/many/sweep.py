@@ -11,8 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dla_hooks.backends import backend_of
-from dla_hooks.call import unwrap
+from dla_hooks.call import checked
 from dla_hooks.errors import DLAError, InputError
 from dla_hooks.inputs import positions
 from dla_hooks.inputs.prompts import check_tokenizer
@@ -21,7 +20,6 @@ from dla_hooks.many.batches import Runner, freed
 from dla_hooks.many.prompts import Names, Reader, Row, Rows
 from dla_hooks.many.store import Shards
 from dla_hooks.results.result import DirectLogitAttribution
-from dla_hooks.tl.wrap import Wrapped
 from dla_hooks.units import read_units
 
 
@@ -105,20 +103,12 @@ def attribute_many(
     if not isinstance(progress, (bool, NoneType)):
         raise InputError(f"progress must be True, False or None, got {progress!r}")
     rows = Rows(prompts, {"answer_tokens": answer_tokens, "incorrect_tokens": incorrect_tokens})
-    if isinstance(model, Wrapped):
-        processing = model.processing
-        if center_unembed is None:
-            center_unembed = processing.center_unembed
-        if fold_value_biases is None:
-            fold_value_biases = processing.fold_value_biases
-    model, tokenizer, prepend_bos = unwrap(model, tokenizer, prepend_bos)
-    backend = backend_of(model)
-    backend.check()
-    backend.check_evaluation_mode()
+    backend = checked(model)
     check_tokenizer(tokenizer)
-    if tokenizer is None:
-        tokenizer = getattr(model, "tokenizer", None)
-    reader = Reader(backend, tokenizer, prepend_bos, pos)
+    conventions = backend.conventions.given(
+        center_unembed=center_unembed, fold_value_biases=fold_value_biases
+    )
+    reader = Reader(backend, *backend.reads_with(tokenizer, prepend_bos), pos)
     for name, value in rows.for_all.items():
         rows.for_all[name] = reader.read_answer(name, value)
 
@@ -126,8 +116,8 @@ def attribute_many(
     options = {
         "unit": unit,
         "pos": positions.parse(pos, width),
-        "center_unembed": bool(center_unembed),
-        "fold_value_biases": bool(fold_value_biases),
+        "center_unembed": conventions.center_unembed,
+        "fold_value_biases": conventions.fold_value_biases,
         "check": bool(check),
     }
     shards = None

@@ -15,16 +15,18 @@ import torch
 from torch import nn
 
 from dla_hooks.errors import HookError
-from dla_hooks.modules.version import modules_of
 
 _lock = threading.Lock()
 _inside = 0  # how many `with` blocks are open, in all threads
 _stance: Any = None
 
 
-def is_compiled(model: nn.Module) -> bool:
-    """Whether any module of a model, or a function that one keeps, is compiled."""
-    return any(_has_compiled(module) for module in modules_of(model))
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a small module, a part of it, or a function that one keeps is compiled.
+
+    Of a whole model :func:`dla_hooks.modules.version.state_of` says it, with all else.
+    """
+    return any(has_compiled(part) for part in module.modules())
 
 
 @contextmanager
@@ -65,11 +67,21 @@ def eagerly(needed: bool = True) -> Iterator[None]:
                 _stance = None
 
 
-def _has_compiled(module: nn.Module) -> bool:
+# What every module keeps is no function.
+_KEPT_BY_ALL = frozenset(vars(nn.Module()))
+
+
+def has_compiled(module: nn.Module) -> bool:
+    """Whether a module itself, or a function that it keeps, is compiled."""
     # A module's own entries, not its attributes: every call asks this of every module.
     kept = vars(module)
-    return kept.get("_compiled_call_impl") is not None or any(
-        getattr(function, "_torchdynamo_orig_callable", None) is not None
-        for function in (getattr(type(module), "forward", None), *kept.values())
-        if callable(function)
-    )
+    if kept.get("_compiled_call_impl") is not None:
+        return True
+    forward = getattr(type(module), "forward", None)  # of a scripted module there is none
+    if hasattr(forward, "_torchdynamo_orig_callable"):
+        return True
+    for name in kept.keys() - _KEPT_BY_ALL:
+        function = kept[name]
+        if callable(function) and getattr(function, "_torchdynamo_orig_callable", None) is not None:
+            return True
+    return False

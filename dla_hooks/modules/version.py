@@ -1,13 +1,16 @@
-"""Which version of a model it is, and answers that are kept until that changes."""
+"""The state that a model is in, and answers that are kept until its version changes."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 from torch import nn
+
+from dla_hooks.modules.compiled import has_compiled
 
 _Answer = TypeVar("_Answer")
 
@@ -24,28 +27,69 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-def version_of(model: nn.Module) -> int:
-    """A number that moves when a weight is changed in place or replaced, or a hook comes or goes.
+# What these classes have as `forward` computes nothing of its own, so that a mode makes no
+# difference: it is missing (as in `ModuleList`), runs the children, or returns its input.
+_IDLE = (nn.Module.forward, nn.Sequential.forward, nn.Identity.forward)
 
-    So it does when another PEFT adapter is made the active one, which leaves the weights alone.
 
-    Writing through ``.data`` escapes it; a call whose check then fails asks again.
+@dataclass(frozen=True)
+class State:
+    """What a walk over all modules of a model shows.
+
+    Attributes:
+        version: a number that moves when a weight is changed in place or replaced, when a hook
+            comes or goes, when another PEFT adapter becomes the active one, or when a part is
+            compiled. Writing through ``.data`` escapes it; a call whose check then fails measures
+            again.
+        training: whether a module is in training mode. Bare containers do not count: they compute
+            nothing, and one that was made after ``model.eval()`` (``nn.ModuleList(layers[:4])``)
+            says True.
+        compiled: whether a module, or a function that one keeps, is compiled.
+        adapters_off: for every module that PEFT has adapted, whether its adapters are switched off.
+    """
+
+    version: int
+    training: bool
+    compiled: bool
+    adapters_off: tuple[bool, ...]
+
+
+def state_of(model: nn.Module, *others: nn.Module) -> State:
+    """Walk over a model once, for all that every call needs to know of its modules.
+
+    Args:
+        model: the model.
+        *others: models that it keeps outside of its own modules.
     """
     seen: list[Any] = []
-    for module in modules_of(model):
-        # Tables that a model makes anew as it runs (rotary frequencies, say) are no weights.
-        passing = module._non_persistent_buffers_set
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and name not in passing and not tensor.is_meta:
-                seen += tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
-        # Synthetic runs skip hooks on hook points: see `Backend.without_user_hooks`.
-        # `getattr` for a missing name goes through `nn.Module.__getattr__`, which is slow;
-        # `vars(module)` is fast.
-        if "fwd_hooks" not in vars(module):
-            seen += (*module._forward_hooks, *module._forward_pre_hooks)
-        if hasattr(type(module), "_disable_adapters") or "_disable_adapters" in vars(module):
-            seen += str(module.active_adapters), module.disable_adapters
-    return hash(tuple(seen))
+    training = compiled = False
+    adapters_off: list[bool] = []
+    for root in (model, *others):
+        for module in modules_of(root):
+            # `getattr` for a missing name goes through `nn.Module.__getattr__`, which is slow;
+            # `vars(module)` is fast.
+            kept = vars(module)
+            # Tables that a model makes anew as it runs (rotary frequencies, say) are no weights.
+            passing = module._non_persistent_buffers_set
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                if tensor is not None and name not in passing and not tensor.is_meta:
+                    seen += tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+            # Synthetic runs skip hooks on hook points: see `Backend.without_user_hooks`.
+            if "fwd_hooks" not in kept:
+                seen += (*module._forward_hooks, *module._forward_pre_hooks)
+            if "_disable_adapters" in kept or hasattr(type(module), "_disable_adapters"):
+                adapted: Any = module
+                off = bool(adapted.disable_adapters)
+                seen += str(adapted.active_adapters), off
+                adapters_off.append(off)
+            training = training or is_training(module)
+            compiled = compiled or has_compiled(module)
+    return State(hash((compiled, *seen)), training, compiled, tuple(adapters_off))
+
+
+def is_training(module: nn.Module) -> bool:
+    """Whether a module is in training mode, and computes something of its own."""
+    return module.training and getattr(type(module), "forward", None) not in _IDLE
 
 
 class Remembered(Generic[_Answer]):

@@ -52,7 +52,7 @@ def locate(backend: Backend, architecture: Architecture) -> Stream:
 
 
 class _Finder:
-    """Resolves a declaration's paths and field names, and says what is missing."""
+    """Resolves a declaration's paths and field names, and refuses with the one that is missing."""
 
     def __init__(self, backend: Backend, architecture: Architecture) -> None:
         self.backend = backend
@@ -82,11 +82,9 @@ class _Finder:
 
     def final_norm(self) -> Place:
         found = self.optional(self.model, self.architecture.final_norm)
-        if found is None and self.backend.keeps_caches:
-            # A model made without norms: the last stream's own hook point is the identity.
-            last = len(self.model.blocks) - 1
-            name = f"{self.architecture.layers}.{last}.hook_resid_post"
-            return Place(self.module(self.model, name), name)
+        stand_in = self.backend.last_stream(self.architecture.layers) if found is None else None
+        if stand_in is not None:
+            return Place(self.module(self.model, stand_in), stand_in)
         if found is None:
             raise self.refusal(
                 f"there is no final norm ({self.architecture.final_norm}), as in models whose "
@@ -95,7 +93,7 @@ class _Finder:
         return Place(found, self.architecture.final_norm)
 
     def optional(self, root: nn.Module, path: str) -> nn.Module | None:
-        """None where there is no such module, or the config has switched it off."""
+        """The module, or None where there is none or the config has switched it off."""
         found: Any = root
         for name in filter(None, path.split(".")):
             found = getattr(found, name, None)
@@ -132,7 +130,7 @@ class _Finder:
         return self.with_uses(tuple(blocks))
 
     def with_uses(self, blocks: tuple[Block, ...]) -> tuple[Block, ...]:
-        """The blocks with every write's use counted by its own module, which blocks may share."""
+        """The blocks, with the use of every write counted: blocks may share its module."""
         total = Counter(write.written_by for block in blocks for write in block.writes)
         so_far: Counter[nn.Module] = Counter()
         counted = []

@@ -1,7 +1,7 @@
-"""Which declaration belongs to which model type.
+"""The declarations and refusals of all model types.
 
-The one place that imports the adapters (the repository's top-level folder ``adapters/``,
-installed as ``dla_hooks.adapters``).
+This module alone imports the adapters (the repository's top-level folder ``adapters/``, installed
+as ``dla_hooks.adapters``).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def adapter_for(model_type: str) -> Architecture | None:
 
 
 def refusal_for(model_type: str) -> Refusal | None:
-    """Why models of this type are refused, where it is known."""
+    """The known reason why models of this type are refused, or None."""
     with _lock:
         _load_builtin()
         return _refused.get(model_type)

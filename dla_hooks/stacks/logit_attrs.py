@@ -18,7 +18,6 @@ from dla_hooks.stacks.arguments import (
 )
 from dla_hooks.stacks.kept import Kept
 from dla_hooks.targets.tokens import TokenPairs, read_out
-from dla_hooks.tl.wrap import Wrapped
 
 
 def apply_ln_to_stack(
@@ -101,8 +100,6 @@ def logit_attrs(
     Returns:
         [component, *batch_and_pos]: vector . d / s, with d the final norm folded into W_U.
     """
-    if center_unembed is None and isinstance(model, Wrapped):
-        center_unembed = model.processing.center_unembed
     normed = apply_ln_to_stack(
         model,
         input,
@@ -123,7 +120,8 @@ def logit_attrs(
         answers.correct.reshape(-1),
         None if answers.incorrect is None else answers.incorrect.reshape(-1),
     )
-    d_KM = read_out(inputs.stream, flat, center_unembed=bool(center_unembed)).d_KM
+    center_unembed = inputs.model.conventions(center_unembed).center_unembed
+    d_KM = read_out(inputs.stream, flat, center_unembed=center_unembed).d_KM
     shape = answers.correct.shape if answers.correct.numel() > 1 else ()
     d = d_KM.reshape(*shape, -1).to(normed.device)
     if has_batch_dim and normed.ndim == 4 and d.ndim == 2 and len(d) == normed.shape[1]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from dla_hooks.backends import backend_of
-from dla_hooks.errors import InputError
 from dla_hooks.modules.hooks import Place
 from dla_hooks.residual.stream import Stream
 from dla_hooks.units import read_units
@@ -28,11 +27,7 @@ def cache_names(model: Any, unit: Any = "component") -> list[str]:
         InputError: for a model that keeps no caches, or another unit.
     """
     units, _ = read_units(unit)
-    if not backend_of(model).keeps_caches:
-        raise InputError(
-            f"{type(model).__name__} keeps no ActivationCache; "
-            "direct_logit_attribution(model, input, ...) needs none"
-        )
+    backend_of(model).check_cacheable()
     stream = stream_of(model)
     places = [place for one in units.values() for place in one.places(stream)]
     names = [_name_of(stream, place) for place in places]

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dla_hooks.backends import Conventions
+from dla_hooks.backends.wrapped import Wrapper
 from dla_hooks.errors import InputError, UnsupportedModelError
 from dla_hooks.inputs.prompts import check_tokenizer
 from dla_hooks.modules.vjp import dtype_of
@@ -101,7 +103,7 @@ def wrap(
     return Wrapped(model, tokenizer, Processing(**flags), default_prepend_bos)
 
 
-class Wrapped(ForwardMethods):
+class Wrapped(ForwardMethods, Wrapper):
     """A raw model with a TransformerLens-shaped face; made by :func:`wrap`.
 
     Weights are computed each time they are asked for, in the model's dtype and on its device, and
@@ -125,6 +127,15 @@ class Wrapped(ForwardMethods):
         self.tokenizer = tokenizer
         self.processing = processing
         self._cfg = describe(stream, tokenizer, processing, default_prepend_bos)
+
+    @property
+    def conventions(self) -> Conventions:
+        """The values of keywords that an attribution of this model leaves out."""
+        return Conventions(
+            center_unembed=self.processing.center_unembed,
+            fold_value_biases=self.processing.fold_value_biases,
+            prepend_bos=self._cfg.default_prepend_bos,
+        )
 
     @property
     def cfg(self) -> Config:

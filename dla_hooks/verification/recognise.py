@@ -1,16 +1,13 @@
-"""From a model to its located stream: by declaration, or by trying the known shapes."""
+"""From a model to its located stream: by its declaration, or by a known shape that verifies."""
 
 from __future__ import annotations
 
-import threading
 from typing import Any
-from weakref import WeakKeyDictionary
-
-from torch import nn
 
 from dla_hooks.backends import Backend, backend_of
 from dla_hooks.calibration.scales import with_scales
 from dla_hooks.errors import UnsupportedModelError
+from dla_hooks.modules.version import Remembered
 from dla_hooks.residual.architecture import Architecture
 from dla_hooks.residual.locate import locate
 from dla_hooks.residual.registry import adapter_for, architectures, refusal_for
@@ -18,15 +15,14 @@ from dla_hooks.residual.stream import Stream
 from dla_hooks.verification.suggest import sketch
 from dla_hooks.verification.trace import Verification, trace_report
 
-_matched: WeakKeyDictionary[nn.Module, Architecture] = WeakKeyDictionary()
-_lock = threading.Lock()
+_matched: Remembered[Architecture] = Remembered()
 
 
 def stream_of(model: Any) -> Stream:
-    """Locate a model's residual stream, or refuse.
+    """Check a model and locate its residual stream, or refuse.
 
-    A model type without a declaration is held against every known shape, and accepted as the
-    first one that verifies on a few tokens; that is done once per model object.
+    Args:
+        model: a model of any backend, or what :func:`dla_hooks.wrap` made of one.
 
     Raises:
         InputError: for what is no causal language model in evaluation mode.
@@ -34,21 +30,31 @@ def stream_of(model: Any) -> Stream:
     """
     backend = backend_of(model)
     backend.check()
-    backend.check_evaluation_mode()
+    return located(backend)
+
+
+def located(backend: Backend) -> Stream:
+    """Locate the residual stream of a model that its backend has let through, or refuse.
+
+    A model type without a declaration is compared with every known shape, and the first one that
+    verifies on a few tokens is taken. That is done once per version of a model.
+
+    Raises:
+        UnsupportedModelError: when no declaration is true of the model.
+    """
     declared = adapter_for(backend.model_type)
     if declared is not None:
         return with_scales(locate(backend, declared))
-    with _lock:
-        known = _matched.get(model)
+    known = _matched.find(backend.model, backend.state.version)
     if known is None:
         known = _match(backend)
-        with _lock:
-            _matched[model] = known
+        # A first run may change the weights itself.
+        _matched.keep(backend.model, backend.read_state().version, known)
     return with_scales(locate(backend, known))
 
 
 def verify(model: Any, *, show: bool = True) -> Verification:
-    """Verify, block by block, that a model is the sum of writes that it is taken for.
+    """Verify, block by block, that a model is the sum of writes that its declaration names.
 
     Args:
         model: a causal LM in evaluation mode.
@@ -69,7 +75,7 @@ def verify(model: Any, *, show: bool = True) -> Verification:
 
 
 def _candidates(backend: Backend) -> list[tuple[float, Stream]]:
-    """Every known shape whose module names the model has; those that it has more of come first."""
+    """The known shapes whose module names the model has, those with more of them first."""
     found = []
     for architecture in architectures():
         try:
@@ -80,7 +86,7 @@ def _candidates(backend: Backend) -> list[tuple[float, Stream]]:
         has = sum(1 + (w.post_norm is not None) + (w.heads is not None) for w in sites)
         could = sum(1 + (w.post_norm is not None) + (w.heads is not None) for w in named)
         found.append((has / (could * len(stream.blocks)), stream))
-    # Of shapes that fit as well, the one that tells more apart.
+    # Ties: prefer the declaration with positions added to the stream, then the one with more heads.
     return sorted(found, key=lambda e: (-e[0], e[1].positions is None, -_n_heads(e[1])))
 
 
@@ -89,7 +95,7 @@ def _n_heads(stream: Stream) -> int:
 
 
 def _match(backend: Backend) -> Architecture:
-    misses: dict[str, str] = {}  # what did not add up: the first shape that it was found for
+    misses: dict[str, str] = {}  # each reason, with the first shape that failed for it
     for coverage, candidate in _candidates(backend):
         try:
             report = trace_report(with_scales(candidate))

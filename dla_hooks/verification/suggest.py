@@ -1,6 +1,7 @@
 """The lines of a declaration to start from, for a model that has none.
 
-Only a suggestion, made of module names: it is verified like any other before a number is given.
+The suggestion is made from module names alone. Once registered, it is verified like any other
+declaration before a number is given.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ _NOT_WRITES = ("drop", "rotary", "act")
 
 
 def sketch(model: Any) -> str:
-    """A call of ``register`` for a model, as far as its module names tell.
+    """Write a call of ``register`` for a model, as far as its module names tell.
 
-    The stack is taken to be its longest list of modules, the final norm the last norm outside
-    it, and a block's writes those of its children that are no norms.
+    The longest list of modules is taken as the stack, and the last norm outside of it as the final
+    norm. The children of a block that are no norms are taken as its writes.
     """
     stacks = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList)]
     path, blocks = max(stacks, key=lambda entry: len(entry[1]), default=("", nn.ModuleList()))

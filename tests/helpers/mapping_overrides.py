@@ -235,6 +235,7 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         },
         "roformer": {"embedding_size": 20},
         "rwkv": {"rescale_every": 2},
+        "sarvam_mla": _FULL_HEADS,
         "xlm": {"causal": True},
         "xlnet": {"attn_type": "uni"},
         "xlstm": {
