@@ -107,9 +107,9 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
     elif name == "__all__":
-        return sorted([*_OTHERS, *_HOME, *_units()])
-    elif name[:1].isupper() and name in _units():
-        value = _units()[name]
+        return sorted([*_OTHERS, *_HOME, *_plugins()])
+    elif name[:1].isupper() and name in _plugins():
+        value = _plugins()[name]
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value
@@ -117,11 +117,12 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_OTHERS, *_HOME, *_units()})
+    return sorted({*globals(), *_OTHERS, *_HOME, *_plugins()})
 
 
-def _units() -> dict[str, Any]:
-    """The units, which are public under the names of their classes: ``Components``, ``Heads``, …"""
+def _plugins() -> dict[str, Any]:
+    """Units and targets, public under the names of their classes: ``Components``, ``Heads``, …"""
+    from dla_hooks.targets import request_classes
     from dla_hooks.units import unit_classes
 
-    return unit_classes()
+    return {**unit_classes(), **request_classes()}

@@ -2,28 +2,37 @@
 
 A backend knows where its models keep the few things that every model has (embedding, unembedding,
 head projections), how to run them, and when to refuse them. All else is the same for all models.
+A backend is found by its file: it names the classes that it serves. Models of any other class are
+run as those of Hugging Face.
 """
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from typing import Any
 
 from dla_hooks.backends.base import Backend, Conventions
-from dla_hooks.backends.hooked_transformer import HookedTransformerBackend
 from dla_hooks.backends.huggingface import HuggingFaceBackend
-from dla_hooks.backends.peft import PeftBackend
-from dla_hooks.backends.transformer_bridge import TransformerBridgeBackend
 from dla_hooks.backends.wrapped import Wrapper
 from dla_hooks.inputs.prompts import check_tokenizer
 
-# By the names of the classes that a model's own class descends from. No library is imported for
-# it: a model of a library cannot be here without that library.
-_BY_CLASS: dict[str, type[Backend]] = {
-    "peft.PeftMixedModel": PeftBackend,
-    "peft.PeftModel": PeftBackend,
-    "transformer_lens.HookedTransformer": HookedTransformerBackend,
-    "transformer_lens.TransformerBridge": TransformerBridgeBackend,
-}
+
+def _find_backends() -> dict[str, type[Backend]]:
+    """Every backend of this folder, by the classes that it serves.
+
+    No other library is imported for it: a model of a library cannot be here without that library.
+    """
+    found: dict[str, type[Backend]] = {}
+    for entry in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{entry.name}")
+        for value in vars(module).values():
+            if isinstance(value, type) and issubclass(value, Backend):
+                found |= dict.fromkeys(value.serves, value)
+    return found
+
+
+_BY_CLASS = _find_backends()
 _COMPILED = "torch.OptimizedModule"
 
 

@@ -54,10 +54,13 @@ class Backend:
     Attributes:
         model: the model.
         conventions: the values of keywords that a call leaves out.
+        serves: classes whose models it runs, each as its library and its own name; a model is
+            known by the classes that its own class descends from.
         advice: a sentence for refusals, about another way to pass the model; or nothing.
         embedding_name: the path of the token embeddings, where a cache names them.
     """
 
+    serves: tuple[str, ...] = ()
     advice = ""
     embedding_name = ""
 

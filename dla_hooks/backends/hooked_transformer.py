@@ -19,6 +19,8 @@ from dla_hooks.modules.weights import run_device
 class HookedTransformerBackend(Backend):
     """A ``HookedTransformer``, processed or not."""
 
+    serves = ("transformer_lens.HookedTransformer",)
+
     advice = "The Hugging Face model itself can be passed"
     embedding_name = "hook_embed"
 

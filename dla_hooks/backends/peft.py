@@ -15,6 +15,8 @@ class PeftBackend(HuggingFaceBackend):
     sets its adapters up in its own forward pass.
     """
 
+    serves = ("peft.PeftMixedModel", "peft.PeftModel")
+
     @property
     def root(self) -> Any:
         # Virtual tokens need no tuner around the model.

@@ -21,6 +21,8 @@ _INSTEAD = "The Hugging Face model itself can be passed instead, as it is."
 class TransformerBridgeBackend(HookedTransformerBackend):
     """A ``TransformerBridge`` in compatibility mode, with its final norm folded."""
 
+    serves = ("transformer_lens.TransformerBridge",)
+
     @property
     def model_type(self) -> str:
         return "TransformerBridge"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dla_hooks.attribution import direct_logit_attribution
+from dla_hooks.attribution import Plan, prepare
 from dla_hooks.backends import Backend
 from dla_hooks.calibration.invariance import padding_is_ignored
 from dla_hooks.calibration.prompt import short_prompt
@@ -131,10 +131,11 @@ class Runner:
 
     def __init__(self, backend: Backend, options: dict[str, Any], max_tokens: int) -> None:
         self._backend = backend
-        self._call: Callable[..., DirectLogitAttribution] = partial(
-            direct_logit_attribution, backend.model, **options
-        )
-        self._one_position = isinstance(options["pos"], int)
+        options = dict(options)
+        self._pos, self._chunk_size = options.pop("pos"), options.pop("chunk_size")
+        self._prepare: Callable[..., Plan] = partial(prepare, backend.model, **options)
+        self._kept: tuple[tuple[int, int | None], Plan] | None = None
+        self._one_position = isinstance(self._pos, int)
         self._max_tokens = max_tokens
 
     @cached_property
@@ -144,11 +145,13 @@ class Runner:
 
     def try_out(self, answers: dict[str, Any]) -> None:
         """Run a few made-up tokens, for what would go wrong with every prompt."""
-        answer, incorrect = (answers.get(n, 0) for n in ("answer_tokens", "incorrect_tokens"))
+        nothing = torch.tensor(0)
+        answer = answers.get("answer_tokens", nothing)
+        incorrect = answers.get("incorrect_tokens", nothing)
         ids = short_prompt(self.stream).input_ids
         # Sums that fail to add up may be these tokens' fault, and are left to the prompts.
         with contextlib.suppress(DecompositionError):
-            self._call(ids, answer, incorrect, pos=-1)
+            self._plan(answer, incorrect)(ids)
 
     def outcomes(
         self, items: Sequence[Item]
@@ -188,7 +191,20 @@ class Runner:
         incorrect = None
         if wrong:
             correct, incorrect = torch.broadcast_tensors(correct, lay(wrong))
-        return list(split(self._call(ids, correct, incorrect, attention_mask=mask)))
+        plan = self._plan(correct, incorrect)
+        result = plan(ids, pos=self._pos, attention_mask=mask, chunk_size=self._chunk_size)
+        return list(split(result))
+
+    def _plan(self, correct: Tensor, incorrect: Tensor | None) -> Plan:
+        """The plan of a batch. One question for all prompts is prepared once."""
+        both = [correct] if incorrect is None else [correct, incorrect]
+        distinct = [ids.unique() for ids in both]
+        if any(len(ids) > 1 for ids in distinct):
+            return self._prepare(correct, incorrect)
+        question = int(distinct[0]), None if incorrect is None else int(distinct[1])
+        if self._kept is None or self._kept[0] != question:
+            self._kept = question, self._prepare(*question)
+        return self._kept[1]
 
 
 def freed(error: DLAError) -> DLAError:

@@ -20,7 +20,8 @@ from dla_hooks.many.batches import Runner, freed
 from dla_hooks.many.prompts import Names, Reader, Row, Rows
 from dla_hooks.many.store import Shards
 from dla_hooks.results.result import DirectLogitAttribution
-from dla_hooks.units import read_units
+from dla_hooks.units import UnitName, read_units
+from dla_hooks.units.base import Unit
 
 
 def attribute_many(
@@ -29,7 +30,7 @@ def attribute_many(
     answer_tokens: Any,
     incorrect_tokens: Any = None,
     *,
-    unit: str = "component",
+    unit: UnitName | Unit = "component",
     pos: Any = -1,
     tokenizer: Any = None,
     prepend_bos: bool | None = None,
@@ -93,7 +94,9 @@ def attribute_many(
         Exception: whatever the prompts' source raises, after the results of what it gave before.
         CheckpointError: when the folder cannot be read or written.
     """
-    read_units(unit)
+    units, single = read_units(unit)
+    if not single:
+        raise InputError(f"attribute_many takes one unit, got {len(units)}; call it for each")
     if answer_tokens is None:
         raise InputError("answer_tokens is required: the token whose logit is attributed")
     max_tokens, window = _count("max_tokens", max_tokens), _count("window", window)
@@ -128,6 +131,7 @@ def attribute_many(
             "adapters": fingerprint.of_adapters(backend),
             "weights": fingerprint.of_weights(backend),
             **options,
+            "unit": unit if isinstance(unit, str) else repr(unit),
             "pos": repr(options["pos"]),
         }
         shards = Shards(folder, stamp)
