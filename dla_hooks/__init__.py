@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         DLAError,
         HookError,
         InputError,
+        LabelError,
         MissingExtraError,
         NonFiniteError,
         PositionError,
@@ -36,8 +37,10 @@ if TYPE_CHECKING:
     from dla_hooks.many.sweep import attribute_many
     from dla_hooks.residual.architecture import Architecture, Heads, Write
     from dla_hooks.residual.registry import architectures, register
+    from dla_hooks.results.load import load
     from dla_hooks.results.result import DirectLogitAttribution
-    from dla_hooks.results.summary import Summary, summarize
+    from dla_hooks.results.summarize import summarize
+    from dla_hooks.results.summary import Summary
     from dla_hooks.stacks import (
         accumulated_resid,
         apply_ln_to_stack,
@@ -65,6 +68,7 @@ _HOME = {
     "Heads": "residual.architecture",
     "HookError": "errors",
     "InputError": "errors",
+    "LabelError": "errors",
     "MissingExtraError": "errors",
     "NonFiniteError": "errors",
     "PositionError": "errors",
@@ -84,11 +88,12 @@ _HOME = {
     "cache_names": "tl.cache_names",
     "decompose_resid": "stacks",
     "direct_logit_attribution": "attribution",
+    "load": "results.load",
     "logit_attrs": "stacks",
     "register": "residual.registry",
     "stack_head_results": "stacks",
     "stack_neuron_results": "stacks",
-    "summarize": "results.summary",
+    "summarize": "results.summarize",
     "verify": "verification.recognise",
     "wrap": "tl.wrap",
 }
@@ -104,6 +109,7 @@ __all__ = [
     "Heads",
     "HookError",
     "InputError",
+    "LabelError",
     "MissingExtraError",
     "NonFiniteError",
     "PositionError",
@@ -125,6 +131,7 @@ __all__ = [
     "decompose_resid",
     "demo",
     "direct_logit_attribution",
+    "load",
     "logit_attrs",
     "register",
     "stack_head_results",

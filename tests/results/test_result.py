@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from units import UNIT_NAMES
 from zoo import build, example_ids
 
 from dla_hooks import CheckpointError, DirectLogitAttribution, InputError, direct_logit_attribution
@@ -40,7 +41,7 @@ def test_top_of_one_entry_per_row():
     assert made(torch.tensor([1.0, 2.0])).top(1) == [("row1", 2.0)]
 
 
-@pytest.mark.parametrize("unit", ["component", "layer", "head"])
+@pytest.mark.parametrize("unit", UNIT_NAMES)
 def test_a_saved_result_comes_back_whole(model, tmp_path, unit):
     mask = torch.ones_like(IDS)
     mask[0, 0] = 0
@@ -65,7 +66,7 @@ def test_the_file_is_plain_safetensors_with_json(model, tmp_path):
     assert set(load_file(path)) == {"attribution", "bias", "logit", "positions"}
     with safe_open(path, framework="pt") as file:
         header = file.metadata()
-    assert header["version"] == "1"
+    assert header["version"] == "2"
     assert json.loads(header["result"])["unit"] == "component"
 
 
@@ -78,7 +79,7 @@ def test_what_cannot_be_loaded(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(InputError, match="no saved attribution"):
         DirectLogitAttribution.load(tmp_path / "other.safetensors")
-    header = {"format": "dla_hooks.result", "version": "2", "result": "{}"}
+    header = {"format": "dla_hooks.result", "version": "3", "result": "{}"}
     save_file({"x": torch.zeros(1)}, tmp_path / "newer.safetensors", metadata=header)
     with pytest.raises(InputError, match="newer dla_hooks"):
         DirectLogitAttribution.load(tmp_path / "newer.safetensors")
