@@ -133,7 +133,8 @@ def _not_drawn(data: ResultData) -> list[str]:
     digits = decimals([remainder.value if remainder else 0.0, *(value for _, value in rows)])
     others = [value for row, value in rows if not has_square(row)]
     if data.words.chart == "heatmap" and 0 < len(others) < len(rows):
-        lines.append(f"{len(others)} more rows, together {sum(others):+.{digits}f}")
+        count = f"{len(others)} more row{'s' * (len(others) > 1)}"
+        lines.append(f"{count} without a square, together {sum(others):+.{digits}f}")
     if remainder is not None:
         holds = f"{remainder.holds} ({remainder.label})" if remainder.holds else remainder.label
         lines.append(f"{holds}: {remainder.value:+.{digits}f}")
