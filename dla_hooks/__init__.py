@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # X as X: these names are public
     from dla_hooks.errors import DLAWarning as DLAWarning
     from dla_hooks.errors import HookError as HookError
     from dla_hooks.errors import InputError as InputError
+    from dla_hooks.errors import LabelError as LabelError
     from dla_hooks.errors import MissingExtraError as MissingExtraError
     from dla_hooks.errors import NonFiniteError as NonFiniteError
     from dla_hooks.errors import PositionError as PositionError
@@ -39,9 +40,10 @@ if TYPE_CHECKING:  # X as X: these names are public
     from dla_hooks.residual.architecture import Write as Write
     from dla_hooks.residual.registry import architectures as architectures
     from dla_hooks.residual.registry import register as register
+    from dla_hooks.results.load import load as load
     from dla_hooks.results.result import DirectLogitAttribution as DirectLogitAttribution
+    from dla_hooks.results.summarize import summarize as summarize
     from dla_hooks.results.summary import Summary as Summary
-    from dla_hooks.results.summary import summarize as summarize
     from dla_hooks.stacks import accumulated_resid as accumulated_resid
     from dla_hooks.stacks import apply_ln_to_stack as apply_ln_to_stack
     from dla_hooks.stacks import decompose_resid as decompose_resid
@@ -68,6 +70,7 @@ _HOME = {
     "DirectLogitAttribution": "results.result",
     "HookError": "errors",
     "InputError": "errors",
+    "LabelError": "errors",
     "MissingExtraError": "errors",
     "NonFiniteError": "errors",
     "Plan": "attribution",
@@ -88,12 +91,13 @@ _HOME = {
     "cache_names": "tl.cache_names",
     "decompose_resid": "stacks",
     "direct_logit_attribution": "attribution",
+    "load": "results.load",
     "logit_attrs": "stacks",
     "prepare": "attribution",
     "register": "residual.registry",
     "stack_head_results": "stacks",
     "stack_neuron_results": "stacks",
-    "summarize": "results.summary",
+    "summarize": "results.summarize",
     "verify": "verification.recognise",
     "wrap": "tl.wrap",
 }

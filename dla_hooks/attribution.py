@@ -323,6 +323,8 @@ def _results(
             incorrect=None if incorrect is None else list(incorrect),
             model=plan.stream.backend.name,
             softcap=plan.stream.softcap,
+            rows=list(split.rows),
+            words=plan.units[key].unit.words,
         )
         for key, split in measurement.splits.items()
     }

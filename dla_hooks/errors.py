@@ -5,6 +5,7 @@
     │   ├── TokenError                          an answer or a prompt cannot be read as tokens
     │   ├── TokenizerMissingError               a string was given and nothing to tokenize it with
     │   ├── CacheEntryError (KeyError)          a stored cache lacks an activation
+    │   ├── LabelError (KeyError)               a result has no row of that label
     │   ├── ShapeMismatchError (RuntimeError)   answers and positions do not broadcast
     │   └── TrainingModeError                   the model would drop activations at random
     ├── ArgumentTypeError (TypeError)           an argument has the wrong type or length
@@ -61,6 +62,12 @@ class CacheEntryError(InputError, KeyError):
     """A stored cache does not hold an activation that is needed."""
 
     __str__ = Exception.__str__  # a KeyError would show its message in quotes
+
+
+class LabelError(InputError, KeyError):
+    """A result has no row of the label that was given."""
+
+    __str__ = Exception.__str__
 
 
 class ShapeMismatchError(InputError, RuntimeError):

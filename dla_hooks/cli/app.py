@@ -177,13 +177,12 @@ def attribute(
             raise dla_hooks.InputError(f"--pos {pos} selects no position of this prompt")
 
     from dla_hooks.cli import views as cli_views
-    from dla_hooks.results import table as export
 
     _out().print(cli_views.attribution(result, top), crop=False)
     if json is not None:
-        export.write_json(result, json)
+        result.to_json(json)
     if csv is not None:
-        export.write_csv(result, csv)
+        result.to_csv(csv)
     if plot is not None:
         from dla_hooks.results.chart import save_plot
 
@@ -221,9 +220,9 @@ def verify(
 @app.command("list")
 def list_architectures() -> None:
     """List the model types that are known, and what is special about each."""
-    from dla_hooks.cli import views as cli_views
+    from dla_hooks.cli import listing
 
-    _out().print(cli_views.architectures(dla_hooks.architectures()))
+    _out().print(listing.architectures(dla_hooks.architectures()))
 
 
 def main() -> None:

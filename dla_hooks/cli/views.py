@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.columns import Columns
 from rich.console import Group, RenderableType
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
-from dla_hooks.results.ranking import Rows, both_ends, strongest
+from dla_hooks.results.data import ResultData
+from dla_hooks.results.ranking import Shown, both_ends, in_order, strongest
 from dla_hooks.results.text import lines
-from dla_hooks.results.wording import UNITS, closing, headline, question
+from dla_hooks.results.wording import closing, headline, printable, question
 
 if TYPE_CHECKING:
     from dla_hooks.demo import Example
-    from dla_hooks.residual.architecture import Architecture
-    from dla_hooks.results.result import DirectLogitAttribution
 
 _UP, _DOWN, _FAINT = "blue", "red", "bright_black"
 
@@ -31,36 +28,17 @@ _TASKS = {
 }
 
 
-def attribution(result: DirectLogitAttribution, top: int) -> RenderableType:
+def attribution(result: ResultData, top: int) -> RenderableType:
     """The ``top`` rows at both ends, and the sum that they are held to."""
     sum_line, gap_line = closing(result)
     return Group(
         Text(headline(result, with_model=False), "bold"),
-        Text(f"{result.model} · {UNITS.get(result.unit, result.unit)}", _FAINT),
+        Text(printable(f"{result.model} · {result.words.sentence}"), _FAINT),
         "",
         _lines(both_ends(result, top), half=14),
         "",
         Text(sum_line),
         Text(gap_line, _FAINT),
-    )
-
-
-def architectures(known: Sequence[Architecture]) -> RenderableType:
-    """One line per model type, in alphabetical order."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("model type", no_wrap=True)
-    table.add_column("units", no_wrap=True)
-    table.add_column("besides blocks, norm and unembedding", overflow="fold")
-    by_type = {name: architecture for architecture in known for name in architecture.model_types}
-    for name in sorted(by_type):
-        units = "component layer"
-        if any(write.heads is not None for write in by_type[name].writes):
-            units += " head"
-        table.add_row(name, units, "; ".join(_special(by_type[name])))
-    return Group(
-        table,
-        "",
-        Text("Other types are recognised where they have one of these shapes and verify."),
     )
 
 
@@ -78,18 +56,16 @@ def demo_opening(model: Any) -> RenderableType:
 def demo_example(
     task: str,
     prompt: str,
-    components: DirectLogitAttribution,
-    heads: DirectLogitAttribution,
+    components: ResultData,
+    heads: ResultData,
 ) -> RenderableType:
     """One prompt: its components in the order of the stream, next to its strongest heads."""
-    in_order = list(zip(components.labels, components.mean().tolist(), strict=True))
-    largest = max(abs(value) for _, value in in_order)
-    rows = Rows(in_order, len(in_order), "", None, largest)
+    rows = in_order(components)
     # Columns, and no table: where the terminal is narrow they go below each other, uncut.
     side_by_side = Columns(
         [
             _lines(rows, half=6, title="components"),
-            _lines(strongest(heads, len(in_order) - 2), half=6, title="strongest heads"),
+            _lines(strongest(heads, len(rows.rows) - 2), half=6, title="strongest heads"),
         ],
         padding=(0, 3),
     )
@@ -130,31 +106,16 @@ def demo_closing(example: Example) -> RenderableType:
     )
 
 
-def _lines(rows: Rows, half: int, title: str = "") -> Text:
+def _lines(shown: Shown, half: int, title: str = "") -> Text:
     """Label, number and bar under each other; a table would cut what does not fit."""
     text = Text(no_wrap=True, overflow="ignore")
     if title:
         text.append(f"{title}\n", "bold")
-    for line in lines(rows, half):
+    for line in lines(shown, half):
         colour = _FAINT if line.value is None else _DOWN if line.value < 0 else _UP
         text.append(line.start).append(line.end.rstrip(), colour).append("\n")
     text.rstrip()
     return text
-
-
-def _special(architecture: Architecture) -> list[str]:
-    """What a declaration says beyond the places that every one names."""
-    writes = architecture.writes
-    found = []
-    if any(write.post_norm for write in writes):
-        found.append("a norm after each sublayer")
-    if architecture.positions:
-        found.append("learned positions")
-    if architecture.position_limit:
-        found.append(f"prompts up to {architecture.position_limit}")
-    if architecture.after_norm:
-        found.append("a projection after the final norm")
-    return found
 
 
 def _literal(text: str) -> str:

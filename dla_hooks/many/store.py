@@ -18,6 +18,7 @@ import re
 import secrets
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ from torch import Tensor
 
 from dla_hooks.errors import CheckpointError, InputError
 from dla_hooks.results.result import DirectLogitAttribution
+from dla_hooks.results.schema import row_columns, unpack
 
 _FORMAT = "dla_hooks.many"
-_VERSION = 1
+_VERSION = 2
 _RUN = "run.json"
 _SHARD = re.compile(r"(\d{9,})-(\d{9,})\.safetensors")
 _UNFINISHED = ".unfinished"
@@ -132,6 +134,7 @@ class Shards:
         one = results[0]
         rest = {name: getattr(one, name) for name in ("labels", "unit", "model", "softcap")}
         rest["one_position"] = one.logit.ndim == 1
+        rest |= {"rows": row_columns(one.rows), "words": asdict(one.words)}
         header = {
             "format": _FORMAT,
             "version": str(_VERSION),
@@ -207,6 +210,7 @@ class Shards:
 
 def _unpack(rest: dict[str, Any], tensors: dict[str, Tensor]) -> list[_Stored]:
     one_position = rest.pop("one_position")
+    rest = unpack({}, rest)
     found = []
     start = 0
     per_prompt = ("index", "digest", "n_entries", "gap", "logit_gap")

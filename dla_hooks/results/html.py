@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 from html import escape
-from typing import TYPE_CHECKING
 
-from dla_hooks.results.ranking import (
-    REMAINDER,
-    decimals,
-    strongest,
-)
-from dla_hooks.results.wording import EMPTY, closing, headline, unit_sentence
-
-if TYPE_CHECKING:
-    from dla_hooks.results.result import DirectLogitAttribution
+from dla_hooks.results.data import ResultData
+from dla_hooks.results.ranking import strongest
+from dla_hooks.results.wording import closing, headline, nothing_in, printable
 
 _HTML_ROWS = 24
 
@@ -22,27 +15,28 @@ _HTML_ROWS = 24
 _UP, _DOWN = "#4393c3", "#d6604d"
 
 
-def as_html(result: DirectLogitAttribution) -> str:
+def as_html(data: ResultData) -> str:
     """A result as one self-contained, escaped piece of html with inline styles."""
-    if not result.attribution.numel():
-        return f"<div>{escape(unit_sentence(result))}</div><div>{EMPTY}</div>"
-    rows = strongest(result, _HTML_ROWS)
-    digits = decimals([rows.largest, rows.remainder or 0.0])
+    nothing = nothing_in(data)
+    if nothing:
+        return printable(f"<div>{escape(data.words.sentence)}</div><div>{nothing}</div>")
+    shown = strongest(data, _HTML_ROWS)
+    digits = shown.decimals
     cells = [
-        _line(label, f"{value:+.{digits}f}", _bar(value, rows.largest))
-        for label, value in rows.shown
+        _line(label, f"{value:+.{digits}f}", _bar(value, shown.largest))
+        for label, value in shown.rows
     ]
-    if rows.left_out:
-        cells.insert(rows.gap_at, _line("…", "", _note(rows.left_out)))
-    if rows.remainder is not None:
-        number = f"{rows.remainder:+.{digits}f}"
-        cells.append(_line(REMAINDER, number, _note("what no head wrote")))
+    if shown.left_out:
+        cells.insert(shown.gap_at, _line("…", "", _note(shown.left_out)))
+    if shown.remainder is not None:
+        number = f"{shown.remainder.value:+.{digits}f}"
+        cells.append(_line(shown.remainder.label, number, _note(shown.remainder.holds)))
     body = "".join(cells)
-    end = "".join(f"<div>{escape(line)}</div>" for line in closing(result))
-    return (
+    end = "".join(f"<div>{escape(line)}</div>" for line in closing(data))
+    return printable(
         '<div style="line-height:1.45;max-width:60em">'
-        f'<div style="font-weight:600">{escape(headline(result))}</div>'
-        f'<div style="opacity:.7">{escape(unit_sentence(result))}</div>'
+        f'<div style="font-weight:600">{escape(headline(data))}</div>'
+        f'<div style="opacity:.7">{escape(data.words.sentence)}</div>'
         '<table style="border:none;border-collapse:collapse;background:transparent;'
         f'margin:.4em 0">{body}</table>'
         f'<div style="opacity:.85">{end}</div></div>'

@@ -3,119 +3,143 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from dla_hooks.results.result import DirectLogitAttribution
-
-REMAINDER = "remainder"
+from dla_hooks.results.data import ResultData
+from dla_hooks.results.rows import Row
 
 
 @dataclass(frozen=True)
-class Rows:
+class Remainder:
+    """The row that holds what is no row of the unit, and takes no part in the ranking.
+
+    Attributes:
+        label: of that row.
+        value: its mean.
+        holds: what it holds, in a few words; "" where the unit does not say.
+        short: the same in two words.
+    """
+
+    label: str
+    value: float
+    holds: str
+    short: str
+
+
+@dataclass(frozen=True)
+class Shown:
     """Some of a result's rows, each as its mean over batch and positions.
 
     Attributes:
-        shown: (label, value); by value, or in the order of the stream for layers.
-        gap_at: how many of the shown stand before those left out.
+        rows: (label, value); by value, or in the order of the stream for running sums.
+        gap_at: how many of them stand before those left out.
         left_out: a line about those left out, or "".
-        remainder: what no head wrote, which is no head and takes no part in the ranking.
+        remainder: what is no row of the unit, or None.
         largest: the largest absolute value shown, which a bar's full length stands for.
     """
 
-    shown: list[tuple[str, float]]
+    rows: list[tuple[str, float]]
     gap_at: int
     left_out: str
-    remainder: float | None
+    remainder: Remainder | None
     largest: float
 
+    @property
+    def decimals(self) -> int:
+        """How many decimals show the rows and the remainder."""
+        return decimals([self.largest, self.remainder.value if self.remainder else 0.0])
 
-def strongest(result: DirectLogitAttribution, limit: int) -> Rows:
-    """The rows with the largest absolute means; for layers, evenly spaced ones.
+
+def strongest(data: ResultData, limit: int) -> Shown:
+    """The rows with the largest absolute means; of running sums, evenly spaced ones.
 
     Args:
-        result: any.
+        data: any.
         limit: how many rows at most, a remainder not counted.
     """
-    rows, remainder = ranked_rows(result)
-    if result.unit == "layer":
+    rows, remainder = _named(data)
+    if data.words.cumulative:
         return _spaced(rows, limit)
-    rows.sort(key=lambda row: abs(row[1]), reverse=True)
+    rows.sort(key=lambda row: _or(-1.0, abs(row[1])), reverse=True)
     return _by_value(rows[:limit], rows[limit:], remainder)
 
 
-def both_ends(result: DirectLogitAttribution, k: int) -> Rows:
-    """The ``k`` largest and the ``k`` most negative rows; for layers, evenly spaced ones."""
-    rows, remainder = ranked_rows(result)
-    if result.unit == "layer":
+def both_ends(data: ResultData, k: int) -> Shown:
+    """The ``k`` largest and the ``k`` most negative rows; of running sums, evenly spaced ones."""
+    rows, remainder = _named(data)
+    if data.words.cumulative:
         return _spaced(rows, 2 * k)
-    rows.sort(key=lambda row: row[1], reverse=True)
+    rows = _descending(rows)
     if len(rows) <= 2 * k:
         return _by_value(rows, [], remainder)
     return _by_value(rows[:k] + rows[len(rows) - k :], rows[k : len(rows) - k], remainder, k)
 
 
-def ranked_rows(
-    result: DirectLogitAttribution,
-) -> tuple[list[tuple[str, float]], float | None]:
-    """Every row's label and mean in the order of the result, and the remainder apart."""
-    rows = list(zip(result.labels, result.mean().tolist(), strict=True))
-    remainder = next((value for label, value in rows if label == REMAINDER), None)
-    return [row for row in rows if row[0] != REMAINDER], remainder
+def in_order(data: ResultData) -> Shown:
+    """Every row, in the order of the result."""
+    rows, remainder = _named(data)
+    return Shown(rows, len(rows), "", remainder, largest(value for _, value in rows))
 
 
-def real_entries(result: DirectLogitAttribution) -> tuple[Tensor, Tensor]:
-    """Which entries are no padding, and whose row each belongs to, both [*batch_and_pos].
-
-    One prompt may have several entries at one position: one for each answer.
-    """
-    shape = result.attribution.shape[1:]
-    valid = result.positions >= 0 if _located(result) else ~result.attribution.isnan().all(0)
-    ones = valid.new_ones(shape).long()
-    return valid, ones.cumsum(0) - 1 if len(result.tokens) > 1 else ones - 1
+def rows_and_remainder(data: ResultData) -> tuple[list[tuple[Row, float]], Remainder | None]:
+    """Every row with its mean in the order of the result, and the remainder apart."""
+    rows, remainder, words = [], None, data.words
+    for row, value in zip(data.rows, data.mean().tolist(), strict=True):
+        if words.remainder and row.label == words.remainder:
+            short = f"no {words.index}" if words.index else "the rest"
+            remainder = Remainder(row.label, value, words.remainder_is, short)
+        else:
+            rows.append((row, value))
+    return rows, remainder
 
 
 def decimals(values: Sequence[float]) -> int:
     """How many decimals show four digits of the largest of them."""
-    largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
-    if largest == 0:
+    most = largest(values)
+    if most == 0:
         return 3
-    return min(8, max(0, 3 - math.floor(math.log10(largest))))
+    return min(8, max(0, 3 - math.floor(math.log10(most))))
 
 
-def _located(result: DirectLogitAttribution) -> bool:
-    """Whether the result says which tokens it is about (one made by hand need not)."""
-    return bool(result.tokens) and result.positions.shape == result.attribution.shape[1:]
+def largest(values: Iterable[float]) -> float:
+    """The largest absolute value among those that are finite; 0 where there is none."""
+    return max((abs(value) for value in values if math.isfinite(value)), default=0.0)
 
 
-def entry_mean(values: Tensor) -> float:
-    """The mean over batch and positions, padding left out."""
-    return float(values.double().nanmean())
+def _named(data: ResultData) -> tuple[list[tuple[str, float]], Remainder | None]:
+    rows, remainder = rows_and_remainder(data)
+    return [(row.label, value) for row, value in rows], remainder
+
+
+def _or(otherwise: float, value: float) -> float:
+    """A value to sort by: NaN has no order."""
+    return otherwise if math.isnan(value) else value
+
+
+def _descending(rows: list[tuple[str, float]]) -> list[tuple[str, float]]:
+    return sorted(rows, key=lambda row: _or(-math.inf, row[1]), reverse=True)
 
 
 def _by_value(
     shown: list[tuple[str, float]],
     rest: list[tuple[str, float]],
-    remainder: float | None,
+    remainder: Remainder | None,
     gap_at: int | None = None,
-) -> Rows:
-    shown = sorted(shown, key=lambda row: row[1], reverse=True)
+) -> Shown:
+    shown = _descending(shown)
     note = ""
-    largest = max((abs(value) for _, value in shown), default=0.0)
+    most = largest(value for _, value in shown)
     if rest:
         total = sum(value for _, value in rest)
-        note = f"{len(rest)} more rows, together {total:+.{decimals([largest, total])}f}"
+        note = f"{len(rest)} more rows, together {total:+.{decimals([most, total])}f}"
     if gap_at is None:  # those left out are the weakest: they stand between the signs
         gap_at = sum(value > 0 for _, value in shown)
-    return Rows(shown, gap_at, note, remainder, largest)
+    return Shown(shown, gap_at, note, remainder, most)
 
 
-def _spaced(rows: list[tuple[str, float]], limit: int) -> Rows:
+def _spaced(rows: list[tuple[str, float]], limit: int) -> Shown:
     step = max(1, math.ceil(len(rows) / max(limit, 1)))
     shown = rows[::-1][::step][::-1]  # counted from the end, which is the sum of everything
     note = f"one entry in {step} shown, of {len(rows)}" if step > 1 else ""
-    return Rows(shown, len(shown), note, None, max((abs(v) for _, v in shown), default=0.0))
+    return Shown(shown, len(shown), note, None, largest(value for _, value in shown))

@@ -2,38 +2,57 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
-import torch
 from torch import Tensor
 
-from dla_hooks.errors import CheckpointError, InputError, MissingExtraError
-from dla_hooks.results.data import ranked
+from dla_hooks.results import files, parts, table
+from dla_hooks.results.chart import plot
+from dla_hooks.results.data import ResultData, ranked
+from dla_hooks.results.html import as_html
+from dla_hooks.results.rows import Row
+from dla_hooks.results.schema import pack
+from dla_hooks.results.text import as_text
 
 if TYPE_CHECKING:
     import altair
     import pandas
 
-_FORMAT = "dla_hooks.result"
-_VERSION = 1
-_TENSORS = ("attribution", "bias", "logit", "positions")
 
-
-@dataclass(repr=False, eq=False)
-class DirectLogitAttribution:
+class DirectLogitAttribution(ResultData):
     """Who wrote a logit, or a difference of logits.
 
-    For the units whose rows are parts (``component``, ``head``),
-    ``attribution.sum(0) + bias == logit``; for ``layer``, whose rows are running sums,
-    ``attribution[-1] + bias == logit``; each to within ``gap``.
+    ``total() + bias == logit``, to within ``gap``. For units whose rows are parts (``component``,
+    ``head``) the total is ``attribution.sum(0)``; for ``layer``, whose rows are running sums, it
+    is ``attribution[-1]``.
+
+    ``result["L3H0"]`` is one row [*batch_and_pos], ``len(result)`` counts the rows, and a loop
+    over the result gives pairs of a :class:`Row` record and that row's numbers.
+
+    Example:
+        >>> import torch
+        >>> from dla_hooks import DirectLogitAttribution
+        >>> result = DirectLogitAttribution(
+        ...     attribution=torch.tensor([[1.0], [-2.0], [0.5]]),
+        ...     labels=["L0H0", "L0H1", "remainder"],
+        ...     unit="head",
+        ...     bias=torch.tensor([0.25]),
+        ...     logit=torch.tensor([-0.25]),
+        ...     gap=0.0,
+        ... )
+        >>> result["L0H1"]
+        tensor([-2.])
+        >>> result.top(1)
+        [('L0H0', 1.0)]
+        >>> [(row.label, row.layer, row.index) for row, numbers in result]
+        [('L0H0', 0, 0), ('L0H1', 0, 1), ('remainder', None, None)]
 
     Attributes:
-        attribution: [component, *batch_and_pos], aligned with ``labels``; NaN at padding.
+        attribution: [row, *batch_and_pos], aligned with ``labels``; NaN at padding.
         labels: the name of each row.
-        unit: ``component``, ``layer`` or ``head``.
+        unit: the name of the unit: ``component``, ``layer``, ``head``, …
         bias: what the logit has besides the stream [*batch_and_pos].
         logit: the logit (or difference), before any softcap [*batch_and_pos].
         gap: the largest difference between the parts' sum and the stream's own projection.
@@ -45,31 +64,22 @@ class DirectLogitAttribution:
         incorrect: the same for the incorrect tokens, or None.
         model: the model's class and type.
         softcap: the cap that the model puts on its logits, or None.
+        rows: a record of each row: label, kind, layer, sub, index.
+        words: what the unit says of its rows: a sentence, the kind of chart, the name of a column.
+        target: which of ``answer`` and ``incorrect`` each entry is about [*batch_and_pos]; None
+            where there is one for all, or one for each in their order.
     """
 
-    attribution: Tensor
-    labels: list[str]
-    unit: str
-    bias: Tensor
-    logit: Tensor
-    gap: float
-    logit_gap: float = float("nan")
-    positions: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
-    tokens: list[list[str]] = field(default_factory=list)
-    answer: list[str] = field(default_factory=list)
-    incorrect: list[str] | None = None
-    model: str = ""
-    softcap: float | None = None
-
-    def mean(self) -> Tensor:
-        """Each row's mean over batch and positions, padding left out [component]."""
-        return self.attribution.reshape(len(self.labels), -1).nanmean(-1)
+    __module__ = "dla_hooks"
 
     def top(self, k: int = 5) -> list[tuple[str, float]]:
         """The ``k`` rows that push the logit up the most: ``(label, mean value)``, largest first.
 
         Args:
             k: how many; no more than there are rows.
+
+        Raises:
+            InputError: when ``k`` is no int, or negative.
         """
         return ranked(self.labels, self.mean(), k, largest=True)
 
@@ -77,28 +87,123 @@ class DirectLogitAttribution:
         """The ``k`` rows that push the logit down the most, most negative first."""
         return ranked(self.labels, self.mean(), k, largest=False)
 
+    def __getitem__(self, label: str) -> Tensor:
+        """The numbers [*batch_and_pos] of one row.
+
+        Raises:
+            LabelError: (a KeyError) for a label that no row has; it names those most like it.
+            ArgumentTypeError: for what is no string.
+        """
+        return parts.row_named(self, label)
+
+    def __contains__(self, label: object) -> bool:
+        return label in self.labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __bool__(self) -> bool:
+        return True  # a result without rows is still a result
+
+    def __iter__(self) -> Iterator[tuple[Row, Tensor]]:
+        """Each row's record with its numbers [*batch_and_pos]."""
+        return zip(self.rows, self.attribution, strict=True)
+
+    def prompt(self, index: int) -> DirectLogitAttribution:
+        """The result of one row of the batch.
+
+        Its axes are the same, the batch with one entry; padded entries stay NaN. Several answers
+        of one prompt stay together. ``gap`` and ``logit_gap`` are those of the whole batch.
+
+        Args:
+            index: of the row, from either end.
+
+        Raises:
+            PositionError: (an IndexError) when the batch has no such row.
+            ArgumentTypeError: when ``index`` is no int.
+        """
+        return parts.one_prompt(self, index)
+
+    def position(self, index: int) -> DirectLogitAttribution:
+        """The result at one of the selected positions: [row, batch], without the position axis.
+
+        Args:
+            index: among the selected positions, from either end.
+
+        Raises:
+            InputError: when the result has no axis of positions behind its batch axis.
+            PositionError: (an IndexError) when no such position was selected.
+            ArgumentTypeError: when ``index`` is no int.
+        """
+        return parts.one_position(self, index)
+
+    @property
+    def heads(self) -> Tensor:
+        """The heads as [layer, head, *batch_and_pos].
+
+        NaN stands where a layer has fewer heads, or none. Where a block has several attentions,
+        the heads of the second (``L3.1H0``) follow those of the first in the layer's line.
+
+        Raises:
+            InputError: when the rows are no heads.
+        """
+        return parts.head_grid(self)
+
+    def records(self) -> list[dict[str, Any]]:
+        """The lines of :meth:`to_dataframe`, as dictionaries."""
+        return table.records(self)
+
     def to_dataframe(self) -> pandas.DataFrame:
         """One line per row, batch entry and position (extra ``pandas``).
 
         Returns:
-            Columns ``label``, ``layer`` and ``head`` (where the label has them), ``row``,
+            Columns ``label``, ``kind``, ``layer``, ``sub`` and ``head`` (empty where the row has
+            none; a unit may count something else than heads and names the column so), ``row``,
             ``position``, ``token``, ``answer``, ``incorrect``, ``attribution``; padding is left
-            out.
+            out. ``sub`` counts the attentions of a block, from 0.
 
         Raises:
             MissingExtraError: when pandas is not installed.
         """
-        try:
-            import pandas
-        except ImportError:
-            raise MissingExtraError("to_dataframe()", "pandas") from None
-        return pandas.DataFrame(self.records())
+        return table.frame(self.records(), table.columns(self.words))
 
-    def records(self) -> list[dict[str, Any]]:
-        """The lines of :meth:`to_dataframe`, as dictionaries."""
-        from dla_hooks.results.table import records
+    @overload
+    def to_json(self, path: None = None) -> str: ...
+    @overload
+    def to_json(self, path: str | Path) -> Path: ...
+    def to_json(self, path: str | Path | None = None) -> str | Path:
+        """Everything in the result as JSON; what is no number there is null.
 
-        return records(self)
+        Args:
+            path: of a file to write, or None for the text itself.
+
+        Returns:
+            The text, or the path of the file.
+
+        Raises:
+            InputError: when the file cannot be written.
+        """
+        text = table.json_text(self)
+        return text if path is None else files.write_text(path, text)
+
+    @overload
+    def to_csv(self, path: None = None) -> str: ...
+    @overload
+    def to_csv(self, path: str | Path) -> Path: ...
+    def to_csv(self, path: str | Path | None = None) -> str | Path:
+        """The lines of :meth:`to_dataframe` as CSV; needs no pandas.
+
+        Args:
+            path: of a file to write, or None for the text itself.
+
+        Returns:
+            The text, or the path of the file.
+
+        Raises:
+            InputError: when the file cannot be written.
+        """
+        text = table.csv_text(self)
+        return text if path is None else files.write_text(path, text)
 
     def plot(self) -> altair.Chart:
         """A picture (extra ``plot``): a layer x head heatmap, bars of components, a line of layers.
@@ -109,9 +214,8 @@ class DirectLogitAttribution:
 
         Raises:
             MissingExtraError: when Altair is not installed.
+            InputError: when the result holds no number.
         """
-        from dla_hooks.results.chart import plot
-
         return plot(self)
 
     def save(self, path: str | Path) -> Path:
@@ -121,55 +225,26 @@ class DirectLogitAttribution:
             path: of the file to write; by custom it ends in ``.safetensors``.
 
         Raises:
+            InputError: for what is no path.
             CheckpointError: when it cannot be written there.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
-        tensors = {name: getattr(self, name).cpu().contiguous() for name in _TENSORS}
-        rest = {k: v for k, v in self.__dict__.items() if k not in _TENSORS}
-        header = {"format": _FORMAT, "version": str(_VERSION), "result": json.dumps(rest)}
-        try:
-            save_file(tensors, str(path), metadata=header)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be written: {error}") from None
-        return Path(path)
+        return files.write(path, files.RESULT, *pack(self))
 
     @classmethod
     def load(cls, path: str | Path) -> DirectLogitAttribution:
-        """Read a result back.
+        """Read a result back; files of earlier versions, too.
 
         Raises:
             CheckpointError: when there is no such file, or it cannot be read.
             InputError: when the file holds something else, or comes from a newer version.
         """
-        from safetensors import SafetensorError, safe_open
+        return files.read(path, {files.RESULT: cls})
 
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                header = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be read as a saved result: {error}") from None
-        if header.get("format") != _FORMAT:
-            raise InputError(f"{path} is no saved attribution (its header does not say {_FORMAT})")
-        version = header.get("version", "")
-        if version.isdigit() and int(version) > _VERSION:
-            raise InputError(
-                f"{path} was written by a newer dla_hooks (format {version}, this one "
-                f"reads up to {_VERSION}); upgrade to read it"
-            )
-        try:
-            return cls(**tensors, **json.loads(header["result"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from None
+    def _ipython_key_completions_(self) -> list[str]:
+        return self.labels
 
     def __repr__(self) -> str:
-        from dla_hooks.results.text import as_text
-
         return as_text(self)
 
     def _repr_html_(self) -> str:
-        from dla_hooks.results.html import as_html
-
         return as_html(self)

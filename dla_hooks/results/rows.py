@@ -6,7 +6,11 @@ view knows a unit by name, and no label is ever parsed back.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from functools import lru_cache
+
+from dla_hooks.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -56,3 +60,79 @@ class Words:
     cumulative: bool = False
     remainder: str = ""
     remainder_is: str = ""
+
+
+# Files of format 1, and results that are made by hand, bring neither rows nor words. They are of
+# the three units that there were then, whose labels are read here, and nowhere else.
+_OLD_WORDS = {
+    "component": Words(
+        "component", "Components", "components: embeddings, and what each sublayer wrote"
+    ),
+    "layer": Words(
+        "layer",
+        "Layers, running sum of the components",
+        "layers: the running sum of the components",
+        chart="line",
+        cumulative=True,
+    ),
+    "head": Words(
+        "head",
+        "Heads",
+        "heads: what each attention head wrote",
+        index="head",
+        chart="heatmap",
+        remainder="remainder",
+        remainder_is="what no head wrote",
+    ),
+}
+_HEAD = re.compile(r"L([0-9]+)(?:\.([0-9]+))?H([0-9]+)")
+_IN_LAYER = re.compile(r"([0-9]+)_(.+)")
+
+
+def words_of(unit: str) -> Words:
+    """The words of a unit by its name alone; a name that is not known stands for itself."""
+    other = Words(unit, unit, unit, remainder="remainder", remainder_is="what is no row")
+    return _OLD_WORDS.get(unit, other)
+
+
+@lru_cache(maxsize=8)  # many results of one model have the same labels
+def rows_of(labels: tuple[str, ...]) -> tuple[Row, ...]:
+    """The records of rows by their labels alone.
+
+    ``L3H0`` and ``L3.1H0`` are heads; ``3_mlp_out`` belongs to layer 3; every other label names
+    its own kind.
+    """
+    return tuple(map(_row_of, labels))
+
+
+def _row_of(label: str) -> Row:
+    head = _HEAD.fullmatch(label)
+    if head:
+        layer, sub, index = (int(number or 0) for number in head.groups())
+        return Row(label, "head", layer, sub, index)
+    in_layer = _IN_LAYER.fullmatch(label)
+    if in_layer:
+        return Row(label, in_layer[2], int(in_layer[1]))
+    return Row(label, label)
+
+
+NO_WORDS = Words("", "", "")
+"""Stands for words that were not given."""
+
+
+def filled(labels: list[str], unit: str, rows: list[Row], words: Words) -> tuple[list[Row], Words]:
+    """Rows and words as they were given, or from the table where they were not.
+
+    Raises:
+        InputError: when rows are given that are not those of the labels.
+    """
+    if words == NO_WORDS:
+        words = words_of(unit)
+    if not rows:
+        return list(rows_of(tuple(labels))), words
+    if len(rows) != len(labels):
+        raise InputError(f"there are {len(rows)} rows and {len(labels)} labels; give one for each")
+    for row, label in zip(rows, labels, strict=True):
+        if row.label != label:
+            raise InputError(f"the row {row.label!r} stands at the label {label!r}")
+    return rows, words

@@ -4,69 +4,111 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from dla_hooks.results.ranking import (
-    REMAINDER,
-    Rows,
-    decimals,
-    strongest,
-)
-from dla_hooks.results.wording import EMPTY, closing, headline, unit_sentence
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from dla_hooks.results.result import DirectLogitAttribution
+from dla_hooks.results.data import ResultData
+from dla_hooks.results.ranking import Shown, strongest
+from dla_hooks.results.wording import closing, headline, nothing_in, printable, sum_line
 
 _TEXT_ROWS = 14
 _HALF_BAR = 12
+_NARROW = 9  # half a bar that leaves room for two words beside it
 
 
-def as_text(result: DirectLogitAttribution) -> str:
+def as_text(data: ResultData) -> str:
     """A result in at most 25 lines, its strongest rows with bars."""
-    if not result.attribution.numel():
-        return f"{unit_sentence(result)}\n{EMPTY}"
-    rows = strongest(result, _TEXT_ROWS)
-    table = [f"  {line.start}{line.end}".rstrip() for line in lines(rows, _HALF_BAR)]
-    return "\n".join([headline(result), unit_sentence(result), *table, *closing(result)])
+    nothing = nothing_in(data)
+    if nothing:
+        return f"{printable(data.words.sentence)}\n{nothing}"
+    shown = strongest(data, _TEXT_ROWS)
+    table = [f"  {line.start}{line.end}".rstrip() for line in lines(shown, _HALF_BAR)]
+    sentence = printable(data.words.sentence)
+    return "\n".join([headline(data), sentence, *table, *closing(data)])
+
+
+def means_as_text(means: ResultData, standard_error: Tensor, n: int, n_failed: int) -> str:
+    """Means over prompts in fixed width, the strongest rows with standard errors and bars.
+
+    Args:
+        means: one entry, the means.
+        standard_error: of each row [row].
+        n: prompts that the means are over.
+        n_failed: prompts that failed.
+    """
+    what = "logit differences" if means.incorrect is not None else "logits"
+    head = f"mean of {what} over {n} prompt{'s' * (n != 1)}"
+    if n_failed:
+        head += f" ({n_failed} {'more ' * (n > 0)}failed)"
+    if means.model:
+        head += f" · {means.model}"
+    if not n:
+        return printable(head)
+    sentence = means.words.sentence + " (± standard error)" * (n > 1)
+    shown = strongest(means, _TEXT_ROWS)
+    spreads = {
+        label: "" if math.isnan(error) else f"± {error:.{shown.decimals}f}  "
+        for label, error in zip(means.labels, standard_error.tolist(), strict=True)
+    }
+    width = max(map(len, spreads.values()), default=0)
+    table = []
+    for line in lines(shown, _HALF_BAR):
+        spread = spreads.get(line.label, "")  # what stands for the rest has none
+        table.append(f"  {line.start}{spread:<{width}}{line.end}".rstrip())
+    return "\n".join([printable(head), printable(sentence), *table, sum_line(means, mean=True)])
 
 
 @dataclass(frozen=True)
-class Line:
-    """One line of a table in fixed width: the label and number, padded, then a bar or a note."""
+class TextLine:
+    """One line of a table in fixed width.
 
+    Attributes:
+        label: of its row, or "" for a line about those left out.
+        start: the label and the number, padded.
+        end: a bar or a note.
+        value: the number that a bar stands for, or None.
+    """
+
+    label: str
     start: str
     end: str
     value: float | None = None
 
 
-def lines(rows: Rows, half: int) -> list[Line]:
+def lines(shown: Shown, half: int) -> list[TextLine]:
     """The rows as lines of text that stand under each other.
 
     Args:
-        rows: what to show.
+        shown: the rows.
         half: characters of a full bar, to either side.
     """
-    digits = decimals([rows.largest, rows.remainder or 0.0])
-    shown = [(label, f"{value:+.{digits}f}", value) for label, value in rows.shown]
-    last = None if rows.remainder is None else f"{rows.remainder:+.{digits}f}"
-    width = max(len(label) for label, _, _ in [*shown, (REMAINDER if last else "", "", 0.0)])
-    columns = max(len(number) for number in [*(number for _, number, _ in shown), last or ""])
+    remainder = shown.remainder
+    cells = [(label, printable(label), value) for label, value in shown.rows]
+    if remainder is not None:
+        cells.append((remainder.label, printable(remainder.label), remainder.value))
+    numbers = [f"{value:+.{shown.decimals}f}" for _, _, value in cells]
+    width = max((len(name) for _, name, _ in cells), default=0)
+    columns = max(map(len, numbers), default=0)
+    starts = [
+        f"{name:<{width}}  {number:>{columns}}  "
+        for (_, name, _), number in zip(cells, numbers, strict=True)
+    ]
 
     found = [
-        Line(f"{label:<{width}}  {number:>{columns}}  ", bar(value, rows.largest, half), value)
-        for label, number, value in shown
+        TextLine(label, start, bar(value, shown.largest, half), value)
+        for (label, value), start in zip(shown.rows, starts, strict=False)
     ]
-    if rows.left_out:
-        found.insert(rows.gap_at, Line("", f"… {rows.left_out}"))
-    if last:
-        note = "(what no head wrote)" if half > 9 else "(no head)"
-        found.append(Line(f"{REMAINDER:<{width}}  {last:>{columns}}  ", note))
+    if shown.left_out:
+        found.insert(shown.gap_at, TextLine("", "", f"… {shown.left_out}"))
+    if remainder is not None:
+        note = remainder.holds if half > _NARROW else remainder.short
+        found.append(TextLine(remainder.label, starts[-1], f"({note})" if note else ""))
     return found
 
 
 def bar(value: float, largest: float, half: int) -> str:
     """A bar of ``2 * half + 1`` characters that grows from its middle to either side."""
-    if not math.isfinite(value) or largest == 0:
+    if not math.isfinite(value) or largest == 0:  # a bar that has no length
         return f"{'│':^{2 * half + 1}}"
     steps = min(2 * half, round(2 * half * abs(value) / largest))  # half characters
     full, odd = divmod(steps, 2)

@@ -3,59 +3,54 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
-from dla_hooks.results.ranking import _located, decimals, entry_mean, real_entries
+from dla_hooks.results.data import ResultData, entry_mean, located, real_entries
+from dla_hooks.results.ranking import decimals
 
-if TYPE_CHECKING:
-    from dla_hooks.results.result import DirectLogitAttribution
-
-EMPTY = "no position is selected"
-UNITS = {
-    "component": "components: embeddings, and what each sublayer wrote",
-    "head": "heads: what each attention head wrote",
-    "layer": "layers: the running sum of the components",
-}
+NO_ENTRY = "no position is selected"
+NO_ROW = "there is no row"
 
 
-def unit_sentence(result: DirectLogitAttribution) -> str:
-    """What the rows of a result are, in a few words."""
-    return UNITS.get(result.unit, result.unit)
+def nothing_in(data: ResultData) -> str:
+    """Why there is nothing to show: no entry, or no row. "" where there is something."""
+    if data.attribution.numel():
+        return ""
+    return NO_ROW if data.shape.numel() else NO_ENTRY
 
 
-def question(result: DirectLogitAttribution) -> str:
+def question(data: ResultData) -> str:
     """Which logit, or difference: ``' Paris' - ' London'``."""
-    if not result.answer:
+    if not data.answer:
         return "a logit"
-    pairs = list(dict.fromkeys(zip(result.answer, result.incorrect or result.answer, strict=False)))
-    first = quoted(result, pairs[0][0])
-    if result.incorrect is not None:
-        first += f" - {quoted(result, pairs[0][1])}"
+    pairs = list(dict.fromkeys(zip(data.answer, data.incorrect or data.answer, strict=False)))
+    first = quoted(data, pairs[0][0])
+    if data.incorrect is not None:
+        first += f" - {quoted(data, pairs[0][1])}"
     return first if len(pairs) == 1 else f"{first} and {len(pairs) - 1} more"
 
 
-def place(result: DirectLogitAttribution, width: int = 60) -> str:
+def place(data: ResultData, width: int = 60) -> str:
     """Where it was read, and what the numbers are means over.
 
     Args:
-        result: any.
+        data: any.
         width: characters of the prompt, elided in the middle beyond that.
     """
-    valid, row_of = real_entries(result)
+    valid, row_of = real_entries(data)
     n = int(valid.sum())
-    if not _located(result) or n == 0:
+    if not located(data) or n == 0:
         return f"mean over {n} entries" if n > 1 else ""
-    spots, owners = result.positions[valid].tolist(), row_of[valid].tolist()
+    spots, owners = data.positions[valid].tolist(), row_of[valid].tolist()
     n_rows = len(set(owners))
-    lengths = [len(result.tokens[row]) for row in owners]
-    text = prompt(result, owners[0], width)
+    lengths = [len(data.tokens[row]) for row in owners]
+    text = prompt(data, owners[0], width)
 
     if all(spot == length - 1 for spot, length in zip(spots, lengths, strict=True)):
         spot = "the last token"
     else:
         spot = f"token {spots[0]}"
         if n_rows == 1:
-            spot += f" ({quoted(result, result.tokens[owners[0]][spots[0]])})"
+            spot += f" ({quoted(data, data.tokens[owners[0]][spots[0]])})"
     n_spots = len(set(zip(owners, spots, strict=True)))
     one_each = n == n_rows and (spot == "the last token" or len(set(spots)) == 1)
     if n_rows > 1:
@@ -70,48 +65,47 @@ def place(result: DirectLogitAttribution, width: int = 60) -> str:
     return f"mean over {n} entries, {over} positions of {text}"
 
 
-def headline(result: DirectLogitAttribution, with_model: bool = True) -> str:
+def headline(data: ResultData, with_model: bool = True) -> str:
     """Which logit, where, and of which model: one line."""
-    where = place(result)
+    where = place(data)
     comma = "," if where.startswith("mean") else ""
-    head = f"{question(result)}{comma} {where}".rstrip()
-    return f"{head} · {result.model}" if result.model and with_model else head
+    head = f"{question(data)}{comma} {where}".rstrip()
+    return printable(f"{head} · {data.model}" if data.model and with_model else head)
 
 
-def closing(result: DirectLogitAttribution) -> list[str]:
+def closing(data: ResultData) -> list[str]:
     """The sum that the rows are held to, and how well it holds: two lines."""
     checked = (
         "not checked against the model's logits"
-        if math.isnan(result.logit_gap)
-        else f"to the model's own logits {result.logit_gap:.1e}"
+        if math.isnan(data.logit_gap)
+        else f"to the model's own logits {data.logit_gap:.1e}"
     )
-    several = int(real_entries(result)[0].sum()) > 1
-    return [sum_line(result, mean=several), f"gap {result.gap:.1e}, {checked}"]
+    several = int(real_entries(data)[0].sum()) > 1
+    return [sum_line(data, mean=several), f"gap {data.gap:.1e}, {checked}"]
 
 
-def sum_line(result: DirectLogitAttribution, *, mean: bool) -> str:
+def sum_line(data: ResultData, *, mean: bool) -> str:
     """The sum that the rows are held to.
 
     Args:
-        result: any.
+        data: any.
         mean: whether its numbers are means over several logits.
     """
-    logit, bias = entry_mean(result.logit), entry_mean(result.bias)
-    whole = result.attribution[-1] if result.unit == "layer" else result.attribution.sum(0)
-    total = entry_mean(whole)
+    logit, bias = entry_mean(data.logit), entry_mean(data.bias)
+    total = entry_mean(data.total())
     digits = decimals([total, bias, logit])
     what = "the mean logit" if mean else "the logit"
-    if result.incorrect is not None:
+    if data.incorrect is not None:
         what += " difference"
-    if result.softcap is not None:
-        what += f" before the cap of {result.softcap:g}"
-    start = "last entry" if result.unit == "layer" else "sum"
+    if data.softcap is not None:
+        what += f" before the cap of {data.softcap:g}"
+    start = "last entry" if data.words.cumulative else "sum"
     return f"{start} {total:+.{digits}f}  + bias {bias:+.{digits}f}  = {logit:+.{digits}f}, {what}"
 
 
-def prompt(result: DirectLogitAttribution, row: int, width: int) -> str:
+def prompt(data: ResultData, row: int, width: int) -> str:
     """One row's prompt, quoted, elided in the middle."""
-    text = (" " if ids_only(result) else "").join(result.tokens[row])
+    text = (" " if ids_only(data) else "").join(data.tokens[row])
     return repr(elided(text, width))
 
 
@@ -124,12 +118,17 @@ def elided(text: str, width: int) -> str:
     return f"{start[: start.rfind(' ') + 1] or start}…{end[max(end.find(' '), 0) :]}"
 
 
-def quoted(result: DirectLogitAttribution, token: str) -> str:
+def printable(text: str) -> str:
+    """The text, with half a surrogate pair as its escape: it has no form in UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def quoted(data: ResultData, token: str) -> str:
     """A token as it is named: in quotes, for its spaces, or by its id without a tokenizer."""
-    return f"token {token}" if ids_only(result) else repr(token)
+    return f"token {token}" if ids_only(data) else repr(token)
 
 
-def ids_only(result: DirectLogitAttribution) -> bool:
+def ids_only(data: ResultData) -> bool:
     """Whether there was no tokenizer, so that the tokens' names are their ids."""
-    names = [name for row in result.tokens for name in row]
-    return bool(names) and all(name.isdecimal() for name in [*names, *result.answer])
+    names = [name for row in data.tokens for name in row]
+    return bool(names) and all(name.isdecimal() for name in [*names, *data.answer])

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from units import UNIT_NAMES
 from zoo import build, tiny_tokenizer
 
 from dla_hooks import (
@@ -161,7 +162,7 @@ class TestTitle:
     def test_names_the_token_of_another_position(self, attribute):
         assert self.title(attribute(pos=2))["subtitle"][0].startswith("at token 2 (' sat') of")
 
-    @pytest.mark.parametrize("unit", ["component", "head", "layer"])
+    @pytest.mark.parametrize("unit", UNIT_NAMES)
     def test_means_are_drawn_and_said(self, attribute, unit):
         result = attribute([PROMPT, "When Mary"], pos=None, unit=unit)
         title = self.title(result)

@@ -12,7 +12,7 @@ import torch
 from zoo import build, tiny_tokenizer
 
 from dla_hooks import DirectLogitAttribution, direct_logit_attribution
-from dla_hooks.results.table import as_dict, write_csv, write_json
+from dla_hooks.results.table import as_dict
 
 PROMPT = "The cat sat on the mat"
 
@@ -287,7 +287,7 @@ def result_prompt(input, row):
 class TestFiles:
     def test_json_has_null_for_nan_and_nothing_else_odd(self, attribute, tmp_path):
         result = attribute(["The cat", "When"], pos=None, check=False)
-        write_json(result, tmp_path / "r.json")
+        result.to_json(tmp_path / "r.json")
 
         def refuse(constant):
             raise AssertionError(f"{constant} is no JSON")
@@ -304,7 +304,7 @@ class TestFiles:
         import csv
 
         result = by_hand(["embed"], [1.0], tokens=[["a", 'x,"\n']])
-        write_csv(result, tmp_path / "r.csv")
+        result.to_csv(tmp_path / "r.csv")
         with (tmp_path / "r.csv").open(encoding="utf-8", newline="") as file:
             (line,) = csv.DictReader(file)
         assert line["token"] == 'x,"\n'

@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from units import UNIT_NAMES
 from zoo import build, tiny_tokenizer
 
 from dla_hooks import (
@@ -41,7 +42,7 @@ def made(values: list[float], label: str = "row", unit: str = "component", **fie
 
 
 @pytest.mark.parametrize("pos", [-1, None])
-@pytest.mark.parametrize("unit", ["component", "layer", "head"])
+@pytest.mark.parametrize("unit", UNIT_NAMES)
 def test_mean_and_standard_error_are_those_of_one_sample_per_prompt(model, prompts, unit, pos):
     options = {"unit": unit, "pos": pos}
     summary = summarize(attribute_many(model, prompts, 5, 7, max_tokens=20, **options))
@@ -55,7 +56,7 @@ def test_mean_and_standard_error_are_those_of_one_sample_per_prompt(model, promp
     logits = torch.stack([result.logit.mean() for result in alone])
     assert summary.logit == pytest.approx(float(logits.mean()))
     assert summary.logit_standard_error == pytest.approx(float(logits.std() / math.sqrt(6)))
-    whole = summary.mean[-1] if unit == "layer" else summary.mean.sum()
+    whole = summary.mean[-1] if summary.words.cumulative else summary.mean.sum()
     assert float(whole) + summary.bias == pytest.approx(summary.logit)
 
 
@@ -167,7 +168,8 @@ def test_a_dataframe_has_a_line_per_row(model, prompts):
     pytest.importorskip("pandas")
     summary = summarize(attribute_many(model, prompts, 5, unit="head"))
     frame = summary.to_dataframe()
-    assert list(frame.columns) == ["label", "layer", "head", "mean", "standard_error", "n"]
+    row_columns = ["label", "kind", "layer", "sub", "head"]
+    assert list(frame.columns) == [*row_columns, "mean", "standard_error", "n"]
     assert len(frame) == len(summary.labels)
     line = frame[frame.label == "L1H2"]
     row = summary.labels.index("L1H2")

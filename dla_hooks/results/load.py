@@ -1,0 +1,38 @@
+"""Read back whatever was saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from dla_hooks.results import files
+from dla_hooks.results.result import DirectLogitAttribution
+from dla_hooks.results.summary import Summary
+
+
+def load(path: str | Path) -> DirectLogitAttribution | Summary:
+    """Read what :meth:`DirectLogitAttribution.save` or :meth:`Summary.save` has written.
+
+    Example:
+        >>> import tempfile, torch, dla_hooks
+        >>> one = torch.ones(1)
+        >>> result = dla_hooks.DirectLogitAttribution(
+        ...     one[None], ["embed"], "component", one, 2 * one, 0.0
+        ... )
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = result.save(f"{folder}/result.safetensors")
+        ...     dla_hooks.load(path)["embed"]
+        tensor([1.])
+
+    Args:
+        path: of the file.
+
+    Raises:
+        InputError: when the file holds something else, or comes from a newer version.
+        CheckpointError: when there is no such file, or it cannot be read.
+    """
+    kinds: dict[str, Callable[..., DirectLogitAttribution | Summary]] = {
+        files.RESULT: DirectLogitAttribution,
+        files.SUMMARY: Summary,
+    }
+    return files.read(path, kinds)

@@ -1,0 +1,154 @@
+"""Parts of a result: one row, one prompt of the batch, one position, the heads as a grid."""
+
+from __future__ import annotations
+
+import difflib
+import operator
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from dla_hooks.errors import ArgumentTypeError, InputError, LabelError, PositionError
+from dla_hooks.results.data import ResultData, names_of_entries, real_entries
+
+_Data = TypeVar("_Data", bound=ResultData)
+_NEAR = 3
+
+
+def row_named(data: ResultData, label: Any) -> Tensor:
+    """The numbers [*batch_and_pos] of one row.
+
+    Raises:
+        LabelError: (a KeyError) for a label that no row has; it names those most like it.
+        ArgumentTypeError: for what is no string.
+    """
+    if not isinstance(label, str):
+        raise ArgumentTypeError(
+            f"a row is looked up by its label, a string like {next(iter(data.labels), 'embed')!r}; "
+            f"got {label!r:.80}. By its number it is result.attribution[number]."
+        )
+    try:
+        return data.attribution[data.labels.index(label)]
+    except ValueError:
+        near = difflib.get_close_matches(label, data.labels, _NEAR, 0.0)
+        like = f"; near it are {', '.join(map(repr, near))}" if near else ""
+        raise LabelError(
+            f"no row of this {data.unit} result is called {label!r:.80}{like}. All names are in "
+            "result.labels."
+        ) from None
+
+
+def one_prompt(data: _Data, index: Any) -> _Data:
+    """The result of one row of the batch, whose axis is kept with one entry.
+
+    Raises:
+        PositionError: (an IndexError) when the batch has no such row.
+        ArgumentTypeError: when ``index`` is no int.
+    """
+    first_axis = data.shape[0] if data.shape else 1
+    n_prompts = len(data.tokens) or first_axis
+    row = _counted(index, n_prompts, "the batch", "rows")
+    if n_prompts == 1:  # one prompt with several answers, or without a batch axis, is whole
+        return _cut(data, ())
+    if n_prompts != first_axis:
+        raise InputError(
+            f"the result has tokens of {n_prompts} prompts and {first_axis} rows of the batch; "
+            "a single prompt can be taken from it where they are as many"
+        )
+    part = _cut(data, (slice(row, row + 1),))
+    return replace(part, tokens=data.tokens[row : row + 1])
+
+
+def one_position(data: _Data, index: Any) -> _Data:
+    """The result at one of the selected positions, without the axis of positions.
+
+    Raises:
+        InputError: when the result has no axis of positions behind its batch axis.
+        PositionError: (an IndexError) when no such position was selected.
+        ArgumentTypeError: when ``index`` is no int.
+    """
+    if len(data.shape) != 2:
+        raise InputError(
+            "one position can be taken from a result with the axes [row, batch, position]; this "
+            f"one has the shape {list(data.attribution.shape)}: a single position was selected, "
+            "or there is no axis for the batch"
+        )
+    place = _counted(index, data.shape[1], "the selected positions", "entries")
+    return _cut(data, (slice(None), place))
+
+
+def head_grid(data: ResultData) -> Tensor:
+    """The heads as [layer, head, *batch_and_pos].
+
+    NaN stands where a layer has fewer heads, or none. Heads of a block's second attention follow
+    those of its first.
+
+    Raises:
+        InputError: when the rows are no heads.
+    """
+    numbers: list[int] = []  # of the rows that are heads
+    places: list[tuple[int, int, tuple[int | None, str]]] = []  # layer, head, which attention
+    for number, row in enumerate(data.rows):
+        if row.layer is not None and row.index is not None:
+            numbers.append(number)
+            places.append((row.layer, row.index, (row.sub, row.kind)))
+    if data.words.index != "head" or not numbers:
+        raise InputError(
+            f"this result has no rows that are heads: its unit is {data.unit!r}. Attribute with "
+            "unit='head'."
+        )
+    counts: dict[tuple[int, tuple[int | None, str]], int] = {}
+    for layer, head, attention in places:
+        counts[layer, attention] = max(counts.get((layer, attention), 0), head + 1)
+    starts: dict[tuple[int, tuple[int | None, str]], int] = {}
+    widths: dict[int, int] = {}
+    for (layer, attention), n_heads in counts.items():
+        starts[layer, attention] = widths.get(layer, 0)
+        widths[layer] = starts[layer, attention] + n_heads
+    shape = (max(widths) + 1, max(widths.values()), *data.shape)
+    grid = data.attribution.new_full(shape, torch.nan)
+    layers = torch.tensor([layer for layer, _, _ in places])
+    heads = torch.tensor([starts[layer, attention] + head for layer, head, attention in places])
+    grid[layers, heads] = data.attribution[torch.tensor(numbers)]
+    return grid
+
+
+def _cut(data: _Data, place: tuple[slice | int, ...]) -> _Data:
+    """The entries at a place of the batch and the positions."""
+    whole = torch.arange(data.shape.numel()).reshape(data.shape)
+    answer, incorrect = _own_names(data, whole[place].flatten().tolist())
+    return replace(
+        data,
+        attribution=data.attribution[(slice(None), *place)],
+        bias=data.bias[place],
+        logit=data.logit[place],
+        positions=data.positions[place] if data.positions.shape == data.shape else data.positions,
+        answer=answer,
+        incorrect=incorrect,
+        target=None,
+    )
+
+
+def _own_names(data: ResultData, entries: list[int]) -> tuple[list[str], list[str] | None]:
+    """The answers of some entries: one name where they are all the same, else one for each."""
+    answers = names_of_entries(data, data.answer)
+    incorrects = names_of_entries(data, data.incorrect)
+    real = real_entries(data)[0].flatten().tolist()
+    pairs = [(answers[entry], incorrects[entry]) for entry in entries]
+    distinct = {pair for pair, entry in zip(pairs, entries, strict=True) if real[entry]}
+    if len(distinct) == 1:
+        pairs = list(distinct)
+    known = [answer or "" for answer, _ in pairs] if data.answer else []
+    return known, None if data.incorrect is None else [wrong or "" for _, wrong in pairs]
+
+
+def _counted(index: Any, size: int, where: str, what: str) -> int:
+    """An index from either end as one from the start."""
+    if isinstance(index, bool) or not hasattr(index, "__index__"):
+        raise ArgumentTypeError(f"an index into {where} must be an int, got {index!r:.80}")
+    number = operator.index(index)
+    if not -size <= number < size:
+        raise PositionError(f"index {number} is out of range: {where} has {size} {what}")
+    return number % size

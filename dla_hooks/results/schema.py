@@ -1,0 +1,73 @@
+"""The form of a result's fields in files: one rule for every format.
+
+The dataclass says which fields there are. A tensor stays a tensor, rows become columns beside the
+labels, words a dictionary; the rest is what JSON can hold as it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from typing import Any
+
+from torch import Tensor
+
+from dla_hooks.results.rows import Row, Words
+
+_ROW_COLUMNS = tuple(field.name for field in fields(Row) if field.name != "label")
+
+
+def pack(data: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The fields of a result or a summary: tensors by name, and the rest as JSON can hold it."""
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, Any] = {}
+    for field in fields(data):
+        value = getattr(data, field.name)
+        if isinstance(value, Tensor):
+            tensors[field.name] = value
+        elif field.name == "rows":
+            plain["rows"] = row_columns(value)
+        else:
+            plain[field.name] = asdict(value) if isinstance(value, Words) else value
+    return tensors, plain
+
+
+def unpack(tensors: dict[str, Tensor], plain: dict[str, Any]) -> dict[str, Any]:
+    """The other way round: the arguments to make a result or a summary of.
+
+    Raises:
+        KeyError, TypeError, ValueError: for what :func:`pack` does not make.
+    """
+    given = {**tensors, **plain}
+    if "rows" in given:
+        given["rows"] = rows_from(given["labels"], given["rows"])
+    if "words" in given:
+        given["words"] = Words(**given["words"])
+    return given
+
+
+def row_columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
+    """Rows as columns ``kind``, ``layer``, ``sub``, ``index``, aligned with their labels."""
+    return {name: [getattr(row, name) for row in rows] for name in _ROW_COLUMNS}
+
+
+def rows_from(labels: Sequence[str], columns: dict[str, list[Any]]) -> list[Row]:
+    """The other way round.
+
+    Raises:
+        TypeError, ValueError: for columns that are none of :func:`row_columns`.
+    """
+    lines = zip(labels, *columns.values(), strict=True)
+    return [Row(label, **dict(zip(columns, line, strict=True))) for label, *line in lines]
+
+
+def as_json(value: Any) -> Any:
+    """Tensors as nested lists, and None for what JSON has no number for."""
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    if isinstance(value, list):
+        return [as_json(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
