@@ -151,7 +151,7 @@ class Runner:
         ids = short_prompt(self.stream).input_ids
         # Sums that fail to add up may be these tokens' fault, and are left to the prompts.
         with contextlib.suppress(DecompositionError):
-            self._plan(answer, incorrect)(ids)
+            self._plan(answer, incorrect)(ids, chunk_size=self._chunk_size)
 
     def outcomes(
         self, items: Sequence[Item]
