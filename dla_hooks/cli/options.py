@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from typing import Annotated
 
 import typer
 
 
-class Unit(str, Enum):
+class Unit(StrEnum):
     """What ``--unit`` takes: the names in :data:`dla_hooks.units.UNITS`."""
 
     component = "component"
@@ -16,7 +16,7 @@ class Unit(str, Enum):
     head = "head"
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     """What ``--dtype`` takes: :data:`dla_hooks.checkpoint.DTYPES`."""
 
     float32 = "float32"
@@ -26,7 +26,7 @@ class Dtype(str, Enum):
     auto = "auto"
 
 
-class DeviceMap(str, Enum):
+class DeviceMap(StrEnum):
     """What ``--device-map`` takes: :data:`dla_hooks.placement.DEVICE_MAPS`."""
 
     auto = "auto"
