@@ -13,6 +13,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from dla_hooks._version import __version__
+
 if TYPE_CHECKING:
     from dla_hooks import demo
     from dla_hooks.attribution import direct_logit_attribution
@@ -50,8 +52,6 @@ if TYPE_CHECKING:
     from dla_hooks.tl.wrap import Wrapped, wrap
     from dla_hooks.verification.recognise import verify
     from dla_hooks.verification.trace import Verification
-
-__version__ = "0.1.0"
 
 # Loaded when first used: `dla-hooks --help` and `import dla_hooks` should not wait for torch.
 _HOME = {

@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 from typer.testing import CliRunner
+from units import UNIT_NAMES
 from zoo import build, tiny_tokenizer
 
 import dla_hooks
@@ -19,7 +20,6 @@ from dla_hooks.checkpoint import DTYPES
 from dla_hooks.cli.app import app
 from dla_hooks.cli.options import DeviceMap, Dtype, Unit
 from dla_hooks.placement import DEVICE_MAPS
-from dla_hooks.units import UNITS
 
 PROMPT = "The cat sat on the mat"
 
@@ -80,7 +80,7 @@ def failed(done, *words):
 
 
 class TestAttribute:
-    @pytest.mark.parametrize("unit", ["component", "layer", "head"])
+    @pytest.mark.parametrize("unit", UNIT_NAMES)
     def test_rows_are_the_library_s(self, folder, unit):
         done = attribute(folder, "--incorrect", " Berlin", "--unit", unit)
         assert done.exit_code == 0, done.output
@@ -343,7 +343,7 @@ class TestDemo:
 
 class TestStartsFast:
     def test_options_are_those_of_the_library(self):
-        assert [unit.value for unit in Unit] == list(UNITS)
+        assert [unit.value for unit in Unit] == list(UNIT_NAMES)
         assert tuple(dtype.value for dtype in Dtype) == DTYPES
         assert tuple(where.value for where in DeviceMap) == DEVICE_MAPS
 

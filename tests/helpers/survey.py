@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from mapping_zoo import MODEL_TYPES, CannotBuild, build_any, example_ids_any
 from transformers.utils import logging
+from units import UNIT_NAMES
 
 from dla_hooks import DLAError, UnsupportedModelError, direct_logit_attribution
 from dla_hooks.calibration.mid_streams import mid_streams
@@ -75,7 +76,7 @@ def examine(model: Any, ids: torch.Tensor, logits: torch.Tensor) -> Finding:
     units: list[str] = []
     gap = logit_gap = 0.0
     try:
-        for unit in ("component", "layer", "head"):
+        for unit in UNIT_NAMES:
             try:
                 result = direct_logit_attribution(
                     model, ids, ANSWER, INCORRECT, unit=unit, pos=None
