@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from importlib.metadata import PackageNotFoundError, version
 
 import pytest
@@ -28,8 +29,24 @@ def _is_at_most(library: str, newest: tuple[int, ...]) -> bool:
     return tuple(int(number) for number in numbers[: len(newest)]) <= newest
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip, with the reason, what the installed versions of other libraries cannot run."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--sample N`` for suites that only the weekly run has time for."""
+    parser.addoption(
+        "--sample",
+        type=int,
+        default=1,
+        metavar="N",
+        help="run about one test in N, the same ones each time",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what the installed versions cannot run, with the reason; draw a sample if asked to."""
+    share = config.getoption("--sample")
+    left_out = [item for item in items if zlib.crc32(item.nodeid.encode()) % share]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not zlib.crc32(item.nodeid.encode()) % share]
     for piece, library, newest, reason in _TOO_OLD:
         if _is_at_most(library, newest):
             said = f"{library} {version(library)}: {reason}"
