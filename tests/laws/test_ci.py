@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -46,7 +47,15 @@ def test_scripts_are_valid_bash():
 
 def test_a_sample_is_the_same_each_time_and_a_share_of_the_whole():
     def collected(*arguments: str) -> set[str]:
-        command = ["pytest", "--collect-only", "-q", "tests/laws/test_house.py", *arguments]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "--collect-only",
+            "-q",
+            "tests/laws/test_house.py",
+            *arguments,
+        ]
         done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
         return {line for line in done.stdout.splitlines() if "::" in line}
 
