@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.bars import BARS, Options, Skipped
+from benchmarks.bar import Options, Skipped
+from benchmarks.bars import BARS
 from benchmarks.contenders import COMPARED, OURS, PLAIN, split_missing
 from benchmarks.models import DTYPES, MODELS, POSITIONS, UNITS, Setting
 from benchmarks.options import (
@@ -203,7 +204,9 @@ def bars(
     options: dict[str, Options] = {}
     for name in cases:
         case = BARS[name]
-        options[name] = Options(report.say, repeats, model or case.model, lengths or case.tokens)
+        also = () if model or lengths else case.also
+        size = model or case.model, lengths or case.tokens
+        options[name] = Options(report.say, repeats, *size, also)
         check_case(name, options[name].model, options[name].tokens, case.shortest)
     check_outputs(json_file)
     count = _threads(threads)

@@ -6,75 +6,17 @@ installation cannot measure raises :class:`Skipped` with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-from benchmarks import contenders, peers
+from benchmarks import contenders, gpu, many, offload, peers, prepared
 from benchmarks.agree import prove
-from benchmarks.compare import Say, grid, measure
+from benchmarks.bar import Measured, Options, Skipped, once
+from benchmarks.compare import grid, measure
 from benchmarks.contenders import CHUNKED, OURS, PLAIN, PLAIN_CHUNKED
 from benchmarks.memory import measurable, peak_of
 from benchmarks.models import UNITS, Setting
 from benchmarks.timing import Spread
-
-
-class Skipped(Exception):
-    """A case that cannot be measured here, and why."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a case is measured with: its own sizes, or a user's.
-
-    Attributes:
-        say: told what is being done.
-        repeats: rounds of timing.
-        model: a named model.
-        tokens: prompt lengths; cases of one length take the first.
-    """
-
-    say: Say
-    repeats: int
-    model: str
-    tokens: Sequence[int]
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One figure and its bar.
-
-    Attributes:
-        case: what was measured, in words.
-        value: the figure, a ratio; with its quartiles where it was taken many times.
-        limit: the bar, or None for a figure that stands beside the others only.
-        at_least: whether the figure must reach the limit; otherwise it must not exceed it.
-        detail: the figures behind a ratio, in words.
-    """
-
-    case: str
-    value: Spread
-    limit: float | None
-    at_least: bool = False
-    detail: str = ""
-
-    @property
-    def met(self) -> bool | None:
-        """Whether the bar is met; None where there is none."""
-        if self.limit is None:
-            return None
-        reached = self.value.median
-        return reached >= self.limit if self.at_least else reached <= self.limit
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        named = asdict(self)
-        return {"case": named.pop("case"), "ratio": named.pop("value"), **named, "met": self.met}
-
-
-def once(value: float) -> Spread:
-    """A figure that was taken one time."""
-    return Spread(None, value, None)
 
 
 def _time(options: Options, pos: str, limit: float) -> list[Measured]:
@@ -206,27 +148,6 @@ def chunks(options: Options) -> list[Measured]:
     return found
 
 
-def offload(options: Options) -> list[Measured]:
-    """From disk: peak over the weights (0.5), time (1.15)."""
-    from benchmarks import offload as module
-
-    return module.measured(options)
-
-
-def many(options: Options) -> list[Measured]:
-    """256 short prompts: speed over a plain loop, at least 0.9."""
-    from benchmarks import many as module
-
-    return module.measured(options)
-
-
-def gpu(options: Options) -> list[Measured]:
-    """Llama 3 8B's shape in bfloat16: time and peak, 1.03."""
-    from benchmarks import gpu as module
-
-    return module.measured(options)
-
-
 def _peaks(what: str, setting: Setting, peak: int, plain: int, limit: float) -> Measured:
     detail = f"{peak / 1e6:,.1f} MB / {plain / 1e6:,.1f} MB"
     return Measured(f"{what}, {setting.named()}", once(peak / plain), limit, detail=detail)
@@ -248,12 +169,14 @@ class Case:
         measure: from the options to what was measured.
         model, tokens: its own sizes, which the bar was set for.
         shortest: the fewest tokens that it can be measured on.
+        also: further sizes of its own (model, tokens), measured where a user names none.
     """
 
     measure: Callable[[Options], list[Measured]]
     model: str
     tokens: tuple[int, ...]
     shortest: int = 1
+    also: tuple[tuple[str, int], ...] = ()
 
     @property
     def says(self) -> str:
@@ -265,11 +188,14 @@ BARS = {
     "time-last": Case(time_last, "gpt2-small", (512, 1024)),
     "time-all": Case(time_all, "gpt2-small", (512, 1024)),
     "time-next": Case(time_next, "gpt2-small", (512, 1024)),
+    "plan": Case(prepared.plan, "gpt2-small", (16, 512), also=(("gpt2-4x96", 16),)),
+    "one-shot": Case(prepared.one_shot, "gpt2-small", (16, 512), also=(("gpt2-4x96", 16),)),
+    "several": Case(prepared.several, "gpt2-small", (512,)),
     "memory": Case(memory, "gpt2-small", (512, 1024)),
     "reference-time": Case(reference_time, "gpt2-small", (1024,)),
     "reference-memory": Case(reference_memory, "gpt2-small", (1024,)),
     "chunks": Case(chunks, "long-llama", (16384,), shortest=_CHUNKS),
-    "offload": Case(offload, "llama-250m", (256,)),
-    "many": Case(many, "gpt2-small", (64,)),  # as long as its longest
-    "gpu": Case(gpu, "llama-3-8b", (2048, 8192)),
+    "offload": Case(offload.measured, "llama-250m", (256,)),
+    "many": Case(many.measured, "gpt2-small", (64,)),  # as long as its longest
+    "gpu": Case(gpu.measured, "llama-3-8b", (2048, 8192)),
 }

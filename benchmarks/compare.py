@@ -5,19 +5,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.agree import Agreement, prove, prove_on
+from benchmarks.bar import Say
 from benchmarks.contenders import CONTENDERS, PLAIN, Bench
 from benchmarks.memory import measurable, peak_of
 from benchmarks.models import Setting
 from benchmarks.timing import Spread, interleaved, ratios
 
 _peak = functools.cache(peak_of)
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)

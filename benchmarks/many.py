@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.agree import Disagreement
-from benchmarks.bars import Measured, Options
+from benchmarks.bar import Measured, Options
 from benchmarks.contenders import Bench
 from benchmarks.models import ANSWER, INCORRECT, MODELS, Setting
 from benchmarks.timing import Spread, interleaved, ratios
@@ -21,7 +21,7 @@ _MAX_TOKENS = 4096
 
 
 def measured(options: Options) -> list[Measured]:
-    """Tokens per second over a plain batched forward loop: at least 0.9 of it."""
+    """256 short prompts: speed over a plain loop, at least 0.9."""
     name = options.model
     model = Bench(Setting(name)).model("hf")
     prompts = _prompts(MODELS[name].get("vocab_size", 50257))

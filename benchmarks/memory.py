@@ -2,9 +2,8 @@
 
 On the CPU that is the process' own high-water mark (Linux), reset after a short warm-up with the
 weights resident; glibc is told to give freed memory back at once, or its pools would blur what is
-measured. On CUDA it is the allocator's. A job is what is measured, by name:
-
-    python -m benchmarks.memory '{"job": "call", "name": "plain forward", "setting": {…}}'
+measured. On CUDA it is the allocator's. A job is what is measured, by name; the other process
+runs :mod:`benchmarks.job`.
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": "65536",
     "MALLOC_ARENA_MAX": "1",
 }
-_WARM_UP = 16  # tokens
 
 
 def measurable(device: str = "cpu") -> bool:
@@ -50,7 +48,7 @@ def in_a_process(job: dict[str, Any]) -> int:
     """
     import torch
 
-    command = [sys.executable, "-m", "benchmarks.memory", json.dumps(job)]
+    command = [sys.executable, "-m", "benchmarks.job", json.dumps(job)]
     environment = {**os.environ, **ALLOCATOR, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(
         command,
@@ -90,37 +88,3 @@ def peak_during(call: Callable[[], Any], device: str = "cpu") -> int:
     before = resident()
     call()
     return resident("VmHWM") - before
-
-
-def _of_a_call(name: str, setting: Setting) -> int:
-    from benchmarks.contenders import Bench
-
-    short = dataclasses.replace(
-        setting,
-        tokens=min(setting.tokens, _WARM_UP),
-        chunk=None if setting.chunk is None else _WARM_UP // 2,
-    )
-    bench = Bench(setting)
-    bench.call(name, short)()  # makes the model
-    for model in bench.models():
-        for parameter in model.parameters():
-            parameter.sum()  # touches every page, so that no weight is paged in while measuring
-    bench.call(name, short)()
-    return peak_during(bench.call(name, setting), setting.device)
-
-
-def main() -> None:
-    """Do one job and print its bytes."""
-    job = json.loads(sys.argv[1])
-    what = job.pop("job")
-    if what == "call":
-        found = _of_a_call(job["name"], Setting(**job["setting"]))
-    else:
-        from benchmarks import offload
-
-        found = offload.peak_here(**job)
-    sys.stdout.write(f"\n{found}\n")
-
-
-if __name__ == "__main__":
-    main()

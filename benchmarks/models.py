@@ -46,6 +46,7 @@ def _llama(
 MODELS: dict[str, dict[str, Any]] = {
     "tiny-gpt2": _gpt2(32, 2, 4, vocab_size=97, n_positions=256),
     "tiny-llama": _llama(32, 48, 2, 4, 2, vocab_size=97),
+    "gpt2-4x96": _gpt2(96, 4, 4),  # the demo model's shape: calls of a millisecond or two
     "gpt2-mini": _gpt2(512, 4, 8, vocab_size=8192),  # 17 million parameters
     "gpt2-small": _gpt2(768, 12, 12),  # 124 million parameters
     "gpt2-medium": _gpt2(1024, 24, 16),  # 355 million

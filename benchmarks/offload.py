@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import peers
 from benchmarks.agree import Disagreement
-from benchmarks.bars import Measured, Options, Skipped, once
+from benchmarks.bar import Measured, Options, Skipped, once
 from benchmarks.contenders import OURS, Bench
 from benchmarks.memory import in_a_process, measurable, peak_during
 from benchmarks.models import Setting
@@ -23,7 +23,11 @@ _PLAIN = "accelerate's own pass"
 
 
 def measured(options: Options) -> list[Measured]:
-    """Peak resident above the interpreter, loading included, and time over a plain pass."""
+    """From disk: peak over the weights (0.5), time (1.15).
+
+    The peak is resident memory above the interpreter, loading included; the time is over a plain
+    pass.
+    """
     if peers.version("accelerate") is None:
         raise Skipped("accelerate is not installed: pip install 'dla-hooks[offload]'")
     folder = Path(tempfile.mkdtemp(prefix="bench-offload-"))

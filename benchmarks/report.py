@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.bars import Measured
+from benchmarks.bar import Measured
 from benchmarks.compare import Line
 from benchmarks.contenders import OURS
 from benchmarks.peers import version
@@ -51,7 +51,7 @@ def circumstances(threads: int) -> dict[str, Any]:
     """When, with what and on what: everything that a figure should be filed with."""
     return {
         "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {
             "python": platform.python_version(),
             **{name: found for name in _PACKAGES if (found := version(name)) is not None},

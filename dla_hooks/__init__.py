@@ -13,6 +13,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from dla_hooks._version import __version__ as __version__
+
 if TYPE_CHECKING:  # X as X: these names are public
     from dla_hooks import demo as demo
     from dla_hooks.attribution import Plan as Plan
@@ -55,8 +57,6 @@ if TYPE_CHECKING:  # X as X: these names are public
     from dla_hooks.tl.wrap import wrap as wrap
     from dla_hooks.verification.recognise import verify as verify
     from dla_hooks.verification.trace import Verification as Verification
-
-__version__ = "0.1.0"
 
 # Loaded when first used: `dla-hooks --help` and `import dla_hooks` should not wait for torch.
 _HOME = {

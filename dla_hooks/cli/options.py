@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from typing import Annotated
 
 import typer
 
 from dla_hooks.units import unit_names
 
-Unit = Enum("Unit", [(name, name) for name in unit_names()], type=str)  # type: ignore[misc]
+Unit = StrEnum("Unit", [(name, name) for name in unit_names()])  # type: ignore[misc]
 """What ``--unit`` takes: the names of the units."""
 DEFAULT_UNIT = Unit("component")
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     """What ``--dtype`` takes: :data:`dla_hooks.checkpoint.DTYPES`."""
 
     float32 = "float32"
@@ -24,7 +24,7 @@ class Dtype(str, Enum):
     auto = "auto"
 
 
-class DeviceMap(str, Enum):
+class DeviceMap(StrEnum):
     """What ``--device-map`` takes: :data:`dla_hooks.placement.DEVICE_MAPS`."""
 
     auto = "auto"

@@ -7,7 +7,7 @@ import io
 import json
 from typing import TYPE_CHECKING, Any
 
-from dla_hooks import __version__
+from dla_hooks._version import __version__
 from dla_hooks.errors import MissingExtraError
 from dla_hooks.results.data import ResultData, located, names_of_entries, real_entries
 from dla_hooks.results.rows import Row, Words

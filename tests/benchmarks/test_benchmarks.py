@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from benchmarks import agree, bars, contenders, curves, peers
 from benchmarks.__main__ import app
 from benchmarks.agree import Disagreement, prove_on
+from benchmarks.bar import Measured, once
 from benchmarks.byhand import Projection, at, layout_of, rows_of
 from benchmarks.contenders import CONTENDERS, OURS, PLAIN, Bench
 from benchmarks.models import MODELS, POSITIONS, UNITS, Setting, make_model
@@ -375,8 +376,8 @@ def test_a_bar_is_measured_on_other_sizes_and_filed(tmp_path):
 
 
 def test_a_figure_that_was_taken_once_has_no_quartiles(monkeypatch, tmp_path):
-    once = [bars.Measured("a case", bars.once(0.5), 1.0)]
-    _put(monkeypatch, "memory", lambda options: once)
+    taken = [Measured("a case", once(0.5), 1.0)]
+    _put(monkeypatch, "memory", lambda options: taken)
     figures = tmp_path / "bars.json"
     done = run("bars", "--only", "memory", "--json", str(figures))
     assert " - " in done.stdout.replace("│", " ")
@@ -393,8 +394,8 @@ def _put(monkeypatch, name, measure):
 
 @pytest.mark.parametrize("at_least", [False, True])
 def test_a_missed_bar_fails_only_when_asked_to(monkeypatch, at_least):
-    value = bars.once(0.5 if at_least else 2.0)
-    missed = bars.Measured("a case", value, 1.0, at_least=at_least)
+    value = once(0.5 if at_least else 2.0)
+    missed = Measured("a case", value, 1.0, at_least=at_least)
     assert missed.met is False
     assert dataclasses.replace(missed, at_least=not at_least).met is True
     assert dataclasses.replace(missed, limit=None).met is None

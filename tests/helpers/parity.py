@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 LENGTH = 7
-UNITS = ("component", "layer", "head")
+UNITS = ("component", "layer", "head")  # those of the reference
 TOLERANCE = 1e-5  # the reference rounds to float32 on its way, for float64 models too
 
 _MASK = torch.tensor([0, 1, 1, 0, 0, 1, 0]).bool()

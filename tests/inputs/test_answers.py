@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from units import UNIT_NAMES
 from zoo import build, tiny_tokenizer
 
 from dla_hooks import (
@@ -81,7 +82,7 @@ def test_as_many_rows_as_positions_means_rows(model, truth):
         torch.testing.assert_close(result[:, row], truth(token)[:, row, :3])
 
 
-@pytest.mark.parametrize("unit", ["component", "layer", "head"])
+@pytest.mark.parametrize("unit", UNIT_NAMES)
 def test_the_actual_next_token_at_every_position(model, unit):
     after = IDS[:, 1:]
     result = direct_logit_attribution(model, IDS, after, unit=unit, pos=(None, -1))
@@ -113,7 +114,7 @@ def test_many_answers_at_one_kept_position(model, truth):
     torch.testing.assert_close(result[:, 0, 1], truth(9)[:, 0, -1])
 
 
-@pytest.mark.parametrize("unit", ["component", "layer", "head"])
+@pytest.mark.parametrize("unit", UNIT_NAMES)
 def test_a_difference_is_the_difference_of_two(model, unit):
     right, wrong = torch.tensor([4, 9, 11]), torch.tensor([8, 7, 4])
     both = direct_logit_attribution(model, IDS, right, wrong, unit=unit)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from units import UNIT_NAMES
 from zoo import ZOO, Spec, build, supports, tiny_tokenizer
 
 from dla_hooks import (
@@ -14,7 +15,7 @@ from dla_hooks import (
     direct_logit_attribution,
 )
 
-UNITS = ("component", "layer", "head")
+pytestmark = pytest.mark.lowest
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def test_each_row_of_a_batch_equals_the_row_alone(spec: Spec, side: str):
         place = slice(7 - len(tokens), 7) if side == "left" else slice(0, len(tokens))
         ids[row, place], mask[row, place] = tokens, 1
     answer = torch.tensor([5, 9, 11])
-    for unit in UNITS:
+    for unit in UNIT_NAMES:
         batch = direct_logit_attribution(model, ids, answer, unit=unit, attention_mask=mask)
         size = float(batch.attribution.abs().max())
         for row, tokens in enumerate(rows):
@@ -70,7 +71,7 @@ def test_each_row_of_a_batch_equals_the_row_alone(spec: Spec, side: str):
             )
 
 
-@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("unit", UNIT_NAMES)
 def test_a_list_of_strings_is_padded_for_the_caller(model, tokenizer, prompts, unit):
     batch = direct_logit_attribution(model, prompts, 5, unit=unit, tokenizer=tokenizer)
     everywhere = direct_logit_attribution(

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from oracle import head_effects
+from units import UNIT_NAMES
 from zoo import build, example_ids
 
 import dla_hooks.calibration.scales
@@ -21,6 +22,8 @@ from dla_hooks import (
     verify,
 )
 from dla_hooks.residual import registry
+
+pytestmark = pytest.mark.lowest
 
 
 @pytest.fixture
@@ -52,7 +55,7 @@ def test_a_wrong_declaration_is_refused_with_the_place(declare, what, dtype):
     model_type, writes, said = WRONG_DECLARATIONS[what]
     model = build(model_type, dtype=dtype)
     declare(model_type, writes)
-    for unit in ("component", "layer", "head"):
+    for unit in UNIT_NAMES:
         with pytest.raises(UnsupportedModelError, match=rf"\.0 (is no sum|does not).*{said}"):
             direct_logit_attribution(model, example_ids(model_type), 5, 7, unit=unit)
 
@@ -111,7 +114,7 @@ WRONG_FACTS = {
 }
 
 
-@pytest.mark.parametrize("unit", ["component", "layer", "head"])
+@pytest.mark.parametrize("unit", UNIT_NAMES)
 @pytest.mark.parametrize("what", WRONG_FACTS)
 def test_a_wrong_answer_of_the_model_is_noticed_by_every_unit(monkeypatch, what, unit):
     spec, changes, said = WRONG_FACTS[what]
@@ -219,7 +222,7 @@ def test_what_a_hook_adds_to_the_stream_is_a_part_of_its_own():
     before = direct_logit_attribution(model, ids, 5)
     steering = torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(0))
     handle = model.model.layers[1].register_forward_hook(lambda m, a, out: out * 1.5 + steering)
-    for unit in ("component", "layer", "head"):
+    for unit in UNIT_NAMES:
         steered = direct_logit_attribution(model, ids, 5, unit=unit)
         with torch.no_grad():
             truth = model(ids).logits[:, -1, 5]

@@ -9,10 +9,13 @@ import torch
 import transformers
 from mapping_zoo import build_any
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from units import UNIT_NAMES
 from zoo import build, example_ids, tiny_tokenizer
 
 from dla_hooks import InputError, UnsupportedModelError, direct_logit_attribution
 from dla_hooks.sources import live as chunks_module
+
+pytestmark = pytest.mark.lowest
 
 # Their layers attend to all tokens, to a window of 3 or 4, or to both; some norm what they write.
 SPECS = ["gpt2", "gpt_neo", "llama", "mistral", "gemma2", "gemma3_text", "gpt_oss", "granite"]
@@ -43,7 +46,7 @@ def spread(result) -> float:
 
 
 @pytest.mark.parametrize("seed", [0, 1], ids="seed{}".format)
-@pytest.mark.parametrize("unit", ["component", "layer", "head"])
+@pytest.mark.parametrize("unit", UNIT_NAMES)
 @pytest.mark.parametrize("spec", SPECS)
 def test_the_numbers_are_those_of_one_run(spec, unit, seed):
     model = build(spec, seed=seed)

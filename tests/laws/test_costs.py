@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from units import UNIT_NAMES
 
 import dla_hooks.projection.directions
 import dla_hooks.projection.tiles
@@ -15,8 +16,9 @@ import dla_hooks.units.head
 from dla_hooks import direct_logit_attribution
 from dla_hooks.projection.directions import Directions
 
+pytestmark = pytest.mark.lowest
+
 LENGTH = 384
-UNITS = ["component", "layer", "head"]
 ALL = {"pos": None}
 
 
@@ -79,7 +81,7 @@ def largest(call) -> int:
     return seen.elements
 
 
-@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("unit", UNIT_NAMES)
 def test_at_one_position_hardly_anything_is_computed_besides_the_model(model, ids, unit):
     def ours():
         direct_logit_attribution(model, ids, 5, 7, unit=unit)
@@ -88,7 +90,7 @@ def test_at_one_position_hardly_anything_is_computed_besides_the_model(model, id
     assert flops(ours) <= 1.01 * flops(lambda: plain(model, ids))
 
 
-@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("unit", UNIT_NAMES)
 def test_at_all_positions_a_part_costs_a_dot_product(model, ids, unit):
     """Of d_model numbers at each position, beside whole matrices of the model's own."""
 
@@ -110,7 +112,7 @@ def test_a_target_at_every_position_costs_one_output_projection_more(model, ids)
 
 
 @pytest.mark.parametrize("answers", ["one", "next"])
-@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("unit", UNIT_NAMES)
 def test_no_tensor_is_larger_than_the_models_own(model, ids, unit, answers):
     """With a target at every position, positions x d_model x heads would be the largest by far."""
     answer = 5 if answers == "one" else ids.roll(-1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from units import UNIT_NAMES
 from zoo import build, example_ids, tiny_tokenizer
 
 from dla_hooks import (
@@ -22,6 +23,8 @@ from dla_hooks import (
     register,
     verify,
 )
+
+pytestmark = pytest.mark.lowest
 
 
 def default_model(model_type: str, **changes):
@@ -100,7 +103,7 @@ def test_infinite_logits_do_not_switch_the_check_off():
 # Nothing
 
 
-@pytest.mark.parametrize("unit", ["component", "layer", "head"])
+@pytest.mark.parametrize("unit", UNIT_NAMES)
 def test_a_stream_of_zeros_has_parts_of_zero(unit):
     model = default_model("llama", pad_token_id=0)
     ids = torch.tensor([[0, 0, 5, 6]])  # transformers leaves the padding's embedding at zero
@@ -181,7 +184,7 @@ def test_a_massive_activation_that_the_last_layer_takes_out_again(dtype):
         model.transformer.h[0].mlp.c_proj.bias[3] += 3000
         model.transformer.h[-1].mlp.c_proj.bias[3] -= 3000
     model = model.to(dtype)
-    for unit in ("component", "layer", "head"):
+    for unit in UNIT_NAMES:
         direct_logit_attribution(model, example_ids("gpt2"), 5, 7, unit=unit, pos=None)
 
 

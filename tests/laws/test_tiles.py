@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from units import UNIT_NAMES
 from zoo import build, example_ids
 
 from dla_hooks import direct_logit_attribution as attribute
 from dla_hooks.projection import directions
 from dla_hooks.projection import tiles as sites
+
+pytestmark = pytest.mark.lowest
 
 CONVENTIONS = {"center_unembed": True, "fold_value_biases": True}
 
@@ -24,7 +27,7 @@ def answers_of(form: str, ids: torch.Tensor) -> tuple:
     }[form]
 
 
-@pytest.mark.parametrize("unit", ["component", "layer", "head"])
+@pytest.mark.parametrize("unit", UNIT_NAMES)
 @pytest.mark.parametrize("form", ["one", "rows", "sites", "recurring"])
 @pytest.mark.parametrize("spec", ["gpt2", "gemma2", "granite", "olmo2-bias-tied"])
 @pytest.mark.parametrize("pos", [None, [1, 4, 5, 10]], ids=["all", "some"])

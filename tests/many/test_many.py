@@ -31,6 +31,8 @@ from dla_hooks import (
 )
 from dla_hooks.many.batches import batches_of
 
+pytestmark = pytest.mark.lowest
+
 
 @pytest.fixture(scope="module")
 def model():

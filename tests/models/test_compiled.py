@@ -6,11 +6,11 @@ import threading
 
 import pytest
 import torch
+from units import UNIT_NAMES
 from zoo import build, example_ids
 
 from dla_hooks import HookError, direct_logit_attribution, verify, wrap
 
-UNITS = ("component", "layer", "head")
 CONVENTIONS = {"center_unembed": True, "fold_value_biases": True}
 
 
@@ -120,7 +120,7 @@ def test_a_compiled_model_gives_the_plain_numbers_and_stays_compiled(form, ran_b
     if ran_before:
         run(model, ids)
     compiled = len(backend.graphs)
-    for unit in UNITS:
+    for unit in UNIT_NAMES:
         found = direct_logit_attribution(model, ids, 5, unit=unit, pos=None, **CONVENTIONS)
         expected = direct_logit_attribution(plain, ids, 5, unit=unit, pos=None, **CONVENTIONS)
         torch.testing.assert_close(found.attribution, expected.attribution)
@@ -146,7 +146,7 @@ def test_other_families(spec, backend):
     model = whole(build(spec), backend=backend)
     run(model, ids)
     compiled = len(backend.graphs)
-    for unit in UNITS:
+    for unit in UNIT_NAMES:
         found = direct_logit_attribution(model, ids, 5, unit=unit, **CONVENTIONS)
         expected = direct_logit_attribution(plain, ids, 5, unit=unit, **CONVENTIONS)
         torch.testing.assert_close(found.attribution, expected.attribution)

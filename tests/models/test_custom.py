@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from units import UNIT_NAMES
 
 import dla_hooks
 from dla_hooks import (
@@ -131,7 +132,7 @@ def test_everything_that_is_asked_is_found():
     with torch.no_grad():
         logits = model(IDS).logits
     uncapped = 5 * torch.atanh(logits / 5)
-    for unit in ("component", "layer", "head"):
+    for unit in UNIT_NAMES:
         result = direct_logit_attribution(model, IDS, 5, 7, unit=unit, pos=None)
         whole = result.attribution[-1] if unit == "layer" else result.attribution.sum(0)
         assert result.gap < 1e-12
@@ -182,7 +183,7 @@ def test_heads_of_a_block_that_is_used_twice():
 )
 def test_what_is_no_sum_is_refused(twist, said):
     model = OddOne(MadeUpConfig(twist=twist))
-    for unit in ("component", "layer", "head"):
+    for unit in UNIT_NAMES:
         with pytest.raises(UnsupportedModelError, match=said):
             direct_logit_attribution(model, IDS, 5, unit=unit)
 

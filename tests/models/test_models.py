@@ -19,6 +19,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from units import UNIT_NAMES
 from zoo import build, example_ids
 
 import dla_hooks.modules.hooks
@@ -37,6 +38,8 @@ from dla_hooks import (
     verify,
 )
 from dla_hooks.residual import registry
+
+pytestmark = pytest.mark.lowest
 
 IDS = example_ids("gpt2")
 
@@ -108,7 +111,7 @@ def test_unknown_units_are_listed():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("unit", ["component", "layer", "head"])
+@pytest.mark.parametrize("unit", UNIT_NAMES)
 def test_weights_that_are_not_finite_are_named(value, unit):
     model = build("llama")
     with torch.no_grad():
@@ -163,7 +166,7 @@ def same(one, other) -> bool:
 
 
 @pytest.mark.parametrize("spec", ["gpt2", "gemma2", "granite", "falcon-7b", "gpt_oss"])
-@pytest.mark.parametrize("unit", ["component", "layer", "head"])
+@pytest.mark.parametrize("unit", UNIT_NAMES)
 def test_the_model_is_left_as_it_was(spec, unit):
     model = build(spec)
     seen = []

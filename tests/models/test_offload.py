@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from units import UNIT_NAMES
 from zoo import build, example_ids, tiny_tokenizer
 
 import dla_hooks.placement
@@ -34,11 +35,12 @@ from dla_hooks.checkpoint import DTYPES, load, load_model
 from dla_hooks.modules import weights
 from dla_hooks.modules.linear import input_width, mean_row, output_width, rows
 
+pytestmark = pytest.mark.lowest
+
 accelerate = pytest.importorskip("accelerate")
 OLD = int(transformers.__version__.partition(".")[0]) < 5
 BY_FIVE = pytest.mark.skipif(OLD, reason="transformers 5 leaves weights in the checkpoint")
 CPU = torch.device("cpu")
-UNITS = ("component", "layer", "head")
 
 
 @pytest.fixture
@@ -85,7 +87,7 @@ class TestNumbers:
         here = build(spec, dtype=torch.float32)
         away = offloaded(spec, where, tmp_path)
         assert all(parameter.is_meta for parameter in away.parameters())
-        for unit in UNITS:
+        for unit in UNIT_NAMES:
             expected = direct_logit_attribution(here, ids, 5, unit=unit, **options)
             hold_equal(direct_logit_attribution(away, ids, 5, unit=unit, **options), expected)
         for answers in ((ids.flip(-1), None), (5, 7)):  # at every position another row, or two
@@ -126,7 +128,7 @@ class TestNumbers:
         away, tokenizer = load(tmp_path, device_map=device_map, max_memory="150KB")
         assert tokenizer is None
         assert len({parameter.is_meta for parameter in away.parameters()}) == 2
-        for unit in UNITS:
+        for unit in UNIT_NAMES:
             expected = direct_logit_attribution(model, example_ids("llama"), 5, unit=unit)
             hold_equal(direct_logit_attribution(away, example_ids("llama"), 5, unit=unit), expected)
 

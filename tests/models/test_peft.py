@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from mapping_zoo import build_any, example_ids_any
+from units import UNIT_NAMES
 from zoo import build, example_ids, tiny_tokenizer
 
 import dla_hooks
@@ -21,9 +22,11 @@ from dla_hooks import (
 )
 
 peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own
+pytestmark = [
+    pytest.mark.lowest,
+    pytest.mark.filterwarnings("ignore"),  # PEFT's own
+]
 
-UNITS = ("component", "layer", "head")
 CONVENTIONS = {"center_unembed": True, "fold_value_biases": True}
 LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -90,7 +93,7 @@ def test_an_adapted_model_gives_the_numbers_of_the_merged_one(case, options):
     plain, ids = merged(model), example_ids(spec)
     base = own_logits(build(spec), ids)
     assert (own_logits(model, ids) - base).abs().max() > 0.1, "the adapter does nothing"
-    for unit in UNITS:
+    for unit in UNIT_NAMES:
         found = direct_logit_attribution(model, ids, 5, unit=unit, **options)
         expected = direct_logit_attribution(plain, ids, 5, unit=unit, **options)
         torch.testing.assert_close(found.attribution, expected.attribution, rtol=1e-9, atol=1e-9)
@@ -104,7 +107,7 @@ def test_an_adapted_model_gives_the_numbers_of_the_merged_one(case, options):
 def test_float32_and_a_target_at_every_position(seed):
     model = adapted("llama-bias", lora(*LLAMA, "lm_head"), dtype=torch.float32, seed=seed)
     plain, ids = merged(model), example_ids("llama-bias", seed=seed)
-    for unit in UNITS:
+    for unit in UNIT_NAMES:
         found = direct_logit_attribution(model, ids[:, :-1], ids[:, 1:], unit=unit, pos=None)
         expected = direct_logit_attribution(plain, ids[:, :-1], ids[:, 1:], unit=unit, pos=None)
         torch.testing.assert_close(found.attribution, expected.attribution, rtol=1e-5, atol=1e-5)
@@ -119,7 +122,7 @@ def test_tied_embeddings_of_which_one_is_adapted(config):
     config.fan_in_fan_out = config.target_modules != {"wte"}
     model, ids = adapted("gpt2", config), example_ids("gpt2")
     logits = own_logits(model, ids)
-    for unit in UNITS:
+    for unit in UNIT_NAMES:
         result = direct_logit_attribution(model, ids, 5, unit=unit, pos=None, **CONVENTIONS)
         centred = (logits - logits.mean(-1, keepdim=True))[..., 5]
         torch.testing.assert_close(result.logit, centred, rtol=1e-5, atol=1e-5)
@@ -130,7 +133,7 @@ def test_tokens_trained_in_tied_embeddings():
     config = lora("o_proj", trainable_token_indices=[5, 9])
     model = adapted("llama-mha-tied", config)
     plain, ids = merged(model), example_ids("llama-mha-tied")
-    for unit in UNITS:
+    for unit in UNIT_NAMES:
         found = direct_logit_attribution(model, ids, 5, unit=unit, **CONVENTIONS)
         expected = direct_logit_attribution(plain, ids, 5, unit=unit, **CONVENTIONS)
         torch.testing.assert_close(found.attribution, expected.attribution, rtol=1e-9, atol=1e-9)
@@ -228,10 +231,12 @@ def test_an_adapted_model_whose_weights_are_elsewhere():
     accelerate = pytest.importorskip("accelerate")
     config = lora("o_proj", "down_proj", "lm_head", modules_to_save=["norm"])
     model, ids = adapted("llama", config, dtype=torch.float32), example_ids("llama")
-    here = [direct_logit_attribution(model, ids, 5, unit=unit, **CONVENTIONS) for unit in UNITS]
+    here = [
+        direct_logit_attribution(model, ids, 5, unit=unit, **CONVENTIONS) for unit in UNIT_NAMES
+    ]
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     assert next(model.parameters()).is_meta
-    for unit, expected in zip(UNITS, here, strict=True):
+    for unit, expected in zip(UNIT_NAMES, here, strict=True):
         found = direct_logit_attribution(model, ids, 5, unit=unit, **CONVENTIONS)
         torch.testing.assert_close(found.attribution, expected.attribution)
 
@@ -304,7 +309,7 @@ VIRTUAL = {
 def test_virtual_tokens_are_refused_and_the_model_without_them_is_not(method):
     model = peft.get_peft_model(build("llama", dtype=torch.float32), VIRTUAL[method]()).eval()
     ids = example_ids("llama")
-    for unit in UNITS:
+    for unit in UNIT_NAMES:
         with pytest.raises(UnsupportedModelError, match=r"'default'.*virtual tokens.*disable"):
             direct_logit_attribution(model, ids, 5, unit=unit)
     with model.disable_adapter():

@@ -16,6 +16,7 @@ from quantised import (
     torchao_model,
 )
 from torch import nn
+from units import UNIT_NAMES
 from zoo import build, example_ids
 
 import dla_hooks
@@ -29,7 +30,6 @@ from dla_hooks import (
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the quantising libraries
 
-UNITS = ("component", "layer", "head")
 CONVENTIONS = {"center_unembed": True, "fold_value_biases": True}
 
 
@@ -55,7 +55,7 @@ def own_logits(model, ids):
 def check_against_dequantised(model, ids):
     plain = dequantised(model)
     torch.testing.assert_close(own_logits(model, ids), own_logits(plain, ids), rtol=1e-4, atol=1e-4)
-    for unit in UNITS:
+    for unit in UNIT_NAMES:
         found = direct_logit_attribution(model, ids, 5, unit=unit, pos=None, **CONVENTIONS)
         expected = direct_logit_attribution(plain, ids, 5, unit=unit, pos=None, **CONVENTIONS)
         torch.testing.assert_close(found.attribution, expected.attribution, rtol=1e-4, atol=1e-4)
@@ -139,7 +139,7 @@ def test_an_adapter_on_quantised_weights():
             parameter.data = torch.randn(parameter.shape, generator=generator)
     logits = own_logits(model, ids)
     assert (logits - before).abs().max() > 0.1
-    for unit in UNITS:
+    for unit in UNIT_NAMES:
         result = direct_logit_attribution(model, ids, 5, unit=unit, pos=None)
         torch.testing.assert_close(result.logit, logits[..., 5], rtol=1e-4, atol=1e-5)
 
@@ -244,7 +244,7 @@ def test_weights_that_are_computed_and_forward_passes_that_are_replaced(double):
         double(layer.self_attn.o_proj)
         other.self_attn.o_proj.weight.data *= 2
     model.eval()
-    for unit in UNITS:
+    for unit in UNIT_NAMES:
         found = direct_logit_attribution(model, ids, 5, unit=unit, **CONVENTIONS)
         expected = direct_logit_attribution(plain, ids, 5, unit=unit, **CONVENTIONS)
         torch.testing.assert_close(found.attribution, expected.attribution, rtol=1e-9, atol=1e-9)

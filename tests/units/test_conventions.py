@@ -8,12 +8,13 @@ from __future__ import annotations
 import pytest
 import torch
 from oracle import head_effects
+from units import UNIT_NAMES
 from zoo import ZOO, Spec, build, example_ids
 
 from dla_hooks import UnsupportedModelError, direct_logit_attribution
 
 
-@pytest.mark.parametrize("unit", ["component", "layer", "head"])
+@pytest.mark.parametrize("unit", UNIT_NAMES)
 @pytest.mark.parametrize("spec", ["gpt2", "phi", "cohere", "granite"])
 def test_centring_takes_the_mean_over_all_tokens_off(spec, unit):
     model = build(spec)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from oracle import head_effects, logit_of, logit_parts
+from units import UNIT_NAMES
 from zoo import ZOO, Spec, build, example_ids, supports
 
 from dla_hooks import direct_logit_attribution, verify
+
+pytestmark = pytest.mark.lowest
 
 ANSWER, INCORRECT = 5, 7
 
@@ -45,7 +48,7 @@ def case(spec, seed):
 
 
 @pytest.mark.parametrize("incorrect", [None, INCORRECT], ids=["logit", "difference"])
-@pytest.mark.parametrize("unit", ["component", "layer", "head"])
+@pytest.mark.parametrize("unit", UNIT_NAMES)
 def test_parts_and_bias_give_the_models_own_logit(case, unit, incorrect):
     model, ids, logits, size = case
     result = direct_logit_attribution(model, ids, ANSWER, incorrect, unit=unit, pos=None)
@@ -139,7 +142,7 @@ def test_lower_precisions_agree_with_the_models_logits(spec, dtype):
     ids = example_ids(spec)
     with torch.no_grad():
         logits = model(ids).logits.double()
-    for unit in ("component", "layer", "head"):
+    for unit in UNIT_NAMES:
         result = direct_logit_attribution(model, ids, ANSWER, INCORRECT, unit=unit, pos=None)
         assert result.attribution.dtype == torch.float32
         whole = result.attribution[-1] if unit == "layer" else result.attribution.sum(0)
