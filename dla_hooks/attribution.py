@@ -11,28 +11,19 @@ from typing import Any
 
 from dla_hooks.backends import Backend, Conventions
 from dla_hooks.call import ReadModel, check_given, checked, model_of, source_of, target_of
-from dla_hooks.completeness import (
-    Outcome,
-    columns_to_check,
-    hold_against_cache,
-    hold_against_model,
-    identity_gap,
-    norms_hold,
-)
+from dla_hooks.completeness import norms_hold
 from dla_hooks.errors import DecompositionError, HookError, InputError
 from dla_hooks.inputs import positions
+from dla_hooks.measure import measure, results
 from dla_hooks.modules.version import forget
 from dla_hooks.residual.stream import Stream
-from dla_hooks.results.result import DirectLogitAttribution
 from dla_hooks.sources.base import Source
 from dla_hooks.targets.base import Target
 from dla_hooks.units import UnitName, read_units
 from dla_hooks.units.base import Unit
-from dla_hooks.units.plan import Measurement, Recording, make_plan
 from dla_hooks.units.plan import Plan as PlanData
+from dla_hooks.units.plan import make_plan
 from dla_hooks.verification.recognise import located
-
-Result = DirectLogitAttribution | dict[str, DirectLogitAttribution]
 
 
 def direct_logit_attribution(
@@ -199,6 +190,7 @@ class Plan:
         self._model, self._read, self._question = model, read, question
         self._units, self._single = units, single
         self._conventions, self._check = conventions, check
+        self._asked = False
         self._data = self._make()
 
     def __call__(
@@ -242,22 +234,24 @@ class Plan:
         self._data = self._make()
 
     def _attribute(self, source: Source, selection: positions.Selection) -> Any:
-        plan = self._data
+        # Weights may have changed in a way that leaves no trace, since this was measured.
+        may_be_stale = self._asked or self._data.stream.remembered
+        self._asked = True
         try:
-            measurement, outcome = _measure(plan, source.on(plan.stream), selection, self._check)
-            stale = not self._check and plan.stream.remembered and not norms_hold(measurement)
+            found, outcome = measure(self._data, source, selection, self._check)
+            if self._check or norms_hold(found):
+                may_be_stale = False
         except (DecompositionError, HookError):
-            if not plan.stream.remembered:
+            if not may_be_stale:
                 raise
-            stale = True
-        if stale:  # the weights may have changed in a way that leaves no trace
+        if may_be_stale:
             backend = checked(self._read.backend.model)
             forget(backend.model)
             self._measure_again(backend)
-            plan = self._data
-            measurement, outcome = _measure(plan, source.on(plan.stream), selection, self._check)
-        results = _results(measurement, outcome, source, self._read.tokenizer)
-        return next(iter(results.values())) if self._single else results
+            source = source.on(self._read.stream)
+            found, outcome = measure(self._data, source, selection, self._check)
+        made = results(found, outcome, source, self._read.tokenizer)
+        return next(iter(made.values())) if self._single else made
 
 
 def _require(answer_tokens: Any) -> None:
@@ -283,48 +277,3 @@ def _source(
         purpose=names[0] if len(names) == 1 else tuple(names),
         each_write=any(unit.reads_each_write for unit in units.values()),
     )
-
-
-def _measure(
-    plan: PlanData, source: Source, selection: positions.Selection, check: bool
-) -> tuple[Measurement, Outcome]:
-    """Let a source show its activations to a plan's taps, and check what they wrote."""
-    prompt = source.prompt
-    entries = plan.target.align(selection, prompt.shape, source.batched)
-    columns = columns_to_check(entries, prompt, plan.stream.vocabulary) if check else None
-    recording = Recording(plan, entries, source.missing)
-    logits = source.show(recording.view, recording.taps, columns)
-    measurement = recording.finish()
-    if not check:
-        return measurement, Outcome(identity_gap(measurement))
-    if not source.has_logits:
-        return measurement, hold_against_cache(measurement, source.dtype())
-    return measurement, hold_against_model(measurement, prompt, columns, logits)
-
-
-def _results(
-    measurement: Measurement, outcome: Outcome, source: Source, tokenizer: Any
-) -> dict[str, DirectLogitAttribution]:
-    """A result for each unit."""
-    plan, entries, reading = measurement.plan, measurement.entries, measurement.reading
-    answer, incorrect = plan.target.names(entries, tokenizer)
-    return {
-        key: DirectLogitAttribution(
-            attribution=entries.unfold(split.values_CN),
-            labels=[row.label for row in split.rows],
-            unit=plan.units[key].unit.words.name,
-            bias=entries.unfold(reading.bias_N),
-            logit=entries.unfold(reading.value_N()),
-            gap=outcome.gap,
-            logit_gap=outcome.logit_gap,
-            positions=entries.positions(source.prompt.mask),
-            tokens=source.texts(tokenizer),
-            answer=list(answer),
-            incorrect=None if incorrect is None else list(incorrect),
-            model=plan.stream.backend.name,
-            softcap=plan.stream.softcap,
-            rows=list(split.rows),
-            words=plan.units[key].unit.words,
-        )
-        for key, split in measurement.splits.items()
-    }

@@ -23,7 +23,7 @@ import typer
 import dla_hooks
 from dla_hooks import errors
 from dla_hooks.cli import app
-from dla_hooks.units import UNITS
+from dla_hooks.units import unit_class, unit_names
 
 # Public beside the names of dla_hooks itself.
 MODULES = {
@@ -41,7 +41,8 @@ def public() -> dict[str, Any]:
     return {
         name: value
         for name, value in named.items()
-        if callable(value) and not (inspect.isclass(value) and issubclass(value, Exception))
+        if callable(value)
+        and not (inspect.isclass(value) and issubclass(value, dla_hooks.DLAError))
     }
 
 
@@ -100,7 +101,9 @@ def page() -> str:
             lines += [f"### `{full}`", "", *_signature(full, function)]
             lines += as_markdown(function.__doc__)
     lines += ["## Units", "", "| `unit=` | rows |", "|---|---|"]
-    lines += [f'| `"{name}"` | {_first_line(unit.__doc__)} |' for name, unit in UNITS.items()]
+    for name in unit_names():
+        unit = unit_class(name)
+        lines.append(f'| `"{name}"`, `dla_hooks.{unit.__name__}` | {_first_line(unit.__doc__)} |')
     lines += ["", "## Errors", "", *_tree(), ""]
     lines += ["## Command line", ""]
     for name, command in commands().items():

@@ -148,12 +148,29 @@ def namespace():
     }
 
 
+class _Finder(doctest.DocTestFinder):
+    """Finds the examples of public classes too, which say that their module is ``dla_hooks``."""
+
+    def _from_module(self, module, object):
+        public = getattr(object, "__module__", None) == "dla_hooks"
+        written = getattr(module, getattr(object, "__name__", ""), None) is object
+        if public and written:
+            return (
+                re.search(rf"^class {object.__name__}\b", inspect.getsource(module), re.M)
+                is not None
+            )
+        return super()._from_module(module, object)
+
+
 @pytest.mark.parametrize("name", _documented_modules())
 def test_examples_in_docstrings_run(name, namespace, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # what an example saves goes here
     module = importlib.import_module(name)
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-    found = doctest.testmod(module, extraglobs=dict(namespace), optionflags=flags)
+    runner = doctest.DocTestRunner(optionflags=flags)
+    for test in _Finder().find(module, name, extraglobs=dict(namespace)):
+        runner.run(test)
+    found = runner.summarize(verbose=False)
     assert found.failed == 0
     assert found.attempted > 0
 

@@ -131,7 +131,7 @@ class TestPlans:
             plan(example_ids("llama", batch=3))
 
     def test_padding_is_as_in_a_single_call(self):
-        model, ids = build("llama"), example_ids("llama", batch=2, length=6)
+        model, ids = build("llama", attn="sdpa"), example_ids("llama", batch=2, length=6)
         mask = torch.ones_like(ids)
         mask[0, :2] = 0
         plan = prepare(model, 5, unit="component")

@@ -1,0 +1,62 @@
+"""One prompt, from a plan and a source of activations to results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dla_hooks.completeness import (
+    Outcome,
+    columns_to_check,
+    hold_against_cache,
+    hold_against_model,
+    identity_gap,
+)
+from dla_hooks.inputs.positions import Selection
+from dla_hooks.results.result import DirectLogitAttribution
+from dla_hooks.sources.base import Source
+from dla_hooks.units.plan import Measurement, Plan, Recording
+
+
+def measure(
+    plan: Plan, source: Source, selection: Selection, check: bool
+) -> tuple[Measurement, Outcome]:
+    """Let a source show its activations to a plan's taps, and check what they wrote."""
+    prompt = source.prompt
+    entries = plan.target.align(selection, prompt.shape, source.batched)
+    columns = columns_to_check(entries, prompt, plan.stream.vocabulary) if check else None
+    recording = Recording(plan, entries, source.missing)
+    logits = source.show(recording.view, recording.taps, columns)
+    measurement = recording.finish()
+    if not check:
+        return measurement, Outcome(identity_gap(measurement))
+    if not source.has_logits:
+        return measurement, hold_against_cache(measurement, source.dtype())
+    return measurement, hold_against_model(measurement, prompt, columns, logits)
+
+
+def results(
+    measurement: Measurement, outcome: Outcome, source: Source, tokenizer: Any
+) -> dict[str, DirectLogitAttribution]:
+    """A result for each unit."""
+    plan, entries, reading = measurement.plan, measurement.entries, measurement.reading
+    answer, incorrect = plan.target.names(entries, tokenizer)
+    return {
+        key: DirectLogitAttribution(
+            attribution=entries.unfold(split.values_CN),
+            labels=[row.label for row in split.rows],
+            unit=plan.units[key].unit.words.name,
+            bias=entries.unfold(reading.bias_N),
+            logit=entries.unfold(reading.value_N()),
+            gap=outcome.gap,
+            logit_gap=outcome.logit_gap,
+            positions=entries.positions(source.prompt.mask),
+            tokens=source.texts(tokenizer),
+            answer=list(answer),
+            incorrect=None if incorrect is None else list(incorrect),
+            model=plan.stream.backend.name,
+            softcap=plan.stream.softcap,
+            rows=list(split.rows),
+            words=plan.units[key].unit.words,
+        )
+        for key, split in measurement.splits.items()
+    }
