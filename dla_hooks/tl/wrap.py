@@ -175,10 +175,8 @@ class Wrapped(ForwardMethods, Wrapper):
     def W_O(self) -> Tensor:
         """All layers' output projections [n_layers, n_heads, d_head, d_model]."""
         stream = self._stream()
-        parts = [
-            weights.output_matrix(stream, layer, self.processing)
-            for layer in range(len(stream.blocks))
-        ]
+        layers = list(range(len(stream.blocks)))
+        parts = weights.output_matrices(stream, self.processing, layers)
         if len({part.shape for part in parts}) > 1:
             shapes = ", ".join(str(list(part.shape)) for part in parts)
             raise UnsupportedModelError(
@@ -243,7 +241,7 @@ class Wrapped(ForwardMethods, Wrapper):
         raise AttributeError(f"a wrapped model has no attribute {name!r}; {hint}")
 
     def _stream(self) -> Stream:
-        """Asked for each time: it remembers itself, and notices when weights have changed."""
+        """The located model; located anew for each use, since weights may have changed."""
         return stream_of(self.model)
 
 
@@ -259,7 +257,9 @@ class AttentionFace:
 
         A norm or a scale after the projection is not in it.
         """
-        return weights.output_matrix(self._wrapped._stream(), self._layer, self._wrapped.processing)
+        wrapped = self._wrapped
+        (W_O,) = weights.output_matrices(wrapped._stream(), wrapped.processing, [self._layer])
+        return W_O
 
     @property
     def b_O(self) -> Tensor:
@@ -269,12 +269,12 @@ class AttentionFace:
 
     @property
     def n_heads(self) -> int:
-        """How many heads this layer has."""
+        """The number of heads of this layer."""
         return weights.head_site(self._wrapped._stream(), self._layer)[1].n_heads
 
     @property
     def d_head(self) -> int:
-        """How wide they are."""
+        """The width of one head."""
         return weights.head_site(self._wrapped._stream(), self._layer)[1].d_head
 
 
