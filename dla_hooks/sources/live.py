@@ -171,7 +171,7 @@ def _is_hooked(model: torch.nn.Module) -> str | None:
 
 
 def _is_librarys(hook: Any) -> bool:
-    """Whether a hook's code is that of a library which a model is made with."""
+    """True for a hook from one of the libraries that models are made with."""
     while isinstance(hook, partial):
         hook = hook.func
     return str(getattr(hook, "__module__", "")).partition(".")[0] in _LIBRARIES

@@ -13,17 +13,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dla_hooks.backends import Conventions
-from dla_hooks.backends.wrapped import Wrapper
+from dla_hooks.backends import Conventions, Wrapper
 from dla_hooks.errors import InputError, UnsupportedModelError
 from dla_hooks.inputs.prompts import check_tokenizer
 from dla_hooks.modules.vjp import dtype_of
 from dla_hooks.modules.weights import run_device
 from dla_hooks.residual.stream import Stream
 from dla_hooks.tl import weights
+from dla_hooks.tl.arguments import check_flag
 from dla_hooks.tl.config import Config, describe
 from dla_hooks.tl.forward import ForwardMethods
-from dla_hooks.tl.tokens import check_flag
 from dla_hooks.tl.weights import Processing
 from dla_hooks.verification.recognise import stream_of
 
