@@ -1,4 +1,4 @@
-"""What is custom with a model's prompts, and can be asked of no model."""
+"""Customs about prompts, which cannot be read from any model."""
 
 from dla_hooks.residual.architecture import Architecture
 

@@ -46,6 +46,10 @@ def public() -> dict[str, Any]:
     }
 
 
+def _is_error(value: Any) -> bool:
+    return inspect.isclass(value) and issubclass(value, dla_hooks.DLAError)
+
+
 def members(cls: type) -> dict[str, Any]:
     """The public methods and properties that a class defines itself."""
     return {

@@ -1,4 +1,4 @@
-"""How the models of each library are run: one small file per backend.
+"""One small file for each library: the way in which its models are looked at and run.
 
 A backend knows where its models keep the few things that every model has (embedding, unembedding,
 head projections), how to run them, and when to refuse them. All else is the same for all models.
@@ -12,9 +12,9 @@ import importlib
 import pkgutil
 from typing import Any
 
-from dla_hooks.backends.base import Backend, Conventions
+from dla_hooks.backends.base import Backend
 from dla_hooks.backends.huggingface import HuggingFaceBackend
-from dla_hooks.backends.wrapped import Wrapper
+from dla_hooks.backends.wrapped import Conventions, Wrapper
 from dla_hooks.inputs.prompts import check_tokenizer
 
 
@@ -61,4 +61,4 @@ def _class_names(model: Any) -> list[str]:
     return [f"{base.__module__.partition('.')[0]}.{base.__name__}" for base in type(model).__mro__]
 
 
-__all__ = ["Backend", "Conventions", "backend_of"]
+__all__ = ["Backend", "Conventions", "Wrapper", "backend_of"]

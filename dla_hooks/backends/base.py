@@ -4,43 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
 
+from dla_hooks.backends.wrapped import Conventions
 from dla_hooks.errors import InputError, TrainingModeError, UnsupportedModelError
 from dla_hooks.inputs.prompts import Prompt, encode
 from dla_hooks.modules.autocast import outside_autocast
 from dla_hooks.modules.compiled import eagerly
 from dla_hooks.modules.version import State, is_training, state_of
-
-
-@dataclass(frozen=True)
-class Conventions:
-    """The values of keywords that a call leaves out.
-
-    Attributes:
-        center_unembed: the vocabulary's mean is taken off every row of W_U.
-        fold_value_biases: each head's constant part counts as remainder.
-        prepend_bos: strings begin with one BOS, or with none; None is the tokenizer's custom.
-    """
-
-    center_unembed: bool = False
-    fold_value_biases: bool = False
-    prepend_bos: bool | None = None
-
-    def given(
-        self, *, center_unembed: bool | None = None, fold_value_biases: bool | None = None
-    ) -> Conventions:
-        """These conventions with the values that a call does give.
-
-        >>> Conventions(center_unembed=True).given(fold_value_biases=True)
-        Conventions(center_unembed=True, fold_value_biases=True, prepend_bos=None)
-        """
-        given = {"center_unembed": center_unembed, "fold_value_biases": fold_value_biases}
-        return replace(self, **{name: bool(v) for name, v in given.items() if v is not None})
 
 
 class Backend:
@@ -94,7 +68,7 @@ class Backend:
 
     @property
     def compiled(self) -> bool:
-        """Whether a part of the model is compiled, and has to be run eagerly to be seen."""
+        """True if a part of the model is compiled: hooks see it only when it runs eagerly."""
         return self.state.compiled
 
     @property
@@ -190,7 +164,7 @@ class Backend:
         return None
 
     def neurons(self, block: nn.Module) -> tuple[nn.Module, str, nn.Module] | None:
-        """Where the neurons of a block's MLP are seen.
+        """The place where the neurons of a block's MLP are seen.
 
         Returns:
             The module whose output they are, its path in the block, and the linear map from there

@@ -1,4 +1,4 @@
-"""Do padding and chunks leave the logits as they are? Measured once per model and side."""
+"""Measures whether padding and chunks leave the logits as they are, once per model and side."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _chunks: Remembered[bool] = Remembered()
 
 
 def padding_is_ignored(stream: Stream, *, left: bool) -> bool:
-    """Whether a prompt's logits are the same with padding on one side as they are without.
+    """Measure whether a prompt has the same logits with padding on one side as without.
 
-    Recurrent layers read the padding on the left, and some position tables count it. Asked once
+    Recurrent layers read the padding on the left, and some position tables count it. Measured once
     per model and side.
     """
-    return _padding.of(stream.model, stream.version, lambda: _ask_padding(stream, left), left)
+    return _padding.of(stream.model, stream.version, lambda: _try_padding(stream, left), left)
 
 
-def _ask_padding(stream: Stream, left: bool) -> bool:
+def _try_padding(stream: Stream, left: bool) -> bool:
     alone = short_prompt(stream, length=3)
     padded = _padded(alone, left)
     with torch.no_grad():
@@ -41,9 +41,9 @@ def _padded(prompt: Prompt, left: bool) -> Prompt:
 
 
 def chunks_are_ignored(stream: Stream, *, left: bool | None) -> bool:
-    """Whether a prompt that is run in chunks gives the logits that it gives at once.
+    """Measure whether a prompt gives the same logits in chunks as at once.
 
-    Some recurrent layers start anew with each chunk. Asked once per model and side.
+    Some recurrent layers start anew with each chunk. Measured once per model and side.
 
     Args:
         stream: the located model.
@@ -52,11 +52,11 @@ def chunks_are_ignored(stream: Stream, *, left: bool | None) -> bool:
     Raises:
         UnsupportedModelError: for a model that has no cache to run chunks against.
     """
-    return _chunks.of(stream.model, stream.version, lambda: _ask_chunks(stream, left), left)
+    return _chunks.of(stream.model, stream.version, lambda: _try_chunks(stream, left), left)
 
 
 @outside_autocast
-def _ask_chunks(stream: Stream, left: bool | None) -> bool:
+def _try_chunks(stream: Stream, left: bool | None) -> bool:
     # Two rows, since one that is alone may be treated apart; where there is padding, one has it.
     prompt = short_prompt(stream, batch=2, length=17)
     n_padding = 0 if left is None else min(4, prompt.shape[1] - 1)

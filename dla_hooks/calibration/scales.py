@@ -89,10 +89,14 @@ def _apply(stream: Stream, scales: Scales) -> Stream:
     for found in scales.blocks:
         block = stream.blocks[found.index]
         writes = tuple(
-            replace(block.writes[j], response=response)
+            block.writes[j] if response is None else replace(block.writes[j], response=response)
             for j, response in zip(found.writes, found.responses, strict=True)
         )
-        blocks.append(replace(block, writes=writes, gain=found.gain, constant=found.constant))
+        # Every call comes here, and most blocks are plain sums, as they were located.
+        plain = found.gain is None and found.constant is None and len(writes) == len(block.writes)
+        if not plain or any(a is not b for a, b in zip(writes, block.writes, strict=True)):
+            block = replace(block, writes=writes, gain=found.gain, constant=found.constant)
+        blocks.append(block)
     return replace(
         stream,
         blocks=tuple(blocks),

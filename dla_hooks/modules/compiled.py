@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -22,11 +23,11 @@ _stance: Any = None
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether a small module, a part of it, or a function that one keeps is compiled.
+    """True if a small module, a part of it, or a function that one keeps is compiled.
 
-    Of a whole model :func:`dla_hooks.modules.version.state_of` says it, with all else.
+    For a whole model see :func:`dla_hooks.modules.version.state_of`.
     """
-    return any(has_compiled(part) for part in module.modules())
+    return any(has_compiled(part) or class_has_compiled(type(part)) for part in module.modules())
 
 
 @contextmanager
@@ -67,21 +68,22 @@ def eagerly(needed: bool = True) -> Iterator[None]:
                 _stance = None
 
 
-# What every module keeps is no function.
-_KEPT_BY_ALL = frozenset(vars(nn.Module()))
-
-
 def has_compiled(module: nn.Module) -> bool:
-    """Whether a module itself, or a function that it keeps, is compiled."""
-    # A module's own entries, not its attributes: every call asks this of every module.
+    """True if a module is compiled by itself, or keeps a compiled function."""
+    # A module's own entries, not its attributes: every call reads them of every module.
     kept = vars(module)
     if kept.get("_compiled_call_impl") is not None:
         return True
-    forward = getattr(type(module), "forward", None)  # of a scripted module there is none
-    if hasattr(forward, "_torchdynamo_orig_callable"):
-        return True
-    for name in kept.keys() - _KEPT_BY_ALL:
-        function = kept[name]
-        if callable(function) and getattr(function, "_torchdynamo_orig_callable", None) is not None:
+    for value in kept.values():  # noqa: SIM110 (a generator for every module takes longer)
+        if type(value) is FunctionType and _is_compiled(value):
             return True
     return False
+
+
+def class_has_compiled(kind: type) -> bool:
+    """True if the forward pass of all modules of a class is compiled."""
+    return _is_compiled(getattr(kind, "forward", None))
+
+
+def _is_compiled(function: Any) -> bool:
+    return getattr(function, "_torchdynamo_orig_callable", None) is not None

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
-from torch import nn
+from torch import Tensor, nn
 
-from dla_hooks.modules.compiled import has_compiled
+from dla_hooks.modules.compiled import class_has_compiled, has_compiled
 
 _Answer = TypeVar("_Answer")
 
@@ -34,7 +34,7 @@ _IDLE = (nn.Module.forward, nn.Sequential.forward, nn.Identity.forward)
 
 @dataclass(frozen=True)
 class State:
-    """What a walk over all modules of a model shows.
+    """The state of a model's modules.
 
     Attributes:
         version: a number that moves when a weight is changed in place or replaced, when a hook
@@ -64,31 +64,39 @@ def state_of(model: nn.Module, *others: nn.Module) -> State:
     seen: list[Any] = []
     training = compiled = False
     adapters_off: list[bool] = []
+    adapted: dict[type, bool] = {}  # of the classes that were met: those of PEFT's layers
     for root in (model, *others):
         for module in modules_of(root):
             # `getattr` for a missing name goes through `nn.Module.__getattr__`, which is slow;
             # `vars(module)` is fast.
-            kept = vars(module)
-            # Tables that a model makes anew as it runs (rotary frequencies, say) are no weights.
-            passing = module._non_persistent_buffers_set
-            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-                if tensor is not None and name not in passing and not tensor.is_meta:
+            kept, kind = vars(module), type(module)
+            if kind not in adapted:  # a model has many modules, and few classes of them
+                adapted[kind] = hasattr(kind, "_disable_adapters")
+                compiled = compiled or class_has_compiled(kind)
+            tensors: list[Tensor | None] = [*module._parameters.values()]
+            if module._buffers:
+                # Tables that a model makes anew as it runs (rotary frequencies) are no weights.
+                passing = module._non_persistent_buffers_set
+                tensors += [t for name, t in module._buffers.items() if name not in passing]
+            for tensor in tensors:
+                if tensor is not None and not tensor.is_meta:
                     seen += tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
             # Synthetic runs skip hooks on hook points: see `Backend.without_user_hooks`.
             if "fwd_hooks" not in kept:
                 seen += (*module._forward_hooks, *module._forward_pre_hooks)
-            if "_disable_adapters" in kept or hasattr(type(module), "_disable_adapters"):
-                adapted: Any = module
-                off = bool(adapted.disable_adapters)
-                seen += str(adapted.active_adapters), off
+            if adapted[kind] or "_disable_adapters" in kept:
+                layer: Any = module
+                off = bool(layer.disable_adapters)
+                seen += str(layer.active_adapters), off
                 adapters_off.append(off)
-            training = training or is_training(module)
+            if module.training and not training:
+                training = is_training(module)
             compiled = compiled or has_compiled(module)
     return State(hash((compiled, *seen)), training, compiled, tuple(adapters_off))
 
 
 def is_training(module: nn.Module) -> bool:
-    """Whether a module is in training mode, and computes something of its own."""
+    """True for a module that is in training mode and computes something of its own."""
     return module.training and getattr(type(module), "forward", None) not in _IDLE
 
 

@@ -139,9 +139,14 @@ class _Finder:
             for write in block.writes:
                 use = Use(so_far[write.written_by], total[write.written_by])
                 so_far[write.written_by] += 1
-                heads = None if write.heads is None else replace(write.heads, use=use)
-                writes.append(replace(write, use=use, heads=heads))
-            counted.append(replace(block, writes=tuple(writes)))
+                heads = write.heads
+                if heads is not None and heads.use != use:
+                    heads = replace(heads, use=use)
+                if write.use != use or heads is not write.heads:
+                    write = replace(write, use=use, heads=heads)
+                writes.append(write)
+            changed = any(a is not b for a, b in zip(writes, block.writes, strict=True))
+            counted.append(replace(block, writes=tuple(writes)) if changed else block)
         return tuple(counted)
 
     def write(

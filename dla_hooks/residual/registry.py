@@ -56,7 +56,7 @@ def refusal_for(model_type: str) -> Refusal | None:
 
 
 def begins_with_bos(model_type: str) -> bool:
-    """Whether prompts of this model type begin with a BOS by custom."""
+    """True where prompts of this model type begin with a BOS by custom."""
     with _lock:
         _load_builtin()
         return model_type not in _without_bos

@@ -8,6 +8,8 @@ those of one whole run where the model computes the same either way; a short run
 from __future__ import annotations
 
 import operator
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -17,17 +19,19 @@ from torch import Tensor
 
 from dla_hooks.backends import Backend
 from dla_hooks.calibration.invariance import chunks_are_ignored
-from dla_hooks.errors import InputError, UnsupportedModelError
+from dla_hooks.errors import DLAWarning, InputError, UnsupportedModelError
 from dla_hooks.inputs.prompts import Prompt, to_strings
-from dla_hooks.modules.hooks import Tap, tapped
+from dla_hooks.modules.hooks import Tap, is_ours, tapped
 from dla_hooks.projection.tiles import View
 from dla_hooks.residual.stream import Stream
 from dla_hooks.sources.base import Source
 
 LONG_PROMPT = 8192
-"""Prompts of more tokens than this are run in chunks unless the caller says otherwise, ..."""
+"""Prompts of more tokens than this are run in chunks, unless the caller says otherwise."""
 AUTOMATIC_CHUNK = 2048
-"""... of this size."""
+"""Tokens in each of these chunks."""
+_LIBRARIES = ("torch", "transformers", "accelerate", "peft", "deepspeed")
+"""Libraries whose hooks make a model what it is: captured outputs, offload, weight norms."""
 
 
 class Live(Source):
@@ -99,14 +103,16 @@ def chunks(
 
 
 def chunk_size_for(stream: Stream, prompt: Prompt, chunk_size: Any) -> int | None:
-    """The size of the chunks that a prompt is to be run in, or None for all at once.
+    """Decide the size of the chunks that a prompt is run in, or None for all at once.
+
+    A long prompt that cannot be run in chunks on its own account is run at once, with a
+    :class:`DLAWarning` that says why.
 
     Args:
         stream: the located model.
         prompt: the batch.
-        chunk_size: what the caller asked for; None leaves it to the length of the prompt and to
-            whether the model can be run in chunks, without hooks of the caller's that would see
-            them.
+        chunk_size: the caller's own; None chooses by the prompt's length. Then the model must allow
+            it, and carry no hooks of the caller's, which would see the chunks.
 
     Raises:
         InputError: for what is no positive number.
@@ -114,9 +120,19 @@ def chunk_size_for(stream: Stream, prompt: Prompt, chunk_size: Any) -> int | Non
     """
     width = prompt.shape[1]
     if chunk_size is None:
-        if width <= LONG_PROMPT or _is_hooked(stream.model) or _why_not(stream, prompt):
+        if width <= LONG_PROMPT:
             return None
-        return AUTOMATIC_CHUNK
+        reason = _is_hooked(stream.model) or _why_not(stream, prompt)
+        if reason is None:
+            return AUTOMATIC_CHUNK
+        warnings.warn(
+            f"this prompt of {width} tokens runs at once instead of in chunks of "
+            f"{AUTOMATIC_CHUNK}, so activation memory grows with it: {reason}. Pass "
+            f"chunk_size={width} to run it so without this warning.",
+            DLAWarning,
+            stacklevel=_callers_level(),
+        )
+        return None
     size = _as_size(chunk_size)
     if size >= width:
         return None
@@ -142,13 +158,21 @@ def _as_size(chunk_size: Any) -> int:
     return size
 
 
+def _callers_level() -> int:
+    """The ``stacklevel``, for a warning by the function that calls this, of the caller's line."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith("dla_hooks."):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
 def _why_not(stream: Stream, prompt: Prompt) -> str | None:
-    """Why chunks would give other numbers than the whole prompt; None where they would not."""
+    """The reason why chunks would give other numbers than the whole prompt, or None."""
     rotary = _length_dependent(stream.model, prompt.shape[1])
     if rotary is not None:
         return (
             f"its rotary positions ({rotary}) depend on how long a prompt is, and this one is "
-            f"longer ({prompt.shape[1]} tokens) than it was first made for"
+            f"longer ({prompt.shape[1]} tokens) than the model was first trained for"
         )
     left = None if not prompt.padded else not bool(prompt.mask[:, 0].all())
     try:
@@ -166,13 +190,31 @@ def _why_not(stream: Stream, prompt: Prompt) -> str | None:
     return None
 
 
-def _is_hooked(model: torch.nn.Module) -> bool:
-    """Whether the caller has hooks on the model: they may not expect a prompt in pieces."""
-    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+def _is_hooked(model: torch.nn.Module) -> str | None:
+    """The reason why the caller's hooks rule out chunks that nobody asked for, or None.
+
+    Hooks may not expect a prompt in pieces. Those of libraries are part of the model: a short run
+    in chunks checks them together with it.
+    """
+    for path, module in model.named_modules():
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            if not is_ours(hook) and not _is_librarys(hook):
+                return (
+                    f"{path or 'the model'} has a hook of yours, which would see each chunk by "
+                    f"itself; pass chunk_size={AUTOMATIC_CHUNK} where it may"
+                )
+    return None
+
+
+def _is_librarys(hook: Any) -> bool:
+    """True for a hook from one of the libraries that models are made with."""
+    while isinstance(hook, partial):
+        hook = hook.func
+    return str(getattr(hook, "__module__", "")).partition(".")[0] in _LIBRARIES
 
 
 def _length_dependent(model: torch.nn.Module, width: int) -> str | None:
-    """The kind of rotary positions that a prompt of this width would change, if there is any."""
+    """The kind of rotary positions that a prompt of this width would change, or None."""
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
         config = getattr(module, "config", None)

@@ -1,8 +1,8 @@
 """``cfg`` of the TransformerLens-shaped face: the model's sizes under the names used there.
 
-Sizes are asked of the located stream and its modules. What only a config file knows (context
-length, activation) is looked for under the field names that Hugging Face configs have for it;
-what is not found is None.
+Sizes are read from the located stream and its modules. Values that only a config file has (context
+length, activation) are read under the field names that Hugging Face configs have for them. Values
+that are not found are None.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dla_hooks.tl.weights import Processing
 T = TypeVar("T")
 
 NO_SOFTCAP = -1.0
-"""What TransformerLens has in place of a softcap that is off."""
+"""TransformerLens' value for a softcap that is off."""
 
 
 class Config:
@@ -170,13 +170,13 @@ def describe(
 
 
 def prepends_bos(tokenizer: Any) -> bool:
-    """Whether a tokenizer puts a BOS before every text by itself."""
+    """True for a tokenizer that puts a BOS before every text by itself."""
     bos = getattr(tokenizer, "bos_token_id", None)
     return bos is not None and list(tokenizer.encode(""))[:1] == [bos]
 
 
 def _heads(sites: list[HeadSite]) -> tuple[dict[str, int], dict[str, str]]:
-    """What all layers agree on, and why the rest cannot be said."""
+    """The fields that all layers agree on, and for the others the reason why they have no value."""
     fields: dict[str, int] = {}
     reasons: dict[str, str] = {}
     for name in ("n_heads", "d_head"):

@@ -11,13 +11,14 @@ from torch.nn import functional
 from dla_hooks.backends import backend_of
 from dla_hooks.errors import InputError, TokenError
 from dla_hooks.inputs.prompts import Prompt, encode, read_prompt
+from dla_hooks.tl.arguments import check_bos, check_flag
 from dla_hooks.tl.config import NO_SOFTCAP
-from dla_hooks.tl.tokens import TokenMethods, check_bos, check_flag
+from dla_hooks.tl.tokens import TokenMethods
 from dla_hooks.tl.weights import Processing
 
 
 class LogitsAndLoss(NamedTuple):
-    """What ``return_type="both"`` gives."""
+    """The result of ``return_type="both"``."""
 
     logits: Tensor
     loss: Tensor

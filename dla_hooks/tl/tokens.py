@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dla_hooks.errors import InputError, ShapeMismatchError, TokenError, TokenizerMissingError
 from dla_hooks.inputs.answers import single_token
+from dla_hooks.tl.arguments import check_bos, check_flag
 from dla_hooks.tl.config import Config, prepends_bos
 
 
@@ -146,7 +147,7 @@ class TokenMethods:
         prepend_bos: bool | None = None,
         padding_side: str | None = None,
     ) -> int:
-        """Where a token stands in a prompt.
+        """Find the position of a token in a prompt.
 
         Args:
             single_token: a string of one token, or an id.
@@ -273,21 +274,6 @@ class TokenMethods:
                 f"(0 to {vocabulary - 1})"
             )
         return ids
-
-
-def check_flag(value: Any, name: str) -> None:
-    """Refuse what is neither True nor False."""
-    if not isinstance(value, bool):
-        raise InputError(f"{name} must be True or False, got {type(value).__name__}: {value!r:.80}")
-
-
-def check_bos(prepend_bos: Any) -> None:
-    """Refuse what is neither True, False nor None."""
-    if prepend_bos is not None and not isinstance(prepend_bos, bool):
-        raise InputError(
-            "prepend_bos must be True, False, or None for cfg.default_prepend_bos; got "
-            f"{type(prepend_bos).__name__}: {prepend_bos!r:.80}"
-        )
 
 
 def _bos(tokenizer: Any) -> int:

@@ -8,6 +8,7 @@ Shapes: V the vocabulary, M d_model, H heads, D d_head, K some tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,7 +31,7 @@ _TILE = 1024
 
 @dataclass(frozen=True)
 class Processing:
-    """Which changes that leave the log-probabilities as they are the weights show.
+    """Changes to the weights that are shown; none of them changes a log-probability.
 
     Attributes:
         fold_ln: the norms' gains and biases sit in the weights that read them.
@@ -97,7 +98,7 @@ class UnembedReader:
 
 
 def centres_unembed(stream: Stream, processing: Processing) -> bool:
-    """Whether the vocabulary's mean is taken off: not under a softcap, which would feel it."""
+    """Decide whether the vocabulary's mean is taken off; a softcap would change with it."""
     return processing.center_unembed and stream.softcap is None
 
 
@@ -107,9 +108,9 @@ def _is_as_stored(stream: Stream, processing: Processing) -> bool:
 
 
 def embedding(stream: Stream, processing: Processing) -> Tensor:
-    """W_E [V, M]: what each token begins the stream with, by a number times the module's weight.
+    """W_E [V, M]: each token's part of the stream's start, as a number times the module's weight.
 
-    Where a norm or a projection stands between the two it is the module's weight as it is.
+    Behind a norm or a projection it is the module's weight as it is.
     """
     module = stream.backend.embedding()
     W_VM = stored(module, "weight") if "weight" in module._parameters else None
@@ -133,11 +134,11 @@ def embedding(stream: Stream, processing: Processing) -> Tensor:
     scale = (start * weight).sum() / weight.square().sum()
     if not _equal(start, weight, stream) and _equal(start, scale * weight, stream):
         W_VM = W_VM * scale.to(W_VM)
-    return _centred(W_VM) if centres_writes(stream, processing) else W_VM
+    return _as_embedding(W_VM, stream, processing)
 
 
 def positional_embedding(stream: Stream, processing: Processing) -> Tensor:
-    """W_pos [n_ctx, M]: what each position adds to the beginning of the stream.
+    """W_pos [n_ctx, M]: each position's part of the stream's start.
 
     Raises:
         UnsupportedModelError: where positions enter the stream, but from no plain table.
@@ -151,7 +152,7 @@ def positional_embedding(stream: Stream, processing: Processing) -> Tensor:
         if stream.positions_response is not None:
             W_PM = W_PM * stream.positions_response.to(W_PM)
         if _equal(seen, W_PM[: len(seen)].to(seen), stream):
-            return _centred(W_PM) if centres_writes(stream, processing) else W_PM
+            return _as_embedding(W_PM, stream, processing)
     raise UnsupportedModelError(
         f"W_pos: what {stream.positions.name} ({type(stream.positions.module).__name__}) puts "
         "out are not the rows of a plain weight; run it on the positions that you want"
@@ -201,42 +202,59 @@ def head_site(stream: Stream, layer: int) -> tuple[WriteSite, HeadSite]:
     )
 
 
-def output_matrix(stream: Stream, layer: int, processing: Processing) -> Tensor:
-    """W_O [H, D, M] of one block, from whatever its output projection is."""
-    write, site = head_site(stream, layer)
-    W_O = matrix(site.linear).T.reshape(site.n_heads, site.d_head, -1)
-    return _centred(W_O) if centres_writes(stream, processing, write) else W_O
+def output_matrices(stream: Stream, processing: Processing, layers: list[int]) -> list[Tensor]:
+    """W_O [H, D, M] of some blocks, from whatever their output projections are."""
+    sites = [head_site(stream, layer) for layer in layers]
+    centres = centres_writes(stream, processing, [write for write, _ in sites])
+    found = []
+    for (_, site), centre in zip(sites, centres, strict=True):
+        W_O = matrix(site.linear).T.reshape(site.n_heads, site.d_head, -1)
+        found.append(_centred(W_O) if centre else W_O)
+    return found
 
 
 def output_biases(stream: Stream, processing: Processing, layers: list[int]) -> Tensor:
-    """b_O [layers, M]: what the output projections give for z = 0, or for its constant part."""
+    """b_O [layers, M]: the output projections' values for z = 0, or for its constant part."""
     sites = [head_site(stream, layer) for layer in layers]
+    centres = centres_writes(stream, processing, [write for write, _ in sites])
     constants: dict[str, Tensor] = {}
     if processing.fold_value_biases:
         constants = head_constants(stream, norm_bias=processing.fold_ln)
     biases = []
-    for write, site in sites:
+    for (write, site), centre in zip(sites, centres, strict=True):
         nothing = torch.zeros(input_width(site.linear))
         bias = value_at(site.linear, constants.get(write.label, nothing))
-        biases.append(_centred(bias) if centres_writes(stream, processing, write) else bias)
+        biases.append(_centred(bias) if centre else bias)
     return torch.stack([bias.to(biases[0]) for bias in biases])
 
 
-def centres_writes(stream: Stream, processing: Processing, write: WriteSite | None = None) -> bool:
-    """Whether the mean over d_model is taken off a write (None: off an embedding).
+def centres_writes(
+    stream: Stream, processing: Processing, writes: Sequence[WriteSite | None]
+) -> list[bool]:
+    """Decide of each write (None: an embedding) whether the mean over d_model is taken off it.
 
-    Only where nothing can tell: the final norm centres, and until then the write is neither
-    normed nor scaled channel by channel.
+    It is taken off only where no logit changes. The final norm must centre, and until then the
+    write must be neither normed nor scaled channel by channel. The final norm is probed once.
     """
-    if not processing.center_writing_weights:
-        return False
-    if write is not None and (write.post_norm is not None or _per_channel(write.response)):
-        return False
-    if any(_per_channel(block.gain) for block in stream.blocks):
-        return False
-    return norms.probe(
+    none = [False] * len(writes)
+    scaled = any(_per_channel(block.gain) for block in stream.blocks)
+    if scaled or not processing.center_writing_weights:
+        return none
+    plain = [
+        write is None or (write.post_norm is None and not _per_channel(write.response))
+        for write in writes
+    ]
+    if not any(plain):
+        return none
+    norm = norms.probe(
         stream.final_norm.module, stream.d_model, stream.final_norm.name, stream.work_dtype
-    ).centred
+    )
+    return plain if norm.centred else none
+
+
+def _as_embedding(W: Tensor, stream: Stream, processing: Processing) -> Tensor:
+    (centre,) = centres_writes(stream, processing, [None])
+    return _centred(W) if centre else W
 
 
 def _per_channel(factor: Tensor | None) -> bool:

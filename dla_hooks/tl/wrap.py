@@ -13,17 +13,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dla_hooks.backends import Conventions
-from dla_hooks.backends.wrapped import Wrapper
+from dla_hooks.backends import Conventions, Wrapper
 from dla_hooks.errors import InputError, UnsupportedModelError
 from dla_hooks.inputs.prompts import check_tokenizer
 from dla_hooks.modules.vjp import dtype_of
 from dla_hooks.modules.weights import run_device
 from dla_hooks.residual.stream import Stream
 from dla_hooks.tl import weights
+from dla_hooks.tl.arguments import check_flag
 from dla_hooks.tl.config import Config, describe
 from dla_hooks.tl.forward import ForwardMethods
-from dla_hooks.tl.tokens import check_flag
 from dla_hooks.tl.weights import Processing
 from dla_hooks.verification.recognise import stream_of
 
@@ -175,10 +174,8 @@ class Wrapped(ForwardMethods, Wrapper):
     def W_O(self) -> Tensor:
         """All layers' output projections [n_layers, n_heads, d_head, d_model]."""
         stream = self._stream()
-        parts = [
-            weights.output_matrix(stream, layer, self.processing)
-            for layer in range(len(stream.blocks))
-        ]
+        layers = list(range(len(stream.blocks)))
+        parts = weights.output_matrices(stream, self.processing, layers)
         if len({part.shape for part in parts}) > 1:
             shapes = ", ".join(str(list(part.shape)) for part in parts)
             raise UnsupportedModelError(
@@ -243,7 +240,7 @@ class Wrapped(ForwardMethods, Wrapper):
         raise AttributeError(f"a wrapped model has no attribute {name!r}; {hint}")
 
     def _stream(self) -> Stream:
-        """Asked for each time: it remembers itself, and notices when weights have changed."""
+        """The located model; located anew for each use, since weights may have changed."""
         return stream_of(self.model)
 
 
@@ -259,7 +256,9 @@ class AttentionFace:
 
         A norm or a scale after the projection is not in it.
         """
-        return weights.output_matrix(self._wrapped._stream(), self._layer, self._wrapped.processing)
+        wrapped = self._wrapped
+        (W_O,) = weights.output_matrices(wrapped._stream(), wrapped.processing, [self._layer])
+        return W_O
 
     @property
     def b_O(self) -> Tensor:
@@ -269,12 +268,12 @@ class AttentionFace:
 
     @property
     def n_heads(self) -> int:
-        """How many heads this layer has."""
+        """The number of heads of this layer."""
         return weights.head_site(self._wrapped._stream(), self._layer)[1].n_heads
 
     @property
     def d_head(self) -> int:
-        """How wide they are."""
+        """The width of one head."""
         return weights.head_site(self._wrapped._stream(), self._layer)[1].d_head
 
 

@@ -42,7 +42,12 @@ def batches_seen(model) -> Iterator[list[tuple[int, ...]]]:
         handle.remove()
 
 
-def assert_same(result, alone, atol=1e-9):
+def assert_same(result, alone, atol=1e-5):
+    """A result equals that of its prompt alone, up to rounding.
+
+    transformers computes norms, softmax or rotary tables in float32, even in float64 models, and
+    rounds them otherwise in a batch than in a run alone.
+    """
     for name, value in vars(alone).items():
         found = getattr(result, name)
         if name in ("gap", "logit_gap"):  # the largest of a batch, and rounding besides

@@ -155,10 +155,8 @@ class _Finder(doctest.DocTestFinder):
         public = getattr(object, "__module__", None) == "dla_hooks"
         written = getattr(module, getattr(object, "__name__", ""), None) is object
         if public and written:
-            return (
-                re.search(rf"^class {object.__name__}\b", inspect.getsource(module), re.M)
-                is not None
-            )
+            source = inspect.getsource(module)
+            return bool(re.search(rf"^class {object.__name__}\b", source, re.M))
         return super()._from_module(module, object)
 
 

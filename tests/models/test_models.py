@@ -37,6 +37,7 @@ from dla_hooks import (
     register,
     verify,
 )
+from dla_hooks.modules import version
 from dla_hooks.residual import registry
 
 pytestmark = pytest.mark.lowest
@@ -90,6 +91,41 @@ def test_post_norm_opt_is_refused():
     model = small("opt", do_layer_norm_before=False, ffn_dim=64, word_embed_proj_dim=32)
     with pytest.raises((UnsupportedModelError, DecompositionError)):
         direct_logit_attribution(model, IDS, 5)
+
+
+def test_containers_made_after_eval_have_no_training_mode():
+    model = build("gpt2")
+    kept = model.transformer.h[0]
+    kept.mlp.act = nn.Sequential(kept.mlp.act, nn.Identity())
+    model.transformer.h = nn.ModuleList([kept])
+    assert model.transformer.h.training
+    assert kept.mlp.act.training
+    result = direct_logit_attribution(model, IDS, 5)
+    assert result.labels == ["embed", "pos_embed", "0_attn_out", "0_mlp_out"]
+
+
+@pytest.mark.parametrize("part", ["transformer.h.1", "transformer.h.1.attn.resid_dropout"])
+def test_one_part_in_training_mode_is_refused_by_name(part):
+    model = build("gpt2")
+    model.get_submodule(part).training = True
+    with pytest.raises(TrainingModeError, match=f"training mode \\(in {part}\\)"):
+        direct_logit_attribution(model, IDS, 5)
+
+
+def test_a_call_walks_over_the_modules_once(monkeypatch):
+    model = build("gpt2")
+    direct_logit_attribution(model, IDS, 5)
+    walks, modules_of = [], version.modules_of
+
+    def counted(root):
+        walks.append(root)
+        return modules_of(root)
+
+    monkeypatch.setattr(version, "modules_of", counted)
+    monkeypatch.setattr(model, "named_modules", None)  # the two that torch has for it
+    monkeypatch.setattr(model, "modules", None)
+    direct_logit_attribution(model, IDS, 5)
+    assert walks == [model]
 
 
 def test_a_model_in_training_mode_is_refused():

@@ -28,6 +28,7 @@ from dla_hooks import (
 from dla_hooks.modules.linear import matrix
 from dla_hooks.residual import registry
 from dla_hooks.residual.registry import begins_with_bos
+from dla_hooks.tl import weights
 from dla_hooks.verification.recognise import stream_of
 
 FLAGS = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
@@ -665,6 +666,20 @@ def test_ids_need_none(gpt2):
     assert bare.tokens_to_residual_directions(ids).shape == (2, 7, 36)
 
 
+@pytest.mark.parametrize("name", ["W_O", "b_O"])
+def test_stacked_weights_probe_the_final_norm_once(gpt2, monkeypatch, name):
+    probed = []
+    probe = weights.norms.probe
+
+    def counted(module, *rest):
+        probed.append(module)
+        return probe(module, *rest)
+
+    monkeypatch.setattr(weights.norms, "probe", counted)
+    assert len(getattr(gpt2, name)) == 3
+    assert probed.count(gpt2.model.transformer.ln_f) == 1
+
+
 # Calls
 
 
@@ -674,7 +689,9 @@ def test_calls_are_the_models_own(spec, model):
     wrapped = wrap(model, **RAW)
     logits = model(ids, use_cache=False).logits
     torch.testing.assert_close(wrapped(ids), logits, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(wrapped.forward(ids[0]), logits[:1], rtol=1e-9, atol=1e-9)
+    # Some families compute attention in float32, where a row alone is not a row of a batch.
+    first = model(ids[:1], use_cache=False).logits
+    torch.testing.assert_close(wrapped.forward(ids[0]), first, rtol=1e-9, atol=1e-9)
     losses = -logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
     for one in (wrapped, wrap(model)):
         torch.testing.assert_close(one(ids, "loss", loss_per_token=True), losses)
@@ -695,13 +712,14 @@ def test_padding_on_the_left_is_not_seen(name):
         wrapped(ids, padding_side="left"),  # leading EOS are taken for padding
         wrapped(ids, attention_mask=mask),
     ):
-        torch.testing.assert_close(logits[0, -len(alone[0]) :], alone[0])
-        torch.testing.assert_close(logits[1], alone[1])
+        torch.testing.assert_close(logits[0, -len(alone[0]) :], alone[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(logits[1], alone[1], rtol=0, atol=1e-5)
     seen = wrapped(texts, padding_side="right")
-    torch.testing.assert_close(seen[0, : len(alone[0])], alone[0])
+    torch.testing.assert_close(seen[0, : len(alone[0])], alone[0], rtol=0, atol=1e-5)
     expected = sum(wrapped(text, "loss", loss_per_token=True).sum() for text in texts)
     loss = wrapped(texts, "loss", padding_side="left")
-    torch.testing.assert_close(loss, expected / sum(len(one) - 1 for one in alone))
+    mean = expected / sum(len(one) - 1 for one in alone)
+    torch.testing.assert_close(loss, mean, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
@@ -712,7 +730,7 @@ def test_bos_that_is_also_the_pad_token_is_kept():
     wrapped = wrap(build("gpt2", attn="sdpa"), tokenizer)
     texts = ["the cat", "When Mary gave the cat to John"]
     ids = wrapped.to_tokens(texts)
-    torch.testing.assert_close(wrapped(ids)[0, -3:], wrapped("the cat")[0])
+    torch.testing.assert_close(wrapped(ids)[0, -3:], wrapped("the cat")[0], rtol=0, atol=1e-5)
     torch.testing.assert_close(wrapped(texts), wrapped(ids), equal_nan=True)
     only_bos = torch.zeros(1, 1, dtype=torch.long)
     assert wrapped(only_bos, prepend_bos=False).isfinite().all()
