@@ -147,7 +147,7 @@ def test_a_long_prompt_that_chunks_would_change_runs_at_once_with_a_warning(monk
     monkeypatch.setattr(chunks_module, "LONG_PROMPT", 16)
     recurrent, ids = build_any("mamba"), example_ids("gpt2", length=20)
     calls = Calls(recurrent)
-    with pytest.warns(DLAWarning, match="gives other logits in chunks") as caught:
+    with pytest.warns(DLAWarning, match="runs at once instead of in chunks of 2048") as caught:
         direct_logit_attribution(recurrent, ids, 5)
     assert calls.widths[-1] == 20
     assert len(caught) == 1
