@@ -30,7 +30,7 @@ from dla_hooks.results.result import DirectLogitAttribution
 from dla_hooks.results.schema import row_columns, unpack
 
 _FORMAT = "dla_hooks.many"
-_VERSION = 2
+_VERSION = 1
 _RUN = "run.json"
 _SHARD = re.compile(r"(\d{9,})-(\d{9,})\.safetensors")
 _UNFINISHED = ".unfinished"

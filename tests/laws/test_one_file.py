@@ -177,7 +177,7 @@ handle = model.transformer.ln_f.register_forward_pre_hook(
 model(**tokenizer(PROMPT, return_tensors="pt"))
 handle.remove()
 expected = (seen[-1] @ vector).detach()
-for unit in dla_hooks.units.unit_names():
+for unit in ("component", "layer", "head"):
     result = attribute(dla_hooks.Probe(vector), unit=unit)
     whole = result.attribution[-1] if unit == "layer" else result.attribution.sum(0)
     assert torch.allclose(whole, expected, atol=1e-3), (unit, whole, expected)
