@@ -1,52 +1,129 @@
 """Parts of a block that no declaration names, found by what they do in a short run.
 
-The norms that its sublayers read the stream through, and the down projection of its MLP.
+These are the stream between a block's writes, the norms that its sublayers read the stream
+through, and the down projection of its MLP.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from dla_hooks.calibration.block_run import ANY_NUMBER, run_block, same
 from dla_hooks.calibration.mid_streams import mid_streams
-from dla_hooks.calibration.prompt import short_prompt
 from dla_hooks.errors import UnsupportedModelError
-from dla_hooks.modules.hooks import Place, Tap, tapped
+from dla_hooks.modules.hooks import Place, Use
 from dla_hooks.modules.linear import input_width
 from dla_hooks.modules.norms import probe
+from dla_hooks.residual.gains import times
 from dla_hooks.residual.stream import Block, Stream, WriteSite
 
 
-def norm_before(stream: Stream, layer: int, *, mlp: bool) -> tuple[nn.Module, str]:
-    """The norm through which block ``layer``'s attention, or its MLP, reads the stream.
+@dataclass(frozen=True)
+class MidStream:
+    """The stream between two writes of one block: gain * input + responses * writes + constant.
+
+    Attributes:
+        gain: what the block's input is multiplied by there, [] or [d_model]; None is one.
+        responses: the same for each write before it.
+        constant: what is added besides [d_model]; None is nothing.
+    """
+
+    gain: Tensor | None
+    responses: tuple[Tensor | None, ...]
+    constant: Tensor | None
+
+    def of(self, x: Tensor, writes: list[Tensor]) -> Tensor:
+        """The mid stream of one input [..., d_model] and the writes that follow it."""
+        x = times(x, self.gain)
+        for write, response in zip(writes, self.responses, strict=True):
+            x = x + times(write, response)
+        return x if self.constant is None else x + self.constant.to(x)
+
+
+def mid_stream(stream: Stream, place: int) -> MidStream | None:
+    """Find the stream that the MLP of one block reads.
+
+    Most blocks add one write after another. Where a block has a gain or a constant too, a short
+    run shows on which side of the mid stream they stand.
+
+    Args:
+        stream: the located model.
+        place: of the block in ``stream.blocks``.
+
+    Returns:
+        None for a parallel block, whose MLP reads what its attention reads.
+
+    Raises:
+        UnsupportedModelError: when nothing in the block reads any such stream.
+    """
+    block, n_before = stream.blocks[place], mid_streams(stream)[place]
+    if n_before is None:
+        return None
+    responses = tuple(write.response for write in block.writes[:n_before])
+    if block.gain is None and block.constant is None:
+        return MidStream(None, responses, None)
+    run = run_block(stream, block)
+    writes = [run.writes[write.label][1] for write in block.writes[:n_before]]
+    for mid in _candidates(block, responses):
+        x = mid.of(run.input, writes)
+        if any(same(call.entered, x) for call in run.calls):
+            return mid
+    raise UnsupportedModelError(
+        f"{block.name} has a gain or a constant besides its writes, and no module in it reads its "
+        "input and its attention's writes alone; leave the mid streams out (incl_mid, mlp_input)"
+    )
+
+
+def _candidates(block: Block, responses: tuple[Tensor | None, ...]) -> Iterator[MidStream]:
+    def less_gain(factor: Tensor | None) -> Tensor | None:
+        if block.gain is None:
+            return factor
+        return (torch.ones_like(block.gain) if factor is None else factor) / block.gain
+
+    for constant in (None,) if block.constant is None else (None, block.constant):
+        yield MidStream(None, responses, constant)
+        if block.gain is not None:  # put on the input alone, or on all that the block has summed
+            yield MidStream(block.gain, responses, constant)
+            unscaled = tuple(less_gain(response) for response in responses)
+            yield MidStream(None, unscaled, None if constant is None else less_gain(constant))
+
+
+def norm_before(stream: Stream, place: int, *, mlp: bool) -> Place:
+    """Find the norm through which one block's attention, or its MLP, reads the stream.
+
+    Args:
+        stream: the located model.
+        place: of the block in ``stream.blocks``.
+        mlp: the norm before its MLP; otherwise before its attention.
 
     Raises:
         UnsupportedModelError: when there is none, as in blocks that norm what they write.
     """
-    block = stream.blocks[layer]
+    block = stream.blocks[place]
     what = "MLP" if mlp else "attention"
     if stream.backend.keeps_caches:
         name = "ln2" if mlp else "ln1"
         found = getattr(block.module, name, None)
         if isinstance(found, nn.Module):
-            return found, f"{block.name}.{name}"
+            return Place(found, f"{block.name}.{name}", Use(0, ANY_NUMBER))
         raise _no_norm(block, what)
-    kept = _short_run(stream, block)
-    x = kept[block.name][0]
-    if mlp:
-        n_before = mid_streams(stream)[layer]
-        for write in block.writes[: n_before or 0]:
-            x = x + kept[write.name][1]
-    for name, (seen, _) in kept.items():
-        module = block.module if name == block.name else _at(stream, name)
-        if name != block.name and seen.shape == x.shape and _same(seen, x):
+    run = run_block(stream, block)
+    x = run.input
+    mid = mid_stream(stream, place) if mlp else None
+    if mid is not None:
+        x = mid.of(x, [run.writes[w.label][1] for w in block.writes[: len(mid.responses)]])
+    for call in run.calls:
+        if same(call.entered, x):
             try:
-                probe(module, stream.d_model, name, stream.work_dtype)
+                probe(call.module, stream.d_model, call.name, stream.work_dtype)
             except UnsupportedModelError:
                 continue  # it reads the stream, but is no norm
-            return module, name
+            # It may run for queries, keys and values apart, and again in a block used again.
+            return Place(call.module, call.name, Use(call.nth, ANY_NUMBER))
     raise _no_norm(block, what)
 
 
@@ -57,73 +134,27 @@ def _no_norm(block: Block, what: str) -> UnsupportedModelError:
     )
 
 
-def neurons(stream: Stream, write: WriteSite) -> tuple[nn.Module, str, nn.Module]:
-    """Where the neurons of one MLP are seen: the module they enter, its path, its linear map.
+def neurons(stream: Stream, block: Block, write: WriteSite) -> tuple[Place, nn.Module]:
+    """Find where the neurons of one MLP can be seen, and the linear map that they enter.
 
     Raises:
         UnsupportedModelError: when no single linear module makes the write, as with experts.
     """
-    block = stream.blocks[write.layer]
     mlp = getattr(block.module, "mlp", None)
     if stream.backend.keeps_caches and mlp is not None and hasattr(mlp, "hook_post"):
-        return mlp.hook_post, f"{block.name}.mlp.hook_post", stream.backend.neurons(mlp)
-    kept = _short_run(stream, block)
-    wrote = kept[write.name][0 if write.post_norm is not None else 1]
-    for name, (_, out) in reversed(kept.items()):
-        module = _at(stream, name)
-        if out.shape == wrote.shape and _same(out, wrote):
+        place = Place(mlp.hook_post, f"{block.name}.mlp.hook_post", write.use)
+        return place, stream.backend.neurons(mlp)
+    run = run_block(stream, block)
+    wrote = run.writes[write.label][0 if write.post_norm is not None else 1]
+    for call in reversed(run.calls):
+        if same(call.left, wrote):
             try:
-                width = input_width(module)
+                width = input_width(call.module)
             except UnsupportedModelError:
                 continue  # a container around the projection
             if width > 1:
-                return module, name, module
+                return Place(call.module, call.name, write.use, before=True), call.module
     raise UnsupportedModelError(
         f"{write.label} is not written by one linear module (experts, gates and convolutions are "
         "not), so it has no neurons to stack"
     )
-
-
-def _short_run(stream: Stream, block: Block) -> dict[str, tuple[Tensor, Tensor]]:
-    """What went in and came out of every module of a block that runs once, in order."""
-    kept: dict[str, tuple[Tensor, Tensor]] = {}
-    handles = []
-
-    def keep(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-            out = output[0] if isinstance(output, tuple) and output else output
-            if tensors and isinstance(out, Tensor) and out.is_floating_point():
-                kept[name] = (_flat(tensors[0]), _flat(out))
-
-        return hook
-
-    try:
-        for path, module in block.module.named_modules():
-            name = f"{block.name}.{path}" if path else block.name
-            handles.append(module.register_forward_hook(keep(name), with_kwargs=True))
-        see = keep(block.name)
-        tap = Tap(
-            Place(block.module, block.name, block.use),
-            lambda call: see(None, (call.entered,), {}, call.left),
-        )
-        with tapped([tap]):
-            stream.backend.run_synthetic(short_prompt(stream), None)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return kept
-
-
-def _flat(x: Tensor) -> Tensor:
-    return x.detach().reshape(-1, x.shape[-1]).clone()
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    tolerance = 8 * torch.finfo(other.dtype).eps if other.is_floating_point() else 0
-    return bool((one.double() - other.double()).norm() <= tolerance * other.double().norm())
-
-
-def _at(stream: Stream, name: str) -> nn.Module:
-    found: nn.Module = stream.backend.root.get_submodule(name)
-    return found

@@ -19,7 +19,7 @@ from dla_hooks.projection.directions import Directions
 from dla_hooks.projection.kernels import project, project_constant
 from dla_hooks.projection.ledger import Scalars
 from dla_hooks.projection.reading_point import FinalStream
-from dla_hooks.residual.gains import _path_factors, constant_label, times
+from dla_hooks.residual.gains import constant_label, path_factors, times
 from dla_hooks.residual.stream import Stream
 from dla_hooks.sources.live import chunks
 from dla_hooks.targets.base import Targets
@@ -83,7 +83,7 @@ class Run:
             self.last_of_block.append(len(self.labels) - 1)
         self._row = {label: row for row, label in enumerate(self.labels)}
         self.readout.directions.prepare()
-        self._factors = _path_factors(stream)
+        self._factors = path_factors(stream)
         self._scalars = Scalars(len(self.labels), len(entries), stream.work_dtype)
         self.has_parts = True
 
