@@ -1,95 +1,19 @@
 """Parts of a block that no declaration names, found by what they do in a short run.
 
-These are the stream between a block's writes, the norms that its sublayers read the stream
-through, and the down projection of its MLP.
+These are the norms that its sublayers read the stream through, and the down projection of its MLP.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dla_hooks.calibration.block_run import ANY_NUMBER, run_block, same
-from dla_hooks.calibration.mid_streams import mid_streams
+from dla_hooks.calibration.mid_terms import mid_stream
 from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.modules.hooks import Place, Use
 from dla_hooks.modules.linear import input_width
 from dla_hooks.modules.norms import probe
-from dla_hooks.residual.gains import times
 from dla_hooks.residual.stream import Block, Stream, WriteSite
-
-
-@dataclass(frozen=True)
-class MidStream:
-    """The stream between two writes of one block: gain * input + responses * writes + constant.
-
-    Attributes:
-        gain: what the block's input is multiplied by there, [] or [d_model]; None is one.
-        responses: the same for each write before it.
-        constant: what is added besides [d_model]; None is nothing.
-    """
-
-    gain: Tensor | None
-    responses: tuple[Tensor | None, ...]
-    constant: Tensor | None
-
-    def of(self, x: Tensor, writes: list[Tensor]) -> Tensor:
-        """The mid stream of one input [..., d_model] and the writes that follow it."""
-        x = times(x, self.gain)
-        for write, response in zip(writes, self.responses, strict=True):
-            x = x + times(write, response)
-        return x if self.constant is None else x + self.constant.to(x)
-
-
-def mid_stream(stream: Stream, place: int) -> MidStream | None:
-    """Find the stream that the MLP of one block reads.
-
-    Most blocks add one write after another. Where a block has a gain or a constant too, a short
-    run shows on which side of the mid stream they stand.
-
-    Args:
-        stream: the located model.
-        place: of the block in ``stream.blocks``.
-
-    Returns:
-        None for a parallel block, whose MLP reads what its attention reads.
-
-    Raises:
-        UnsupportedModelError: when nothing in the block reads any such stream.
-    """
-    block, n_before = stream.blocks[place], mid_streams(stream)[place]
-    if n_before is None:
-        return None
-    responses = tuple(write.response for write in block.writes[:n_before])
-    if block.gain is None and block.constant is None:
-        return MidStream(None, responses, None)
-    run = run_block(stream, block)
-    writes = [run.writes[write.label][1] for write in block.writes[:n_before]]
-    for mid in _candidates(block, responses):
-        x = mid.of(run.input, writes)
-        if any(same(call.entered, x) for call in run.calls):
-            return mid
-    raise UnsupportedModelError(
-        f"{block.name} has a gain or a constant besides its writes, and no module in it reads its "
-        "input and its attention's writes alone; leave the mid streams out (incl_mid, mlp_input)"
-    )
-
-
-def _candidates(block: Block, responses: tuple[Tensor | None, ...]) -> Iterator[MidStream]:
-    def less_gain(factor: Tensor | None) -> Tensor | None:
-        if block.gain is None:
-            return factor
-        return (torch.ones_like(block.gain) if factor is None else factor) / block.gain
-
-    for constant in (None,) if block.constant is None else (None, block.constant):
-        yield MidStream(None, responses, constant)
-        if block.gain is not None:  # put on the input alone, or on all that the block has summed
-            yield MidStream(block.gain, responses, constant)
-            unscaled = tuple(less_gain(response) for response in responses)
-            yield MidStream(None, unscaled, None if constant is None else less_gain(constant))
 
 
 def norm_before(stream: Stream, place: int, *, mlp: bool) -> Place:

@@ -180,12 +180,13 @@ def _hold(
 def failure(kept: Kept, what: str, gap: float, size: float, allowed: float) -> DecompositionError:
     """Say what does not add up, by how much, and where."""
     stream = kept.stream
+    dtype = str(stream.coarsest_dtype).removeprefix("torch.")
     if not kept.live:
         why = (
             "The cache does not hold what one run of this model wrote: its entries were changed, "
             "or its weights were."
         )
-    elif any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
+    elif kept.autocast:
         why = (
             "Autocast is on, under which the model's own products are rounded to 16 bits: call "
             "this outside of it, or with check=False."
@@ -194,5 +195,6 @@ def failure(kept: Kept, what: str, gap: float, size: float, allowed: float) -> D
         why = trace_report(stream, kept.inputs.prompt).diagnosis()
     return DecompositionError(
         f"{stream.backend.name}: {what} miss what the model computed by {gap:.3g}, which is "
-        f"{gap / max(size, 1e-300):.1e} of their size ({size:.3g}); {allowed:.0e} is allowed. {why}"
+        f"{gap / max(size, 1e-300):.1e} of their size ({size:.3g}); {allowed:.0e} is allowed in "
+        f"{dtype}. {why}"
     )

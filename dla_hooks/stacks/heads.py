@@ -88,10 +88,10 @@ def stack_head_results(
 
         rows = [row for heads in plan for row in _rows(kept, heads)]
         labels = [f"{heads.layer}H{head}" for heads in plan for head in range(heads.site.n_heads)]
-        stack = torch.stack(rows) if rows else kept[whole].new_zeros(0, *kept[whole].shape)
         if incl_remainder:
-            stack = torch.cat((stack, (kept[whole] - stack.sum(0))[None]))
+            rows.append(kept[whole] - sum(rows))
             labels.append("remainder")
+        stack = torch.stack(rows) if rows else kept[whole].new_zeros(0, *kept[whole].shape)
         return finish(stack, labels, scale, kept, return_labels)
 
     return measured(model, input, options, measure)

@@ -26,11 +26,13 @@ class Kept:
         inputs: the model and its prompt.
         entries: the selected positions.
         check: whether what is computed is to be held against what the model did.
+        autocast: whether the model was run under the caller's autocast.
     """
 
     inputs: Inputs
     entries: Entries
     check: bool = True
+    autocast: bool = field(default=False, init=False)
     _taps: list[Tap] = field(default_factory=list)
     _rows: dict[Any, Tensor] = field(default_factory=dict)
     _norms: dict[Any, norms.Norm] = field(default_factory=dict)
@@ -84,6 +86,7 @@ class Kept:
         if inputs.replay is not None:
             inputs.replay.play(self._taps)
             return None
+        self.autocast = any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
         with tapped(self._taps):
             logits = inputs.stream.backend.forward(inputs.prompt, columns)
         if self.check:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dla_hooks.calibration.sublayers import mid_stream, neurons
+from dla_hooks.calibration.mid_terms import mid_stream
+from dla_hooks.calibration.sublayers import neurons
 from dla_hooks.call import Inputs
 from dla_hooks.errors import InputError, PositionError, UnsupportedModelError
 from dla_hooks.inputs.positions import parse

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dla_hooks.calibration.sublayers import MidStream, mid_stream
+from dla_hooks.calibration.mid_terms import MidStream, mid_stream
 from dla_hooks.call import Inputs
 from dla_hooks.errors import InputError
 from dla_hooks.residual.gains import constant_label, path_factors, product, times
@@ -94,7 +94,9 @@ def decompose_resid(
                 plan.append((constant_label(block), constant))
         whole = StreamSum(kept, end + mlp_input)
         scale = scale_at(kept, end, mlp_input) if apply_ln else None
-        like = embed or kept.block_input(stream.blocks[0])
+        like = embed
+        if like is None and any(isinstance(part, Tensor) for _, part in plan):
+            like = kept.block_input(stream.blocks[0])  # constants need its shape
         kept.run()
         whole.hold()
 

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import pytest
 import torch
-import transformers
-from mapping_zoo import build_any, example_ids_any
+from mapping_zoo import MODEL_TYPES, CannotBuild, example_ids_any, runs
+from mapping_zoo import build_any as build_mapped
 from torch import nn
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig
+from transformers.models.mllama.modeling_mllama import MllamaForCausalLM
 from zoo import build, example_ids
 
 import dla_hooks
 from dla_hooks import DecompositionError, DLAError, InputError, UnsupportedModelError
 from dla_hooks.modules.version import forget
+
+
+def build_any(model_type):
+    """A tiny model of this type, where this version of transformers has one that runs."""
+    try:
+        model = build_mapped(model_type)
+    except CannotBuild as error:
+        pytest.skip(str(error))
+    if not runs(model):
+        pytest.skip(f"{model_type} does not run in its dtype here")
+    return model
 
 
 def last_stream(model, ids, norm):
@@ -111,6 +124,28 @@ def test_a_refused_stack_is_had_with_check_off():
         dla_hooks.decompose_resid(model, ids)
     stack = dla_hooks.decompose_resid(model, ids, check=False)
     assert bool(torch.isfinite(stack).all())
+
+
+@pytest.mark.parametrize("primitive", ["stack_head_results", "stack_neuron_results"])
+def test_products_that_autocast_rounds_are_named(primitive):
+    model, ids = build("llama", dtype=torch.float32), example_ids("llama")
+    with torch.autocast("cpu", torch.bfloat16):
+        dla_hooks.decompose_resid(model, ids)
+        with pytest.raises(DecompositionError, match="Autocast is on"):
+            getattr(dla_hooks, primitive)(model, ids)
+        stack = getattr(dla_hooks, primitive)(model, ids, check=False)
+    assert bool(torch.isfinite(stack).all())
+
+
+def test_padding_is_no_part_of_the_check():
+    model, ids = build("llama", dtype=torch.float32), example_ids("llama")
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    stack = dla_hooks.decompose_resid(model, ids, attention_mask=mask)
+    assert bool(stack[:, 0, :3].isnan().all())
+    alone = dla_hooks.decompose_resid(model, ids[:1, 3:])
+    torch.testing.assert_close(stack[:, :1, 3:], alone, rtol=1e-4, atol=1e-4)
+    assert dla_hooks.decompose_resid(model, ids, pos_slice=(0, 0)).shape[2] == 0
 
 
 @pytest.mark.parametrize("field", ["residual_multiplier", "embedding_multiplier"])
@@ -279,7 +314,7 @@ def test_a_neuron_that_no_layer_has_is_named(neurons):
 
 
 def model_with_a_block_that_does_not_run():
-    config = transformers.models.mllama.MllamaTextConfig(
+    config = MllamaTextConfig(
         vocab_size=61,
         hidden_size=32,
         intermediate_size=48,
@@ -290,8 +325,9 @@ def model_with_a_block_that_does_not_run():
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
+        rope_scaling={"rope_type": "default", "rope_theta": 10000.0},
     )
-    return transformers.MllamaForCausalLM(config).eval()
+    return MllamaForCausalLM(config).eval()
 
 
 @pytest.mark.parametrize("layer", [None, 0, 1, 2, 3])
@@ -317,13 +353,15 @@ def test_the_mlp_of_a_block_that_does_not_run_reads_nothing():
 
 
 MIDS = {
+    "beam": ("model.layers", "pre_feedforward_layernorm"),
+    "doge": ("model.layers", "post_attention_layernorm"),
     "granite": ("model.layers", "post_attention_layernorm"),
     "gemma4_text": ("model.layers", "pre_feedforward_layernorm"),
     "gpt_neox_japanese": ("gpt_neox_japanese.layers", "post_attention_layernorm"),
 }
 
 
-@pytest.mark.parametrize("model_type", MIDS)
+@pytest.mark.parametrize("model_type", [name for name in MIDS if name in MODEL_TYPES])
 def test_mid_streams_are_what_the_mlp_reads(model_type):
     """Gains, multipliers and constants of a block stand on the side where the model puts them."""
     model = build_any(model_type)
@@ -345,6 +383,12 @@ def test_mid_streams_are_what_the_mlp_reads(model_type):
     for layer in (0, len(seen) - 1):
         parts = dla_hooks.decompose_resid(model, ids, layer=layer, mlp_input=True)
         torch.testing.assert_close(parts.sum(0), seen[layer], rtol=1e-6, atol=1e-6)
+
+
+def test_a_mid_stream_that_nothing_reads_is_refused():
+    model = build_any("zaya")  # biases on both sides of it, of which only their sum is known
+    with pytest.raises(UnsupportedModelError, match="no module in it reads"):
+        dla_hooks.accumulated_resid(model, example_ids_any(model), incl_mid=True)
 
 
 # --- arguments -------------------------------------------------------------------------------
