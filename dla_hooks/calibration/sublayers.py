@@ -1,52 +1,53 @@
 """Parts of a block that no declaration names, found by what they do in a short run.
 
-The norms that its sublayers read the stream through, and the down projection of its MLP.
+These are the norms that its sublayers read the stream through, and the down projection of its MLP.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from torch import nn
 
-import torch
-from torch import Tensor, nn
-
-from dla_hooks.calibration.mid_streams import mid_streams
-from dla_hooks.calibration.prompt import short_prompt
+from dla_hooks.calibration.block_run import ANY_NUMBER, run_block, same
+from dla_hooks.calibration.mid_terms import mid_stream
 from dla_hooks.errors import UnsupportedModelError
-from dla_hooks.modules.hooks import Place, Tap, tapped
+from dla_hooks.modules.hooks import Place, Use
 from dla_hooks.modules.linear import input_width
 from dla_hooks.modules.norms import probe
 from dla_hooks.residual.stream import Block, Stream, WriteSite
 
 
-def norm_before(stream: Stream, layer: int, *, mlp: bool) -> tuple[nn.Module, str]:
-    """Find the norm through which block ``layer``'s attention, or its MLP, reads the stream.
+def norm_before(stream: Stream, place: int, *, mlp: bool) -> Place:
+    """Find the norm through which one block's attention, or its MLP, reads the stream.
+
+    Args:
+        stream: the located model.
+        place: of the block in ``stream.blocks``.
+        mlp: the norm before its MLP; otherwise before its attention.
 
     Raises:
         UnsupportedModelError: when there is none, as in blocks that norm what they write.
     """
-    block = stream.blocks[layer]
+    block = stream.blocks[place]
     what = "MLP" if mlp else "attention"
     name = stream.backend.norm_before(mlp=mlp)
     if name is not None:
         found = getattr(block.module, name, None)
         if isinstance(found, nn.Module):
-            return found, f"{block.name}.{name}"
+            return Place(found, f"{block.name}.{name}", Use(0, ANY_NUMBER))
         raise _no_norm(block, what)
-    kept = _short_run(stream, block)
-    x = kept[block.name][0]
-    if mlp:
-        n_before = mid_streams(stream)[layer]
-        for write in block.writes[: n_before or 0]:
-            x = x + kept[write.name][1]
-    for name, (seen, _) in kept.items():
-        module = block.module if name == block.name else _at(stream, name)
-        if name != block.name and seen.shape == x.shape and _same(seen, x):
+    run = run_block(stream, block)
+    x = run.input
+    mid = mid_stream(stream, place) if mlp else None
+    if mid is not None:
+        x = mid.of(x, [run.writes[w.label][1] for w in block.writes[: len(mid.responses)]])
+    for call in run.calls:
+        if same(call.entered, x):
             try:
-                probe(module, stream.d_model, name, stream.work_dtype)
+                probe(call.module, stream.d_model, call.name, stream.work_dtype)
             except UnsupportedModelError:
                 continue  # it reads the stream, but is no norm
-            return module, name
+            # It may run for queries, keys and values apart, and again in a block used again.
+            return Place(call.module, call.name, Use(call.nth, ANY_NUMBER))
     raise _no_norm(block, what)
 
 
@@ -57,74 +58,27 @@ def _no_norm(block: Block, what: str) -> UnsupportedModelError:
     )
 
 
-def neurons(stream: Stream, write: WriteSite) -> tuple[nn.Module, str, nn.Module]:
-    """Find where the neurons of one MLP are seen: a module, its path, and their linear map.
+def neurons(stream: Stream, block: Block, write: WriteSite) -> tuple[Place, nn.Module]:
+    """Find where the neurons of one MLP can be seen, and the linear map that they enter.
 
     Raises:
         UnsupportedModelError: when no single linear module makes the write, as with experts.
     """
-    block = stream.blocks[write.layer]
     found = stream.backend.neurons(block.module)
     if found is not None:
-        hook, path, linear = found
-        return hook, f"{block.name}.{path}", linear
-    kept = _short_run(stream, block)
-    wrote = kept[write.name][0 if write.post_norm is not None else 1]
-    for name, (_, out) in reversed(kept.items()):
-        module = _at(stream, name)
-        if out.shape == wrote.shape and _same(out, wrote):
+        hook_point, path, linear = found
+        return Place(hook_point, f"{block.name}.{path}", write.use), linear
+    run = run_block(stream, block)
+    wrote = run.writes[write.label][0 if write.post_norm is not None else 1]
+    for call in reversed(run.calls):
+        if same(call.left, wrote):
             try:
-                width = input_width(module)
+                width = input_width(call.module)
             except UnsupportedModelError:
                 continue  # a container around the projection
             if width > 1:
-                return module, name, module
+                return Place(call.module, call.name, write.use, before=True), call.module
     raise UnsupportedModelError(
         f"{write.label} is not written by one linear module (experts, gates and convolutions are "
         "not), so it has no neurons to stack"
     )
-
-
-def _short_run(stream: Stream, block: Block) -> dict[str, tuple[Tensor, Tensor]]:
-    """Run a few tokens: the input and output of every module of a block, in order."""
-    kept: dict[str, tuple[Tensor, Tensor]] = {}
-    handles = []
-
-    def keep(name: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)]
-            out = output[0] if isinstance(output, tuple) and output else output
-            if tensors and isinstance(out, Tensor) and out.is_floating_point():
-                kept[name] = (_flat(tensors[0]), _flat(out))
-
-        return hook
-
-    try:
-        for path, module in block.module.named_modules():
-            name = f"{block.name}.{path}" if path else block.name
-            handles.append(module.register_forward_hook(keep(name), with_kwargs=True))
-        see = keep(block.name)
-        tap = Tap(
-            Place(block.module, block.name, block.use),
-            lambda call: see(None, (call.entered,), {}, call.left),
-        )
-        with tapped([tap]):
-            stream.backend.run_synthetic(short_prompt(stream), None)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return kept
-
-
-def _flat(x: Tensor) -> Tensor:
-    return x.detach().reshape(-1, x.shape[-1]).clone()
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    tolerance = 8 * torch.finfo(other.dtype).eps if other.is_floating_point() else 0
-    return bool((one.double() - other.double()).norm() <= tolerance * other.double().norm())
-
-
-def _at(stream: Stream, name: str) -> nn.Module:
-    found: nn.Module = stream.backend.root.get_submodule(name)
-    return found

@@ -1,4 +1,4 @@
-"""What later blocks make of a write: products of gains."""
+"""Factors on the way to the stream's end: what later blocks multiply a part by."""
 
 from __future__ import annotations
 
@@ -13,35 +13,41 @@ def constant_label(block: Block) -> str:
 
 
 def times(values: Tensor, factor: Tensor | None) -> Tensor:
-    """Times a factor [] or [d_model]; None is one."""
+    """Multiply values [..., d_model] by a factor [] or [d_model]; None is one.
+
+    >>> import torch
+    >>> times(torch.ones(2), None), times(torch.ones(2), torch.tensor(3.0))
+    (tensor([1., 1.]), tensor([3., 3.]))
+    """
     return values if factor is None else values * factor.to(values)
 
 
-def path_factors(stream: Stream) -> dict[str, Tensor | None]:
-    """What the last stream holds of every part: its response, times all later blocks' gains."""
+def product(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """Multiply two factors, either of which may be None for one.
+
+    >>> import torch
+    >>> product(None, None), product(torch.tensor(2.0), torch.tensor(3.0))
+    (None, tensor(6.))
+    """
+    return other if one is None else times(one, other)
+
+
+def path_factors(stream: Stream, end: int | None = None) -> dict[str, Tensor | None]:
+    """Compute what the stream holds of every part: its response, times all later blocks' gains.
+
+    Args:
+        stream: the located model.
+        end: a place in the stack: the stream that enters this block. None is the last stream.
+
+    Returns:
+        For "embed", "pos_embed", and every write and constant before ``end``: its factor [] or
+        [d_model], or None for one.
+    """
     factors: dict[str, Tensor | None] = {}
     later: Tensor | None = None
-    for block in reversed(stream.blocks):
+    for block in reversed(stream.blocks[:end]):
         factors[constant_label(block)] = later
         for write in block.writes:
-            factors[write.label] = _product(write.response, later)
-        later = _product(block.gain, later)
-    positions = _product(stream.positions_response, later)
-    return {"embed": later, "pos_embed": positions, **factors}
-
-
-def _product(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    return other if one is None else times(one, other)
-
-
-def later_gains(stream: Stream, layer: int) -> list[Tensor | None]:
-    """What the input of block ``layer`` holds of everything before each earlier block."""
-    gains: list[Tensor | None] = [None] * (layer + 1)
-    for index in range(layer - 1, -1, -1):
-        gain, later = stream.blocks[index].gain, gains[index + 1]
-        gains[index] = later if gain is None else times(gain, later)
-    return gains
-
-
-def both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    return other if one is None else times(one, other)
+            factors[write.label] = product(write.response, later)
+        later = product(block.gain, later)
+    return {"embed": later, "pos_embed": product(stream.positions_response, later), **factors}

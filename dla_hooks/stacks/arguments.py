@@ -1,8 +1,9 @@
-"""What the primitives share: their arguments, and where a stack ends."""
+"""The arguments that the primitives share, and where a stack ends."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,15 +11,17 @@ from torch import Tensor
 from dla_hooks.calibration.mid_streams import mid_streams
 from dla_hooks.calibration.sublayers import norm_before
 from dla_hooks.call import Inputs, read_call
-from dla_hooks.errors import InputError
-from dla_hooks.modules.hooks import Place, Use
+from dla_hooks.errors import DecompositionError, HookError, InputError
+from dla_hooks.modules.version import forget
 from dla_hooks.residual.stream import Stream
 from dla_hooks.stacks.kept import Kept
 
 Stack = Tensor | tuple[Tensor, list[str]]
+_Result = TypeVar("_Result")
 
 
 def inputs_of(model: Any, input: Any, options: dict[str, Any]) -> Inputs:
+    """Read a model, its prompt or cache, and the keyword arguments that go with them."""
     known = {"cache": None, "tokenizer": None, "attention_mask": None, "prepend_bos": None}
     unknown = set(options) - set(known)
     if unknown:
@@ -26,41 +29,83 @@ def inputs_of(model: Any, input: Any, options: dict[str, Any]) -> Inputs:
     return read_call(model, input, **{**known, **options}, purpose="a stack")
 
 
-def layer_of(stream: Stream, layer: int | None, mlp_input: bool) -> int:
-    last = len(stream.blocks)
+def measured(
+    model: Any, input: Any, options: dict[str, Any], measure: Callable[[Inputs], _Result]
+) -> _Result:
+    """Measure something of a model's run, twice if what is remembered of the model is out of date.
+
+    Args:
+        model: of any kind that :func:`dla_hooks.direct_logit_attribution` takes.
+        input: as there.
+        options: the keyword arguments of :func:`inputs_of`.
+        measure: what to do with them; raises DecompositionError when something does not add up.
+    """
+    inputs = inputs_of(model, input, options)
+    try:
+        return measure(inputs)
+    except (DecompositionError, HookError):
+        if not inputs.stream.remembered:
+            raise
+    forget(inputs.stream.model)  # it may have changed in a way that leaves no trace
+    return measure(inputs_of(model, input, options))
+
+
+def kind_of(label: str) -> str:
+    """Read off a write's label whether it is attention, an MLP (experts are), or another mixer.
+
+    >>> kind_of("0_attn_out"), kind_of("3_shared_mlp_out"), kind_of("2_mixer_out")
+    ('attn', 'mlp', 'other')
+    """
+    name = label.partition("_")[2]
+    if any(word in name for word in ("attn", "cross")):
+        return "attn"
+    return "mlp" if any(word in name for word in ("mlp", "moe", "expert")) else "other"
+
+
+def place_of(stream: Stream, layer: int | None, mlp_input: bool) -> int:
+    """Find the place in the stack of a layer, whose number is that of its labels.
+
+    The two differ where some blocks of a model do not run. A layer that does not run leaves the
+    stream as it is for the next one that does.
+
+    Returns:
+        An index into ``stream.blocks``, or their number for the last stream.
+    """
+    layers = [block.layer for block in stream.blocks]
+    declared = stream.backend.root.get_submodule(stream.architecture.layers)
+    last = max(layers[-1] + 1, len(list(declared.children())))
     if layer is None or layer == -1:
         layer = last
     if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer <= last:
         raise InputError(f"layer must be None, -1 or from 0 to {last}, got {layer!r}")
-    if mlp_input and layer == last:
+    place = sum(one < layer for one in layers)
+    if not mlp_input:
+        return place
+    if layer == last:
         raise InputError(f"mlp_input needs a layer below {last}: there is no MLP after the last")
-    if mlp_input and mid_streams(stream)[layer] is None:
+    if layer not in layers:
+        raise InputError(f"block {layer} does not run, so its MLP reads nothing; {layers} do")
+    if mid_streams(stream)[place] is None:
         raise InputError(f"block {layer} is parallel: its MLP reads what its attention reads")
-    return layer
+    return place
 
 
-def before_mlp(stream: Stream, layer: int) -> list[Any]:
-    if layer >= len(stream.blocks):
-        return []
-    return list(stream.blocks[layer].writes[: mid_streams(stream)[layer] or 0])
-
-
-def stream_at(kept: Kept, layer: int) -> Any:
+def stream_at(kept: Kept, place: int) -> Any:
+    """Keep the stream before the block at a place, or the last stream; for a key."""
     blocks = kept.stream.blocks
-    return kept.last_stream() if layer == len(blocks) else kept.block_input(blocks[layer])
+    return kept.last_stream() if place == len(blocks) else kept.block_input(blocks[place])
 
 
-def scale_at(kept: Kept, layer: int, mlp_input: bool) -> Any:
+def scale_at(kept: Kept, place: int, mlp_input: bool) -> Any:
     """Keep the scale of the norm that reads the stream there; for a key."""
     stream = kept.stream
-    if layer == len(stream.blocks):
+    if place == len(stream.blocks):
         return kept.scale(stream.final_norm)
-    module, name = norm_before(stream, layer, mlp=mlp_input)
-    # It may run for queries, keys and values apart.
-    return kept.scale(Place(module, name, Use(0, 0)))
+    return kept.scale(norm_before(stream, place, mlp=mlp_input))
 
 
 def finish(stack: Tensor, labels: list[str], scale: Any, kept: Kept, return_labels: bool) -> Stack:
+    """Normalise a stack by a scale that was kept, if any, and return it as the caller wants it."""
     if scale is not None:
         if kept.norm(scale).centred:
             stack = stack - stack.mean(-1, keepdim=True)

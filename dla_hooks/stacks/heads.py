@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from dla_hooks.call import Inputs
 from dla_hooks.errors import UnsupportedModelError
+from dla_hooks.modules.autocast import outside_autocast
 from dla_hooks.modules.linear import matrix
-from dla_hooks.residual.gains import both, later_gains, times
-from dla_hooks.stacks.arguments import Stack, finish, inputs_of, layer_of, scale_at, stream_at
+from dla_hooks.residual.gains import path_factors, times
+from dla_hooks.residual.stream import HeadSite
+from dla_hooks.stacks.arguments import Stack, finish, measured, place_of, scale_at, stream_at
+from dla_hooks.stacks.checks import StreamSum, WriteSum
 from dla_hooks.stacks.kept import Kept
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """The heads of one write: their labels' beginning, and what is kept of them."""
+
+    layer: str
+    site: HeadSite
+    z: Any
+    after: Any
+    factor: Tensor | None
+    whole: WriteSum
 
 
 def stack_head_results(
@@ -21,9 +39,10 @@ def stack_head_results(
     incl_remainder: bool = False,
     pos_slice: Any = None,
     apply_ln: bool = False,
+    check: bool = True,
     **options: Any,
 ) -> Stack:
-    """What every attention head before block ``layer`` wrote to the stream.
+    """Stack what every attention head before block ``layer`` wrote to the stream.
 
     Where a norm follows attention (Gemma 2 and 3, OLMo 2), a head's write is pushed through it,
     with the norm's scale as it was.
@@ -32,49 +51,82 @@ def stack_head_results(
         model: as in :func:`decompose_resid`.
         input: as there.
         layer: heads of all blocks before this one; None, -1 or n_layers for all.
-        return_labels: also return the labels.
+        return_labels: also return the labels: ``L0H2``, and ``L0.1H2`` for a block's second
+            attention.
         incl_remainder: end with what no head wrote of that block's input.
         pos_slice: which positions; an int drops the axis.
         apply_ln: normalise by the norm that reads that stream.
+        check: hold the heads and the output bias against what each attention wrote, and all
+            writes against the stream.
         **options: as in :func:`decompose_resid`.
 
     Returns:
         [head, *batch_and_pos, d_model], or that and the labels.
+
+    Raises:
+        UnsupportedModelError: for a model without attention heads.
+        DecompositionError: when something does not add up.
+
+    >>> from dla_hooks import demo
+    >>> model, tokenizer = demo.load()
+    >>> stack_head_results(model, "the cat", 1, tokenizer=tokenizer, return_labels=True)[1][:2]
+    ['L0H0', 'L0H1']
     """
-    inputs = inputs_of(model, input, options)
-    stream = inputs.stream
-    end = layer_of(stream, layer, False)
-    kept = Kept.of(inputs, pos_slice)
-    gains = later_gains(stream, end)
-    plan = []
+
+    def measure(inputs: Inputs) -> Stack:
+        stream = inputs.stream
+        end = place_of(stream, layer, False)
+        kept = Kept.of(inputs, pos_slice, check)
+        plan = _plan(kept, end)
+        if not plan and end:
+            raise UnsupportedModelError(f"{stream.backend.name} has no attention heads to stack")
+        whole = stream_at(kept, end) if incl_remainder or not plan else None
+        sum_of_all = StreamSum(kept, end)
+        scale = scale_at(kept, end, False) if apply_ln else None
+        kept.run()
+        sum_of_all.hold()
+
+        rows = [row for heads in plan for row in _rows(kept, heads)]
+        labels = [f"{heads.layer}H{head}" for heads in plan for head in range(heads.site.n_heads)]
+        if incl_remainder:
+            rows.append(kept[whole] - sum(rows))
+            labels.append("remainder")
+        stack = torch.stack(rows) if rows else kept[whole].new_zeros(0, *kept[whole].shape)
+        return finish(stack, labels, scale, kept, return_labels)
+
+    return measured(model, input, options, measure)
+
+
+def _plan(kept: Kept, end: int) -> list[_Heads]:
+    stream, plan = kept.stream, []
+    factors = path_factors(stream, end)
     for block in stream.blocks[:end]:
+        several = 0
         for write in block.writes:
             site = write.heads
-            if site is not None:
-                post_norm = site.post_norm_place
-                z = kept.heads(site)
-                after = None if post_norm is None else kept.scale(post_norm)
-                factor = both(write.response, gains[block.layer + 1])
-                plan.append((block.layer, site, z, after, factor))
-    if not plan and end:
-        raise UnsupportedModelError(f"{stream.backend.name} has no attention heads to stack")
-    whole = stream_at(kept, end) if incl_remainder or not plan else None
-    scale = scale_at(kept, end, False) if apply_ln else None
-    kept.run()
+            if site is None:
+                continue
+            z = kept.heads(site)
+            after = None if site.post_norm_place is None else kept.scale(site.post_norm_place)
+            layer = f"L{block.layer}.{several}" if several else f"L{block.layer}"
+            whole = WriteSum(kept, write, "the heads")
+            plan.append(_Heads(layer, site, z, after, factors[write.label], whole))
+            several += 1
+    return plan
 
-    labels, rows = [], []
-    for index, site, z, after, factor in plan:
-        W_HDM = matrix(site.linear).T.to(kept[z])
-        W_HDM = W_HDM.reshape(site.n_heads, site.d_head, -1)
-        z_HD = kept[z].unflatten(-1, (site.n_heads, site.d_head))
-        for head in range(site.n_heads):
-            wrote = z_HD[..., head, :] @ W_HDM[head].to(z_HD.device)
-            if after is not None:
-                wrote = kept.norm(after).at_scale_one(wrote) / kept[after].to(wrote)
-            rows.append(times(wrote, factor))
-            labels.append(f"L{index}H{head}")
-    stack = torch.stack(rows) if rows else kept[whole].new_zeros(0, *kept[whole].shape)
-    if incl_remainder:
-        stack = torch.cat((stack, (kept[whole] - stack.sum(0))[None]))
-        labels.append("remainder")
-    return finish(stack, labels, scale, kept, return_labels)
+
+@outside_autocast
+def _rows(kept: Kept, heads: _Heads) -> list[Tensor]:
+    """What each head of one attention wrote [*batch_and_pos, d_model], after the run."""
+    site, z_I = heads.site, kept[heads.z]
+    W_MI = matrix(site.linear)
+    heads.whole.hold(heads.z, site.linear, W_MI, heads.after)
+    W_HDM = W_MI.T.to(z_I).reshape(site.n_heads, site.d_head, -1)
+    z_HD = z_I.unflatten(-1, (site.n_heads, site.d_head))
+    rows = []
+    for head in range(site.n_heads):
+        wrote = z_HD[..., head, :] @ W_HDM[head]
+        if heads.after is not None:
+            wrote = kept.norm(heads.after).at_scale_one(wrote) / kept[heads.after].to(wrote)
+        rows.append(times(wrote, heads.factor))
+    return rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dla_hooks.call import Inputs
+from dla_hooks.errors import DecompositionError
 from dla_hooks.inputs import positions
 from dla_hooks.inputs.entries import Entries, one_target
 from dla_hooks.modules import norms
@@ -25,37 +26,77 @@ class Kept:
     Attributes:
         inputs: the model and its prompt.
         entries: the selected positions.
+        view: the same, as an activation is read at them.
+        check: whether what is computed is to be held against what the model did.
+        autocast: whether the model was run under the caller's autocast.
     """
 
     inputs: Inputs
     entries: Entries
-    _view: View
+    view: View
+    check: bool = True
+    autocast: bool = field(default=False, init=False)
     _taps: list[Tap] = field(default_factory=list)
-    _values: dict[Any, Tensor] = field(default_factory=dict)
+    _rows: dict[Any, Tensor] = field(default_factory=dict)
     _norms: dict[Any, norms.Norm] = field(default_factory=dict)
+    _misfits: dict[Any, Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, inputs: Inputs, pos_slice: Any) -> Kept:
-        """Nothing yet, at the positions of the reference's ``pos_slice``."""
-        prompt = inputs.source.prompt
-        chosen = positions.select(positions.parse(pos_slice, prompt.shape[1]), prompt.mask)
+    def of(cls, inputs: Inputs, pos_slice: Any, check: bool = True) -> Kept:
+        """Keep nothing yet, at the positions of the reference's ``pos_slice``."""
+        source = inputs.source
+        chosen = positions.select(pos_slice, source.prompt.mask)
         entries = one_target(
-            chosen.rows, chosen.cols, chosen.valid, prompt.shape, inputs.source.batched
+            chosen.rows, chosen.cols, chosen.valid, source.prompt.shape, source.batched
         )
-        return cls(inputs, entries, View(entries))
+        return cls(inputs, entries, View(entries), check)
 
     @property
     def stream(self) -> Stream:
         """The located model."""
         return self.inputs.stream
 
-    def __getitem__(self, key: Any) -> Tensor:
-        return self._values[key]
+    @property
+    def live(self) -> bool:
+        """Whether the model runs; otherwise a stored cache is read."""
+        return self.inputs.source.has_logits
 
-    def run(self) -> Kept:
-        """Run the model once, or read the cache."""
-        self.inputs.source.show(self._view, lambda _: self._taps, None)
-        return self
+    def __getitem__(self, key: Any) -> Tensor:
+        """What was kept under a key [*batch_and_pos, d]; NaN where a row has no token."""
+        return self.entries.unfold(self._rows[key].T).movedim(0, -1)
+
+    def flat(self, key: Any) -> Tensor:
+        """The same for all selected tokens in a row [N, d]."""
+        return self._rows[key]
+
+    def take(self, x: Tensor) -> Tensor:
+        """The selected tokens' rows [N, d] of an activation [batch, pos, d]."""
+        return self.view.take(x)
+
+    def run(self, columns: Tensor | None = None) -> Tensor | None:
+        """Run the model once, or read the cache.
+
+        Args:
+            columns: where the model's own logits are wanted; None where they are not.
+
+        Returns:
+            Logits [batch, n_columns, vocabulary], from a run.
+
+        Raises:
+            DecompositionError: when a norm did something else than its form says.
+        """
+        self.autocast = any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+        logits = self.inputs.source.show(self.view, lambda _: self._taps, columns)
+        if self.check:
+            self._hold_norms()
+        return logits
+
+    def watch(self, taps: Sequence[Tap]) -> bool:
+        """Put further taps on the same run; False if a cache does not hold what they look at."""
+        if any(self.inputs.source.missing(tap.place) is not None for tap in taps):
+            return False
+        self._taps += taps
+        return True
 
     def block_input(self, block: Block) -> Any:
         """Keep the stream before a block; for a key."""
@@ -80,7 +121,7 @@ class Kept:
 
     def neurons(self, place: Place) -> Any:
         """Keep the activations that enter a down projection."""
-        return self._keep(place.entered)
+        return self._keep(place)
 
     def norm(self, key: Any) -> norms.Norm:
         """The norm whose scale is kept under a key."""
@@ -88,24 +129,24 @@ class Kept:
 
     def scale(self, place: Place) -> Any:
         """Keep the scale that a norm divides by [*batch_and_pos, 1]."""
-        key = (place.name, "scale")
+        key = (place.name, "scale", place.use.nth)
+        if key in self._rows:
+            return key
         stream = self.stream
         with stream.backend.without_user_hooks():
             norm = norms.probe(place.module, stream.d_model, place.name, stream.work_dtype)
         self._norms[key] = norm
 
         def see(call: Call) -> None:
-            both = call.entered, call.left
-            rows = [self._view.take(t, slice(None)).to(stream.work_dtype) for t in both]
-            scale_N, _ = norms.frozen_scale(norm, *rows)
-            self._values[key] = self._unfold(scale_N[:, None])
+            x, y = (self.take(t).to(stream.work_dtype) for t in (call.entered, call.left))
+            scale_N, self._misfits[key] = norms.frozen_scale(norm, x, y)
+            self._rows[key] = scale_N[:, None]
 
         def on_scale(scale: Tensor) -> None:
-            self._values[key] = self._unfold(self._view.take(scale, slice(None)))
+            self._rows[key] = self.take(scale)
 
-        if not self._planned(key):
-            self._taps.append(Tap(place, see, on_scale))
-            self._values[key] = torch.empty(0)
+        self._taps.append(Tap(place, see, on_scale))
+        self._rows[key] = torch.empty(0)
         return key
 
     def _keep(self, place: Place, seen: Callable[[Call], Tensor] | None = None) -> Any:
@@ -113,15 +154,19 @@ class Kept:
 
         def see(call: Call) -> None:
             x = call.activation if seen is None else seen(call)
-            self._values[key] = self._unfold(self._view.take(x, slice(None)).clone())
+            self._rows[key] = self.take(x).clone()
 
-        if not self._planned(key):
+        if key not in self._rows:
             self._taps.append(Tap(place, see))
-            self._values[key] = torch.empty(0)
+            self._rows[key] = torch.empty(0)
         return key
 
-    def _planned(self, key: Any) -> bool:
-        return key in self._values
-
-    def _unfold(self, rows_ND: Tensor) -> Tensor:
-        return self.entries.unfold(rows_ND.T).movedim(0, -1)
+    def _hold_norms(self) -> None:
+        for (name, *_), misfit in self._misfits.items():
+            unexplained = norms.largest([misfit])
+            if not unexplained <= norms.misfit_tolerance(self.stream.dtype):
+                raise DecompositionError(
+                    f"{name} did something else than gamma * (x - centre) / s + beta at one of the "
+                    f"positions: {unexplained:.1e} of its output is unexplained. A hook that "
+                    "changes what it puts out does this. Use check=False to have the numbers anyway"
+                )

@@ -85,3 +85,25 @@ def test_logit_attrs_from_the_model_its_cache_and_the_raw_model(
     plain = dla_hooks.logit_attrs(raw, ids, own, tokens, incorrect, center_unembed=True)
     for ours in (live, stored, plain):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cache_whose_entries_were_changed_is_refused(references, kind):
+    model = getattr(references, kind)("gpt2")
+    _, cache = model.run_with_cache(ids_for(references.raw("gpt2")))
+    cache.cache_dict["blocks.0.hook_mlp_out"] = 2 * cache["blocks.0.hook_mlp_out"]
+    for primitive in (dla_hooks.decompose_resid, dla_hooks.stack_neuron_results):
+        with pytest.raises(dla_hooks.DecompositionError, match="entries were changed"):
+            primitive(model, cache=cache)
+    stack = dla_hooks.decompose_resid(model, cache=cache, check=False)
+    assert bool(torch.isfinite(stack).all())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cache_with_the_rows_alone_is_enough(references, kind):
+    model = getattr(references, kind)("gpt2")
+    ids = ids_for(references.raw("gpt2"))
+    _, cache = model.run_with_cache(ids, names_filter=lambda name: name.endswith("hook_mlp_out"))
+    options = {"mode": "mlp", "incl_embeds": False}
+    stack = dla_hooks.decompose_resid(model, cache=cache, **options)
+    torch.testing.assert_close(stack, dla_hooks.decompose_resid(model, ids, **options))

@@ -1,0 +1,200 @@
+"""The primitives' own check: what they stack makes up what the model itself computed.
+
+Nothing of a write's size is kept for it. What both sides are is looked at along a few fixed
+directions, as the model runs, and their sizes are kept as one number per position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from dla_hooks.calibration.scales import check_weights
+from dla_hooks.completeness import tolerance
+from dla_hooks.errors import DecompositionError, NonFiniteError
+from dla_hooks.modules.autocast import outside_autocast
+from dla_hooks.modules.hooks import Call, Tap
+from dla_hooks.modules.linear import bias_of
+from dla_hooks.residual.gains import constant_label, path_factors, times
+from dla_hooks.residual.stream import Stream, WriteSite
+from dla_hooks.stacks.kept import Kept
+from dla_hooks.verification.trace import trace_report
+
+_DIRECTIONS = 16
+
+
+class StreamSum:
+    """Holds everything that is written before a block against the stream that enters the block.
+
+    Args:
+        kept: the plan of what to keep; taps are put on its run.
+        end: the block's place in the stack, or the number of blocks for the last stream.
+    """
+
+    def __init__(self, kept: Kept, end: int) -> None:
+        self._kept, self._end = kept, end
+        self._along = _directions(kept.stream)
+        self._sum = self._whole = self._size = torch.empty(0)
+        # Before the first block nothing has been added up yet.
+        self._watched = kept.check and end > 0 and kept.watch(self._taps())
+
+    @outside_autocast
+    def hold(self) -> None:
+        """Compare both, after the run.
+
+        Raises:
+            DecompositionError: when they differ by more than rounding.
+        """
+        if not self._watched:
+            return
+        factors = path_factors(self._kept.stream, self._end)
+        for block in self._kept.stream.blocks[: self._end]:
+            if block.constant is not None:
+                constant = times(block.constant, factors[constant_label(block)])
+                self._sum = self._sum + (constant.to(self._along) @ self._along).to(self._sum)
+        _hold(self._kept, "the parts of the stream", self._sum, self._whole, self._size)
+
+    def _taps(self) -> list[Tap]:
+        stream, end = self._kept.stream, self._end
+        factors = path_factors(stream, end)
+        there = stream.last if end == len(stream.blocks) else stream.input_of(stream.blocks[end])
+        taps = [Tap(stream.start, self._add(factors["embed"]))]
+        for block in stream.blocks[:end]:
+            taps += [Tap(w.place, self._add(factors[w.label])) for w in block.writes]
+        return [*taps, Tap(there, self._see_whole)]
+
+    def _add(self, factor: Tensor | None) -> Callable[[Call], None]:
+        def see(call: Call) -> None:
+            x = times(self._kept.take(call.activation).to(self._along.dtype), factor)
+            seen, size = (t.to(self._sum.device) for t in (_along(x, self._along), _norm(x)))
+            if not self._sum.numel():
+                seen, size = _along(x, self._along), _norm(x)
+                self._sum, self._size = seen, size
+                return
+            self._sum += seen
+            self._size = torch.maximum(self._size, size)
+
+        return see
+
+    def _see_whole(self, call: Call) -> None:
+        x = self._kept.take(call.activation).to(self._along.dtype)
+        self._whole = _along(x, self._along).to(self._sum.device)
+        self._size = self._size + _norm(x).to(self._size.device)
+
+
+class WriteSum:
+    """Holds what a linear module makes of its input against what a sublayer wrote.
+
+    Args:
+        kept: the plan of what to keep; a tap is put on its run.
+        write: what the sublayer wrote.
+        what: the rows that make it up, for the message of an error.
+    """
+
+    def __init__(self, kept: Kept, write: WriteSite, what: str) -> None:
+        self._kept, self._what = kept, f"{what} of {write.label}"
+        self._along = _directions(kept.stream)
+        self._whole = self._size = torch.empty(0)
+        self._watched = kept.check and kept.watch([Tap(write.place, self._see)])
+
+    @outside_autocast
+    def hold(self, z: object, linear: nn.Module, W_MI: Tensor, after: object | None) -> None:
+        """Compare both, after the run.
+
+        Args:
+            z: the key of what entered the linear module.
+            linear: that module.
+            W_MI: its matrix [d_model, width].
+            after: the key of the scale of the norm that follows it, or None.
+
+        Raises:
+            DecompositionError: when they differ by more than rounding.
+        """
+        if not self._watched:
+            return
+        d_KM, whole = self._along.T, self._whole
+        if after is not None:
+            d_KM = self._kept.norm(after).pull_back(d_KM)
+        z_NI = self._kept.flat(z)
+        u_KI = d_KM.to(W_MI.device) @ W_MI.to(d_KM.dtype)
+        parts = (z_NI.to(u_KI.dtype) @ u_KI.T.to(z_NI.device)).to(whole)
+        size = self._size + _norm(parts)
+        bias = bias_of(linear)
+        if bias is not None:
+            parts = parts + (bias.to(d_KM) @ d_KM.T).to(parts)
+        if after is not None:
+            scale = self._kept.flat(after).to(parts)
+            beta = self._kept.norm(after).beta.to(self._along) @ self._along
+            parts, size = parts / scale + beta.to(parts), self._size + size / scale[:, 0]
+        _hold(self._kept, self._what, parts, whole, size, through_norm=after is not None)
+
+    def _see(self, call: Call) -> None:
+        x = self._kept.take(call.activation).to(self._along.dtype)
+        self._whole, self._size = _along(x, self._along), _norm(x)
+
+
+def _directions(stream: Stream) -> Tensor:
+    """A few directions [d_model, n]: they tell a wrong vector from a right one as well as all."""
+    generator = torch.Generator().manual_seed(6)
+    along = torch.randn(stream.d_model, _DIRECTIONS, generator=generator, dtype=torch.float64)
+    scaled: Tensor = (along / _DIRECTIONS**0.5).to(stream.work_dtype)
+    return scaled
+
+
+def _along(x_ND: Tensor, along: Tensor) -> Tensor:
+    seen: Tensor = x_ND @ along.to(x_ND.device)
+    return seen
+
+
+def _norm(x_ND: Tensor) -> Tensor:
+    size: Tensor = torch.linalg.vector_norm(x_ND, dim=-1)
+    return size
+
+
+def _hold(
+    kept: Kept,
+    what: str,
+    parts: Tensor,
+    whole: Tensor,
+    size_N: Tensor,
+    *,
+    through_norm: bool = False,
+) -> None:
+    """Compare two vectors [N, n], whose terms are of a size [N]."""
+    stream = kept.stream
+    if not bool(torch.isfinite(parts).all() and torch.isfinite(whole).all()):
+        check_weights(stream.backend)
+        raise NonFiniteError(f"the activations become NaN or infinite: see {what}")
+    # The entries of a cache may have been converted.
+    dtypes = stream.coarsest_dtype, kept.inputs.source.dtype()
+    dtype = max(dtypes, key=lambda one: torch.finfo(one).eps)
+    relative = tolerance(dtype, len(stream.writes))[through_norm]
+    gap_N = _norm(parts - whole)
+    if not bool((gap_N <= relative * size_N).all()):
+        worst = int((gap_N / size_N).argmax())
+        raise failure(kept, what, float(gap_N[worst]), float(size_N[worst]), relative)
+
+
+def failure(kept: Kept, what: str, gap: float, size: float, allowed: float) -> DecompositionError:
+    """Say what does not add up, by how much, and where."""
+    stream = kept.stream
+    dtype = str(stream.coarsest_dtype).removeprefix("torch.")
+    if not kept.live:
+        why = (
+            "The cache does not hold what one run of this model wrote: its entries were changed, "
+            "or its weights were."
+        )
+    elif kept.autocast:
+        why = (
+            "Autocast is on, under which the model's own products are rounded to 16 bits: call "
+            "this outside of it, or with check=False."
+        )
+    else:
+        why = trace_report(stream, kept.inputs.source.prompt).diagnosis()
+    return DecompositionError(
+        f"{stream.backend.name}: {what} miss what the model computed by {gap:.3g}, which is "
+        f"{gap / max(size, 1e-300):.1e} of their size ({size:.3g}); {allowed:.0e} is allowed in "
+        f"{dtype}. {why}"
+    )
