@@ -15,6 +15,7 @@ from dla_hooks.calibration.invariance import padding_is_ignored
 from dla_hooks.errors import InputError, UnsupportedModelError
 from dla_hooks.inputs.answers import read_answers
 from dla_hooks.inputs.prompts import Prompt, check_tokenizer, read_prompt, tokenizer_for
+from dla_hooks.modules.user_hooks import check_global_hooks
 from dla_hooks.residual.stream import Stream
 from dla_hooks.sources.base import Source
 from dla_hooks.sources.live import Live, chunk_size_for
@@ -136,7 +137,9 @@ def checked(model: Any, *, cache: Any = None) -> Backend:
         model = getattr(cache, "model", None)
     backend = backend_of(model)
     backend.check()
-    if cache is not None:
+    if cache is None:
+        check_global_hooks()
+    else:
         check_cache(backend.model, cache)
     return backend
 

@@ -200,7 +200,7 @@ def _rounding(measurement: Measurement) -> Tensor:
     """
     parts = measurement.parts
     eps = torch.finfo(measurement.plan.stream.coarsest_dtype).eps
-    largest_N: Tensor = parts.running_CN.abs().amax(0)
+    largest_N: Tensor = parts.steps_SN.cumsum(0).abs().amax(0)
     return largest_N * (2 * eps * math.sqrt(len(parts.plan.rows)))
 
 

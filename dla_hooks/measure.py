@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from dla_hooks.completeness import (
     Outcome,
     columns_to_check,
@@ -25,6 +27,8 @@ def measure(
     entries = plan.target.align(selection, prompt.shape, source.batched)
     columns = columns_to_check(entries, prompt, plan.stream.vocabulary) if check else None
     recording = Recording(plan, entries, source.missing)
+    if recording.needs_all_logits:
+        columns = torch.arange(prompt.shape[1])  # hooks there see what they would see
     logits = source.show(recording.view, recording.taps, columns)
     measurement = recording.finish()
     if not check:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
+from weakref import WeakSet
 
 from torch import Tensor, nn
 
@@ -14,7 +15,11 @@ from dla_hooks.errors import InputError, TrainingModeError, UnsupportedModelErro
 from dla_hooks.inputs.prompts import Prompt, encode
 from dla_hooks.modules.autocast import outside_autocast
 from dla_hooks.modules.compiled import eagerly
-from dla_hooks.modules.version import State, is_training, state_of
+from dla_hooks.modules.user_hooks import hooked_modules, silenced
+from dla_hooks.modules.version import State, is_training, modules_of, state_of
+
+_need_hooks: WeakSet[nn.Module] = WeakSet()
+"""Models that run only with a hook of their caller's, as one that casts before the unembedding."""
 
 
 class Backend:
@@ -200,9 +205,30 @@ class Backend:
 
     @contextmanager
     def without_user_hooks(self) -> Iterator[None]:
-        """Run eagerly, and without the user's hooks where these expect the user's prompt."""
-        with eagerly(self.compiled):
+        """Run eagerly, and without the caller's hooks: they belong to the caller's prompt.
+
+        Where a model was found to run with them only, they stay on.
+        """
+        modules = () if self.model in _need_hooks else self.hookable()
+        with eagerly(self.compiled), silenced(modules):
             yield
+
+    def try_with_hooks(self) -> str | None:
+        """Let synthetic runs have the caller's hooks, since the model does not run without.
+
+        Returns:
+            What they are on; None where there are none, or it has been tried.
+        """
+        hooked = hooked_modules(self.hookable())
+        if not hooked or self.model in _need_hooks:
+            return None
+        _need_hooks.add(self.model)
+        names: dict[nn.Module, str] = {one: name for name, one in self.model.named_modules()}
+        return names[hooked[0]]
+
+    def hookable(self) -> Iterable[nn.Module]:
+        """The modules whose hooks may be the caller's."""
+        return modules_of(self.model)
 
     @outside_autocast
     def run_synthetic(self, prompt: Prompt, columns: Tensor | None) -> Tensor:

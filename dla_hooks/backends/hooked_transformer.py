@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from dla_hooks.backends.base import Backend
 from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.inputs.prompts import Prompt, encode
-from dla_hooks.modules.hooks import Edit, edited, is_ours
+from dla_hooks.modules.hooks import Edit, edited
 from dla_hooks.modules.weights import run_device
 
 
@@ -84,32 +83,9 @@ class HookedTransformerBackend(Backend):
             return [(name, weight) for name, weight in named if name != "pos_embed.W_pos"]
         return named
 
-    @contextmanager
-    def without_user_hooks(self) -> Iterator[None]:
-        # Hooks on hook points are made for the user's prompt: they index its positions, and put in
-        # activations of its shape. Our own stay. Entries are taken out of each table and put back
-        # in place, since handles hold on to the tables.
-        tables = [
-            (table, list(table.items()))
-            for module in self.model.modules()
-            if hasattr(module, "fwd_hooks")
-            for table in (module._forward_hooks, module._forward_pre_hooks)
-            if any(not is_ours(hook) for hook in table.values())
-        ]
-        try:
-            for table, entries in tables:
-                for key, hook in entries:
-                    if not is_ours(hook):
-                        table.pop(key, None)
-            with super().without_user_hooks():
-                yield
-        finally:
-            for table, entries in tables:
-                added = [entry for entry in table.items() if entry not in entries]
-                gone = {key for key, hook in entries if is_ours(hook) and key not in table}
-                table.clear()
-                table.update((key, hook) for key, hook in entries if key not in gone)
-                table.update(added)
+    def hookable(self) -> Iterable[nn.Module]:
+        """The hook points: all other hooks are TransformerLens' own."""
+        return [module for module in self.model.modules() if hasattr(module, "fwd_hooks")]
 
     def run(self, prompt: Prompt, columns: Tensor | None) -> Tensor:
         device = run_device(self.model.embed)

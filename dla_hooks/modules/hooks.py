@@ -43,12 +43,19 @@ class Place(NamedTuple):
         name: its path, for messages.
         use: which of the module's runs, where it runs several times.
         before: what enters the module; otherwise what leaves it.
+        first: ahead of all hooks that are on the module; otherwise behind them.
     """
 
     module: nn.Module
     name: str
     use: Use = ONLY_USE
     before: bool = False
+    first: bool = False
+
+    @property
+    def ahead(self) -> Place:
+        """The same, ahead of all hooks that are on the module."""
+        return self._replace(first=True)
 
     @property
     def entered(self) -> Place:
@@ -181,10 +188,10 @@ def _put_on(tap: Tap, thread: int) -> torch.utils.hooks.RemovableHandle:
             tap.count(Call(args, rest[0], rest[1], before=False))
 
     _mark(before, after)
-    module = tap.place.module
+    module, first = tap.place.module, tap.place.first
     if tap.place.before:
-        return module.register_forward_pre_hook(before, with_kwargs=True)
-    return module.register_forward_hook(after, with_kwargs=True)
+        return module.register_forward_pre_hook(before, with_kwargs=True, prepend=first)
+    return module.register_forward_hook(after, with_kwargs=True, prepend=first)
 
 
 @dataclass(frozen=True)

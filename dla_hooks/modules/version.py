@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from dla_hooks.modules.compiled import class_has_compiled, has_compiled
+from dla_hooks.modules.user_hooks import library_hooks
 
 _Answer = TypeVar("_Answer")
 
@@ -37,8 +38,8 @@ class State:
     """The state of a model's modules.
 
     Attributes:
-        version: a number that moves when a weight is changed in place or replaced, when a hook
-            comes or goes, when another PEFT adapter becomes the active one, or when a part is
+        version: a number that moves when a weight is changed in place or replaced, when a library's
+            hook comes or goes, when another PEFT adapter becomes the active one, or when a part is
             compiled. Writing through ``.data`` escapes it; a call whose check then fails measures
             again.
         training: whether a module is in training mode. Bare containers do not count: they compute
@@ -81,9 +82,9 @@ def state_of(model: nn.Module, *others: nn.Module) -> State:
             for tensor in tensors:
                 if tensor is not None and not tensor.is_meta:
                     seen += tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
-            # Synthetic runs skip hooks on hook points: see `Backend.without_user_hooks`.
-            if "fwd_hooks" not in kept:
-                seen += (*module._forward_hooks, *module._forward_pre_hooks)
+            # The caller's hooks are no part of the model: synthetic runs go past them.
+            if kept["_forward_hooks"] or kept["_forward_pre_hooks"]:
+                seen += library_hooks(module)
             if adapted[kind] or "_disable_adapters" in kept:
                 layer: Any = module
                 off = bool(layer.disable_adapters)

@@ -9,19 +9,24 @@ the parts of the stream are measured elsewhere, apart from them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from dla_hooks.inputs.entries import Entries
 from dla_hooks.modules import norms
 from dla_hooks.modules.hooks import Call, Place, Tap
 from dla_hooks.modules.norms import Norm
-from dla_hooks.projection.directions import Directions
+from dla_hooks.projection.hook_writes import HookWrites, is_hooked
 from dla_hooks.projection.kernels import frozen_scales, project
 from dla_hooks.projection.ledger import FixedRows
+from dla_hooks.projection.logit_hooks import LogitHooks, hooks_logits
+from dla_hooks.projection.readout import Readout
 from dla_hooks.projection.tiles import View
+
+FINAL_HOOK, LOGIT_HOOK = "final_hook", "logit_hook"
 
 
 @dataclass(frozen=True)
@@ -33,30 +38,14 @@ class ReadingPoint:
         norm_place: the norm behind it, or None where the stream is read as it is.
         norm: that norm's constants.
         dtype: of all contractions.
+        unembed: the module that makes logits of what is read, or None.
     """
 
     stream: Place
     norm_place: Place | None
     norm: Norm | None
     dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class Readout:
-    """One linear reading at a reading point, for each distinct target.
-
-    Attributes:
-        directions: in the stream, one per target [d_model], the norm folded in.
-        bias_K: what the reading has besides the stream [n_targets].
-    """
-
-    directions: Directions
-    bias_K: Tensor
-
-    @property
-    def d_KM(self) -> Tensor:
-        """All directions at once [n_targets, d_model]."""
-        return self.directions.of(torch.arange(len(self.directions)))
+    unembed: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -67,6 +56,8 @@ class Reading:
         scale_N: the norm's scale at every entry; ones where there is no norm.
         total_RN: x . d / s for each readout: what the whole stream contributes.
         bias_RN: what each readout has besides.
+        hooks_RN: what the caller's hooks add behind the stream, at the norm's output and at the
+            logits; by the label of its row.
         misfit: the largest part of the norm's output that its form leaves unexplained.
     """
 
@@ -74,6 +65,7 @@ class Reading:
     total_RN: Tensor
     bias_RN: Tensor
     misfit: float
+    hooks_RN: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def total_N(self) -> Tensor:
@@ -86,8 +78,11 @@ class Reading:
         return self.bias_RN[0]
 
     def value_N(self, readout: int = 0) -> Tensor:
-        """x . d / s + bias [N]: the logit (or difference) before any cap."""
-        return self.total_RN[readout] + self.bias_RN[readout]
+        """x . d / s + bias [N], and what hooks add: the logit (or difference) before any cap."""
+        value_N = self.total_RN[readout] + self.bias_RN[readout]
+        for added_RN in self.hooks_RN.values():
+            value_N = value_N + added_RN[readout]
+        return value_N
 
 
 class PointRecorder:
@@ -96,14 +91,27 @@ class PointRecorder:
     Args:
         point: where the stream is read.
         readouts: the readings; the first is the one that is attributed.
-        target_N: the target of every entry, on the CPU.
+        entries: what is read.
     """
 
-    def __init__(self, point: ReadingPoint, readouts: Sequence[Readout], target_N: Tensor) -> None:
-        self._point, self._readouts, self._target_N = point, readouts, target_N
+    def __init__(self, point: ReadingPoint, readouts: Sequence[Readout], entries: Entries) -> None:
+        self._point, self._readouts, self._entries = point, readouts, entries
         # The scale comes first: it is read where the norm is, and all else is divided by it there.
-        self._rows = FixedRows(1 + len(readouts), len(target_N), point.dtype)
+        self._rows = FixedRows(1 + len(readouts), len(entries), point.dtype)
         self._misfits: list[Tensor] = []
+        self._behind: HookWrites | None = None
+        place = point.norm_place
+        if place is not None and is_hooked(place):
+            read = [(place, one.behind()) for one in readouts if one.behind is not None]
+            self._behind = HookWrites(read, len(entries), point.dtype)
+        self._logits: LogitHooks | None = None
+        if point.unembed is not None and hooks_logits(point.unembed):
+            self._logits = LogitHooks(point.unembed, readouts, entries, point.dtype)
+
+    @property
+    def needs_all_logits(self) -> bool:
+        """Whether the model's logits are needed at every entry: hooks of the caller's add there."""
+        return self._logits is not None
 
     def taps(self, view: View) -> list[Tap]:
         """What to watch while the entries in view are run."""
@@ -115,6 +123,10 @@ class PointRecorder:
                 project(x, view, readout.directions, out_N)
 
         taps = [Tap(self._point.stream, see_stream)]
+        if self._logits is not None:
+            taps += self._logits.taps(view)
+        if self._behind is not None:
+            taps += self._behind.taps(view)
         if place is None or norm is None:
             return taps
 
@@ -125,7 +137,7 @@ class PointRecorder:
         def see_scale(scale: Tensor) -> None:
             self._rows.on(scale.device)[0].copy_(view.take(scale)[:, 0])
 
-        return [*taps, Tap(place, see_norm, see_scale)]
+        return [*taps, Tap(place.ahead, see_norm, see_scale)]
 
     def finish(self) -> Reading:
         """Bring everything together after a run."""
@@ -133,8 +145,12 @@ class PointRecorder:
         scale_N, total_RN = rows[0], rows[1:]
         if self._point.norm_place is None:
             scale_N.fill_(1)
-        target_N = self._target_N.to(rows.device)
+        target_N = self._entries.target.to(rows.device)
         biases = [readout.bias_K.to(rows.device)[target_N] for readout in self._readouts]
-        return Reading(
-            scale_N, total_RN / scale_N, torch.stack(biases), norms.largest(self._misfits)
-        )
+        hooks = {}
+        if self._behind is not None:
+            hooks[FINAL_HOOK] = self._behind.finish(rows.device)
+        if self._logits is not None:
+            hooks[LOGIT_HOOK] = self._logits.finish(rows.device)
+        misfit = norms.largest(self._misfits)
+        return Reading(scale_N, total_RN / scale_N, torch.stack(biases), misfit, hooks)

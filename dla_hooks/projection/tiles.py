@@ -49,33 +49,37 @@ class View:
         entries: all of them.
         start: the first column that is run.
         stop: the column after the last; None is the end of the prompt.
+
+    Attributes:
+        columns: the columns that are run.
+        inside: which of all entries are in view [n], on the CPU.
     """
 
     def __init__(self, entries: Entries, start: int = 0, stop: int | None = None) -> None:
         batch, width = entries.prompt_shape
         stop = width if stop is None else stop
-        self._entries, self._columns = entries, (start, stop)
+        self._entries, self.columns = entries, range(start, stop)
         self._batch, self._width = batch, stop - start
         cols = entries.cols
         if start == 0 and stop == width:
-            self._inside = torch.arange(len(cols))
+            self.inside = torch.arange(len(cols))
         else:
-            self._inside = ((cols >= start) & (cols < stop)).nonzero()[:, 0]
-            cols = cols[self._inside]
+            self.inside = ((cols >= start) & (cols < stop)).nonzero()[:, 0]
+            cols = cols[self.inside]
         cols = cols - start
-        flat = entries.rows[self._inside] * self._width + cols
-        self._contiguous = _run_of(self._inside) is not None
+        flat = entries.rows[self.inside] * self._width + cols
+        self._contiguous = _run_of(self.inside) is not None
         # Neighbours can be read as a slice of the activation, without gathering.
         self._flat_run, self._cols_run = _run_of(flat), _run_of(cols)
         self._on: dict[torch.device, tuple[Tensor, Tensor]] = {torch.device("cpu"): (flat, cols)}
         self._tiles: dict[tuple[int, torch.device], list[tuple[slice, Tile]]] = {}
 
     def __len__(self) -> int:
-        return len(self._inside)
+        return len(self.inside)
 
     def part(self, start: int, stop: int) -> View:
         """The view of some columns of the prompt; this one, if these are its own."""
-        if (start, stop) == self._columns:
+        if range(start, stop) == self.columns:
             return self
         return View(self._entries, start, stop)
 
@@ -123,7 +127,7 @@ class View:
         tiles = []
         for start in range(0, len(self), size):
             place = slice(start, min(start + size, len(self)))
-            here = self._inside[place]
+            here = self.inside[place]
             index: slice | Tensor = here.to(device)
             if self._contiguous:
                 index = slice(int(here[0]), int(here[-1]) + 1)

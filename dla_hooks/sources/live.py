@@ -21,7 +21,8 @@ from dla_hooks.backends import Backend
 from dla_hooks.calibration.invariance import chunks_are_ignored
 from dla_hooks.errors import DLAWarning, InputError, UnsupportedModelError
 from dla_hooks.inputs.prompts import Prompt, to_strings
-from dla_hooks.modules.hooks import Tap, is_ours, tapped
+from dla_hooks.modules.hooks import Tap, tapped
+from dla_hooks.modules.user_hooks import hooked_modules
 from dla_hooks.projection.tiles import View
 from dla_hooks.residual.stream import Stream
 from dla_hooks.sources.base import Source
@@ -30,8 +31,6 @@ LONG_PROMPT = 8192
 """Prompts of more tokens than this are run in chunks, unless the caller says otherwise."""
 AUTOMATIC_CHUNK = 2048
 """Tokens in each of these chunks."""
-_LIBRARIES = ("torch", "transformers", "accelerate", "peft", "deepspeed")
-"""Libraries whose hooks make a model what it is: captured outputs, offload, weight norms."""
 
 
 class Live(Source):
@@ -196,21 +195,14 @@ def _is_hooked(model: torch.nn.Module) -> str | None:
     Hooks may not expect a prompt in pieces. Those of libraries are part of the model: a short run
     in chunks checks them together with it.
     """
-    for path, module in model.named_modules():
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            if not is_ours(hook) and not _is_librarys(hook):
-                return (
-                    f"{path or 'the model'} has a hook of yours, which would see each chunk by "
-                    f"itself; pass chunk_size={AUTOMATIC_CHUNK} where it may"
-                )
-    return None
-
-
-def _is_librarys(hook: Any) -> bool:
-    """True for a hook from one of the libraries that models are made with."""
-    while isinstance(hook, partial):
-        hook = hook.func
-    return str(getattr(hook, "__module__", "")).partition(".")[0] in _LIBRARIES
+    hooked = hooked_modules(model.modules())
+    if not hooked:
+        return None
+    path = next(path for path, module in model.named_modules() if module is hooked[0])
+    return (
+        f"{path or 'the model'} has a hook of yours, which would see each chunk by itself; pass "
+        f"chunk_size={AUTOMATIC_CHUNK} where it may"
+    )
 
 
 def _length_dependent(model: torch.nn.Module, width: int) -> str | None:

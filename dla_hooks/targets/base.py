@@ -16,7 +16,8 @@ from torch import Tensor
 
 from dla_hooks.inputs.entries import Entries, one_target
 from dla_hooks.inputs.positions import Selection
-from dla_hooks.projection.reading_point import Reading, ReadingPoint, Readout
+from dla_hooks.projection.reading_point import Reading, ReadingPoint
+from dla_hooks.projection.readout import Readout
 from dla_hooks.residual.stream import Stream
 
 

@@ -26,7 +26,8 @@ from dla_hooks.modules.autocast import outside_autocast
 from dla_hooks.modules.linear import at_hand, mean_row, pull_back, rows, value_at
 from dla_hooks.modules.norms import Norm
 from dla_hooks.projection.directions import Directions, few
-from dla_hooks.projection.reading_point import Reading, ReadingPoint, Readout
+from dla_hooks.projection.reading_point import Reading, ReadingPoint
+from dla_hooks.projection.readout import Readout
 from dla_hooks.residual.stream import Stream
 from dla_hooks.targets.base import Observed, Target
 
@@ -150,7 +151,7 @@ class TokenTarget(Target):
 def final_point(stream: Stream) -> ReadingPoint:
     """The last stream, read through the final norm."""
     norm = norm_at(stream, stream.final_norm)
-    return ReadingPoint(stream.last, stream.final_norm, norm, stream.work_dtype)
+    return ReadingPoint(stream.last, stream.final_norm, norm, stream.work_dtype, stream.unembed)
 
 
 def read_out(stream: Stream, pairs: TokenPairs, *, center_unembed: bool) -> Readout:
@@ -169,22 +170,33 @@ def read_out(stream: Stream, pairs: TokenPairs, *, center_unembed: bool) -> Read
         mean = mean_row(stream.unembed, stream.vocabulary, dtype)
     fetch = _row_source(stream, pairs)
 
-    def fold(some: Tensor) -> tuple[Tensor, Tensor]:
+    def fold(some: Tensor, through: Norm | None = norm) -> tuple[Tensor, Tensor]:
         W_KM, b_K = fetch(pairs.correct[some])
         if pairs.incorrect is not None:
             W_wrong, b_wrong = fetch(pairs.incorrect[some])
             W_KM, b_K = W_KM - W_wrong, b_K - b_wrong
         elif mean is not None:
             W_KM, b_K = W_KM - mean[0], b_K - mean[1]
-        return before_norm(stream, norm, W_KM, b_K)
+        return before_norm(stream, through, W_KM, b_K)
+
+    def behind() -> Directions:
+        return Directions(lambda some: fold(some, None)[0], n_targets, dtype)
+
+    def of_logits(logits_EV: Tensor, target_E: Tensor) -> Tensor:
+        found = _pick(logits_EV, pairs.correct[target_E])
+        if pairs.incorrect is not None:
+            return found - _pick(logits_EV, pairs.incorrect[target_E])
+        return found if mean is None else found - logits_EV.double().mean(-1)
 
     n_targets = len(pairs.correct)
     if few(n_targets, stream.d_model):
         d_KM, bias_K = fold(torch.arange(n_targets))
-        return Readout(Directions.held(d_KM), bias_K)
-    some_at_once = torch.arange(n_targets).split(_TARGETS_AT_ONCE)
-    bias_K = torch.cat([fold(some)[1] for some in some_at_once])
-    return Readout(Directions(lambda some: fold(some)[0], n_targets, dtype), bias_K)
+        directions = Directions.held(d_KM)
+    else:
+        some_at_once = torch.arange(n_targets).split(_TARGETS_AT_ONCE)
+        bias_K = torch.cat([fold(some)[1] for some in some_at_once])
+        directions = Directions(lambda some: fold(some)[0], n_targets, dtype)
+    return Readout(directions, bias_K, behind, of_logits, stream.logit_scale)
 
 
 def _row_source(stream: Stream, pairs: TokenPairs) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
@@ -235,3 +247,7 @@ def before_norm(
 
 def _capped(logits: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(logits / cap)
+
+
+def _pick(logits_EV: Tensor, ids_E: Tensor) -> Tensor:
+    return logits_EV.gather(1, ids_E.to(logits_EV.device)[:, None])[:, 0].double()

@@ -36,4 +36,4 @@ class Components(Unit):
 
     def split(self, parts: Parts) -> Split:
         """The parts, in the order of the stream."""
-        return Split(parts.plan.rows, parts.values_CN)
+        return Split(parts.rows, parts.values_CN)

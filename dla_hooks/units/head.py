@@ -19,6 +19,8 @@ from dla_hooks.errors import InputError, UnsupportedModelError
 from dla_hooks.modules import norms
 from dla_hooks.modules.hooks import Call, Place, Tap
 from dla_hooks.modules.linear import at_hand, bias_of, check_readable, pull_back
+from dla_hooks.projection.directions import Directions
+from dla_hooks.projection.hook_writes import HookWrites, is_hooked
 from dla_hooks.projection.kernels import frozen_scales, project_constant, project_heads
 from dla_hooks.projection.ledger import FixedRows
 from dla_hooks.projection.tiles import View
@@ -138,6 +140,7 @@ class _Layer:
         assert write.heads is not None
         stream = parts.stream
         self.label, self.site, self.rows = write.label, write.heads, rows
+        self.module = Place(write.module, write.name, write.use)
         self.constant_I = constant_I
         self.in_stream = self.at_output = parts.directions(write.label)
         self.post_norm: norms.Norm | None = None
@@ -156,6 +159,21 @@ class _Layer:
             # slower (cold caches). An offloaded weight is at hand when the model has just read it.
             self.folded.prepare()
 
+    def way_to_stream(self) -> list[Place]:
+        """What is put out between z and the stream: by the projection, attention, the post-norm."""
+        site, found = self.site, []
+        if site.linear is site.proj:
+            found.append(site.place)
+        if self.module.module is not site.proj:
+            found.append(self.module)
+        if site.post_norm_place is not None:
+            found.append(site.post_norm_place)
+        return found
+
+    def directions_at(self, place: Place) -> Directions:
+        """What is written at a place on that way is projected on these."""
+        return self.in_stream if place == self.site.post_norm_place else self.at_output
+
 
 class _HeadsRecorder(Recorder):
     """All layers' heads in one run."""
@@ -166,11 +184,21 @@ class _HeadsRecorder(Recorder):
         # Besides the heads, for each layer: what was taken off them, and the post-norm's scale.
         self._aside = FixedRows(2 * n_layers, len(view), plan.dtype)
         self._misfits: dict[str, list[Tensor]] = {}
+        # What the caller's hooks write between z and the stream, by the number of the layer.
+        self._hooks: dict[int, tuple[list[Place], HookWrites]] = {}
+        for number, layer in enumerate(plan.layers):
+            hooked = [place for place in layer.way_to_stream() if is_hooked(place)]
+            if hooked:
+                writes = [(place, layer.directions_at(place)) for place in hooked]
+                self._hooks[number] = hooked, HookWrites(writes, len(view), plan.dtype)
 
     def taps(self, view: View) -> list[Tap]:
         """Every output projection, and every post-norm behind one."""
         layers = enumerate(self._plan.layers)
-        return [tap for number, layer in layers for tap in self._taps(number, layer, view)]
+        taps = [tap for number, layer in layers for tap in self._taps(number, layer, view)]
+        for _, writes in self._hooks.values():
+            taps += writes.taps(view)
+        return taps
 
     def finish(self, parts: Parts) -> Split:
         reading, layers = parts.reading, self._plan.layers
@@ -187,9 +215,14 @@ class _HeadsRecorder(Recorder):
                 project_constant(layer.beta_M, parts.view, layer.in_stream, beside_LN[number])
         values_CN[:-1] /= reading.scale_N
         beside_LN /= reading.scale_N
-        torch.sub(reading.total_N, values_CN[:-1].sum(0), out=values_CN[-1])
+        hooks = self._written(scale_LN, parts)
+        for number, written_N in hooks.items():
+            beside_LN[number] += written_N
+        whole_N = reading.value_N() - reading.bias_N
+        torch.sub(whole_N, values_CN[:-1].sum(0), out=values_CN[-1])
         seen = [(name, norms.largest(misfits)) for name, misfits in self._misfits.items()]
-        return Split(self._plan.rows, values_CN, self._claims(values_CN, beside_LN, parts), seen)
+        claims = self._claims(values_CN, beside_LN, parts)
+        return Split(*self._with_hooks(values_CN, hooks), claims, seen)
 
     def _taps(self, number: int, layer: _Layer, view: View) -> list[Tap]:
         norm, place = layer.post_norm, layer.site.post_norm_place
@@ -213,7 +246,36 @@ class _HeadsRecorder(Recorder):
         def see_post_scale(scale: Tensor) -> None:
             self._aside.on(scale.device)[scale_row].copy_(view.take(scale)[:, 0])
 
-        return [*taps, Tap(place, see_post_norm, see_post_scale)]
+        return [*taps, Tap(place.ahead, see_post_norm, see_post_scale)]
+
+    def _written(self, scale_LN: Tensor, parts: Parts) -> dict[int, Tensor]:
+        """What the caller's hooks wrote between z and the stream, by the number of the layer."""
+        final_N, found = parts.reading.scale_N, {}
+        for number, (places, writes) in self._hooks.items():
+            layer, written = self._plan.layers[number], writes.finish(final_N.device)
+            if layer.post_norm is not None:  # what stands before it is divided by its scale, too
+                for place, row_N in zip(places, written, strict=True):
+                    if place != layer.site.post_norm_place:
+                        row_N /= scale_LN[number]
+            found[number] = written.sum(0) / final_N
+        return found
+
+    def _with_hooks(self, values_CN: Tensor, hooks: dict[int, Tensor]) -> tuple[list[Row], Tensor]:
+        """The rows, with what hooks wrote beside the heads of their layer."""
+        if not hooks:
+            return self._plan.rows, values_CN
+        rows: list[Row] = []
+        values: list[Tensor] = []
+        for number, layer in enumerate(self._plan.layers):
+            rows += self._plan.rows[layer.rows]
+            values += values_CN[layer.rows]
+            if number in hooks:
+                first = self._plan.rows[layer.rows.start]
+                label = first.label.removesuffix("H0") + "hook"
+                rows.append(Row(label, "hook", first.layer, first.sub))
+                values.append(hooks[number])
+        rest_N = values_CN[-1] - torch.stack(list(hooks.values())).sum(0)
+        return [*rows, self._plan.rows[-1]], torch.stack([*values, rest_N])
 
     def _claims(self, values_CN: Tensor, beside_LN: Tensor, parts: Parts) -> list[Claim]:
         """Each layer's heads, with the biases, make up what that layer's attention wrote."""

@@ -6,6 +6,8 @@ the part between them.
 
 from __future__ import annotations
 
+import torch
+
 from dla_hooks.calibration.mid_streams import mid_streams
 from dla_hooks.modules.hooks import Place
 from dla_hooks.residual.stream import Stream
@@ -43,17 +45,20 @@ class Layers(Unit):
 
     def split(self, parts: Parts) -> Split:
         """The running sum at the beginning, in the middle and at the end of each block."""
-        plan = parts.plan
-        rows, places = [], []
-        before = 0  # parts up to here, the embeddings counted as one
-        mids = mid_streams(plan.stream)
-        for block, end, n_first in zip(plan.stream.blocks, plan.last_of_block, mids, strict=True):
+        stream, rows, steps = parts.plan.stream, [], []
+        for number, (block, n_first) in enumerate(
+            zip(stream.blocks, mid_streams(stream), strict=True)
+        ):
+            before, _ = parts.places[number]
             rows.append(Row(f"{block.layer}_pre", "pre", block.layer))
-            places.append(before)
+            steps.append(before)
             if n_first is not None:
                 rows.append(Row(f"{block.layer}_mid", "mid", block.layer))
-                places.append(before + n_first)
-            before = end - plan.n_embeddings + 1
+                steps.append(before + n_first)
         rows.append(Row("final_post", "post"))
-        places.append(before)
-        return Split(rows, parts.running_CN[places])
+        steps.append(parts.places[-1][1])
+        values_CN = parts.steps_SN.cumsum(0)[steps]
+        for label, added_RN in sorted(parts.reading.hooks_RN.items()):  # behind the last stream
+            rows.append(Row(label, "hook"))
+            values_CN = torch.cat((values_CN, values_CN[-1:] + added_RN[:1]))
+        return Split(rows, values_CN)

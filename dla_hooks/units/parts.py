@@ -1,13 +1,15 @@
 """The parts: every term of the residual stream, measured one by one in every run.
 
 Whatever the unit, the parts are what a call is checked by: their sum must be the last stream's own
-projection. Some units are made of them.
+projection. Some units are made of them. What the caller's hooks write at the input or output of a
+block is a part, too; it is there in runs on a model with such hooks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,12 +17,13 @@ from torch import Tensor
 from dla_hooks.errors import CacheEntryError
 from dla_hooks.modules.hooks import Call, Place, Tap
 from dla_hooks.projection.directions import Directions
+from dla_hooks.projection.hook_writes import HookWrites, is_hooked
 from dla_hooks.projection.kernels import project, project_constant
 from dla_hooks.projection.ledger import FixedRows
-from dla_hooks.projection.reading_point import Reading
+from dla_hooks.projection.reading_point import FINAL_HOOK, Reading
 from dla_hooks.projection.tiles import View
-from dla_hooks.residual.gains import constant_label, path_factors, times
-from dla_hooks.residual.stream import Stream
+from dla_hooks.residual.gains import constant_label, path_factors, product, times
+from dla_hooks.residual.stream import Block, Stream
 from dla_hooks.results.rows import Row
 
 EMBED, POSITIONS = "embed", "pos_embed"
@@ -37,9 +40,9 @@ class PartsPlan:
         directions: of the target, at the last stream.
 
     Attributes:
-        rows: a record for each part, in stream order.
+        rows: a record for each part, in stream order; hooks are not among them.
         n_embeddings: how many of them begin the stream.
-        last_of_block: for every block, the row of the last part that it adds.
+        row_of: the row of each part, by its label.
     """
 
     def __init__(self, stream: Stream, directions: Directions) -> None:
@@ -48,21 +51,29 @@ class PartsPlan:
         if stream.positions is not None:
             self.rows.append(Row(POSITIONS, POSITIONS))
         self.n_embeddings = len(self.rows)
-        self.last_of_block: list[int] = []
         for block in stream.blocks:
             self.rows += [Row(write.label, write.kind, block.layer) for write in block.writes]
             if block.constant is not None:
                 self.rows.append(Row(constant_label(block), "constant", block.layer))
-            self.last_of_block.append(len(self.rows) - 1)
         self.row_of = {row.label: index for index, row in enumerate(self.rows)}
         self._factors = path_factors(stream)
         self._target = directions
         directions.prepare()
-        self._directions = {row.label: self._make(row.label) for row in self.rows}
+        self._directions = {row.label: self._times(self._factors[row.label]) for row in self.rows}
 
     def directions(self, label: str) -> Directions:
         """What one part is projected on: the target's directions, through all later gains."""
         return self._directions[label]
+
+    def at_output_of(self, block: Block) -> Directions:
+        """What is added to a block's output is projected on these."""
+        return self._times(self._factors[constant_label(block)])
+
+    def at_input_of(self, block: Block | None) -> Directions:
+        """What is added to a block's input is projected on these; None is the last stream."""
+        if block is None:
+            return self._target
+        return self._times(product(block.gain, self._factors[constant_label(block)]))
 
     def recorder(self, view: View, missing: Missing) -> PartsRecorder:
         """A recorder for one prompt.
@@ -73,11 +84,27 @@ class PartsPlan:
         """
         return PartsRecorder(self, view, missing)
 
-    def _make(self, label: str) -> Directions:
-        factor = self._factors[label]
+    def _times(self, factor: Tensor | None) -> Directions:
         if factor is None:
             return self._target
         return self._target.then(lambda d_KM: times(d_KM, factor))
+
+
+@dataclass(frozen=True)
+class _Hooked:
+    """A place where the caller's hooks write to the stream.
+
+    Attributes:
+        block: the place of the block in the stack; the number of blocks for the last stream.
+        at_input: whether they write to the block's input; otherwise to its output.
+        place: where.
+        directions: what they write is projected on these.
+    """
+
+    block: int
+    at_input: bool
+    place: Place
+    directions: Directions
 
 
 class PartsRecorder:
@@ -92,20 +119,25 @@ class PartsRecorder:
 
     def __init__(self, plan: PartsPlan, view: View, missing: Missing) -> None:
         self._plan = plan
-        self._rows = FixedRows(len(plan.rows), len(view), plan.stream.work_dtype)
+        stream, dtype = plan.stream, plan.stream.work_dtype
+        self._rows = FixedRows(len(plan.rows), len(view), dtype)
         self._view = view
-        stream = plan.stream
-        places = {EMBED: stream.start}
+        # The stream begins ahead of what hooks write to block 0's input.
+        places = {EMBED: stream.start.ahead if stream.start.before else stream.start}
         if stream.positions is not None:
             places[POSITIONS] = stream.positions
         places |= {write.label: write.place for write in stream.writes}
         found = {label: missing(place) for label, place in places.items()}
         self._missing = {label: reason for label, reason in found.items() if reason is not None}
         self._places = {k: place for k, place in places.items() if k not in self._missing}
+        self._hooked = list(_hooked_places(plan))
+        writes = [(hooked.place, hooked.directions) for hooked in self._hooked]
+        self._hooks = HookWrites(writes, len(view), dtype) if writes else None
 
     def taps(self, view: View) -> list[Tap]:
         """What to watch while the entries in view are run."""
-        return [self._tap(label, place, view) for label, place in self._places.items()]
+        taps = [self._tap(label, place, view) for label, place in self._places.items()]
+        return taps if self._hooks is None else [*taps, *self._hooks.taps(view)]
 
     def finish(self, reading: Reading) -> Parts:
         """The parts, after the run."""
@@ -119,7 +151,11 @@ class PartsRecorder:
                 project_constant(block.constant, view, plan.directions(label), row_N)
         finite_C = torch.isfinite(values_CN).all(-1)
         values_CN /= reading.scale_N
-        return Parts(plan, values_CN, self._missing, finite_C, reading, view)
+        hooks: dict[tuple[int, bool], Tensor] = {}
+        if self._hooks is not None:
+            written = self._hooks.finish(device) / reading.scale_N
+            hooks = {(h.block, h.at_input): w for h, w in zip(self._hooked, written, strict=True)}
+        return Parts(plan, values_CN, self._missing, finite_C, reading, view, hooks)
 
     def _tap(self, label: str, place: Place, view: View) -> Tap:
         row, directions = self._plan.row_of[label], self._plan.directions(label)
@@ -129,6 +165,19 @@ class PartsRecorder:
             project(x, view, directions, self._rows.on(x.device)[row])
 
         return Tap(place, see)
+
+
+def _hooked_places(plan: PartsPlan) -> Iterable[_Hooked]:
+    """Where the caller's hooks stand between the blocks, in stream order."""
+    stream = plan.stream
+    for number, block in enumerate(stream.blocks):
+        if is_hooked(block.input):
+            yield _Hooked(number, True, block.input, plan.at_input_of(block))
+        output = block.input._replace(before=False)
+        if is_hooked(output):
+            yield _Hooked(number, False, output, plan.at_output_of(block))
+    if is_hooked(stream.last):
+        yield _Hooked(len(stream.blocks), True, stream.last, plan.at_input_of(None))
 
 
 @dataclass(frozen=True)
@@ -143,6 +192,8 @@ class Parts:
         finite_C: whether each part was finite before the division by the final scale.
         reading: what the final norm saw: the whole stream, measured apart.
         view: all entries, for what is the same at every position.
+        hooks: what the caller's hooks wrote to the input (True) or output (False) of a block, by
+            its place in the stack; the number of blocks stands for the last stream.
     """
 
     plan: PartsPlan
@@ -151,6 +202,7 @@ class Parts:
     finite_C: Tensor
     reading: Reading
     view: View
+    hooks: Mapping[tuple[int, bool], Tensor]
 
     @property
     def complete(self) -> bool:
@@ -158,42 +210,100 @@ class Parts:
         return not set(self.missing) - {POSITIONS}
 
     @property
+    def rows(self) -> list[Row]:
+        """A record for each part, hooks included, in stream order."""
+        return [row for row, _ in self._labelled()]
+
+    @property
     def values_CN(self) -> Tensor:
-        """Contribution of each part at each entry.
+        """Contribution of each part at each entry, aligned with ``rows``.
 
         Raises:
             CacheEntryError: when a part was not shown.
         """
         self._require(self.missing)
-        # What begins the stream is the sum of the embeddings. The tokens' part is what positions
-        # leave of it, with whatever scaling, norm or projection the model puts on it.
-        if self.plan.n_embeddings == 1:
+        if self.plan.n_embeddings == 1 and not self.hooks and not self.reading.hooks_RN:
             return self.raw_CN
-        values_CN = self.raw_CN.clone()
-        values_CN[0] -= values_CN[1]
-        return values_CN
+        return torch.stack([value for _, value in self._labelled()])
 
-    @property
-    def running_CN(self) -> Tensor:
-        """The running sum of the parts, from the end of the embeddings on [1 + writes, N].
+    @cached_property
+    def steps_SN(self) -> Tensor:
+        """Everything that is added to the stream, in order: the embeddings as one, writes, hooks.
 
         Raises:
             CacheEntryError: when a write was not shown. Embeddings need not be told apart.
         """
         self._require(label for label in self.missing if label != POSITIONS)
-        n = self.plan.n_embeddings
-        return torch.cat((self.raw_CN[:1], self.raw_CN[n:])).cumsum(0)
+        raw, n = self.raw_CN, self.plan.n_embeddings
+        if not self.hooks:
+            return raw if n == 1 else torch.cat((raw[:1], raw[n:]))
+        steps = [raw[0]]
+        for number, block in enumerate(self.plan.stream.blocks):
+            steps += self._hook(number, True)
+            steps += [raw[self.plan.row_of[label]] for label in _labels(block)]
+            steps += self._hook(number, False)
+        steps += self._hook(len(self.plan.stream.blocks), True)
+        return torch.stack(steps)
+
+    @cached_property
+    def places(self) -> list[tuple[int, int]]:
+        """For each block, the last step before its own writes and its own last step.
+
+        One more pair is for the last stream.
+        """
+        found, end = [], 0
+        for number, block in enumerate(self.plan.stream.blocks):
+            before = end + ((number, True) in self.hooks)
+            end = before + len(_labels(block)) + ((number, False) in self.hooks)
+            found.append((before, end))
+        last = end + ((len(found), True) in self.hooks)
+        return [*found, (last, last)]
 
     @property
     def sum_N(self) -> Tensor:
         """The sum of all parts [N]."""
         n = self.plan.n_embeddings
-        return self.raw_CN[0] + self.raw_CN[n:].sum(0)
+        sum_N = self.raw_CN[0] + self.raw_CN[n:].sum(0)
+        for written_N in self.hooks.values():
+            sum_N = sum_N + written_N
+        return sum_N
 
     def __getitem__(self, label: str) -> Tensor:
         """What one write contributed [N]."""
         return self.raw_CN[self.plan.row_of[label]]
 
+    def _labelled(self) -> Sequence[tuple[Row, Tensor]]:
+        """Every row with its values: what hooks wrote around a block is one row behind it."""
+        plan, raw = self.plan, self.raw_CN
+        rows = {row.label: row for row in plan.rows}
+        # What begins the stream is the sum of the embeddings. The tokens' part is what positions
+        # leave of it, with whatever scaling, norm or projection the model puts on it.
+        found = [(rows[EMBED], raw[0] if plan.n_embeddings == 1 else raw[0] - raw[1])]
+        found += [(row, raw[1]) for row in plan.rows[1 : plan.n_embeddings]]
+        for number, block in enumerate(plan.stream.blocks):
+            found += [(rows[label], raw[plan.row_of[label]]) for label in _labels(block)]
+            written = [*self._hook(number, True), *self._hook(number, False)]
+            if written:
+                label = f"{block.layer}_hook"
+                found.append((Row(label, "hook", block.layer), torch.stack(written).sum(0)))
+        last = self._hook(len(plan.stream.blocks), True)
+        behind = {label: added_RN[0] for label, added_RN in self.reading.hooks_RN.items()}
+        if last:
+            behind[FINAL_HOOK] = last[0] + behind.get(FINAL_HOOK, 0)
+        for label in sorted(behind):  # final_hook, logit_hook
+            found.append((Row(label, "hook"), behind[label]))
+        return found
+
+    def _hook(self, block: int, at_input: bool) -> list[Tensor]:
+        key = block, at_input
+        return [self.hooks[key]] if key in self.hooks else []
+
     def _require(self, labels: Iterable[str]) -> None:
         for label in labels:
             raise self.missing[label]
+
+
+def _labels(block: Block) -> list[str]:
+    """The parts that a block adds, in order."""
+    constant = [] if block.constant is None else [constant_label(block)]
+    return [*(write.label for write in block.writes), *constant]

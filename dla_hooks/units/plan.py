@@ -91,9 +91,14 @@ class Recording:
         self._plan, self._entries = plan, entries
         self.view = view = View(entries)
         target = plan.target
-        self._point = PointRecorder(target.point, target.readouts, entries.target)
+        self._point = PointRecorder(target.point, target.readouts, entries)
         self._parts = plan.parts.recorder(view, missing)
         self._units = {key: unit.recorder(view) for key, unit in plan.units.items()}
+
+    @property
+    def needs_all_logits(self) -> bool:
+        """Whether the model's logits are needed at every entry."""
+        return self._point.needs_all_logits
 
     def taps(self, view: View) -> list[Tap]:
         """Everything to watch while the entries in view are run."""

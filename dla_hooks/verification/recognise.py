@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from dla_hooks.backends import Backend, backend_of
 from dla_hooks.calibration.scales import with_scales
-from dla_hooks.errors import UnsupportedModelError
+from dla_hooks.errors import DLAError, UnsupportedModelError
 from dla_hooks.modules.version import Remembered
 from dla_hooks.residual.architecture import Architecture
 from dla_hooks.residual.locate import locate
@@ -37,11 +39,34 @@ def located(backend: Backend) -> Stream:
     """Locate the residual stream of a model that its backend has let through, or refuse.
 
     A model type without a declaration is compared with every known shape, and the first one that
-    verifies on a few tokens is taken. That is done once per version of a model.
+    verifies on a few tokens is taken. That is done once per version of a model. The model is
+    measured without its caller's hooks; with them, where it does not run without.
 
     Raises:
         UnsupportedModelError: when no declaration is true of the model.
     """
+    try:
+        return _located(backend)
+    except (DLAError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        hooked = backend.try_with_hooks()
+        if hooked is None:
+            raise
+        try:
+            return _located(backend)
+        except DLAError:
+            raise
+        except Exception as again:
+            raise UnsupportedModelError(
+                f"{backend.name} does not run on made-up tokens, which it is measured on: without "
+                f"your hooks ({hooked or 'the model'} has one) it fails with {error!r:.200}, and "
+                f"with them with {again!r:.200}. Let the hooks take any batch and length, or put "
+                "what the model needs into a module of its own"
+            ) from again
+
+
+def _located(backend: Backend) -> Stream:
     declared = adapter_for(backend.model_type)
     if declared is not None:
         return with_scales(locate(backend, declared))

@@ -30,7 +30,7 @@ class Halves(Unit):
         return [stream.start, *(write.place for write in stream.writes)]
 
     def split(self, parts):
-        running = parts.running_CN
+        running = parts.steps_SN.cumsum(0)
         rows = [Row("start", "half", None, None, 0), Row("else", "half", None, None, 1)]
         return Split(rows, running[[0, -1]] - running[[0, 0]] * running.new_tensor([[0], [1]]))
 '''
@@ -43,7 +43,8 @@ from __future__ import annotations
 import torch
 
 from dla_hooks.projection.directions import Directions
-from dla_hooks.projection.reading_point import ReadingPoint, Readout
+from dla_hooks.projection.reading_point import ReadingPoint
+from dla_hooks.projection.readout import Readout
 from dla_hooks.targets.base import Request, Target
 
 

@@ -1,0 +1,154 @@
+"""The caller's hooks: which they are, and how a synthetic run goes past them.
+
+A hook of the caller's belongs to the caller's prompt. It may name a position, put back a stored
+activation, or take itself off after one run. A synthetic run must therefore not call it. Hooks of
+torch, transformers, accelerate, peft and deepspeed are another matter: they make the model what it
+is (weight norms, pruning, sharding, offload), and stay on.
+
+While a synthetic run lasts, each hook of the caller's is replaced under its own key by one that is
+silent in the threads of such runs, and calls the caller's in every other thread. Handles, keyword
+arguments and ``always_call`` work as ever, since the key stays. Arguments that
+``functools.partial`` has bound to a module's ``forward`` are left out in the same way.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, MutableMapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from dla_hooks.errors import UnsupportedModelError
+from dla_hooks.modules.hooks import is_ours
+
+_LIBRARIES = ("torch", "transformers", "accelerate", "peft", "deepspeed")
+_lock = threading.RLock()
+
+_Table = MutableMapping[Any, Any]
+
+
+class _Silenced:
+    """Stands in a table of hooks for one of the caller's."""
+
+    def __init__(self, hook: Any) -> None:
+        self.hook = hook
+        self.silent_in: Counter[int] = Counter()  # threads, with how many runs each
+
+    def __call__(self, *args: Any) -> Any:
+        return None if threading.get_ident() in self.silent_in else self.hook(*args)
+
+
+class _Unbound(_Silenced):
+    """Stands for a module's ``forward`` that has arguments of the caller's bound to it."""
+
+    def __init__(self, hook: functools.partial[Any]) -> None:
+        super().__init__(hook)
+        self.__wrapped__ = hook  # its signature
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        silent = threading.get_ident() in self.silent_in
+        return (self.hook.func if silent else self.hook)(*args, **kwargs)
+
+
+def is_callers(hook: Any) -> bool:
+    """Tell a hook of the caller's from one of a library, or of ours."""
+    if isinstance(hook, _Silenced):
+        return True
+    if is_ours(hook):
+        return False
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    hook = getattr(hook, "__func__", hook)  # a bound method
+    home = getattr(hook, "__module__", None) or type(hook).__module__
+    return home.partition(".")[0] not in _LIBRARIES
+
+
+def has_callers(table: Any) -> bool:
+    """Tell whether a table of hooks holds one of the caller's."""
+    return bool(table) and any(is_callers(hook) for hook in table.values())
+
+
+def library_hooks(module: nn.Module) -> tuple[int, ...]:
+    """The keys of the hooks on a module that belong to libraries."""
+    tables = module._forward_hooks, module._forward_pre_hooks
+    return tuple(
+        key
+        for table in tables
+        for key, hook in table.items()
+        if not is_ours(hook) and not is_callers(hook)
+    )
+
+
+def hooked_modules(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """The modules that carry hooks of the caller's."""
+    return [
+        module
+        for module in modules
+        if (module._forward_hooks or module._forward_pre_hooks)
+        and (has_callers(module._forward_hooks) or has_callers(module._forward_pre_hooks))
+    ]
+
+
+@contextmanager
+def silenced(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Run without the caller's hooks on some modules, in this thread only."""
+    thread = threading.get_ident()
+    standing: list[tuple[_Table, Any, _Silenced]] = []
+    with _lock:
+        for module in modules:
+            for table, key, silent in _silent_ones(module):
+                silent.silent_in[thread] += 1
+                table[key] = silent
+                standing.append((table, key, silent))
+    try:
+        yield
+    finally:
+        with _lock:
+            for table, key, silent in standing:
+                silent.silent_in[thread] -= 1
+                if not silent.silent_in[thread]:
+                    del silent.silent_in[thread]
+                # A hook may have been taken off, or its place taken by another, meanwhile.
+                if not silent.silent_in and table.get(key) is silent:
+                    table[key] = silent.hook
+
+
+def _silent_ones(module: nn.Module) -> Iterator[tuple[Any, Any, _Silenced]]:
+    """What is to stand, in each table of a module and under each key, while a run is silent."""
+    tables: tuple[Any, ...] = module._forward_pre_hooks, module._forward_hooks
+    for table in tables:
+        for key, hook in list(table.items()) if table else ():
+            if is_callers(hook):
+                yield table, key, hook if isinstance(hook, _Silenced) else _Silenced(hook)
+    bound = module.__dict__.get("forward")
+    # accelerate's own stand there as partials of another function.
+    if isinstance(bound, functools.partial) and bound.func == type(module).forward.__get__(module):
+        yield module.__dict__, "forward", _Unbound(bound)
+    elif isinstance(bound, _Unbound):
+        yield module.__dict__, "forward", bound
+
+
+def check_global_hooks() -> None:
+    """Refuse hooks that torch calls for every module.
+
+    They run ahead of every hook of a module, so that what they change cannot be told from what
+    the module computes.
+
+    Raises:
+        UnsupportedModelError: naming the first of them.
+    """
+    tables = torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks
+    for table in tables:
+        for hook in table.values() if table else ():
+            if is_callers(hook):
+                name = getattr(hook, "__qualname__", type(hook).__qualname__)
+                raise UnsupportedModelError(
+                    f"a global module hook ({name}) is on, which changes every module of this "
+                    "process and cannot be attributed; take it off, or put hooks on the modules "
+                    "themselves"
+                )

@@ -1,0 +1,79 @@
+"""What the caller's hooks on the unembedding add to logits.
+
+The model makes logits at a few columns only. With such hooks it must make them at all, since a hook
+may name a position; of each look one number per entry and readout is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dla_hooks.inputs.entries import Entries
+from dla_hooks.modules.hooks import Call, Place, Tap
+from dla_hooks.modules.user_hooks import has_callers
+from dla_hooks.projection.ledger import FixedRows
+from dla_hooks.projection.readout import Readout
+from dla_hooks.projection.tiles import View
+
+_AT_ONCE = 64
+"""Entries whose logits are gathered at once."""
+
+
+def hooks_logits(unembed: nn.Module) -> bool:
+    """Tell whether the caller's hooks are on the unembedding."""
+    return has_callers(unembed._forward_hooks) or has_callers(unembed._forward_pre_hooks)
+
+
+class LogitHooks:
+    """Records what hooks add to each readout at the unembedding.
+
+    Args:
+        unembed: the unembedding.
+        readouts: the readings.
+        entries: what is read.
+        dtype: of the numbers.
+    """
+
+    def __init__(
+        self, unembed: nn.Module, readouts: Sequence[Readout], entries: Entries, dtype: torch.dtype
+    ) -> None:
+        self._unembed, self._readouts, self._entries = unembed, readouts, entries
+        n = len(readouts)
+        # Of each readout without any hook, and then with all of them.
+        self._rows = FixedRows(2 * n, len(entries), dtype)
+
+    def taps(self, view: View) -> list[Tap]:
+        """A look ahead of all hooks at the input, and one behind all at the output."""
+        inputs = Place(self._unembed, "the unembedding", before=True)
+        n = len(self._readouts)
+
+        def see_input(call: Call) -> None:
+            with torch.no_grad():
+                logits = self._unembed.forward(call.entered)
+            self._write(logits, view, slice(0, n))
+
+        def see_output(call: Call) -> None:
+            self._write(call.left, view, slice(n, 2 * n))
+
+        return [Tap(inputs.ahead, see_input), Tap(inputs._replace(before=False), see_output)]
+
+    def finish(self, device: torch.device) -> Tensor:
+        """What hooks add [readouts, N]."""
+        rows, n = self._rows.gathered(device), len(self._readouts)
+        scales = rows.new_tensor([readout.scale for readout in self._readouts])
+        return (rows[n:] - rows[:n]) * scales[:, None]
+
+    def _write(self, logits_BSV: Tensor, view: View, place: slice) -> None:
+        entries, inside = self._entries, view.inside
+        column = entries.cols[inside] - view.columns.start
+        out_RN = self._rows.on(logits_BSV.device)[place]
+        for some in torch.arange(len(inside)).split(_AT_ONCE):
+            here = inside[some]
+            logits_EV = logits_BSV[entries.rows[here], column[some]]
+            for readout, out_N in zip(self._readouts, out_RN, strict=True):
+                if readout.of_logits is not None:
+                    found = readout.of_logits(logits_EV, entries.target[here])
+                    out_N[here.to(out_N.device)] = found.to(out_N)
