@@ -73,13 +73,13 @@ def test_omitted_write_is_refused(declare):
 
 
 def wrong_fact(monkeypatch, **changes):
-    ask = dla_hooks.calibration.scales._ask
+    measure = dla_hooks.calibration.scales._measure
 
     def wrong(stream):
-        facts = ask(stream)
+        facts = measure(stream)
         return dataclasses.replace(facts, **{name: f(facts) for name, f in changes.items()})
 
-    monkeypatch.setattr(dla_hooks.calibration.scales, "_ask", wrong)
+    monkeypatch.setattr(dla_hooks.calibration.scales, "_measure", wrong)
 
 
 def first_block(**changes):
