@@ -1,4 +1,4 @@
-"""Decoders in the mould of BART that norm before each sublayer, used on their own."""
+"""Decoders of BART's shape with a norm before each sublayer, used without an encoder."""
 
 from dla_hooks.residual.architecture import Architecture, Heads, Write
 

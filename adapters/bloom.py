@@ -1,6 +1,6 @@
 """BLOOM: ALiBi, a norm on the embeddings, and the residual added inside each sublayer.
 
-The sublayer modules return the stream itself, so what is written is the output of the linear
+The sublayer modules return the stream itself. So the declared write is the output of the linear
 layer just before the addition.
 """
 

@@ -1,4 +1,4 @@
-"""BLT: a decoder of bytes, to which cross-attention to the patches adds between its blocks."""
+"""BLT: a decoder of bytes. Cross-attention to the patches writes between its blocks."""
 
 from dla_hooks.residual.architecture import Architecture, Heads, Write
 
@@ -10,7 +10,7 @@ ARCHITECTURES = (
         writes=(
             Write("attn_out", "self_attn", heads=Heads("self_attn.o_proj")),
             Write("mlp_out", "mlp"),
-            # The module returns its input along with this. The one before block 0 is in `embed`.
+            # The module itself also returns its input. The write before block 0 is in `embed`.
             Write("cross_out", "o_proj", beside="model.local_decoder.cross_attn_layers"),
         ),
     ),

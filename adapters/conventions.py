@@ -1,11 +1,11 @@
-"""Customs about prompts, which cannot be read from any model."""
+"""Conventions for prompts, which cannot be read from a model."""
 
 from dla_hooks.residual.architecture import Architecture
 
 ARCHITECTURES: tuple[Architecture, ...] = ()
 
-# TransformerLens puts a BOS before every string, but for these types. One token more or less moves
-# every number, so that code written for it needs the same custom.
+# TransformerLens puts a BOS before every string, except for these types. One token more or less
+# changes every number, so the same rule holds here.
 WITHOUT_BOS = (
     "bloom",
     "ernie4_5",

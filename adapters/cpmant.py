@@ -1,4 +1,4 @@
-"""CPM-Ant: learned prompt positions go before the tokens, and are cut off before the logits."""
+"""CPM-Ant: learned prompt positions precede the tokens, and are removed before the logits."""
 
 from dla_hooks.residual.architecture import Architecture, Heads, Write
 

@@ -13,7 +13,7 @@ ARCHITECTURES = (
         ),
     ),
     Architecture(
-        model_types=("gpt_neox_japanese",),  # the last block adds a bias that no module puts out
+        model_types=("gpt_neox_japanese",),  # the last block adds a bias that is no module's output
         layers="gpt_neox_japanese.layers",
         final_norm="gpt_neox_japanese.final_layer_norm",
         writes=(

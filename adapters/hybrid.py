@@ -1,6 +1,7 @@
 """Blocks of several kinds in one model: attention, Mamba, linear attention, convolution.
 
-What a block has besides attention or an MLP is its mixer; a block without a module lacks its write.
+The mixer of a block is its layer besides attention and the MLP. A block without a module lacks its
+write.
 """
 
 from dla_hooks.residual.architecture import Architecture, Heads, Write

@@ -1,7 +1,7 @@
-"""The Llama shape: ``self_attn`` and ``mlp`` in every block, each added to the stream as it comes.
+"""The Llama shape: ``self_attn`` and ``mlp`` in every block, added to the stream directly.
 
-What differs between these families (kind of norm, experts, sinks, biases, latent attention,
-embedding, write and logit scales, parallel or sequential blocks) is seen in the model itself.
+The differences between these families are measured on the model itself: kind of norm, experts,
+sinks, biases, latent attention, scales of embedding, writes and logits, parallel blocks.
 """
 
 from dla_hooks.residual.architecture import Architecture, Heads, Write

@@ -5,7 +5,7 @@ from dla_hooks.residual.architecture import Architecture, Heads, Write
 _HEADS = Heads("self_attn.o_proj")
 _ATTENTION = Write("attn_out", "self_attn", post_norm="post_attention_layernorm", heads=_HEADS)
 _MLP = Write("mlp_out", "mlp", post_norm="post_feedforward_layernorm")
-# What each token's own embedding of a layer adds, in the small models.
+# The write of the per-layer embedding of each token, in the small models.
 _PER_LAYER = Write("ple_out", "per_layer_projection", post_norm="post_per_layer_input_norm")
 
 ARCHITECTURES = (

@@ -1,7 +1,7 @@
-"""Decoders known not to be sums of writes, or not to be read as one: why, and what it would take.
+"""Decoders that cannot be attributed, with the reason and the missing extension.
 
-Nothing but the message depends on this list: a model that is not on it is refused all the same when
-what it does to the stream, or its logits, turn out not to be linear.
+Only the message depends on this list. A model that is not on it is refused too, if its blocks or
+its logits turn out not to be linear in the stream.
 """
 
 from dla_hooks.residual.architecture import Architecture, Refusal

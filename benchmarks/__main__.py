@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: what attribution costs, on your machine."""
+"""``python -m benchmarks``: the cost of attribution on your machine."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ def bars(
 
 
 def _or_exit(work: Any, *arguments: Any) -> Any:
-    """A disagreement is one line and an exit code: nothing wrong is ever timed."""
+    """Turn a disagreement into one line and an exit code. Wrong numbers are never timed."""
     from benchmarks import report
     from benchmarks.agree import Disagreement
 

@@ -1,8 +1,8 @@
-"""The proof that comes first: whoever is timed says the same.
+"""Check that all contenders give the same numbers, before any is timed.
 
-Every contender is held against this library's numbers in the convention and unit that it speaks;
-what saves activations shares no code with the library, and the plain passes give the model's own
-logits, so that agreement is not a matter of one formula written once.
+Every contender is compared with this library's numbers, in its own convention and unit. The
+contenders that save activations share no code with the library. The plain passes give the model's
+own logits. So agreement is not agreement of one formula with itself.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class Disagreement(Exception):
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far two contenders are apart.
+    """The difference between two contenders.
 
     Attributes:
         one, other: their names.
         gap: the largest difference over all rows and positions, over the logits' spread.
-        rows: how many rows were compared.
+        rows: the number of compared rows.
     """
 
     one: str
@@ -43,7 +43,7 @@ class Agreement:
 
 
 def prove(names: list[str], setting: Setting) -> list[Agreement]:
-    """Show that contenders agree, or say which pair does not.
+    """Check that contenders agree, or name the pair that does not.
 
     16 bits round differently along every path, so a setting in 16 bits is proven in float32, on
     weights from the same seed.
@@ -57,7 +57,7 @@ def prove(names: list[str], setting: Setting) -> list[Agreement]:
 
 
 def prove_on(bench: Bench, names: list[str], setting: Setting) -> list[Agreement]:
-    """The same on models that are there already, in float32 or float64."""
+    """Check agreement on given models, in float32 or float64."""
     spread = _spread(bench, setting)
     truths: dict[tuple[str, bool], Rows] = {}
     found = []
@@ -90,7 +90,7 @@ def _compare(
 ) -> Agreement:
     name = contender.name
     rows = contender.read(bench.call(name, setting)(), setting)
-    # A plain pass tells the logit alone, and hidden states nothing within a block.
+    # A plain pass gives the logit alone; hidden states give nothing within a block.
     partial = contender.unit is not None or set(rows) == {"logit"}
     odd = set(rows) - set(truth) if partial else (set(rows) ^ set(truth)) - {"logit"}
     if odd or not rows:

@@ -1,4 +1,4 @@
-"""What every bar is made of: the options it is measured with, and what was measured."""
+"""The parts of every bar: its options, and the measured figures."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ Say = Callable[[str], None]
 
 
 class Skipped(Exception):
-    """A case that cannot be measured here, and why."""
+    """A case that cannot be measured here, with the reason."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a case is measured with: its own sizes, or a user's.
+    """The options of a case: its own sizes, or a user's.
 
     Attributes:
-        say: told what is being done.
+        say: called with a line on each step.
         repeats: rounds of timing.
         model: a named model.
         tokens: prompt lengths; cases of one length take the first.
@@ -39,7 +39,7 @@ class Measured:
     """One figure and its bar.
 
     Attributes:
-        case: what was measured, in words.
+        case: a description of the case.
         value: the figure, a ratio; with its quartiles where it was taken many times.
         limit: the bar, or None for a figure that stands beside the others only.
         at_least: whether the figure must reach the limit; otherwise it must not exceed it.
@@ -67,5 +67,5 @@ class Measured:
 
 
 def once(value: float) -> Spread:
-    """A figure that was taken one time."""
+    """A figure that was measured once."""
     return Spread(None, value, None)

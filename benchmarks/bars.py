@@ -1,6 +1,6 @@
-"""What this library wants to reach, case by case: measured, held against its bar.
+"""The limits that this library sets itself, measured case by case.
 
-Each case is a function from :class:`Options` to what it measured. A case that this machine or
+Each case is a function from :class:`Options` to its figures. A case that this machine or
 installation cannot measure raises :class:`Skipped` with the reason.
 """
 
@@ -71,7 +71,7 @@ def memory(options: Options) -> list[Measured]:
 
 
 def _reference_kinds() -> list[tuple[str, str, bool]]:
-    """The reference's contenders here: name, how to call them, and whether the bars are theirs."""
+    """The reference's contenders here: name, call, and whether the bars were set for them."""
     installed = peers.version("transformer-lens") or "0"
     new = int(installed.partition(".")[0]) > 3
     names, reasons = contenders.split_missing(
@@ -166,7 +166,7 @@ class Case:
     """One bar, or a few of a kind.
 
     Attributes:
-        measure: from the options to what was measured.
+        measure: from the options to the figures.
         model, tokens: its own sizes, which the bar was set for.
         shortest: the fewest tokens that it can be measured on.
         also: further sizes of its own (model, tokens), measured where a user names none.
@@ -180,7 +180,7 @@ class Case:
 
     @property
     def says(self) -> str:
-        """What it is, in a line."""
+        """Its description, in one line."""
         return (self.measure.__doc__ or "").partition("\n")[0]
 
 

@@ -1,7 +1,7 @@
 """Activations that someone saved, projected with a few lines of tensor algebra.
 
-This is what a careful user of any tool that saves activations writes by hand for one family of
-models, and it shares no code with the library: as far as the two agree, both are right.
+A careful user of any tool that saves activations writes this by hand for one family of models. It
+shares no code with the library. Where the two agree, both are right.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from benchmarks.models import Setting
 
 @dataclass(frozen=True)
 class Layout:
-    """Where one family keeps its modules, by path."""
+    """The paths of one family's modules."""
 
     layers: str
     projection: str
@@ -119,8 +119,8 @@ def rows_of(
     """Attributions by label, from saved activations.
 
     Args:
-        projection: on what.
-        unit: what the rows are.
+        projection: the projections.
+        unit: the unit of the rows.
         saved: ``embed``, ``pos_embed`` and, by layer, ``attn.{l}`` and ``mlp.{l}``; for heads
             ``z.{l}`` alone; and the ``last`` stream; each at the positions that are wanted.
         n_layers: how many layers there are.

@@ -1,4 +1,4 @@
-"""One setting after another: prove that all agree, time them interleaved, measure their peaks."""
+"""For each setting: check agreement, time all contenders interleaved, measure their peaks."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _peak = functools.cache(peak_of)
 
 @dataclass(frozen=True)
 class Line:
-    """What one contender cost in one setting.
+    """The cost of one contender in one setting.
 
     Attributes:
-        setting: where.
-        contender: who.
+        setting: the setting.
+        contender: its name.
         seconds: of one call.
         ratio: over the plain forward pass of the same round.
         peak: bytes above the weights, or None where that cannot be measured.
         plain_peak: the plain forward pass' own.
-        gap: how far it is from this library's numbers, over the logits' spread.
+        gap: its difference from this library's numbers, over the logits' spread.
         rounds: every time that was taken, in seconds.
     """
 
@@ -80,14 +80,14 @@ def measure(
     """Measure contenders in settings.
 
     Args:
-        settings: where; those of the same weights next to each other share them.
+        settings: the settings. Neighbours with the same weights share their models.
         names: the contenders; the plain forward pass is always among them.
         repeats: rounds of timing.
-        say: told what is being done.
+        say: called with a line on each step.
         memory: whether to measure peaks too.
 
     Raises:
-        Disagreement: when two contenders do not say the same; nothing of that setting is timed.
+        Disagreement: when two contenders give different numbers; that setting is not timed.
     """
     names = [PLAIN, *(name for name in names if name != PLAIN)]
     lines: list[Line] = []

@@ -1,8 +1,8 @@
-"""The calls that are compared, by name, and what each of them says.
+"""The compared calls, by name, and the reading of their numbers.
 
-A contender is made for one setting and one model, and is called many times. What it returns is
-read afterwards, outside of any timing: rows by label for those that attribute, the logit for those
-that only run the model.
+A contender is made for one setting and one model, and is called many times. Its numbers are read
+afterwards, outside of any timing: rows by label for those that attribute, the logit for those that
+only run the model.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class Contender:
     """One way to get the numbers.
 
     Attributes:
-        name: how it is called everywhere.
+        name: its name in options, tables and files.
         kind: the model that it works on; see :func:`benchmarks.peers.make`.
         make: from (model, setting) to the call.
         read: from what the call returns, and the setting, to rows [batch, pos'] by label; ``logit``
             is the logit (difference) itself.
         processed: whether its numbers are those of processed weights, as TransformerLens has them.
-        unit: the unit that it can tell, where that is not the setting's.
+        unit: the only unit that it has, if that may differ from the setting's.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Contender:
 
     @property
     def attributes(self) -> bool:
-        """Whether it does more than run the model, so that the unit and positions matter."""
+        """True if it does more than run the model, so that the unit and positions matter."""
         return self.read is not _logits
 
 
@@ -106,7 +106,7 @@ def _hidden_states(model: Any, setting: Setting) -> Call:
         seen: list[Tensor] = []
 
         def look(_: Any, args: tuple[Any, ...]) -> None:
-            seen.append(projection.scale(args[0]))  # the one thing that hidden states do not tell
+            seen.append(projection.scale(args[0]))  # missing from the hidden states
 
         handle = norm.register_forward_pre_hook(look)
         try:
@@ -156,7 +156,7 @@ def _reference(model: Any, setting: Setting, *, careful: bool) -> Call:
 def _needed(model: Any, unit: str) -> list[str]:
     """The fewest activations that the reference's own function reads."""
     names = cache_names(model, unit)
-    if unit == "layer":  # where ours goes without the streams
+    if unit == "layer":  # ours does not need the streams
         names += [
             f"blocks.{layer}.hook_resid_{place}"
             for layer in range(model.cfg.n_layers)
@@ -257,7 +257,7 @@ COMPARED = tuple(name for name in CONTENDERS if name not in (CHUNKED, PLAIN_CHUN
 
 
 def missing(name: str) -> str | None:
-    """Why a contender cannot run here, with what helps; None if it can."""
+    """The reason why a contender cannot run here, with the remedy; None if it can."""
     return peers.missing(CONTENDERS[name].kind)
 
 

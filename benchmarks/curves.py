@@ -1,4 +1,4 @@
-"""How time and memory grow with the prompt, as a picture (extra ``plot``: Altair, no browser)."""
+"""Time and memory over prompt length, as a picture (extra ``plot``: Altair, no browser)."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def _panel(alt: Any, lines: Sequence[Line], what: str, title: str) -> Any:
         legend=legend,
     )
     base = alt.Chart(alt.InlineData(values=values), width=380, height=340).encode(x=x)
-    # Wide, so that what costs no more can be seen to lie on it.
+    # Wide, so that a curve of equal cost is visible on top of it.
     width = alt.condition(f"datum.who == '{PLAIN}'", alt.value(6), alt.value(2.5))
     curve = base.mark_line().encode(y=y, color=colour, strokeDash=dash, strokeWidth=width)
     dots = base.mark_circle(size=42, opacity=1).encode(y=y, color=colour)

@@ -24,9 +24,9 @@ def measured(options: Options) -> list[Measured]:
     if not torch.cuda.is_available():
         raise Skipped("there is no CUDA device")
     setting = Setting(options.model, dtype="bfloat16", device="cuda")
-    # 16 bits round differently along every path, and the model does not fit twice in 32: what is
-    # proven is the same code on a smaller stack on the same device. In the calls that are timed
-    # the library checks its own sums, as it does in every call.
+    # 16 bits round differently along every path, and in 32 bits the model does not fit twice. So
+    # agreement is checked on a smaller stack, with the same code on the same device. In the timed
+    # calls the library checks its own sums, as in every call.
     small = Setting("long-llama", 2048, device="cuda")
     for pos in ("last", "all"):
         options.say(f"{small.named()}: do all agree?")

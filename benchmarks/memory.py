@@ -1,9 +1,8 @@
 """Peak memory of one call above what was resident before it, in a process of its own.
 
 On the CPU that is the process' own high-water mark (Linux), reset after a short warm-up with the
-weights resident; glibc is told to give freed memory back at once, or its pools would blur what is
-measured. On CUDA it is the allocator's. A job is what is measured, by name; the other process
-runs :mod:`benchmarks.job`.
+weights resident. glibc gives freed memory back at once here, or its pools would blur the figure. On
+CUDA it is the allocator's peak. The other process runs one named job of :mod:`benchmarks.job`.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ ALLOCATOR = {
 
 
 def measurable(device: str = "cpu") -> bool:
-    """Whether peaks can be measured here."""
+    """True if peaks can be measured here."""
     return device.startswith("cuda") or _RESET.exists()
 
 
@@ -41,7 +40,7 @@ def peak_of(name: str, setting: Setting) -> int:
 
 
 def in_a_process(job: dict[str, Any]) -> int:
-    """What a job prints, in bytes.
+    """Run a job and return the bytes that it prints.
 
     Raises:
         RuntimeError: with the last lines that it wrote, when it fails.

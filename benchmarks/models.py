@@ -66,7 +66,7 @@ class Setting:
         model: a name in :data:`MODELS`.
         tokens: length of each prompt.
         batch: number of prompts.
-        unit: what the stream is split into.
+        unit: the unit of the rows.
         pos: "last" and "all" attribute the difference of two tokens at the last position or at
             every one; "next" the token that comes next, at every position.
         dtype: a name in :data:`DTYPES`.
@@ -98,7 +98,7 @@ class Setting:
         return ANSWER, INCORRECT, -1 if self.pos == "last" else None
 
     def named(self, length: bool = True) -> str:
-        """In words, for progress and titles; without the prompt's length for a whole curve."""
+        """Describe the setting for progress and titles; for a whole curve without the length."""
         words = {
             "last": "last position",
             "all": "all positions",
@@ -115,7 +115,7 @@ class Setting:
 
 
 def longest_prompt(name: str) -> int:
-    """How many tokens a named model takes: GPT-2's table of positions ends."""
+    """The longest prompt of a named model: GPT-2's table of positions ends."""
     config = MODELS[name]
     return int(config.get("n_positions", config.get("max_position_embeddings", 1024)))
 

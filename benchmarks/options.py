@@ -1,4 +1,4 @@
-"""What a user asked for, read and refused before anything is measured."""
+"""The command's options, read and checked before anything is measured."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.models import longest_prompt
 
 
 def axis(values: list[str], allowed: Any, name: str) -> list[str]:
-    """Values given one by one or with commas between them."""
+    """Read values given one by one or separated by commas."""
     found = [piece.strip() for value in values for piece in value.split(",") if piece.strip()]
     for value in found:
         if allowed is not None and value not in allowed:
@@ -23,7 +23,7 @@ def axis(values: list[str], allowed: Any, name: str) -> list[str]:
 
 
 def numbers(values: list[str], name: str) -> list[int]:
-    """Numbers above 0, in the same way."""
+    """Read numbers above 0, in the same way."""
     found = axis(values, None, name)
     for value in found:
         if not value.isdecimal() or int(value) < 1:
@@ -70,7 +70,7 @@ def check_devices(devices: list[str]) -> None:
 
 
 def check_outputs(json_file: Path | None, png: Path | None = None) -> None:
-    """Refuse files that could not be written, which would only show once all is measured."""
+    """Refuse files that cannot be written, before the measurement starts."""
     for option, path in (("--json", json_file), ("--png", png)):
         if path is None:
             continue
@@ -85,7 +85,7 @@ def check_outputs(json_file: Path | None, png: Path | None = None) -> None:
 
 
 def check_drawing(png: Path) -> None:
-    """Say which packages a picture would lack, once nothing else is wrong with what was asked."""
+    """Name the packages that a picture lacks, after all other checks have passed."""
     from benchmarks import report
     from dla_hooks import MissingExtraError
     from dla_hooks.results.chart import check_plot_path

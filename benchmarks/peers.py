@@ -1,4 +1,4 @@
-"""Other libraries' models of the same weights, made without a download."""
+"""The same weights as models of other libraries, made without a download."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def version(package: str) -> str | None:
 
 
 def missing(kind: str) -> str | None:
-    """Why models of a kind cannot be made here, with the command that helps; None if they can."""
+    """The reason why models of a kind cannot be made here, with the remedy; None if they can."""
     if kind == "nnsight":
         found = version("nnsight") is not None
         return None if found else f"nnsight is not installed: {INSTALL[kind]}"

@@ -1,6 +1,6 @@
-"""The cases of a prepared plan: what a call costs once nothing has to be found out anew.
+"""The cases of a prepared plan: the cost of a call after everything is measured once.
 
-Short prompts tell most here: on long ones the forward pass hides everything else.
+Short prompts show it best: on long ones the forward pass hides everything else.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _asked(setting: Setting) -> tuple[Any, Any, Any]:
 
 
 def _prove_same(found: Any, expected: Any, who: str) -> None:
-    """Nothing is timed that does not give the numbers of a call of its own."""
+    """Check that a case gives the numbers of a separate call, before it is timed."""
     if list(found.labels) != list(expected.labels):
         raise Disagreement(f"{who} has other rows than a call of its own")
     gap = float((found.attribution - expected.attribution).abs().max())

@@ -1,4 +1,4 @@
-"""What is shown and what is filed: tables, Markdown, JSON, and the machine it was measured on."""
+"""Reports: tables, Markdown, JSON, and the machine of the measurement."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ Row = tuple[str, ...]
 
 
 def say(line: str) -> None:
-    """Tell on stderr what is being done: some of it takes minutes."""
+    """Print each step on stderr, since some take minutes."""
     # Without markup, which would take the extra out of pip install 'dla-hooks[plot]'.
     console = Console(stderr=True, highlight=False, markup=False)
     console.print(line, style="dim", soft_wrap=True)
 
 
 def out() -> Console:
-    """Where results go; wide enough for the tables when it is no terminal."""
+    """The console for results; wide enough for the tables when it is no terminal."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=110)
 
 
 def circumstances(threads: int) -> dict[str, Any]:
-    """When, with what and on what: everything that a figure should be filed with."""
+    """The circumstances of a figure: time, versions and machine."""
     return {
         "command": shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -132,7 +132,7 @@ def compared_rows(lines: Sequence[Line]) -> tuple[Row, list[Row]]:
 
 
 def show_bars(name: str, found: Sequence[Measured], under: str) -> None:
-    """One case of the bars: what was measured, the bar, and whether it is met."""
+    """One case of the bars: the figures, the bar, and whether it is met."""
     words = {True: "met", False: "MISSED", None: "-"}
     rows = []
     for one in found:
@@ -149,10 +149,10 @@ def show(
     """Print a table, or as Markdown some of its columns: what a README can take as it is.
 
     Args:
-        title: what stands above.
+        title: the text above.
         head: names of the columns.
         rows: cells.
-        under: what stands below.
+        under: the text below.
         markdown: which columns to print as Markdown; none for a table with all of them.
     """
     if markdown:

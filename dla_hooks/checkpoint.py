@@ -1,7 +1,7 @@
-"""From a checkpoint to a model that is ready to be attributed, or one line that says why not.
+"""Load a model that is ready to be attributed, or refuse its checkpoint in one line.
 
-``from_pretrained`` fills weights that a checkpoint lacks with random numbers, and makes an empty
-tokenizer where there is none; here both are refused, since numbers would still come out.
+``from_pretrained`` fills missing weights with random numbers, and makes an empty tokenizer if there
+is none. Both would give meaningless numbers without an error, so both are refused here.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def load(
         trust_remote_code: run Python code that comes with the checkpoint.
         device_map: instead of ``device``, for models that do not fit (extra: offload). "auto" puts
             the weights on GPUs first, then in memory, then on disk, as accelerate decides. "disk"
-            leaves them on disk, from where each module's are read while it runs, on the CPU.
-        max_memory: with ``device_map``: the most that the weights may take of each GPU and of
-            memory, as in "4GiB" or "500MB". For "disk": of memory, nothing by default.
+            leaves them on disk. Each module's are read while it runs, on the CPU.
+        max_memory: with ``device_map``: the limit for the weights on each GPU and in memory, as in
+            "4GiB" or "500MB". For "disk" it is the limit in memory, by default zero.
 
     Returns:
         The model, in evaluation mode, and the tokenizer, or None where there is none.
@@ -123,7 +123,7 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
 
 
 def _source(path: str | Path) -> str:
-    """What ``from_pretrained`` is given: a folder that has been looked at, or a hub id."""
+    """The argument for ``from_pretrained``: a checked folder, or a hub id."""
     name = str(path)
     if not name.strip():
         raise InputError("the model's name is empty: give a folder or a hub id")
@@ -185,9 +185,9 @@ def _check_complete(source: str, model: Any, info: dict[str, Any]) -> None:
 
 @contextmanager
 def _one_line(source: str, what: str, model_type: str = "") -> Iterator[None]:
-    """Turn whatever a loader raises into an error of ours.
+    """Turn any error of a loader into a ``DLAError``.
 
-    Loading runs code of many packages, whose exceptions no one lists.
+    Loading runs code of many packages, which raise exceptions of every class.
     """
     try:
         yield
@@ -220,7 +220,7 @@ def _one_line(source: str, what: str, model_type: str = "") -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers' bars and reports off the terminal: what matters in them is raised."""
+    """Hide transformers' bars and reports; problems in them are raised as errors."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,7 +1,7 @@
-"""Where a checkpoint's weights are put: on one device, or over several and the disk.
+"""Placement of a checkpoint's weights: on one device, or over several and the disk.
 
-The second is the work of transformers and accelerate (extra ``offload``); here a wish becomes
-their arguments, and the temporary files that it may need get an end.
+The second is done by transformers and accelerate (extra ``offload``). This module turns the request
+into ``from_pretrained`` arguments and deletes the temporary folder with the model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SMALL = 2**16
 
 
 class Placement:
-    """A wish, checked before anything is loaded.
+    """A request for devices, checked before anything is loaded.
 
     Loading happens in a ``with`` block, which gives the arguments for ``from_pretrained``.
 
@@ -33,7 +33,7 @@ class Placement:
         max_memory: with ``device_map``: a size as accelerate reads it ("4GiB", "500MB").
 
     Raises:
-        InputError: for a wish that cannot be read or met.
+        InputError: for a request that cannot be read or met.
         MissingExtraError: for a ``device_map`` without accelerate.
     """
 
@@ -72,8 +72,8 @@ class Placement:
     def __enter__(self) -> dict[str, Any]:
         if self._device_map is None:
             return {}
-        # For weights that cannot be used as the checkpoint has them: those in other formats than
-        # safetensors, and experts that are put together anew. All others stay where they are.
+        # Only for weights that cannot be read from the checkpoint itself: those in other formats
+        # than safetensors, and experts that are merged on loading.
         self._folder = tempfile.mkdtemp(prefix="dla_hooks_")
         places = {"": "disk"} if self._device_map == "disk" and not self._memory else "auto"
         return {
@@ -87,7 +87,7 @@ class Placement:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def put(self, model: Any) -> Any:
-        """The loaded model, put where it should be; inside the ``with`` block.
+        """Move the loaded model to its device; inside the ``with`` block.
 
         Raises:
             InputError: when it does not fit there.
@@ -95,7 +95,7 @@ class Placement:
         if self._device_map is None:
             try:
                 return model.to(self._device)
-            except RuntimeError as error:  # out of memory there
+            except RuntimeError as error:  # that device is out of memory
                 raise InputError(
                     f"the model cannot be put on {self._device}: {first_line(error)}"
                 ) from error
@@ -108,8 +108,8 @@ class Placement:
 def hand_back_freed_memory() -> None:
     """Have this process give freed memory back at once, where the C library is glibc.
 
-    Weights that are read from disk come and go; in glibc's own pools the gaps that they leave add
-    up to as much again as the largest of them.
+    Weights from disk are loaded and freed one after another. In glibc's own pools the gaps that
+    they leave add up to the size of the largest weight.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -120,13 +120,13 @@ def hand_back_freed_memory() -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another package says, in one line."""
+    """The text of another package's error, in one line."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return line or type(error).__name__
 
 
 def _usable(device: str) -> Any:
-    """The device, tried before any weights are loaded."""
+    """Check that the device works before any weights are loaded, and return it."""
     import torch
 
     try:
@@ -138,7 +138,7 @@ def _usable(device: str) -> Any:
 
 
 def _memory(device_map: str, max_memory: str | None) -> dict[Any, int] | None:
-    """How many bytes the weights may take of each device; None leaves it to accelerate."""
+    """The limit in bytes for the weights on each device; None leaves it to accelerate."""
     try:
         from accelerate.utils import convert_file_size_to_int, get_max_memory
     except ImportError:

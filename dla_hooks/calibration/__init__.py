@@ -1,1 +1,1 @@
-"""What is measured of a model once, by short runs on made-up tokens and activations."""
+"""Measurements made once per model, by short runs on synthetic tokens and activations."""

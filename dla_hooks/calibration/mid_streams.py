@@ -1,4 +1,4 @@
-"""After how many of a block's writes the stream is read again."""
+"""Mid streams: the place in a block where the stream is read again."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _known: Remembered[list[int | None]] = Remembered()
 
 
 def mid_streams(stream: Stream) -> list[int | None]:
-    """For each block: after how many of its writes the stream is read again, if it is.
+    """For each block, count the writes before the stream is read again.
 
     In a sequential block the MLP reads the stream after attention has written: 1. In a parallel
-    one nothing reads it before the block's end: None. Asked once per model, by running a few
-    tokens twice: the second time every block is given the input it had before, and every first
-    write is disturbed. The mid stream ends before the first write that this changes.
+    block nothing reads it before the block's end: None. This is measured once per model, by
+    running a few tokens twice. In the second run every block gets its earlier input, and every
+    first write is disturbed. The mid stream ends before the first write that this changes.
     """
     return _known.of(stream.model, stream.version, lambda: _ask_mid_streams(stream))
 
@@ -36,7 +36,7 @@ def _ask_mid_streams(stream: Stream) -> list[int | None]:
         return lambda call: where.__setitem__(key, call.entered.detach().double().cpu().clone())
 
     def writes(where: dict[str, Tensor]) -> list[Tap]:
-        # What a write's module reads, not what it puts out: that may be zero, or mostly bias.
+        # The input of a write's module, not its output: that may be zero, or mostly bias.
         return [Tap(Place(w.module, w.name, w.use), keep(where, w.label)) for w in stream.writes]
 
     before = [Tap(block.input, keep(inputs, block.name)) for block in stream.blocks]
@@ -54,7 +54,7 @@ def _ask_mid_streams(stream: Stream) -> list[int | None]:
         noises.setdefault(block.writes[0].written_by, []).append(noise)
     edits = [Edit(module, _in_turn(_replaced, uses), True) for module, uses in given.items()]
     edits += [Edit(module, _in_turn(_disturbed, uses)) for module, uses in noises.items()]
-    # Taps on the way out come before the edits there, and so see what the model made.
+    # Output taps come before the edits there, so they read the model's own output.
     with tapped(writes(disturbed)), edited(edits):
         stream.backend.run_synthetic(prompt, None)
 
@@ -71,7 +71,7 @@ def _ask_mid_streams(stream: Stream) -> list[int | None]:
 def _in_turn(
     change: Callable[[Tensor, Tensor], Tensor], values: list[Tensor]
 ) -> Callable[[Tensor], Tensor]:
-    """A change whose value is another one at each use of the module."""
+    """A change with a different value at each use of the module."""
     remaining = iter(values)
     return lambda x: change(x, next(remaining))
 

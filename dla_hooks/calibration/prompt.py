@@ -1,4 +1,4 @@
-"""The few made-up tokens that measurements run on."""
+"""The short synthetic prompt that measurements run on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dla_hooks.residual.stream import Stream
 
 
 def short_prompt(stream: Stream, batch: int = 1, length: int = 4) -> Prompt:
-    """A few tokens from all over the vocabulary, the same ones each time."""
+    """Make a prompt of a few tokens spread over the vocabulary, the same ones each time."""
     length = min(length, stream.position_limit or length)
     generator = torch.Generator().manual_seed(0)
     vocabulary = stream.backend.n_tokens()

@@ -1,14 +1,14 @@
-"""What a model is asked once, before it is attributed: how its writes add up.
+"""Scales: the factors and constants with which a model's writes add up, measured once.
 
-A declaration says where the writes are. How they enter the stream (write scales, skip gains,
-biases that no module puts out) and how the stream is read (logit scale, softcap) is measured: a
-tiny batch is run in which the input of every block, the output of every write and the output of
-the final norm are replaced by known vectors. Each block must then return
+A declaration names the writes. Two things are measured: how they enter the stream (write scales,
+skip gains, bare biases), and how the stream is read (logit scale, softcap). A tiny batch is run.
+Known vectors replace the input of every block, the output of every write and the output of the
+final norm. Each block must then return
 
     output = gain * input + sum_j response_j * write_j + constant
 
-per channel, and every term can be read off its own row of the batch, exactly. A block that does
-anything else with the sum (a norm on it, a mixing of several streams) is refused here.
+per channel. Every term has a row of the batch and can be read from it exactly. Any other block (a
+norm on the sum, a mixing of several streams) is refused here.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from dla_hooks.residual.stream import Stream
 
 @dataclass(frozen=True)
 class BlockScales:
-    """How one block adds up; None stands for one (factors) or for nothing (the constant).
+    """The scales of one block. None stands for one (factors) or for nothing (the constant).
 
     Attributes:
         index: of the block in the declared list.
         writes: indices of the writes that ran, among the declared ones.
-        gain: what the input is multiplied by, [] or [d_model].
-        responses: what each write is multiplied by, [] or [d_model].
-        constant: what is added besides [d_model].
+        gain: the factor of the input, [] or [d_model].
+        responses: the factor of each write, [] or [d_model].
+        constant: the vector that is added besides [d_model].
     """
 
     index: int
@@ -50,7 +50,7 @@ class BlockScales:
 
 @dataclass(frozen=True)
 class Scales:
-    """The answers of one model: plain numbers, so that keeping them keeps no model alive."""
+    """The scales of one model, as plain numbers that keep no model alive."""
 
     blocks: tuple[BlockScales, ...]
     has_positions: bool
@@ -66,7 +66,7 @@ _known: Remembered[Scales] = Remembered()
 
 
 def with_scales(stream: Stream) -> Stream:
-    """A located stream with all that is measured of its model.
+    """Return a located stream together with the measured scales of its model.
 
     The scales are kept per model object, and measured again when its weights change.
 
@@ -77,7 +77,7 @@ def with_scales(stream: Stream) -> Stream:
     scales = _known.find(stream.model, version, stream.architecture)
     remembered = scales is not None
     if scales is None:
-        scales = _ask(stream)
+        scales = _measure(stream)
         # A first run may change the weights itself, as RWKV's does.
         version = stream.backend.read_state().version
         _known.keep(stream.model, version, scales, stream.architecture)
@@ -92,7 +92,7 @@ def _apply(stream: Stream, scales: Scales) -> Stream:
             block.writes[j] if response is None else replace(block.writes[j], response=response)
             for j, response in zip(found.writes, found.responses, strict=True)
         )
-        # Every call comes here, and most blocks are plain sums, as they were located.
+        # This runs in every call. Most blocks are plain sums and stay as they are.
         plain = found.gain is None and found.constant is None and len(writes) == len(block.writes)
         if not plain or any(a is not b for a, b in zip(writes, block.writes, strict=True)):
             block = replace(block, writes=writes, gain=found.gain, constant=found.constant)
@@ -110,9 +110,9 @@ def _apply(stream: Stream, scales: Scales) -> Stream:
     )
 
 
-def _ask(stream: Stream) -> Scales:
+def _measure(stream: Stream) -> Scales:
     check_weights(stream.backend)
-    with eagerly(stream.backend.compiled):  # or it is refused before any hook is put on
+    with eagerly(stream.backend.compiled):  # raises inside a compiled function
         synthetic, logits = _synthetic_run(stream)
     blocks = []
     for position, (index, writes) in enumerate(synthetic.live):
@@ -139,10 +139,11 @@ def _ask(stream: Stream) -> Scales:
 
 
 def _synthetic_run(stream: Stream) -> tuple[SyntheticRun, Tensor]:
-    """An synthetic that has been run, and its logits.
+    """Make a synthetic run, and return it with its logits.
 
-    In most models all that is declared runs once, which shows in the synthetic itself. Others are
-    run once more beforehand, to see what does: a run reads all weights of a model on disk.
+    In most models every declared module runs once. The run itself shows that, so one is enough:
+    for a model on disk, a run reads all weights. Otherwise a plain run first counts the modules'
+    runs, and the synthetic run is repeated.
     """
     declared = [(index, tuple(range(len(b.writes)))) for index, b in enumerate(stream.blocks)]
     synthetic = SyntheticRun(stream, declared, ONLY_USE)
@@ -168,7 +169,7 @@ def _declared_modules(stream: Stream) -> list[nn.Module]:
 
 
 def check_weights(backend: Backend) -> None:
-    """Refuse weights that are not finite, wherever they are: a run may pass over them unseen."""
+    """Refuse weights that are not finite. A run may not touch them, so all are checked."""
     for name, parameter in backend.named_weights():
         if not all(_is_finite(tensor) for tensor in made_of(parameter.detach())):
             raise NonFiniteError(
@@ -180,7 +181,7 @@ def check_weights(backend: Backend) -> None:
 def _is_finite(tensor: Tensor) -> bool:
     if not tensor.is_floating_point() or tensor.is_meta:
         return True
-    if tensor.dtype.itemsize == 1:  # eight bits cannot be summed
+    if tensor.dtype.itemsize == 1:  # torch cannot sum 8-bit floats
         tensor = tensor.to(torch.float32)
     wide = torch.promote_types(tensor.dtype, torch.float32)
     return bool(torch.isfinite(tensor.sum(dtype=wide)))
@@ -189,7 +190,7 @@ def _is_finite(tensor: Tensor) -> bool:
 def _live(
     stream: Stream, fired: dict[nn.Module, int]
 ) -> tuple[list[tuple[int, tuple[int, ...]]], Use]:
-    """The blocks that run at all with the writes of each that do; the final norm's last run."""
+    """Find the blocks that run, the writes of each that run, and the final norm's last run."""
     runs = fired[stream.final_norm.module]
     if not runs:
         raise refusal(stream, f"its final norm {stream.final_norm.name} never runs")

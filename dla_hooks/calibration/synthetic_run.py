@@ -1,7 +1,8 @@
-"""One run of a model on made-up activations, and what can be read off it.
+"""One run of a model on synthetic activations, and the scales that it shows.
 
-Every block is given known vectors for its input and for what its writes put out, a row of the batch
-each; so is the unembedding. :mod:`dla_hooks.calibration.scales` uses the answers.
+Known vectors replace each block's input, the outputs of its writes, and the input of the
+unembedding. Each has its own row of the batch. The results are for
+:mod:`dla_hooks.calibration.scales`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from dla_hooks.modules.linear import rows as rows_of
 from dla_hooks.modules.linear import value_at
 from dla_hooks.residual.stream import Block, Stream
 
-_TOKENS = 64  # as many as are needed to see a map of the vocabulary for what it is
+_TOKENS = 64  # enough to recognise the map to the vocabulary
 
 
 def refusal(stream: Stream, what: str) -> UnsupportedModelError:
@@ -30,12 +31,12 @@ def refusal(stream: Stream, what: str) -> UnsupportedModelError:
 
 
 class SyntheticRun:
-    """One run on made-up activations.
+    """One run on synthetic activations.
 
-    Rows of the batch: 0 has nothing anywhere; then two rows for the input and for each write,
-    one with +-1 in every channel (which shows a factor to the last bit) and one with noise (which
-    shows whether the block is linear at all); the last has noise everywhere at once (which shows
-    whether a term depends on another, as with a gate).
+    Row 0 of the batch is zero everywhere. Then come two rows for the input and two for each write.
+    The first has +-1 in every channel and shows a factor to the last bit. The second has noise and
+    shows whether the block is linear. The last row has noise everywhere at once. It shows whether
+    one term depends on another, as with a gate.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class SyntheticRun:
         d_model = stream.d_model
         self.signs = torch.ones(d_model, dtype=torch.float64)
         self.signs[torch.randperm(d_model, generator=generator)[: d_model // 2]] = -1
-        # Larger than the signs, or a norm would treat the two alike; rounded, so that what is put
+        # Larger than the signs, or a norm would treat the two alike. Rounded, so that what is put
         # in is what the model sees.
         self.noise = 4 * torch.randn(d_model, generator=generator, dtype=torch.float64)
         self.noise = self.noise.to(stream.dtype).double()
@@ -69,7 +70,7 @@ class SyntheticRun:
         taps.append(Tap(norm.entered, self._keep(len(blocks) - 1)))
         edits = [self._edit(norm, self._normed())]
         if self.stream.positions is not None:
-            # What enters block 0 when there is nothing but positions.
+            # The input of block 0 for positions alone.
             taps.append(Tap(blocks[0].input, self._keep(-1)))
             edits.append(Edit(self.stream.backend.embedding(), torch.zeros_like))
             edits.append(self._edit(self.stream.positions, self._slot(0)))
@@ -78,7 +79,7 @@ class SyntheticRun:
             edits.append(self._edit(start or block.input, self._slot(0)))
             for slot, j in enumerate(writes, start=1):
                 edits.append(self._edit(block.writes[j].place, self._slot(slot)))
-        # Taps first: they must see what reaches a block before it is replaced.
+        # Taps first: they must read a block's input before it is replaced.
         with tapped(taps), edited(edits):
             logits = self.stream.backend.run_synthetic(prompt, torch.tensor([0]))
         if logits.ndim != 3 or logits.shape[0] != self.n_rows:
@@ -86,7 +87,7 @@ class SyntheticRun:
         return logits[:, 0].double().cpu()
 
     def factor(self, position: int, slot: int, block: Block) -> Tensor | None:
-        """What a block multiplies its input (slot 0) or one of its writes by."""
+        """The factor of a block's input (slot 0) or of one of its writes."""
         out = self.outputs[position] - self.outputs[position][0]
         of_signs, of_noise = out[1 + 2 * slot], out[2 + 2 * slot]
         factor = of_signs * self.signs
@@ -109,7 +110,7 @@ class SyntheticRun:
                 "write to the stream returns the stream itself",
             )
         if bool((factor == factor[0]).all()):
-            # One number for all channels. In 16 bits noise tells it more finely than +-1 does.
+            # One number for all channels. In 16 bits noise gives it more precisely than +-1 does.
             fit = of_noise @ self.noise / self.noise.square().sum()
             rounded = torch.finfo(self.stream.dtype).eps > 1e-6
             factor = fit if rounded and factor[0] != 1 else factor[0]
@@ -138,12 +139,12 @@ class SyntheticRun:
             )
 
     def positions(self) -> tuple[bool, Tensor | None]:
-        """Whether positions enter the stream on their own, and what they are multiplied by."""
+        """Find whether positions enter the stream on their own, and their factor."""
         out = self.outputs[-1] - self.outputs[-1][0]
         factor = out[1] * self.signs
         off = float((out[2] - factor * self.noise).norm() / (out[2].norm() + 1e-30))
         if not off <= self._tolerance() or not bool(factor.any()):
-            return False, None  # normed together with the tokens, say: there is no such part
+            return False, None  # normed with the tokens, say: no part of their own
         if bool((factor == factor[0]).all()):
             return True, None if factor[0] == 1 else factor[0]
         return True, factor
@@ -152,7 +153,7 @@ class SyntheticRun:
         return 1e-5 + 3 * torch.finfo(self.stream.dtype).eps
 
     def constant(self, position: int) -> Tensor:
-        """What a block adds to nothing [d_model]."""
+        """The output of a block for zeros everywhere [d_model]."""
         return self.outputs[position][0]
 
     def readout(self, logits: Tensor) -> tuple[float, float | None]:
@@ -200,7 +201,7 @@ class SyntheticRun:
         return rows
 
     def _normed(self) -> Tensor:
-        """Rows for the final norm's output: nothing, some noise, and so much that a cap is met."""
+        """Rows for the final norm's output: zeros, small noise, and noise that reaches a cap."""
         sizes = torch.zeros(self.n_rows, 1, dtype=torch.float64)
         sizes[1], sizes[2], sizes[3], sizes[4], sizes[5] = 0.25, 1e3, 2e3, 0.02, 0.001
         return sizes * self.noise

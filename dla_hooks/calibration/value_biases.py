@@ -3,8 +3,8 @@
 TransformerLens folds the value biases (and the first LayerNorm's bias, seen through W_V) out of
 the heads: attention weights sum to one, so they add the same vector to z at every position. The
 vector is found without unpacking any projection: run a token with zeros for every block's input.
-What reaches attention is then its norm's bias, attention over one token has weight one, and z is
-the constant, per query head, whatever the layout of the fused projections.
+Attention then reads its norm's bias. Attention over one token has weight one. So z is the constant
+of each query head, for any layout of fused projections.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ def head_constants(stream: Stream, *, norm_bias: bool = True) -> dict[str, Tenso
     writes = [write for write in stream.writes if write.heads is not None]
     sites = {write.label: write.heads for write in writes if write.heads is not None}
     seen: dict[str, Tensor] = {}
-    # Three rows: the constant itself, as far above it, and as far below. Only if z is an affine map
-    # of what attention reads do the outer two lie evenly around the first. Two tokens, alike: only
-    # if attention weights sum to one does the second, which attends to both, see the same as it.
+    # Three rows: the constant itself, one step above it, and one below. The outer two lie evenly
+    # around the first only if z is an affine map of attention's input. Two equal tokens: their z
+    # are equal only if attention weights sum to one, since the second attends to both.
     prompt = short_prompt(stream, batch=3, length=2)
     prompt.input_ids.copy_(prompt.input_ids[:1, :1].expand_as(prompt.input_ids))
     step = torch.randn(stream.d_model, generator=torch.Generator().manual_seed(2))
@@ -78,7 +78,7 @@ def _check(stream: Stream, site: HeadSite, z: Tensor) -> None:
         )
     constant, above, below = first
     if not bool(constant.any()):
-        return  # there is nothing to fold
+        return  # nothing to fold
     bend = (above + below - 2 * constant).norm()
     if bend > rounding * (above.norm() + below.norm()):
         raise UnsupportedModelError(

@@ -1,1 +1,1 @@
-"""What the caller typed, as numbers: prompts, answers, positions, and the entries they select."""
+"""The caller's arguments as numbers: prompts, answers, positions, and the entries they select."""

@@ -1,8 +1,8 @@
-"""Answers: which token's logit is attributed at which position.
+"""Answers: the token whose logit is attributed, at each position.
 
 :func:`read_answers` brings every form of ``answer_tokens`` and ``incorrect_tokens`` to ids.
-:func:`over_positions` lays them over the selected positions by the reference's rule: positions
-are selected first, then the tokens align with the last axes of [component, batch, pos'].
+:func:`over_positions` broadcasts them over the selected positions. The rule is TransformerLens':
+positions are selected first, then the tokens align with the last axes of [component, batch, pos'].
 """
 
 from __future__ import annotations
@@ -59,10 +59,10 @@ def read_answers(
 
 
 def check_answers(ids: Tensor, valid: Tensor, name: str, vocabulary: int) -> Tensor:
-    """The ids, with any at all allowed where there is only padding.
+    """Check that ids are tokens of the model; at padding any id is allowed.
 
     Raises:
-        TokenError: naming the first that is no token of the model.
+        TokenError: naming the first id that is no token of the model.
     """
     outside = (ids < 0) | (ids >= vocabulary)
     bad = ids[outside & valid] if valid.numel() else ids[outside]
@@ -75,7 +75,7 @@ def check_answers(ids: Tensor, valid: Tensor, name: str, vocabulary: int) -> Ten
 
 
 def over_positions(ids: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Answers with axes that broadcast against the selected positions.
+    """Reshape answers so that they broadcast against the selected positions.
 
     Args:
         ids: of shape [], [batch], [pos'], [1, pos'], [batch, 1] or [batch, pos'].
@@ -113,7 +113,7 @@ def over_positions(ids: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def read_ids(value: Any, name: str, model: Any, tokenizer: Any) -> Tensor:
-    """One argument's tokens as ids, in the shape that they were given in.
+    """Read one argument's tokens as ids, in their given shape.
 
     Args:
         value: a string of one token, an int, a list of either, or an integer tensor.
@@ -156,7 +156,7 @@ def _read_one(value: Any, name: str, model: Any, tokenizer: Any) -> int:
 
 
 def single_token(text: str, name: str, tokenizer: Any) -> int:
-    """The id of a string that is one token.
+    """Return the id of a string that is one token.
 
     Raises:
         TokenError: when it is none, several (shows the pieces), or unknown.

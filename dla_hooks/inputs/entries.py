@@ -1,4 +1,4 @@
-"""Which entries of the prompt are read, and which target each of them is read for.
+"""The entries of the prompt that are read, each with its target.
 
 An entry is one (row, column) of the batch together with one target. Selecting positions and
 broadcasting answers both end here, as three flat lists of numbers. The kernels therefore know
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Entries:
-    """N flat (row, column, target) triples, and how they unfold into the result's axes.
+    """N flat (row, column, target) triples, which unfold into the result's axes.
 
     Args:
         rows: batch rows [*shape].
@@ -53,7 +53,7 @@ class Entries:
         return len(self.rows)
 
     def unfold(self, values: Tensor) -> Tensor:
-        """Scalars [..., N] as [..., *shape], with NaN where the prompt has no token."""
+        """Unfold scalars [..., N] to [..., *shape], with NaN where the prompt has no token."""
         lead = values.shape[:-1]
         if self._valid is None:
             out = values.reshape(*lead, *self.shape)
@@ -77,5 +77,5 @@ class Entries:
 def one_target(
     rows: Tensor, cols: Tensor, valid: Tensor, prompt_shape: tuple[int, int], batched: bool = True
 ) -> Entries:
-    """Entries that all read the same target."""
+    """Make entries that all have the same target."""
     return Entries(rows, cols, torch.zeros_like(cols), valid, prompt_shape, batched)

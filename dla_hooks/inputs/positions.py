@@ -1,7 +1,7 @@
-"""Which positions of each prompt are attributed.
+"""The positions of each prompt that are attributed.
 
-Positions are counted among a row's real tokens, so that -1 is the last token of every prompt
-whichever side it is padded on. ``pos=None`` keeps the columns of the batch as they are.
+Positions are counted among a row's real tokens. So -1 is the last token of every prompt, with
+padding on either side. ``pos=None`` keeps the columns of the batch as they are.
 """
 
 from __future__ import annotations

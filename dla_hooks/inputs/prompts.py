@@ -1,4 +1,4 @@
-"""From what the caller typed to token ids: prompts. Answers: :mod:`dla_hooks.inputs.answers`."""
+"""Read prompts as token ids; for answers see :mod:`dla_hooks.inputs.answers`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Prompt:
 
     @property
     def padded(self) -> bool:
-        """Whether some row is shorter than the batch is wide."""
+        """True if some row is shorter than the batch is wide."""
         return not bool(self.mask.all())
 
     def position_ids(self) -> Tensor:
@@ -53,7 +53,7 @@ def read_prompt(
     Args:
         input: a string, a list of strings, token ids [pos] or [batch, pos], or what a tokenizer
             returns for ``return_tensors="pt"``.
-        tokenizer: asked what to pad strings with.
+        tokenizer: gives the padding token for strings.
         attention_mask: 1 at real tokens, for ids that are padded on either side.
         vocabulary: number of tokens that the model embeds.
         encode: token ids of a string. Token ids are taken as they are.
@@ -93,7 +93,7 @@ def read_prompt(
 
 
 def to_strings(ids: Sequence[int], tokenizer: Any) -> list[str]:
-    """Each token as readable text; its id where there is no tokenizer."""
+    """Return each token as readable text, or its id if there is no tokenizer."""
     if tokenizer is None:
         return [str(i) for i in ids]
     text = {i: _token_text(i, tokenizer) for i in set(ids)}
@@ -110,10 +110,10 @@ def _token_text(i: int, tokenizer: Any) -> str:
 
 
 def tokenizer_for(model: Any, tokenizer: Any, needed_for: str) -> Any:
-    """The tokenizer given, or one that the model carries.
+    """Return the given tokenizer, or the one that the model carries.
 
     Raises:
-        TokenizerMissingError: naming what it was needed for.
+        TokenizerMissingError: naming the argument that needs it.
     """
     if tokenizer is None:
         tokenizer = getattr(model, "tokenizer", None)
@@ -126,10 +126,10 @@ def tokenizer_for(model: Any, tokenizer: Any, needed_for: str) -> Any:
 
 
 def check_tokenizer(tokenizer: Any) -> None:
-    """Refuse what is no tokenizer, such as the name of one.
+    """Refuse an object that is no tokenizer, such as the name of one.
 
     Raises:
-        InputError: naming what was given.
+        InputError: naming the given object.
     """
     if tokenizer is not None and not (
         hasattr(tokenizer, "encode") and hasattr(tokenizer, "convert_ids_to_tokens")
@@ -152,7 +152,7 @@ def _encode_all(
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
     filler = getattr(tokenizer, "pad_token_id", None)
-    ids.fill_(0 if filler is None else filler)  # masked out, so any id of the vocabulary will do
+    ids.fill_(0 if filler is None else filler)  # any id of the vocabulary serves: it is masked out
     for row, tokens in enumerate(rows):
         ids[row, width - len(tokens) :] = torch.tensor(tokens)
         mask[row, width - len(tokens) :] = True
@@ -160,7 +160,7 @@ def _encode_all(
 
 
 def encode(text: str, tokenizer: Any, prepend_bos: bool | None) -> list[int]:
-    """Token ids of a prompt.
+    """Return the token ids of a prompt.
 
     Args:
         text: the prompt.

@@ -1,4 +1,4 @@
-"""Many prompts as a few batches: which run together, laid side by side how, and their results."""
+"""Batches of many prompts: their composition, their padding, and their results."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def batches_of(
         Indices into ``lengths``, a list for each batch; every index once, longest prompts first.
     """
     batches: list[list[int]] = []
-    # Longest first: what does not fit in memory shows at once.
+    # Longest first, so that running out of memory shows at once.
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         longest = lengths[batches[-1][0]] if batches else 0
         full = not batches or (len(batches[-1]) + 1) * longest > max_tokens
@@ -82,7 +82,7 @@ def pad_left(rows: Sequence[Tensor], filler: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def side_by_side(answers: Sequence[Tensor], items: Sequence[Item], *, one_position: bool) -> Tensor:
-    """The answers of a batch's prompts, laid over the positions that are selected in it.
+    """Arrange the answers of a batch's prompts over the selected positions.
 
     Args:
         answers: of each item, [] or [pos'].
@@ -100,9 +100,9 @@ def side_by_side(answers: Sequence[Tensor], items: Sequence[Item], *, one_positi
 
 
 def split(batch: DirectLogitAttribution) -> Iterator[DirectLogitAttribution]:
-    """The result of every row of a batch that is padded on the left, as if it had run alone.
+    """Split the result of a batch that is padded on the left into one result per row.
 
-    The numbers are copies on the CPU, which keep nothing of the batch alive. ``gap`` and
+    The numbers are copies on the CPU, so that the batch can be freed. ``gap`` and
     ``logit_gap`` are the batch's: the largest of its rows. Tokens and answers are left out.
     """
     attribution, bias = batch.attribution.cpu(), batch.bias.cpu()
@@ -140,23 +140,23 @@ class Runner:
 
     @cached_property
     def stream(self) -> Stream:
-        """The located model. Not needed, and not asked for, while all results are stored."""
+        """The located model. It is located only when a prompt has to run."""
         return stream_of(self._backend.model)
 
     def try_out(self, answers: dict[str, Any]) -> None:
-        """Run a few made-up tokens, for what would go wrong with every prompt."""
+        """Run a few synthetic tokens, so that errors of every prompt show at once."""
         nothing = torch.tensor(0)
         answer = answers.get("answer_tokens", nothing)
         incorrect = answers.get("incorrect_tokens", nothing)
         ids = short_prompt(self.stream).input_ids
-        # Sums that fail to add up may be these tokens' fault, and are left to the prompts.
+        # A failed check may be due to these tokens alone, so it is left to the prompts.
         with contextlib.suppress(DecompositionError):
             self._plan(answer, incorrect)(ids, chunk_size=self._chunk_size)
 
     def outcomes(
         self, items: Sequence[Item]
     ) -> Iterator[tuple[Item, DirectLogitAttribution | DLAError]]:
-        """Every prompt with its result, still without texts, or its error; batch by batch."""
+        """Yield every prompt with its result (still without texts) or its error, by batches."""
         lengths = [len(item.ids) for item in items]
         same_length = len(set(lengths)) > 1 and not padding_is_ignored(self.stream, left=True)
         order = batches_of(lengths, self._max_tokens, same_length=same_length)
@@ -196,7 +196,7 @@ class Runner:
         return list(split(result))
 
     def _plan(self, correct: Tensor, incorrect: Tensor | None) -> Plan:
-        """The plan of a batch. One question for all prompts is prepared once."""
+        """The plan of a batch. If all prompts have the same answers, it is prepared once."""
         both = [correct] if incorrect is None else [correct, incorrect]
         distinct = [ids.unique() for ids in both]
         if any(len(ids) > 1 for ids in distinct):
@@ -208,7 +208,7 @@ class Runner:
 
 
 def freed(error: DLAError) -> DLAError:
-    """An error that keeps nothing alive of the call that it ended: no frames, no tensors."""
+    """Strip an error of its traceback, so that frames and tensors of the call can be freed."""
     error.__context__ = error.__cause__ = None
     return error.with_traceback(None)
 

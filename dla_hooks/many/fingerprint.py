@@ -1,4 +1,4 @@
-"""What a model and a prompt are known by in another process."""
+"""Fingerprints of a model and a prompt, the same in every process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dla_hooks.modules.weights import made_of, stored
 
 _PIECE = 2**14  # entries summed at once: with their keys they stay in a CPU's cache
 _PIECES_AT_ONCE = 2**8  # elsewhere: their wide copies are 32 MiB
-# Where a model came from and what it runs on do not change its numbers.
+# Fields that do not change a model's numbers: its origin, and the software it runs on.
 _INCIDENTAL = {
     *("_name_or_path", "transformers_version", "device", "n_devices"),
     *("base_model_name_or_path", "revision", "peft_version", "auto_mapping", "inference_mode"),
@@ -39,7 +39,7 @@ def of_config(backend: Backend) -> str:
 
 
 def of_adapters(backend: Backend) -> str:
-    """A digest of how PEFT's adapters are set, which changes a model and none of its weights."""
+    """A digest of the PEFT adapters' settings, which change a model but no weight."""
     configs: Any = getattr(backend.model, "peft_config", None) or {}
     kept: dict[str, Any] = {
         f"config {name}": {
@@ -57,9 +57,9 @@ def of_adapters(backend: Backend) -> str:
 def of_weights(backend: Backend) -> str:
     """A digest of every weight, the same on any device, in any process.
 
-    With a weight goes what hangs on it, as the scales of its codes. The entries' bits are summed
-    as whole numbers, each times a key of its place, so that the order of summation leaves no trace
-    and the order of the entries does. All weights are read once, a piece at a time.
+    Tensors attached to a weight are included, such as the scales of its codes. The entries' bits
+    are summed as whole numbers, each times a key of its place. So the order of summation does not
+    matter, and the order of the entries does. All weights are read once, a piece at a time.
     """
     whole = hashlib.sha256()
     keys = _Keys()
@@ -81,13 +81,13 @@ def of_item(item: Item) -> bytes:
 
 
 def _saved(module: nn.Module) -> list[str]:
-    """The names of a module's own weights: what a checkpoint would hold of it."""
+    """The names of a module's own weights, as in a checkpoint."""
     buffers = set(module._buffers) - module._non_persistent_buffers_set
     return [*module._parameters, *sorted(buffers)]
 
 
 def _hung_on(module: nn.Module, name: str) -> dict[str, Any]:
-    """What a parameter carries along: tensors, and objects that hold some."""
+    """Yield the tensors attached to a parameter, and objects that hold some."""
     parameter: Any = module._parameters.get(name)
     if parameter is None:
         return {}
@@ -107,7 +107,7 @@ def _hung_on(module: nn.Module, name: str) -> dict[str, Any]:
 
 
 def _fields(value: Any) -> dict[str, Any]:
-    """What a small object, a list or a mapping is made of; nothing for anything else."""
+    """The members of a small object, a list or a mapping; nothing for anything else."""
     if isinstance(value, Mapping):
         return {str(key): one for key, one in value.items()}
     if isinstance(value, (list, tuple)):
@@ -157,7 +157,7 @@ def _bits(values: Tensor, keys: _Keys) -> int:
     flat = values.detach().reshape(-1)
     if flat.is_complex():
         flat = torch.view_as_real(flat).reshape(-1)
-    # A key mixes only what is above a bit: the sign of eight bytes would not be mixed at all.
+    # A key mixes a bit only into higher ones. The sign bit of eight bytes has none above it.
     words = flat.view(_WORDS[min(4, flat.element_size())])
     if not len(words):
         return 0
@@ -179,7 +179,7 @@ def _as_json(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON does not know, in terms that are the same in every process."""
+    """Describe a value that JSON lacks, in words that are the same in every process."""
     if isinstance(value, (set, frozenset)):
         return sorted(map(str, value))
     if isinstance(value, Enum):

@@ -41,19 +41,19 @@ class Row:
 
 
 class Rows:
-    """Prompts and their answers, side by side, in the caller's order.
+    """Prompts with their answers, in the caller's order.
 
     Args:
         prompts: an iterable of prompts.
         answers: by argument name: one answer for all, an iterable with one for each, or None.
 
     Attributes:
-        total: how many there are, or None where that cannot be known yet.
-        for_all: the answers that are one for all, by argument name.
-        mismatch: set once it is known that there are not as many answers as prompts.
+        total: the number of prompts, or None while it is unknown.
+        for_all: answers shared by all prompts, by argument name.
+        mismatch: the error for a different number of answers than prompts, once that shows.
 
     Raises:
-        InputError: for what is no iterable of prompts, or has another length than the answers.
+        InputError: if this is no iterable of prompts, or has another length than the answers.
     """
 
     def __init__(self, prompts: Any, answers: Mapping[str, Any]) -> None:
@@ -109,7 +109,7 @@ class Reader:
     pos: Any
 
     def read(self, row: Row) -> Item:
-        """One prompt as ids, not held against the model's limits yet.
+        """Read one prompt as ids, without checking it against the model's limits.
 
         Raises:
             InputError: for a prompt or an answer that cannot be read.
@@ -133,12 +133,12 @@ class Reader:
         return Item(row.index, read.input_ids[read.mask], correct, incorrect)
 
     def read_answer(self, name: str, value: Any) -> Tensor:
-        """One prompt's answer as ids, [] where it is one token."""
+        """Read one prompt's answer as ids, [] for one token."""
         ids = read_ids(value, name, self.backend.model, self.tokenizer)
         return ids.reshape(()) if ids.numel() == 1 else ids
 
     def check(self, item: Item, stream: Stream) -> Item:
-        """Hold one prompt against the model's limits, and count its positions.
+        """Check one prompt against the model's limits, and count its positions.
 
         Raises:
             InputError: for a prompt that is too long, or answers that do not fit it.
@@ -166,7 +166,7 @@ class Reader:
         except (TypeError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
-            # Half of a surrogate pair, for one: text that has no form in UTF-8.
+            # Text without a form in UTF-8, such as half of a surrogate pair.
             raise TokenError(f"the prompt {text!r:.80} cannot be tokenized: {error}") from None
 
 
@@ -182,7 +182,7 @@ class Names:
         self._known: dict[int, str] = {}
 
     def put_on(self, result: DirectLogitAttribution, item: Item) -> DirectLogitAttribution:
-        """Say in a result which prompt and answers it is of."""
+        """Write the texts of the prompt and its answers into a result."""
         result.tokens = [self._of(item.ids.tolist())]
         correct = item.correct.expand(item.n_entries).tolist()
         wrong = correct
@@ -201,7 +201,7 @@ class Names:
 
 
 def _as_ids(prompt: Any) -> Any:
-    """Lists and arrays of ids as a tensor; what is neither, as it is."""
+    """Turn lists and arrays of ids into a tensor; return anything else unchanged."""
     if isinstance(prompt, (Tensor, Mapping)):
         return prompt
     if not isinstance(prompt, (list, tuple)) and not hasattr(prompt, "__array__"):
@@ -234,7 +234,7 @@ def _check_prompts(prompts: Any) -> None:
 
 
 def _for_all(value: Any) -> bool:
-    """Whether an answer is one for all prompts, and no iterable of answers."""
+    """True for an answer shared by all prompts, False for an iterable of answers."""
     one = isinstance(value, (str, bytes)) or not isinstance(value, Iterable)
     return one or getattr(value, "ndim", 1) == 0
 

@@ -1,11 +1,11 @@
 """A folder that keeps the finished results of a run over many prompts.
 
-    folder/run.json                              what the results are of: options and model
+    folder/run.json                              options and model of the run
     folder/000000000-000001023.safetensors       results of prompts among the first 1024
 
-A file is written under another name and then renamed, so that whatever has its name is whole.
-Tokens and answers are not stored: they are made again from the prompts, which are held against
-a digest of each.
+A file is written under another name and then renamed, so a file with its final name is complete.
+Tokens and answers are not stored. They are read again from the prompts, and each prompt is compared
+with its stored digest.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _RUN = "run.json"
 _SHARD = re.compile(r"(\d{9,})-(\d{9,})\.safetensors")
 _UNFINISHED = ".unfinished"
 _ABANDONED = 24 * 60 * 60
-"""Seconds after which nobody is thought to be writing an unfinished file any more."""
+"""Seconds after which an unfinished file counts as abandoned."""
 
 _Stored = tuple[int, bytes, DirectLogitAttribution]
 
@@ -44,8 +44,8 @@ class Shards:
     """Opens or begins a folder.
 
     Args:
-        folder: where; made if it is not there.
-        stamp: what the results are of, as JSON can hold it.
+        folder: its path; created if missing.
+        stamp: options and model of the run, as values for JSON.
 
     Attributes:
         fresh: whether the folder was begun just now.
@@ -80,7 +80,7 @@ class Shards:
             self._put(_RUN, lambda path: path.write_text(json.dumps(content, indent=1)))
         else:
             self._compare(content, stamp)
-        self._ahead: dict[str, list[_Stored]] = {}  # read, and asked for by later windows
+        self._ahead: dict[str, list[_Stored]] = {}  # already read, for later windows
         self._ranges = sorted(
             (int(match[1]), int(match[2]), match[0])
             for match in map(_SHARD.fullmatch, (path.name for path in self.folder.iterdir()))
@@ -90,8 +90,8 @@ class Shards:
     def load(self, first: int, last: int) -> dict[int, tuple[bytes, DirectLogitAttribution]]:
         """The stored results of prompts ``first`` to ``last``: each prompt's digest and result.
 
-        Windows are asked for in their order: what a file holds for later ones is kept until then,
-        so that each file is read once.
+        Windows come in order. Results in a file that belong to later windows are kept, so that
+        each file is read once.
 
         Raises:
             CheckpointError: when a file is damaged.
@@ -161,7 +161,7 @@ class Shards:
             ) from None
 
     def _put(self, name: str, write: Any) -> None:
-        """Write a file so that it is there in full or not at all."""
+        """Write a file in full or not at all."""
         from safetensors import SafetensorError
 
         own = f"{os.getpid()}-{secrets.token_hex(4)}"  # another process may write the same file
@@ -177,7 +177,7 @@ class Shards:
             unfinished.unlink(missing_ok=True)
 
     def _sweep(self) -> None:
-        """Remove what a crash left half written; what is recent may be another process's work."""
+        """Remove unfinished files of a crash. A recent one may belong to another process."""
         for leftover in self.folder.glob(f"*{_UNFINISHED}"):
             with contextlib.suppress(FileNotFoundError):  # finished, or swept, in the meantime
                 if time.time() - leftover.stat().st_mtime > _ABANDONED:

@@ -115,7 +115,7 @@ def attribute_many(
     for name, value in rows.for_all.items():
         rows.for_all[name] = reader.read_answer(name, value)
 
-    width = len(pos) if getattr(pos, "ndim", 0) == 1 else 0  # of a mask, which says its own
+    width = len(pos) if getattr(pos, "ndim", 0) == 1 else 0  # the width of a mask
     options = {
         "unit": unit,
         "pos": positions.parse(pos, width),
@@ -136,7 +136,7 @@ def attribute_many(
         }
         shards = Shards(folder, stamp)
     runner = Runner(backend, {**options, "chunk_size": chunk_size}, max_tokens)
-    if shards is None or shards.fresh:  # what an earlier call has begun has been tried before
+    if shards is None or shards.fresh:  # a resumed run was tried out when it began
         runner.try_out(rows.for_all)
     return _results(rows, reader, runner, shards, window, progress)
 
@@ -151,7 +151,7 @@ def _results(
 ) -> Generator[DirectLogitAttribution | DLAError, None, None]:
     names = Names(reader.tokenizer)
     unread = iter(rows)
-    hidden = None if progress is None else not progress  # None asks whether there is a terminal
+    hidden = None if progress is None else not progress  # None: only at a terminal
     with tqdm(total=rows.total, unit="prompt", disable=hidden) as bar:
         failure: Exception | None = None
         while failure is None:
@@ -168,7 +168,7 @@ def _results(
 
 
 def _read(unread: Iterator[Row], count: int) -> tuple[list[Row], Exception | None]:
-    """The next rows, and what their source raised after them: what came before is still run."""
+    """Read the next rows. Also return an error of their source; rows before it still run."""
     batch: list[Row] = []
     try:
         for row in islice(unread, count):
@@ -186,7 +186,7 @@ def _of_window(
     names: Names,
     count: Callable[[int], Any],
 ) -> dict[int, DirectLogitAttribution | DLAError]:
-    """What became of every prompt of a window, by index; stored before it is returned."""
+    """Return the outcome of every prompt of a window, by index, after storing them."""
     outcomes: dict[int, DirectLogitAttribution | DLAError] = {}
     stored = {} if shards is None else shards.load(batch[0].index, batch[-1].index)
     todo = []
@@ -216,7 +216,7 @@ def _of_window(
                 names.put_on(outcome, item)
             outcomes[item.index] = outcome
             count(1)
-    finally:  # what is finished is kept, whatever stops the rest
+    finally:  # finished results are stored, also after an interrupt
         if shards is not None:
             shards.write([(item.index, fingerprint.of_item(item), one) for item, one in new])
     for index, outcome in outcomes.items():

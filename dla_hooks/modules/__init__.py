@@ -1,1 +1,1 @@
-"""What any torch module can be asked: hooks, weights, linear maps, norms, versions."""
+"""Tools for any torch module: hooks, weights, linear maps, norms, versions."""

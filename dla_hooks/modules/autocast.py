@@ -1,4 +1,4 @@
-"""Contractions keep their precision, whatever dtype the caller lets the model itself run in."""
+"""Contractions keep their own precision, also inside a caller's ``torch.autocast``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _Result = TypeVar("_Result")
 
 
 def outside_autocast(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
-    """A function that runs as it would outside of a caller's autocast (which has 16 bits)."""
+    """Decorate a function so that it runs with autocast (16 bits) switched off."""
 
     @functools.wraps(function)
     def run(*args: _Given.args, **kwargs: _Given.kwargs) -> _Result:

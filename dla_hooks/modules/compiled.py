@@ -1,7 +1,7 @@
 """Models under ``torch.compile``: run as the plain code that they were compiled from.
 
-Compiled code runs no hook that it was not compiled with, and keeps one that it was compiled with.
-So a compiled model is run eagerly while it is looked at; what has been compiled stays as it is.
+Compiled code ignores hooks that were added after compilation. It also keeps hooks that were removed
+since. So a compiled model runs eagerly while the library watches it. Its compiled code is kept.
 """
 
 from __future__ import annotations
@@ -32,17 +32,16 @@ def is_compiled(module: nn.Module) -> bool:
 
 @contextmanager
 def eagerly(needed: bool = True) -> Iterator[None]:
-    """Run plain code within a ``with`` block, whatever of it is compiled.
+    """Run compiled models eagerly within a ``with`` block.
 
-    What torch runs compiled and what eagerly is one setting for the whole process. The first block
-    sets it and the last one puts it back; in between, other threads run their compiled models
-    eagerly too.
+    Torch has one such setting for the whole process. The first block sets it, and the last one
+    restores it. In between, compiled models in other threads run eagerly too.
 
     Args:
-        needed: False to leave all that alone: the model has no compiled parts.
+        needed: False where the model has no compiled parts: nothing is changed.
 
     Raises:
-        HookError: from within a compiled function, where torch does not let it be changed.
+        HookError: inside a compiled function, where torch refuses to change the setting.
     """
     global _inside, _stance
     if not needed:
@@ -70,7 +69,7 @@ def eagerly(needed: bool = True) -> Iterator[None]:
 
 def has_compiled(module: nn.Module) -> bool:
     """True if a module is compiled by itself, or keeps a compiled function."""
-    # A module's own entries, not its attributes: every call reads them of every module.
+    # `vars`, not `getattr`: this runs for every module in every call.
     kept = vars(module)
     if kept.get("_compiled_call_impl") is not None:
         return True

@@ -1,8 +1,8 @@
-"""Taps: forward hooks that look, compute and leave nothing behind.
+"""Taps: forward hooks that read activations and change nothing.
 
-A tap sees what goes into or comes out of one module during one run of the model. Taps are put on
-just before that run and come off on every way out of it, exceptions included. They never return
-anything, so the model's own activations are as they would be without them.
+A tap reads the input or the output of one module during one run of the model. Taps are added just
+before that run. They are removed after it, also after an exception. They return nothing, so the
+model's activations do not change.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ONLY_USE = Use()
 
 
 class Place(NamedTuple):
-    """One look at one module: what enters or leaves it in one of its runs.
+    """The input or the output of one module in one of its runs.
 
     Attributes:
         module: the module to watch.
@@ -59,7 +59,7 @@ class Place(NamedTuple):
 
     @property
     def entered(self) -> Place:
-        """What enters the same run of the same module."""
+        """The input of the same run of the same module."""
         return self._replace(before=True)
 
 
@@ -81,7 +81,7 @@ class Call:
 
     @classmethod
     def of(cls, activation: Tensor) -> Call:
-        """A call that is known by one activation only, as a stored one is."""
+        """Make a call from one activation, such as one from a cache."""
         return cls((activation,), {}, activation, before=False)
 
     @property
@@ -91,25 +91,25 @@ class Call:
 
     @property
     def left(self) -> Tensor:
-        """The hidden states that left it."""
+        """The hidden states that left the module."""
         return hidden_out(self.output)
 
     @property
     def activation(self) -> Tensor:
-        """The hidden states at the place that is watched: those that entered, or that left."""
+        """The hidden states at the watched place: the input or the output."""
         return self.entered if self._before else self.left
 
 
 @dataclass
 class Tap:
-    """A function that looks at one place in one run of a model.
+    """A function that reads one place in one run of a model.
 
     Attributes:
-        place: where it looks.
-        on_activation: called once, with the module's call. Ahead of the module, where the place
-            says so: a block may change its input in place.
-        on_scale: for a norm: what to do with its scale [batch, pos, 1], where a source of
-            activations has stored that instead of what went in and came out.
+        place: the place that is read.
+        on_activation: called once, with the module's call. For an input it is called before the
+            module runs, since a block may change its input in place.
+        on_scale: for a norm: called with its scale [batch, pos, 1] if the source of activations
+            stores that instead of the norm's input and output.
     """
 
     place: Place
@@ -118,7 +118,7 @@ class Tap:
     fired: int = field(default=0, init=False)
 
     def count(self, call: Call) -> None:
-        """Count one run of the module, and look if it is the one."""
+        """Count one run of the module, and read it if it is the wanted one."""
         self.fired += 1
         if self.fired == self.place.use.nth + 1:
             look = self.on_activation
@@ -128,7 +128,7 @@ class Tap:
 
 
 def hidden_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The hidden states among a module's arguments: by transformers' custom, the first tensor."""
+    """The hidden states among a module's arguments: in transformers, the first tensor."""
     candidates = (*args, kwargs.get("hidden_states"), *kwargs.values())
     for value in candidates:
         if isinstance(value, Tensor):
@@ -145,9 +145,9 @@ def hidden_out(output: Any) -> Tensor:
 
 @contextmanager
 def tapped(taps: Sequence[Tap]) -> Iterator[None]:
-    """Put taps on for the length of a ``with`` block, then check that each module ran as expected.
+    """Add taps for one ``with`` block, then check that each module ran as often as expected.
 
-    Only what the present thread runs is seen, so that two threads can share a model.
+    Only runs in the present thread are read, so two threads can share a model.
 
     Raises:
         HookError: when a tap's module did not run, or ran another number of times.
@@ -177,8 +177,8 @@ def tapped(taps: Sequence[Tap]) -> Iterator[None]:
 
 
 def _put_on(tap: Tap, thread: int) -> torch.utils.hooks.RemovableHandle:
-    # `rest` is (kwargs,) or (kwargs, output). A thread that runs the module just while another's
-    # tap comes off may call that tap without the kwargs: unpack nothing before the thread is known.
+    # `rest` is (kwargs,) or (kwargs, output). While one thread removes its tap, another thread may
+    # call that tap without the kwargs. So check the thread before unpacking anything.
     def before(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
         if threading.get_ident() == thread:
             tap.count(Call(args, rest[0]))
@@ -196,12 +196,12 @@ def _put_on(tap: Tap, thread: int) -> torch.utils.hooks.RemovableHandle:
 
 @dataclass(frozen=True)
 class Edit:
-    """A change to one module's hidden states, for the made-up runs that ask a model a question.
+    """A change to one module's hidden states, for synthetic runs that measure a model.
 
     Attributes:
         module: the module to change.
-        change: from the hidden states to those that take their place.
-        at_input: change what goes in; otherwise what comes out.
+        change: a function from the hidden states to their replacement.
+        at_input: True to change the input, False to change the output.
     """
 
     module: nn.Module
@@ -211,7 +211,7 @@ class Edit:
 
 @contextmanager
 def edited(edits: Sequence[Edit]) -> Iterator[None]:
-    """Run with changed activations for the length of a ``with`` block; this thread only."""
+    """Change activations within a ``with`` block; in this thread only."""
     handles = []
     try:
         for edit in edits:
@@ -252,7 +252,7 @@ def _put_in(edit: Edit, thread: int) -> torch.utils.hooks.RemovableHandle:
 
 
 def is_ours(hook: Any) -> bool:
-    """Whether a hook on a module is one of this library's."""
+    """True for a hook that this library added."""
     return hasattr(hook, "_dla_hooks")
 
 

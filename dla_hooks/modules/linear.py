@@ -1,8 +1,8 @@
-"""Linear modules as maps of directions: what they read, never what they contain copied.
+"""Linear modules as maps of directions, without copies of their weights.
 
 A direction ``d`` in the space a linear module writes to becomes ``W^T d`` in the space it reads
-from. Where the module keeps a plain weight that is one matrix product; for any other linear
-module (quantised, LoRA-wrapped, ...) it is the module's own vector-Jacobian product.
+from. For a module with a plain weight this is one matrix product. For any other linear module
+(quantised, LoRA-wrapped, ...) it is the module's own vector-Jacobian product.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from dla_hooks.modules.autocast import outside_autocast
 from dla_hooks.modules.weights import described, run_device, selected, stored, tiles
 
 _TILE = 256
-"""Rows of an identity that are pulled back at once."""
+"""Number of identity rows that are pulled back in one pass."""
 
 _TILE_ELEMENTS = 2**21
-"""Entries of a module's output that are there at once, where its rows are pulled back."""
+"""Largest number of output entries in memory while rows are pulled back."""
 
 _CAST_ELEMENTS = 2**19
-"""Entries of a weight that are there at once in another dtype (2 MiB in float32)."""
+"""Largest number of weight entries in memory in another dtype (2 MiB in float32)."""
 
 _NO_HEADS = (
     "unit='component' and unit='layer' do not need that; for heads dequantise this module, "
@@ -48,7 +48,7 @@ def pull_back(module: nn.Module, d_KM: Tensor, name: str = "") -> Tensor:
         name: its path, for the message of an error.
 
     Returns:
-        [n, d_in], in the dtype of ``d_KM``, and where the module's weight is: it is the larger.
+        [n, d_in], in the dtype of ``d_KM``, on the device of the module's weight.
 
     Raises:
         UnsupportedModelError: for a module without a plain weight that cannot be read through.
@@ -84,8 +84,8 @@ def check_readable(module: nn.Module, name: str) -> None:
 def matrix(module: nn.Module) -> Tensor:
     """A linear module's whole map [d_out, d_in].
 
-    Where the module keeps a plain weight that is a view of it. For any other linear module it is
-    made anew, by pulling back the identity a tile at a time, in the dtype the module runs in.
+    For a module with a plain weight it is a view of that weight. For any other linear module it
+    is computed: the identity is pulled back a tile at a time, in the dtype the module runs in.
     """
     weight = _weight_out_in(module)
     if weight is not None:
@@ -100,14 +100,14 @@ def matrix(module: nn.Module) -> Tensor:
 
 
 def bias_of(module: nn.Module) -> Tensor | None:
-    """What an affine module puts out for an input of nothing [d_out]; None is nothing."""
+    """The output [d_out] of an affine module for an input of zeros; None is zero."""
     if _out_axis(module) is not None:
         return stored(module, "bias")
     return value_at(module, torch.zeros(input_width(module)))
 
 
 def at_hand(module: nn.Module) -> bool:
-    """Whether the module's plain weight lies in memory, so that reading it again costs nothing."""
+    """True if the module's plain weight is in memory, so that reading it again is free."""
     weight: Any = getattr(module, "weight", None)
     return _out_axis(module) is not None and not weight.is_meta
 
@@ -127,7 +127,7 @@ def input_width(module: nn.Module) -> int:
     width = getattr(module, "in_features", None)
     if isinstance(width, int):
         return width
-    inside = getattr(module, "original_module", None)  # PEFT's wrappers do not all hand it on
+    inside = getattr(module, "original_module", None)  # not every PEFT wrapper forwards in_features
     if isinstance(inside, nn.Module):
         return input_width(inside)
     raise UnsupportedModelError(
@@ -136,7 +136,7 @@ def input_width(module: nn.Module) -> int:
 
 
 def rows(module: nn.Module, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Rows of an unembedding and their biases, for the asked tokens only.
+    """Read rows of an unembedding and their biases, for the given tokens only.
 
     Args:
         module: the output embedding; its output axis is the vocabulary.
@@ -196,7 +196,7 @@ def _pulled_back_rows(module: nn.Module, ids: Tensor, dtype: torch.dtype) -> tup
 
 
 def _biases(module: nn.Module) -> Tensor:
-    """What a linear module puts out for nothing [d_out]."""
+    """The output [d_out] of a linear module for an input of zeros."""
     return value_at(module, torch.zeros(input_width(module)))
 
 
@@ -208,7 +208,7 @@ def _weight_out_in(module: nn.Module) -> Tensor | None:
 
 
 def _shape_out_in(module: nn.Module) -> tuple[int, int] | None:
-    """That weight's shape, for which nothing is read."""
+    """The shape of that weight. No values are read."""
     axis = _out_axis(module)
     weight = None if axis is None else described(module, "weight")
     if weight is None or axis is None:
@@ -223,10 +223,10 @@ def _shape_out_in(module: nn.Module) -> tuple[int, int] | None:
 
 
 def _out_axis(module: nn.Module) -> int | None:
-    """Which axis of the weight is the output's; None where the map is not just the weight."""
-    # The exact types: a subclass may quantise, gate or adapt what it does with the weight, and so
-    # may a weight that is no plain tensor, or a forward pass of the module's own. accelerate's
-    # brings the weights and takes them away, no more.
+    """The output axis of the weight; None where the map is not just the weight."""
+    # Only the exact types: a subclass may quantise, gate or adapt the weight. So may a tensor
+    # subclass, or a replaced forward pass. accelerate's forward pass is accepted: it only moves
+    # the weights.
     own_forward = "forward" in vars(module) and not hasattr(module, "_hf_hook")
     if own_forward or type(getattr(module, "weight", None)) not in (Tensor, nn.Parameter):
         return None

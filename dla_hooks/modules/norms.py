@@ -1,4 +1,4 @@
-"""Norms, asked what they do instead of being believed by name.
+"""Norms, measured instead of recognised by their names.
 
 Every norm that is accepted has the form
 
@@ -26,12 +26,12 @@ from dla_hooks.modules.weights import run_device
 
 _AMPLITUDE = 2.0**12
 _AMPLITUDE_HALF = 2.0**7
-"""Their squares swallow any epsilon, and still fit float32 (the second, float16)."""
+"""Their squares are far larger than any epsilon, yet fit float32 (the second, float16)."""
 
 
 @dataclass(frozen=True)
 class Norm:
-    """What a norm was found to compute.
+    """The measured constants of a norm.
 
     Attributes:
         gamma: the gain [d_model].
@@ -46,7 +46,7 @@ class Norm:
     name: str
 
     def pull_back(self, d_KM: Tensor) -> Tensor:
-        """Directions after the norm as directions before it, less the division by the scale."""
+        """Directions after the norm as directions before it, without the division by the scale."""
         folded = d_KM * self.gamma.to(d_KM)
         return folded - folded.mean(-1, keepdim=True) if self.centred else folded
 
@@ -57,10 +57,10 @@ class Norm:
 
 
 def probe(module: nn.Module, d_model: int, name: str, dtype: torch.dtype) -> Norm:
-    """Find out what a norm computes.
+    """Measure the constants of a norm.
 
     Args:
-        module: the norm; run on seven made-up vectors, past any hooks on it.
+        module: the norm. It runs on seven synthetic vectors, without its hooks.
         d_model: the width of the stream.
         name: the module's path, for the message of an error.
         dtype: in which the result is kept (at least float32).
@@ -91,7 +91,7 @@ def probe(module: nn.Module, d_model: int, name: str, dtype: torch.dtype) -> Nor
         raise UnsupportedModelError(
             f"{name} ({type(module).__name__}) cannot be run on vectors of width {d_model}: {error}"
         ) from error
-    # A norm without parameters says only by its output in what dtype it works.
+    # The dtype of a norm without parameters shows only in its output.
     run_dtype = max(run_dtype, out.dtype, key=lambda one: torch.finfo(one).eps)
     if answers.shape != made_up.shape:
         raise UnsupportedModelError(
@@ -112,7 +112,7 @@ def probe(module: nn.Module, d_model: int, name: str, dtype: torch.dtype) -> Nor
     centred = bool(moved <= rounding * (of_noise.norm() + beta.norm()))
     norm = Norm(gamma, beta, centred, name)
     if torch.equal(answers[1:], made_up[1:].to(run_dtype).to(dtype)):
-        return Norm(torch.ones_like(gamma), torch.zeros_like(beta), False, name)  # no norm at all
+        return Norm(torch.ones_like(gamma), torch.zeros_like(beta), False, name)  # not a norm
 
     x = made_up[-2:].to(run_dtype).to(dtype)
     _, misfit = frozen_scale(norm, x, answers[-2:])
@@ -130,7 +130,7 @@ def probe(module: nn.Module, d_model: int, name: str, dtype: torch.dtype) -> Nor
 
 @outside_autocast
 def frozen_scale(norm: Norm, x_NM: Tensor, y_NM: Tensor) -> tuple[Tensor, Tensor]:
-    """The scale that a norm actually divided by, from what went in and what came out.
+    """Compute the scale that a norm divided by, from its input and output.
 
     With ``a = gamma * (x - centre(x))`` the norm's output is ``a / s + beta``; s is the least
     squares fit ``|a|^2 / (a . (y - beta))``, whose rounding errors average out over d_model.
@@ -148,7 +148,7 @@ def frozen_scale(norm: Norm, x_NM: Tensor, y_NM: Tensor) -> tuple[Tensor, Tensor
     a = norm.at_scale_one(x_NM)
     y = y_NM - norm.beta.to(y_NM)
     size = torch.linalg.vector_norm(a, dim=-1).square()
-    # Where nothing comes in, or gamma lets nothing through, every product is zero at any scale.
+    # For an input or a gamma of zeros every product is zero, whatever the scale.
     s = torch.where(size == 0, torch.ones_like(size), size / torch.linalg.vecdot(a, y))
     if not len(s):
         return s, s.new_zeros(())

@@ -1,4 +1,4 @@
-"""The state that a model is in, and answers that are kept until its version changes."""
+"""The state of a model, and measurements that are kept until its version changes."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
     return found
 
 
-# What these classes have as `forward` computes nothing of its own, so that a mode makes no
-# difference: it is missing (as in `ModuleList`), runs the children, or returns its input.
+# Training mode makes no difference to modules with one of these `forward` methods. They have none
+# of their own (as `ModuleList`), run the children, or return their input.
 _IDLE = (nn.Module.forward, nn.Sequential.forward, nn.Identity.forward)
 
 
@@ -43,9 +43,8 @@ class State:
             compiled. Writing through ``.data`` escapes it; a call whose check then fails measures
             again.
         training: whether a module is in training mode. Bare containers do not count: they compute
-            nothing, and one that was made after ``model.eval()`` (``nn.ModuleList(layers[:4])``)
-            says True.
-        compiled: whether a module, or a function that one keeps, is compiled.
+            nothing, and one made after ``model.eval()`` (``nn.ModuleList(layers[:4])``) is True.
+        compiled: whether a module, or a function stored on a module, is compiled.
         adapters_off: for every module that PEFT has adapted, whether its adapters are switched off.
     """
 
@@ -56,16 +55,16 @@ class State:
 
 
 def state_of(model: nn.Module, *others: nn.Module) -> State:
-    """Walk over a model once, for all that every call needs to know of its modules.
+    """Walk over a model once and read the state that every call needs.
 
     Args:
         model: the model.
-        *others: models that it keeps outside of its own modules.
+        *others: models that it stores outside of its own modules.
     """
     seen: list[Any] = []
     training = compiled = False
     adapters_off: list[bool] = []
-    adapted: dict[type, bool] = {}  # of the classes that were met: those of PEFT's layers
+    adapted: dict[type, bool] = {}  # the classes of PEFT layers among those that were met
     for root in (model, *others):
         for module in modules_of(root):
             # `getattr` for a missing name goes through `nn.Module.__getattr__`, which is slow;
@@ -102,9 +101,9 @@ def is_training(module: nn.Module) -> bool:
 
 
 class Remembered(Generic[_Answer]):
-    """Answers that were measured of models, each kept until its model changes.
+    """Measurements of models, each kept until its model changes.
 
-    Models are held weakly. An answer must hold no part of its model.
+    Models are held by weak references. A measurement must hold no part of its model.
     """
 
     _all: ClassVar[list[Remembered[Any]]] = []
@@ -116,13 +115,13 @@ class Remembered(Generic[_Answer]):
         Remembered._all.append(self)
 
     def find(self, model: nn.Module, version: int, key: Hashable = None) -> _Answer | None:
-        """The answer to one question about one version of a model, or None."""
+        """Return the measurement for one version of a model, or None."""
         with self._lock:
             kept = self._kept.get(model)
             return kept[1].get(key) if kept is not None and kept[0] == version else None
 
     def keep(self, model: nn.Module, version: int, answer: _Answer, key: Hashable = None) -> None:
-        """Keep an answer; those about other versions of the model are dropped."""
+        """Keep a measurement, and drop those of the model's other versions."""
         with self._lock:
             kept = self._kept.get(model)
             if kept is None or kept[0] != version:
@@ -132,7 +131,7 @@ class Remembered(Generic[_Answer]):
     def of(
         self, model: nn.Module, version: int, measure: Callable[[], _Answer], key: Hashable = None
     ) -> _Answer:
-        """The answer that is kept, or the one that is measured now."""
+        """Return the kept measurement, or measure now and keep it."""
         answer = self.find(model, version, key)
         if answer is None:
             answer = measure()

@@ -1,8 +1,8 @@
 """Linear modules without a plain weight: adapted, quantised, parametrized.
 
-What such a module reads of a direction at its output is its own vector-Jacobian product. It is
-believed only of a module that is linear and whose backward pass belongs to its forward pass, which
-it is asked along the way: a few made-up rows run through it together with those that are wanted.
+A direction at the output of such a module becomes one at its input by the module's own
+vector-Jacobian product. The product is accepted only if the module is linear and its backward pass
+is the transpose of its forward pass. Extra rows in the same call check both.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dla_hooks.modules.compiled import eagerly, is_compiled
 from dla_hooks.modules.weights import run_device
 
 _LARGE = 64.0
-"""One channel of a made-up row: next to it, whatever has a scale per row loses the rest."""
+"""One large channel of a test row: a module that quantises each row loses all the others."""
 
 
 def pull_back(module: nn.Module, d_KM: Tensor, width: int, name: str, instead: str) -> Tensor:
@@ -27,16 +27,16 @@ def pull_back(module: nn.Module, d_KM: Tensor, width: int, name: str, instead: s
     Args:
         module: any module that is an affine map along its last axis.
         d_KM: directions [n, d_out].
-        width: of its input.
+        width: the width of its input.
         name: its path, for the message of an error; or nothing.
-        instead: what to do where it cannot be done, for the message of the error.
+        instead: the way out, for the message of the error.
 
     Returns:
         [n, width], in the dtype and on the device of ``d_KM``.
 
     Raises:
-        UnsupportedModelError: where the module has no backward pass, is not linear, or has a
-            backward pass of something else than its forward pass.
+        UnsupportedModelError: where the module has no backward pass, is not linear, or its
+            backward pass is not the transpose of its forward pass.
     """
     dtype, device, n = dtype_of(module), run_device(module), len(d_KM)
     rows = _made_up(width).to(device, dtype)
@@ -75,7 +75,7 @@ def _as_refusal(what: str, instead: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # kernels fail in ways of their own, and say best what it is
+    except Exception as error:  # kernels raise errors of many kinds
         reason = str(error).strip().partition("\n")[0]
         raise UnsupportedModelError(
             f"{what} has no usable backward pass, through which alone it could be read "
@@ -85,15 +85,15 @@ def _as_refusal(what: str, instead: str) -> Iterator[None]:
 
 @contextmanager
 def past_hooks(module: nn.Module) -> Iterator[None]:
-    """A module's own map within a ``with`` block: not autocast, and not compiled."""
+    """Run a module without autocast and without compilation within a ``with`` block."""
     with torch.autocast(run_device(module).type, enabled=False), eagerly(is_compiled(module)):
         yield
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:
-    """The dtype that a module runs in: that of its floating-point parameters or buffers.
+    """The dtype that a module runs in: the one of its floating-point parameters or buffers.
 
-    A module that keeps integers alone (some quantised ones do) may say it by ``compute_dtype``.
+    Some quantised modules hold integers alone; for these ``compute_dtype`` is read.
     """
     for tensor in (*module.parameters(), *module.buffers()):
         if tensor.is_floating_point() and tensor.dtype.itemsize > 1:  # weights in 8 bits are codes
@@ -103,7 +103,7 @@ def dtype_of(module: nn.Module) -> torch.dtype:
 
 
 def describe(module: nn.Module) -> str:
-    """A module's class, and that of its weight where that says more."""
+    """A module's class, and its weight's class if that is no plain tensor."""
     kind, weight = type(module).__name__, getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or type(weight) in (Tensor, nn.Parameter):
         return kind
@@ -111,10 +111,10 @@ def describe(module: nn.Module) -> str:
 
 
 def _made_up(width: int) -> Tensor:
-    """Rows [6, width]: nothing, two of noise, one with a large channel, and two sums of these.
+    """Rows [6, width]: zeros, two of noise, one with a large channel, and two sums of these.
 
-    Rounded, so that the sums are exact in any dtype, and small, so that no noise counts as an
-    outlier.
+    The noise is rounded, so that the sums are exact in any dtype. It is small, so that none of
+    it counts as an outlier.
     """
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(2, width, generator=generator).mul(8).round().div(8).clamp(-3, 3)
@@ -125,7 +125,7 @@ def _made_up(width: int) -> Tensor:
 
 
 def _bend(seen: Tensor, eps: float) -> float:
-    """How far the outputs of the made-up rows are from those of a linear map, over rounding."""
+    """Distance of the test rows' outputs from those of a linear map, over rounding."""
     nothing, one, other, large, together, next_to_large = seen
     worst = 0.0
     for added, whole in ((other, together), (large, next_to_large)):
@@ -136,7 +136,7 @@ def _bend(seen: Tensor, eps: float) -> float:
 
 
 def _mismatch(seen: Tensor, rows: Tensor, d_KM: Tensor, u_KM: Tensor, eps: float) -> float:
-    """How far <d, f(x) - f(0)> is from <u, x>, over rounding, which is independent in each term."""
+    """Distance of <d, f(x) - f(0)> from <u, x>, over rounding (independent in each term)."""
     terms_out, terms_in = d_KM * (seen[1] - seen[0]), u_KM * rows[1]
     size = terms_out.norm(dim=-1) + terms_in.norm(dim=-1) + (d_KM * seen[0]).norm(dim=-1)
     miss = (terms_out.sum(-1) - terms_in.sum(-1)).abs()

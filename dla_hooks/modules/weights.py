@@ -1,9 +1,9 @@
 """A module's parameters, also while they are offloaded.
 
-accelerate keeps the parameters of an offloaded module on the meta device, and their values in a
-store (memory, or files) that hangs on the module's hook; they are there only while it runs. What
-a parameter looks like is read off the parameter itself. Of its values no more is read than is
-asked for: a file is cut into slices, or mapped, so that only what is looked at comes into memory.
+accelerate keeps the parameters of an offloaded module on the meta device. Their values are in a
+store (memory, or files) on the module's hook, and are loaded only while the module runs. Shape and
+dtype are read from the parameter itself. Values are read in slices, or from a mapped file, so that
+only the needed ones come into memory.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from dla_hooks.errors import InputError
 
 _TILE_ELEMENTS = 2**18
-"""Entries of a weight that are read at once, where a few of them are asked for (1 MiB)."""
+"""Number of weight entries read at once when a few rows are selected (1 MiB)."""
 
 
 def described(module: nn.Module, name: str) -> Tensor | None:
-    """A parameter, for its shape and dtype; its values may be elsewhere. Nothing is read.
+    """A parameter with its shape and dtype. No values are read; they may be elsewhere.
 
     Args:
         module: the module that has it.
@@ -47,8 +47,8 @@ def described(module: nn.Module, name: str) -> Tensor | None:
 def stored(module: nn.Module, name: str) -> Tensor | None:
     """A parameter's values, or None where the module has no such parameter.
 
-    What is offloaded is put where the module runs. On a CPU that is a view of the file, if that
-    has the model's dtype.
+    Offloaded values are moved to the device that the module runs on. On a CPU that is a view of
+    the file, if the file has the model's dtype.
 
     Raises:
         InputError: see :func:`described`.
@@ -58,7 +58,7 @@ def stored(module: nn.Module, name: str) -> Tensor | None:
 
 
 def made_of(tensor: Tensor) -> Iterator[Tensor]:
-    """A tensor; or, for one that wraps others (as codes and their scales), the plain ones in it."""
+    """Yield the plain tensors in a tensor: itself, or those it wraps (codes and their scales)."""
     flatten = getattr(tensor, "__tensor_flatten__", None)
     if flatten is None:
         yield tensor
@@ -68,13 +68,13 @@ def made_of(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def selected(module: nn.Module, name: str, ids: Tensor, axis: int = 0) -> Tensor | None:
-    """A few of a parameter's rows: no other part of a file is read.
+    """Read a few of a parameter's rows, and no other part of a file.
 
     Args:
         module: the module that has it.
         name: its name there.
         ids: which rows [n], on any device.
-        axis: along which axis of the parameter they lie.
+        axis: the axis of the parameter that they lie along.
 
     Returns:
         The rows [n, ...] (for axis 1, columns [..., n]) where the module runs, or None where it
@@ -88,7 +88,7 @@ def selected(module: nn.Module, name: str, ids: Tensor, axis: int = 0) -> Tensor
 
 
 def tiles(module: nn.Module, name: str, count: int, axis: int = 0) -> Iterator[Tensor]:
-    """The first ``count`` rows of a parameter, a few at a time; nothing if there is none.
+    """Yield the first ``count`` rows of a parameter, a few at a time; nothing if it is missing.
 
     Raises:
         InputError: see :func:`described`.
@@ -101,9 +101,10 @@ def tiles(module: nn.Module, name: str, count: int, axis: int = 0) -> Iterator[T
 
 
 def misfits(model: nn.Module) -> list[tuple[str, list[int], list[int]]]:
-    """Offloaded parameters whose values have another shape: their names, that shape, and theirs.
+    """List offloaded parameters whose stored values have another shape.
 
-    accelerate finds out only when it puts the values in. Nothing but the files' heads is read.
+    Each entry is the name, the stored shape, and the parameter's shape. accelerate itself notices
+    only when it loads the values. Only the headers of the files are read.
     """
     found = []
     for path, parameter in model.named_parameters():
@@ -117,7 +118,7 @@ def misfits(model: nn.Module) -> list[tuple[str, list[int], list[int]]]:
 
 
 def run_device(module: nn.Module) -> torch.device:
-    """Where a module's inputs belong: its weights' device, or the one that they are moved to."""
+    """The device that a module runs on, also while its weights are offloaded."""
     for hook in _hooks(module):
         device = getattr(hook, "execution_device", None)
         if device is not None:
@@ -128,13 +129,13 @@ def run_device(module: nn.Module) -> torch.device:
 
 @dataclass(frozen=True)
 class _Values:
-    """A parameter's values where they are kept, and how they become what the module runs with.
+    """A parameter's stored values, with the dtype and device that the module runs with.
 
     Attributes:
-        kept: a tensor, or safetensors' stand-in for one in a file: both are cut by slices.
+        kept: a tensor, or safetensors' slice object for one in a file. Both can be sliced.
         shape: the parameter's.
-        dtypes: what they are converted to, one after the other.
-        device: where they are put.
+        dtypes: the dtypes that they are converted to, in this order.
+        device: the device that they are moved to.
     """
 
     kept: Any
@@ -151,7 +152,7 @@ class _Values:
     def select(self, ids: Tensor, axis: int) -> Tensor:
         if isinstance(self.kept, Tensor):
             return self._ready(self.kept.index_select(axis, ids.to(self.kept.device)))
-        # A file is read in cuts, of which most hold none of a few rows.
+        # A file is read in cuts. Cuts without any of the rows are skipped.
         ids, step = ids.cpu(), self.rows_at_once(axis)
         shape = [*self.shape]
         shape[axis] = len(ids)
@@ -184,12 +185,12 @@ def _values(module: nn.Module, name: str) -> _Values | None:
         )
     store, key = _find(module, name)
     kept, dtype = _open(store, key)
-    # As accelerate does it: first to the dtype that its index names, then to the parameter's.
+    # The same two conversions as in accelerate: to the dtype of its index, then to the parameter's.
     return _Values(kept, parameter.shape, (dtype, parameter.dtype), run_device(module))
 
 
 def _find(module: nn.Module, name: str) -> tuple[Any, str]:
-    """The store that accelerate takes a parameter's values from, and their name in it."""
+    """Find accelerate's store of a parameter's values, and their name in it."""
     for hook in _hooks(module):
         store = getattr(hook, "weights_map", None)
         if store is not None:
@@ -206,7 +207,7 @@ def _find(module: nn.Module, name: str) -> tuple[Any, str]:
 
 
 def _open(store: Any, key: str) -> tuple[Any, torch.dtype]:
-    """What a store holds under a name, in memory or on disk, and the dtype that it is given."""
+    """Open the values of one name in a store, in memory or on disk, and name their dtype."""
     if key not in getattr(store, "state_dict", ()):
         entry = getattr(store, "index", {}).get(key)
         if entry is not None and entry.get("safetensors_file") is not None:

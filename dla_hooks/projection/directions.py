@@ -1,9 +1,9 @@
-"""What the targets are projected on, at one place of the model.
+"""Directions that activations are projected on, at one place of the model.
 
-A call may have one target, or another one at every position; then the directions together would
-be as large as an activation. ``Directions`` therefore stores a function that makes directions on
-demand. One or few are kept; otherwise they are made for one tile of entries at a time, from
-directions further down the model, and finally from rows of the unembedding.
+A call may have one target, or a different one at every position. In the second case all directions
+together would be as large as an activation. ``Directions`` therefore stores a function that makes
+directions on demand. One or few are kept; otherwise they are made for one tile of entries at a
+time, from directions later in the model, and finally from rows of the unembedding.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor
 from dla_hooks.projection.tiles import Tile
 
 _HELD_ELEMENTS = 2**21
-"""Elements of all directions together that may be kept for a call (8 MiB in float32)."""
+"""Largest number of elements of directions that a call keeps (8 MiB in float32)."""
 
 
 def few(n_targets: int, width: int) -> bool:
-    """Whether directions of some width are few enough to be kept."""
+    """True if the directions are few enough to be kept."""
     return n_targets == 1 or n_targets * width <= _HELD_ELEMENTS
 
 
@@ -28,7 +28,7 @@ class Directions:
     """One direction [width] per target.
 
     Args:
-        make: directions [k, width] of some targets [k], indices on the CPU.
+        make: from target indices [k], on the CPU, to their directions [k, width].
         n_targets: how many targets there are.
         dtype: of the directions: the dtype of every contraction with them.
     """
@@ -44,7 +44,7 @@ class Directions:
 
     @classmethod
     def held(cls, d_KM: Tensor) -> Directions:
-        """Directions that are made already, and kept."""
+        """Wrap directions that are made already, and keep them."""
         directions = cls(lambda _: d_KM, len(d_KM), d_KM.dtype)
         directions._held = True
         directions._on[d_KM.device] = d_KM
@@ -54,7 +54,7 @@ class Directions:
         return self._n_targets
 
     def of(self, targets: Tensor) -> Tensor:
-        """Directions [k, width] of some targets [k], where the weights are that make them."""
+        """Return directions [k, width] of some targets [k], on the device of their weights."""
         if not self._held:
             return self._make(targets)
         self.prepare()
@@ -62,23 +62,23 @@ class Directions:
         return made if self._n_targets == 1 else made.index_select(0, targets.to(home))
 
     def prepare(self) -> None:
-        """Make them now, if they are to be held."""
+        """Make all directions now, if they are few enough to be kept."""
         if self._held and not self._on:
             made = self._make(torch.arange(self._n_targets))
             self._on[made.device] = made
 
     def at(self, tile: Tile, device: torch.device) -> Tensor:
-        """Directions of a tile's targets, on a device."""
+        """Return the directions of a tile's targets, on a device."""
         if self._n_targets > 1:
             return self.of(tile.targets).to(device)
         return self.on(device)
 
     def on(self, device: torch.device) -> Tensor:
-        """The direction [1, width] of the only target, on a device."""
+        """Return the direction [1, width] of the only target, on a device."""
         if device not in self._on:
             self._on[device] = self.of(torch.zeros(1, dtype=torch.long)).to(device)
         return self._on[device]
 
     def then(self, change: Callable[[Tensor], Tensor]) -> Directions:
-        """The directions further up the model that ``change`` makes of these."""
+        """Make directions earlier in the model from these, by ``change``."""
         return Directions(lambda targets: change(self.of(targets)), self._n_targets, self.dtype)

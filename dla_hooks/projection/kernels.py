@@ -1,4 +1,4 @@
-"""The contractions: from what a hook sees to scalars, in place, a tile of positions at a time.
+"""The contractions: from an activation to scalars, in place, a tile of positions at a time.
 
 Letters in names give the axes:
 
@@ -53,8 +53,8 @@ def project_heads(
         folded: u, the directions pulled back through the output projection [head * d_head]
             (u_h = W_O[h] d), so that no head's write to the stream is ever built.
         out_HN: one scalar per head and entry, written in place.
-        constant_I: what to take off every z first [head * d_head].
-        of_constant_N: what was taken off all heads together, added to in place.
+        constant_I: a vector subtracted from every z first [head * d_head].
+        of_constant_N: the subtracted part of all heads together, added to in place.
     """
     n_heads = len(out_HN)
     for z_TI, tile in tiles(z, view, folded.dtype):
@@ -72,17 +72,17 @@ def project_heads(
 
 
 def frozen_scales(norm: Norm, x: Tensor, y: Tensor, view: View, out_N: Tensor) -> list[Tensor]:
-    """The scale that a norm divided by at each entry; see :func:`frozen_scale`.
+    """Compute the scale that a norm divided by at each entry; see :func:`frozen_scale`.
 
     Args:
         norm: its constants.
-        x: what went in, as the hook sees it.
-        y: what came out.
+        x: the norm's input, as the hook sees it.
+        y: the norm's output.
         view: where to read.
         out_N: one scale per entry, written in place.
 
     Returns:
-        What the norm's form leaves unexplained, for each tile.
+        The part of the output that the norm's form leaves unexplained, for each tile.
     """
     misfits = []
     pairs = zip(tiles(x, view, out_N.dtype), tiles(y, view, out_N.dtype), strict=True)
@@ -105,7 +105,7 @@ def project_constant(constant_M: Tensor, view: View, directions: Directions, out
 
 
 def tiles(x: Tensor, view: View, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tile]]:
-    """An activation at the entries in view, a tile at a time [T, d], in the accumulation dtype."""
+    """Yield an activation at the entries in view by tiles [T, d], in the accumulation dtype."""
     for place, tile in view.tiles(x.shape[-1], x.device):
         yield view.take(x, place).to(dtype), tile
 

@@ -1,7 +1,7 @@
-"""Where taps write their scalars, on whatever device each of them runs.
+"""Ledgers: the scalars that taps write, on each tap's own device.
 
 A ledger holds one number per row and entry. :class:`FixedRows` holds every row. :class:`TopRows`
-holds the strongest rows of each entry, and the sum of all rows apart from them.
+holds the strongest rows of each entry, and separately the sum of all rows.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from dla_hooks.projection.tiles import Tile
 
 
 class FixedRows:
-    """Rows of one number per entry, each written where its activation lives.
+    """Rows of one number per entry, each written on the device of its activation.
 
-    A model may be spread over devices. Its numbers meet on one of them once it has run, so that
-    no hook waits for another device.
+    A model may be spread over devices. The numbers are moved to one device after the run, so
+    that no hook waits for another device.
 
     Args:
         n_rows: number of rows.
@@ -41,18 +41,18 @@ class FixedRows:
         whole = self.on(device)
         for other, rows in self._on.items():
             if other != device:
-                whole += rows.to(device)  # zero but for the rows that were written there
+                whole += rows.to(device)  # zero in all rows that were not written there
         self._on = {device: whole}
         return whole
 
 
 class TopRows:
-    """The strongest rows of every entry, where there are too many rows to keep.
+    """The strongest rows of every entry, for units with too many rows to keep.
 
     Rows come in any order, some at a time, each of them once. Three things are kept: the ``k``
     rows of largest absolute value at each entry, the sum of all rows at each entry, and each
-    row's sum over the entries. The sum of all rows is accumulated from the rows as they come, so
-    the rest (that sum less the kept rows) is no remainder of a total.
+    row's sum over the entries. The sum of all rows is accumulated from the rows themselves. So the
+    rest (that sum minus the kept rows) is measured, not derived from a total.
 
     Args:
         k: rows to keep per entry; None keeps all.
@@ -67,7 +67,7 @@ class TopRows:
         self._on: dict[torch.device, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
 
     def add(self, values_RT: Tensor, rows_R: Tensor, tile: Tile) -> None:
-        """Take in some rows at the entries of one tile.
+        """Add some rows at the entries of one tile.
 
         Args:
             values_RT: their values.
@@ -88,7 +88,7 @@ class TopRows:
         index_KN[:, tile.index] = names.gather(0, kept)
 
     def gathered(self, device: torch.device | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What was kept, on one device.
+        """Return the kept numbers, on one device.
 
         Returns:
             Values [k, N] and row numbers [k, N], strongest first; the sum of all rows [N]; each

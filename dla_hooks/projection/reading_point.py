@@ -1,10 +1,10 @@
-"""Where the stream is read: the place, and the norm that stands behind it.
+"""Reading points: a place of the stream, and the norm after it.
 
     logit_t = cap( k * (W_U[t] . P(N(x)) + b_t) ),   N(x) = gamma * (x - centre(x)) / s + beta
 
 with P the (rare) linear modules between the norm and the unembedding. With s frozen at its actual
-value this is ``x . d / s + bias``. One reading point keeps s and the whole stream's projections;
-the parts of the stream are measured elsewhere, apart from them.
+value this is ``x . d / s + bias``. A reading point measures s and the projections of the whole
+stream. The parts of the stream are measured separately.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ FINAL_HOOK, LOGIT_HOOK = "final_hook", "logit_hook"
 
 @dataclass(frozen=True)
 class ReadingPoint:
-    """A place of the stream, and how it is read there.
+    """A place of the stream, with the norm that reads it.
 
     Attributes:
-        stream: the stream that is read: what enters the final norm.
-        norm_place: the norm behind it, or None where the stream is read as it is.
+        stream: the stream that is read: the final norm's input.
+        norm_place: the norm after it, or None where the stream is read without one.
         norm: that norm's constants.
         dtype: of all contractions.
         unembed: the module that makes logits of what is read, or None.
@@ -50,7 +50,7 @@ class ReadingPoint:
 
 @dataclass(frozen=True)
 class Reading:
-    """What was seen at a reading point.
+    """The numbers measured at a reading point.
 
     Attributes:
         scale_N: the norm's scale at every entry; ones where there is no norm.
@@ -69,12 +69,12 @@ class Reading:
 
     @property
     def total_N(self) -> Tensor:
-        """What the whole stream contributes to what is attributed [N]."""
+        """Contribution of the whole stream to the attributed number [N]."""
         return self.total_RN[0]
 
     @property
     def bias_N(self) -> Tensor:
-        """What that has besides the stream [N]."""
+        """Part of the attributed number that does not come from the stream [N]."""
         return self.bias_RN[0]
 
     def value_N(self, readout: int = 0) -> Tensor:
@@ -114,7 +114,7 @@ class PointRecorder:
         return self._logits is not None
 
     def taps(self, view: View) -> list[Tap]:
-        """What to watch while the entries in view are run."""
+        """Return the taps for a run of the entries in view."""
         place, norm = self._point.norm_place, self._point.norm
 
         def see_stream(call: Call) -> None:
@@ -140,7 +140,7 @@ class PointRecorder:
         return [*taps, Tap(place.ahead, see_norm, see_scale)]
 
     def finish(self) -> Reading:
-        """Bring everything together after a run."""
+        """Return the reading after a run."""
         rows = self._rows.gathered()
         scale_N, total_RN = rows[0], rows[1:]
         if self._point.norm_place is None:

@@ -1,7 +1,7 @@
-"""Entries in tiles: as many as a processor's cache holds, read together.
+"""Tiles of entries, each small enough for a processor's cache.
 
-The model may run a prompt in pieces. A view holds the entries of one piece, and how to read them
-off an activation of that piece.
+The model may run a prompt in pieces. A view holds the entries of one piece, and reads them from an
+activation of that piece.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.inputs.entries import Entries
 
 _TILE_ELEMENTS = {"cpu": 2**19}
-"""Elements of an activation in a tile: what a processor's cache holds (2 MiB in float32)."""
+"""Elements of an activation in a tile, small enough for a CPU's cache (2 MiB in float32)."""
 _TILE_ELEMENTS_ELSEWHERE = 2**24
-"""The same on other devices, where starting a kernel must cost little against running it."""
+"""Elements in a tile on other devices: large, so that kernel launches cost little."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Tile:
     """Some of the entries in view, read together.
 
     Attributes:
-        index: which of all entries they are: a slice, or indices on the device.
-        size: how many.
+        index: their places among all entries: a slice, or indices on the device.
+        size: their number.
         targets: their targets, on the CPU: one for all [1], one for each [size], or the distinct
             ones in any number between, to which ``which`` points.
         which: for every entry its place in ``targets`` [size] on the device, or None.
@@ -38,15 +38,15 @@ class Tile:
     which: Tensor | None
 
     def spread(self, rows_K: Tensor) -> Tensor:
-        """A row for every target in the tile as a row for every entry; or the one row for all."""
+        """Spread rows for the targets in the tile to rows for its entries (or one row for all)."""
         return rows_K if self.which is None else rows_K.index_select(0, self.which)
 
 
 class View:
-    """The entries whose columns are run together.
+    """The entries of one range of columns, which run together.
 
     Args:
-        entries: all of them.
+        entries: all entries of the call.
         start: the first column that is run.
         stop: the column after the last; None is the end of the prompt.
 
@@ -84,7 +84,7 @@ class View:
         return View(self._entries, start, stop)
 
     def take(self, x: Tensor, tile: slice = slice(None)) -> Tensor:
-        """The activations [tile, d] at the entries in view, or at some of them.
+        """Read the activations [tile, d] at the entries in view, or at some of them.
 
         Args:
             x: [batch, pos, d]; or [1, pos, d], shared by the rows; or [batch * pos, d], as
@@ -110,11 +110,11 @@ class View:
         return flat_x.index_select(0, self._indices(x.device)[place][tile])
 
     def tiles(self, width: int, device: torch.device) -> list[tuple[slice, Tile]]:
-        """The entries in view, cut into tiles: places among those in view, and the tile.
+        """Cut the entries in view into tiles: the place of each among them, and the tile.
 
         Args:
-            width: of the activations that are to be read.
-            device: where they are.
+            width: of the activations.
+            device: of the activations.
         """
         key = width, device
         if key not in self._tiles:
@@ -150,7 +150,7 @@ class View:
 
 
 def _run_of(numbers: Tensor) -> slice | None:
-    """The slice that a list of numbers is, or None where they are no neighbours in order."""
+    """Return consecutive numbers as a slice, or None for any others."""
     if not len(numbers):
         return slice(0, 0)
     first = int(numbers[0])

@@ -1,1 +1,1 @@
-"""Where a model writes to its residual stream: declarations, and the modules that they name."""
+"""Residual streams: declarations of their writes, and the modules that these name."""

@@ -1,8 +1,8 @@
-"""The words in which an adapter says where a model writes to its residual stream.
+"""Declarations: an adapter's list of the modules that write to the residual stream.
 
-A declaration names modules. It holds no values and no arithmetic: what the modules do to the
-stream (norms, scales, gains, caps, biases, head widths) is asked of the model itself, in
-:mod:`dla_hooks.modules.norms` and :mod:`dla_hooks.calibration.scales`.
+A declaration names modules. It holds no values and no arithmetic. Norms, scales, gains, caps,
+biases and head widths are measured on the model itself, in :mod:`dla_hooks.modules.norms` and
+:mod:`dla_hooks.calibration.scales`.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ class Heads:
 
 @dataclass(frozen=True)
 class Write:
-    """One term that blocks add to the residual stream; those without its module do not.
+    """One term that blocks add to the residual stream. Blocks without its module lack it.
 
     Attributes:
         label: what the term is called; block ``l`` labels it ``{l}_{label}``.
         module: the module, relative to the block, whose output is the term. Several names
-            stand for the first one that a block has: versions of transformers, and blocks of
-            different kinds in one model, differ in this.
+            stand for the first one that a block has. Names differ between versions of
+            transformers, and between kinds of block in one model.
         post_norm: the norm, in blocks that have it, between that output and the stream. The term
-            is then the norm's output, and parts of ``module``'s output are pushed through it.
+            is then the norm's output, and parts of ``module``'s output pass through it.
         heads: how the term splits into attention heads, if it does.
         beside: for a term that is added between this block and the next: the list of modules,
             from the causal LM downwards, whose next element holds ``module``.
@@ -53,19 +53,19 @@ class Write:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Where the models of one or more ``model_type`` keep what attribution needs.
+    """The declaration of the models of one or more ``model_type``.
 
     Attributes:
         model_types: the values of ``config.model_type`` that this describes.
         layers: the list of blocks, from the causal LM downwards.
         final_norm: the norm between the last block and the unembedding.
-        writes: what each block adds to the stream, in the order in which it is added.
+        writes: the terms that each block adds to the stream, in this order.
         positions: the module whose output is added to the token embeddings, if positions enter
             the stream (learned position embeddings); rotary and ALiBi models have none.
         position_limit: the config field with the longest prompt that the model's position table
-            can index, where a longer one cannot run.
-        start: the module whose output is where the stream begins, if that is not the first
-            block's input.
+            can index, if a longer one cannot run.
+        start: the module whose output begins the stream, if that is not the first block's
+            input.
         after_norm: linear modules, if any, between the final norm and the unembedding.
     """
 
@@ -81,13 +81,13 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why models of some types cannot be taken apart.
+    """The reason why models of some types cannot be attributed.
 
     Attributes:
         model_types: the values of ``config.model_type``.
-        place: where it fails.
-        reason: what is done there.
-        needed: what an attribution would need.
+        place: the part of the model that prevents it.
+        reason: the computation there.
+        needed: the extension that an attribution would need.
     """
 
     model_types: tuple[str, ...]

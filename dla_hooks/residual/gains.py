@@ -1,4 +1,4 @@
-"""Factors on the way to the stream's end: what later blocks multiply a part by."""
+"""Factors that later blocks multiply a part of the stream by."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dla_hooks.residual.stream import Block, Stream
 
 
 def constant_label(block: Block) -> str:
-    """The name of what a block adds besides its writes (a bare bias parameter, say)."""
+    """The label of the constant that a block adds besides its writes (e.g. a bare bias)."""
     return f"{block.layer}_constant"
 
 
@@ -33,7 +33,7 @@ def product(one: Tensor | None, other: Tensor | None) -> Tensor | None:
 
 
 def path_factors(stream: Stream, end: int | None = None) -> dict[str, Tensor | None]:
-    """Compute what the stream holds of every part: its response, times all later blocks' gains.
+    """Compute the factor of every part in the stream: its response times all later gains.
 
     Args:
         stream: the located model.

@@ -21,11 +21,11 @@ def locate(backend: Backend, architecture: Architecture) -> Stream:
     """Find every module that a declaration names.
 
     Args:
-        backend: of a model that it let through.
+        backend: of a model that it accepts.
         architecture: the declaration.
 
     Raises:
-        UnsupportedModelError: when the model does not have what the declaration says.
+        UnsupportedModelError: when the model lacks a module that the declaration names.
     """
     model = backend.root
     finder = _Finder(backend, architecture)
@@ -52,7 +52,7 @@ def locate(backend: Backend, architecture: Architecture) -> Stream:
 
 
 class _Finder:
-    """Resolves a declaration's paths and field names, and refuses with the one that is missing."""
+    """Resolves a declaration's paths and field names. A refusal names the missing one."""
 
     def __init__(self, backend: Backend, architecture: Architecture) -> None:
         self.backend = backend
@@ -93,7 +93,7 @@ class _Finder:
         return Place(found, self.architecture.final_norm)
 
     def optional(self, root: nn.Module, path: str) -> nn.Module | None:
-        """The module, or None where there is none or the config has switched it off."""
+        """Return the module, or None if it is missing or switched off by the config."""
         found: Any = root
         for name in filter(None, path.split(".")):
             found = getattr(found, name, None)
@@ -130,7 +130,7 @@ class _Finder:
         return self.with_uses(tuple(blocks))
 
     def with_uses(self, blocks: tuple[Block, ...]) -> tuple[Block, ...]:
-        """The blocks, with the use of every write counted: blocks may share its module."""
+        """Number the uses of every write's module, since blocks may share it."""
         total = Counter(write.written_by for block in blocks for write in block.writes)
         so_far: Counter[nn.Module] = Counter()
         counted = []
@@ -179,7 +179,7 @@ class _Finder:
         attention: Any = self.module(block, write.heads.proj.rpartition(".")[0])
         if isinstance(write.module, str) and write.heads.proj.startswith(f"{write.module}."):
             attention = self.module(block, write.module)  # a projection may be wrapped once more
-        # The layer knows best: layers of one model may differ, and then the config has no answer.
+        # The attention module first: layers may differ, and the config has one number for all.
         n_heads = getattr(attention, "num_heads", None)
         if isinstance(n_heads, bool) or not isinstance(n_heads, int):
             n_heads = self.number(write.heads.count)

@@ -56,7 +56,7 @@ def refusal_for(model_type: str) -> Refusal | None:
 
 
 def begins_with_bos(model_type: str) -> bool:
-    """True where prompts of this model type begin with a BOS by custom."""
+    """True if TransformerLens puts a BOS before prompts of this model type."""
     with _lock:
         _load_builtin()
         return model_type not in _without_bos
@@ -85,14 +85,14 @@ def _add(architecture: Architecture) -> None:
 
 
 def _adapters() -> ModuleType:
-    """The package of the adapters; in a checkout that is not installed, the folder beside this."""
+    """The package of the adapters; in an uninstalled checkout, the folder beside this one."""
     try:
         return importlib.import_module(_ADAPTERS)
     except ModuleNotFoundError as error:
         root = Path(__file__).parents[2]
         folder = root / "adapters"
         file = folder / "__init__.py"
-        # Beside an installed package that folder would be another package, of the same name.
+        # Beside an installed package, that folder would be an unrelated package of the same name.
         if not ((root / "pyproject.toml").is_file() and file.is_file()):
             raise ImportError(
                 "the adapters are not installed beside dla_hooks; in a checkout run "

@@ -17,19 +17,19 @@ from dla_hooks.residual.architecture import Architecture
 
 @dataclass(frozen=True)
 class HeadSite:
-    """Where the heads of one write can be seen, side by side.
+    """The place where the heads of one write can be read, side by side.
 
     Attributes:
-        proj: the module at whose input z can be seen: [batch, pos, n_heads * d_head], or with an
-            axis for the heads.
+        proj: the module whose input is z: [batch, pos, n_heads * d_head], or with an axis for
+            the heads.
         name: its path.
-        linear: what maps z to the stream; mostly ``proj`` itself.
+        linear: the map from z to the stream; mostly ``proj`` itself.
         attention: the module that holds the projection and reads the (normed) stream.
         n_heads: number of heads.
         d_head: width of one head.
         post_norm: the norm between the projection and the stream, if any.
         post_norm_name: its path.
-        use: which run of both it is, where blocks share them.
+        use: the run of both modules, where blocks share them.
     """
 
     proj: nn.Module
@@ -44,7 +44,7 @@ class HeadSite:
 
     @property
     def place(self) -> Place:
-        """Where z is seen: it enters the projection, or leaves a hook point."""
+        """The place of z: the projection's input, or a hook point's output."""
         return Place(self.proj, self.name, self.use)
 
     @property
@@ -55,11 +55,11 @@ class HeadSite:
         return Place(self.post_norm, self.post_norm_name, self.use)
 
     def z(self, call: Call) -> Tensor:
-        """z of a call of ``proj``: a hook point hands on what hooks make of it."""
+        """Read z from a call of ``proj``; at a hook point, after its hooks."""
         return self.flat(call.entered if self.linear is self.proj else call.left)
 
     def flat(self, z: Tensor) -> Tensor:
-        """z with its heads side by side [..., n_heads * d_head]."""
+        """Flatten z, so that its heads lie side by side [..., n_heads * d_head]."""
         return z if z.shape[-1] == self.n_heads * self.d_head else z.flatten(-2)
 
 
@@ -73,9 +73,9 @@ class WriteSite:
         module: the module that makes the term, before any post-norm.
         post_norm: the norm between it and the stream, if any.
         name: path of the module whose output enters the stream.
-        use: which run of that module it is, where blocks share it.
-        response: what the block's output multiplies the term by, [] or [d_model]; None is one.
-        heads: where its heads can be seen, if it has any.
+        use: the run of that module, where blocks share it.
+        response: the factor of the term in the block's output, [] or [d_model]; None is one.
+        heads: the place of its heads, if it has any.
     """
 
     label: str
@@ -94,12 +94,12 @@ class WriteSite:
 
     @property
     def kind(self) -> str:
-        """What the term is, whatever its block: ``attn_out``, ``mlp_out``."""
+        """The term without its block: ``attn_out``, ``mlp_out``."""
         return self.label.removeprefix(f"{self.layer}_")
 
     @property
     def place(self) -> Place:
-        """Where the term leaves for the stream."""
+        """The place where the term leaves for the stream."""
         return Place(self.written_by, self.name, self.use)
 
 
@@ -111,10 +111,10 @@ class Block:
         layer: its place in the stack.
         module: the block.
         name: its path.
-        use: which run of the module it is.
-        writes: what it adds to the stream, in order.
-        gain: what it multiplies its input by, [] or [d_model]; None is one.
-        constant: what it adds besides its writes [d_model]; None is nothing.
+        use: the run of the module.
+        writes: the terms that it adds to the stream, in order.
+        gain: the factor of its input, [] or [d_model]; None is one.
+        constant: the vector that it adds besides its writes [d_model]; None is nothing.
     """
 
     layer: int
@@ -136,22 +136,22 @@ class Stream:
     """A model's residual stream, from block 0 to the logits.
 
     Attributes:
-        backend: what kind of model it is, and how it is run.
-        architecture: the declaration it was located by.
+        backend: the kind of model, which runs it.
+        architecture: the declaration that it was located by.
         blocks: the stack.
-        positions: where positions are added to the stream, if they are.
-        declared_start: where the stream begins, if that is not block 0's input.
+        positions: the place of the position embeddings, if they are added to the stream.
+        declared_start: the beginning of the stream, if that is not block 0's input.
         final_norm: the last norm, in the last of its runs.
         after_norm: linear modules between it and the unembedding.
         unembed: the output embedding.
         d_model: width of the stream.
         vocabulary: number of tokens that the unembedding scores.
-        logit_scale: what the logits are multiplied by.
+        logit_scale: the factor of the logits.
         softcap: the cap on the logits, or None.
-        stream_dtype: in which the blocks are added up.
-        positions_response: what the stream's beginning multiplies positions by; None is one.
-        version: of the model, as its scales were measured.
-        remembered: whether the answers come from an earlier call.
+        stream_dtype: the dtype in which the blocks are added up.
+        positions_response: the factor of positions at the stream's beginning; None is one.
+        version: the model's version when its scales were measured.
+        remembered: whether the scales come from an earlier call.
         position_limit: the longest prompt that can run, or None where there is no fixed limit.
     """
 
@@ -185,16 +185,16 @@ class Stream:
 
     @property
     def start(self) -> Place:
-        """Where the stream begins."""
+        """The beginning of the stream."""
         return self.declared_start or self.blocks[0].input
 
     @property
     def last(self) -> Place:
-        """The last stream: what enters the final norm."""
+        """The last stream: the final norm's input."""
         return self.final_norm.entered
 
     def input_of(self, block: Block) -> Place:
-        """The stream before a block; before the first one it may be declared elsewhere."""
+        """The stream before a block; for the first one, its declared start."""
         return self.start if block is self.blocks[0] else block.input
 
     @cached_property
@@ -209,7 +209,7 @@ class Stream:
 
     @cached_property
     def coarsest_dtype(self) -> torch.dtype:
-        """Of the weights' and the stream's, the dtype that rounds more (Mamba adds in float32)."""
+        """The coarser of the weights' and the stream's dtype (Mamba adds in float32)."""
         return max(self.dtype, self.stream_dtype, key=lambda dtype: torch.finfo(dtype).eps)
 
     @cached_property

@@ -1,8 +1,8 @@
-"""Whether a declaration is true of a model, block by block.
+"""Check a declaration against a model, block by block.
 
-A few tokens are run, and everything that a declaration claims is recomputed from what the model
-did: each block's output is its input plus its writes, heads make up what they are said to make
-up, and the readout gives the model's logits. It is what a failed check uses to say where.
+A few tokens are run, and every claim of the declaration is recomputed from the activations. Each
+block's output is its input plus its writes. Heads sum to their write. The readout gives the model's
+logits. A failed check uses this to name the place.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ _TOKENS = 64
 
 @dataclass(frozen=True)
 class Line:
-    """One thing that was verified.
+    """One claim that was verified.
 
     Attributes:
         place: a module's path, or a layer.
-        claim: what should hold there.
-        gap: how far it is off, over the size of what it should equal.
-        ok: whether that is rounding; None where the model's form does not let it be told.
-        note: what was seen instead, when it is not, or why it cannot be told.
+        claim: the equation that should hold there.
+        gap: the difference of its two sides, over the size of the expected one.
+        ok: whether that is rounding; None where the model's form does not allow the check.
+        note: the observation when it is not, or the reason why it cannot be checked.
     """
 
     place: str
@@ -52,12 +52,12 @@ class Line:
 
 @dataclass(frozen=True)
 class Verification:
-    """What :func:`verify` found.
+    """The report of :func:`verify`.
 
     Attributes:
         model: the model's class and type.
         dtype: of its weights.
-        lines: everything that was verified, from the first block to the logits.
+        lines: all claims, from the first block to the logits.
     """
 
     model: str
@@ -66,7 +66,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """Whether everything holds that can be told."""
+        """True if every claim that can be checked holds."""
         return all(line.ok is not False for line in self.lines)
 
     @property
@@ -75,7 +75,7 @@ class Verification:
         return max(line.gap for line in self.lines)
 
     def diagnosis(self) -> str:
-        """One sentence: the first thing that does not add up, or that everything does."""
+        """One sentence: the first claim that does not hold, or that all of them do."""
         for line in self.lines:
             if line.ok is False:
                 broken = f"First break: {line.place}: {line.claim}, but is off by {line.gap:.1e}."
@@ -104,7 +104,7 @@ def trace_report(stream: Stream, prompt: Prompt | None = None) -> Verification:
 
     Args:
         stream: the located model.
-        prompt: run on the beginning of its first row; made-up tokens when None.
+        prompt: the beginning of its first row is run; None runs synthetic tokens.
     """
     if prompt is None:
         prompt = short_prompt(stream, length=_LONGEST)
@@ -122,7 +122,7 @@ def trace_report(stream: Stream, prompt: Prompt | None = None) -> Verification:
 
 
 class _Trace:
-    """Everything that a few tokens wrote, kept whole (they are few)."""
+    """The activations of a few tokens, kept whole because they are few."""
 
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
@@ -130,7 +130,7 @@ class _Trace:
         rounding = torch.finfo(stream.coarsest_dtype).eps
         self.tolerance = max(4 * rounding, 1e-5 if rounding > 1e-9 else 1e-9)
         self.logit_tolerance = max(16 * rounding, 1e-5)
-        # A few random directions and tokens tell a wrong map from a right one as well as all do.
+        # A few random directions and tokens expose a wrong map as well as all of them do.
         generator = torch.Generator().manual_seed(3)
         self.directions = torch.randn(4, stream.d_model, generator=generator, dtype=torch.float64)
         self.tokens = torch.randperm(stream.vocabulary, generator=generator)[:_TOKENS]
@@ -171,7 +171,7 @@ class _Trace:
         return lines
 
     def heads(self) -> list[Line]:
-        """Projection(z) = sum of heads + bias, and it is what the sublayer writes."""
+        """Projection(z) = sum of heads + bias = the sublayer's write."""
         lines = []
         for write in self.stream.writes:
             if write.heads is None:
@@ -185,7 +185,7 @@ class _Trace:
             directions, name = self.directions.to(self._device(write)), write.heads.name
             try:
                 u = pull_back(write.heads.linear, directions, name).cpu()
-            except UnsupportedModelError as error:  # the components may add up all the same
+            except UnsupportedModelError as error:  # the components may still add up
                 lines.append(Line(name, claim, 0.0, None, str(error)))
                 continue
             split, whole = z @ u.T + self.directions @ bias, wrote @ self.directions.T
@@ -195,10 +195,10 @@ class _Trace:
         return lines
 
     def readout(self, logits: Tensor) -> Line:
-        """k * (W_U N(x) + b), capped, is what the model returns."""
+        """k * (W_U N(x) + b), capped, = the model's logits."""
         stream = self.stream
         readout = read_out(stream, TokenPairs(self.tokens, None), center_unembed=False)
-        # The last of them: a model may put positions of its own before the prompt.
+        # Only the last positions: a model may put positions of its own before the prompt.
         d_KM = readout.d_KM
         x, y = (t[-self.length :].to(d_KM) for t in self.seen["norm", 0])
         scale_N, _ = frozen_scale(norm_at(stream, stream.final_norm), x, y)
@@ -214,7 +214,7 @@ class _Trace:
         return Line(stream.final_norm.name, "unembedding of the norm = logits", gap, ok, note)
 
     def _blame(self, sites: tuple[WriteSite, ...], writes: list[Tensor], change: Tensor) -> str:
-        """Which write enters with which factor, by least squares; or that something is missing."""
+        """Find the write with a wrong factor by least squares, or report a missing write."""
         columns = torch.stack([write.reshape(-1) for write in writes], dim=1)
         target = change.reshape(-1, 1)
         factors = torch.linalg.lstsq(columns, target).solution[:, 0]

@@ -46,7 +46,7 @@ def bench(request):
 
 @pytest.mark.parametrize("pos", POSITIONS)
 @pytest.mark.parametrize("unit", UNITS)
-def test_the_contenders_agree(bench, unit, pos):
+def test_contenders_agree(bench, unit, pos):
     name = bench.model("hf").config.model_type
     setting = Setting(f"tiny-{name}", tokens=12, batch=2, unit=unit, pos=pos)
     found = {one.other: one for one in prove_on(bench, list(HERE), setting)}
@@ -57,7 +57,7 @@ def test_the_contenders_agree(bench, unit, pos):
 
 @pytest.mark.parametrize("pos", POSITIONS)
 @pytest.mark.parametrize("unit", UNITS)
-def test_activations_projected_by_hand_are_the_same_numbers(bench, unit, pos):
+def test_activations_projected_by_hand_match(bench, unit, pos):
     """What tools that save activations are timed at, here saved by bare hooks of torch."""
     model_type = bench.model("hf").config.model_type
     setting = Setting(f"tiny-{model_type}", tokens=9, batch=2, unit=unit, pos=pos)
@@ -125,7 +125,7 @@ def _lost(out, setting):
     ],
     ids=["off by a hundredth", "nan", "renamed", "lost"],
 )
-def test_a_contender_that_is_wrong_is_caught_and_nothing_is_timed(monkeypatch, read, message):
+def test_wrong_contender_is_named_and_nothing_is_timed(monkeypatch, read, message):
     wrong = dataclasses.replace(CONTENDERS[OURS], name="output_hidden_states", read=read)
     monkeypatch.setitem(CONTENDERS, "output_hidden_states", wrong)
     setting = Setting("tiny-gpt2", tokens=12)
@@ -140,7 +140,7 @@ def test_a_contender_that_is_wrong_is_caught_and_nothing_is_timed(monkeypatch, r
     assert done.stdout == ""
 
 
-def test_a_wrong_attribution_of_this_library_is_caught_too(monkeypatch):
+def test_wrong_attribution_of_this_library_is_found(monkeypatch):
     """By the plain pass, whose logit shares no code with it."""
 
     def wrong(*args, **options):
@@ -267,7 +267,7 @@ def test_missing_peers_are_left_out_by_name_with_the_command_that_helps(monkeypa
     assert set(filed["skipped"]) | set(HERE) == set(contenders.COMPARED)
 
 
-def test_a_transformer_lens_without_hooked_transformers_is_told(monkeypatch):
+def test_missing_hooked_transformer_is_reported(monkeypatch):
     monkeypatch.setattr(peers, "version", lambda package: "4.3.0")
     assert "4.3.0 has no HookedTransformer" in str(
         contenders.missing("HookedTransformer, full cache")
@@ -275,7 +275,7 @@ def test_a_transformer_lens_without_hooked_transformers_is_told(monkeypatch):
     assert contenders.missing("bridge, full cache") is None
 
 
-def test_the_table_as_markdown(monkeypatch):
+def test_table_is_printed_as_markdown(monkeypatch):
     monkeypatch.setattr("benchmarks.compare.measurable", lambda device: False)
     done = run("table", "--model", "tiny-llama", "--tokens", "12", "--repeats", "1", "--markdown")
     rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
@@ -290,7 +290,7 @@ def test_the_table_as_markdown(monkeypatch):
     assert len({row.count("|") for row in rows}) == 1
 
 
-def test_without_arguments_it_says_what_to_run_first():
+def test_no_arguments_prints_first_command():
     done = CliRunner().invoke(app, [])
     text = done.stdout + done.stderr
     assert "Run 'table' first" in " ".join(text.split())
@@ -318,13 +318,13 @@ def test_without_arguments_it_says_what_to_run_first():
         (("bars", "--only", "chunks", "--tokens", "8"), "chunks needs 16 tokens at least; got 8"),
     ],
 )
-def test_what_cannot_be_measured_is_refused_before_any_work(arguments, message):
+def test_unmeasurable_options_are_refused_before_work(arguments, message):
     done = run(*arguments, code=2)
     assert message in " ".join(done.stderr.replace("│", " ").split())
 
 
 @pytest.mark.parametrize("package", ["altair", "vl_convert"])
-def test_what_draws_is_asked_for_before_anything_is_measured(monkeypatch, tmp_path, package):
+def test_missing_plot_packages_are_named_before_work(monkeypatch, tmp_path, package):
     for name in ("altair", "vl_convert"):
         pytest.importorskip(name)
     monkeypatch.setitem(sys.modules, package, None)
@@ -340,14 +340,14 @@ def test_what_draws_is_asked_for_before_anything_is_measured(monkeypatch, tmp_pa
 
 
 @pytest.mark.parametrize("name", [name for name in bars.BARS if name not in ("offload", "many")])
-def test_the_lengths_of_a_bar_are_held_against_the_model(name):
+def test_bar_lengths_beyond_the_model_are_refused(name):
     done = run("bars", "--only", name, "--model", "tiny-gpt2", code=2)
     text = " ".join(done.stderr.split())
     assert f"{name} measures prompts of" in text
     assert "tiny-gpt2 takes at most 256; give other lengths" in text
 
 
-def test_the_help_tells_cases_contenders_and_positions():
+def test_help_lists_cases_contenders_and_positions():
     done = run("bars", "--help")
     lines = [line.strip() for line in done.stdout.splitlines()]
     for name, case in bars.BARS.items():
@@ -404,7 +404,7 @@ def test_a_missed_bar_fails_only_when_asked_to(monkeypatch, at_least):
     run("bars", "--only", "memory", "--strict", code=1)
 
 
-def test_cases_that_cannot_be_measured_here_say_why(monkeypatch, tmp_path):
+def test_unmeasurable_cases_give_reason(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(peers, "version", lambda package: None)
     figures = tmp_path / "bars.json"
@@ -434,7 +434,7 @@ def test_every_bar_runs_on_a_tiny_model(name, tmp_path):
     assert all(one["ratio"]["median"] > 0 for one in filed)
 
 
-def test_named_sizes_are_what_their_names_say():
+def test_named_sizes_match_parameter_counts():
     from transformers import AutoConfig, AutoModelForCausalLM
 
     millions = {}
@@ -456,7 +456,7 @@ def test_named_sizes_are_what_their_names_say():
 @pytest.mark.parametrize("pos", POSITIONS)
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("model", TINY)
-def test_the_peers_that_are_installed_agree_too(model, unit, pos):
+def test_installed_peers_agree(model, unit, pos):
     names, skipped = contenders.split_missing(set(contenders.COMPARED) - set(HERE))
     if not names:
         pytest.skip("; ".join(dict.fromkeys(skipped.values())))

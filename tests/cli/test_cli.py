@@ -81,7 +81,7 @@ def failed(done, *words):
 
 class TestAttribute:
     @pytest.mark.parametrize("unit", UNIT_NAMES)
-    def test_rows_are_the_library_s(self, folder, unit):
+    def test_rows_match_library(self, folder, unit):
         done = attribute(folder, "--incorrect", " Berlin", "--unit", unit)
         assert done.exit_code == 0, done.output
         result = expected(" Berlin", unit=unit)
@@ -113,18 +113,18 @@ class TestAttribute:
             ("::2", "mean over 3 positions"),
         ],
     )
-    def test_pos(self, folder, pos, words):
+    def test_pos_is_followed(self, folder, pos, words):
         done = attribute(folder, "--pos", pos)
         assert done.exit_code == 0, done.output
         assert words in done.stdout
 
     @pytest.mark.parametrize("pos", ["", "x", "1:2:3:4", "1.5", "a:b"])
-    def test_pos_that_is_none_is_bad_usage(self, pos):
+    def test_unreadable_pos_is_bad_usage(self, pos):
         done = attribute("never-loaded", "--pos", pos)
         assert done.exit_code == 2
         assert "--pos" in done.stderr
 
-    def test_json(self, folder, tmp_path):
+    def test_json_matches_library(self, folder, tmp_path):
         file = tmp_path / "r.json"
         done = attribute(folder, "--incorrect", " Berlin", "--json", file)
         assert f"wrote {file}" in done.stderr
@@ -137,7 +137,7 @@ class TestAttribute:
         assert (data["answer"], data["incorrect"]) == ([" Paris"], [" Berlin"])
         assert data["tokens"] == [["The", " cat", " sat", " on", " the", " mat"]]
 
-    def test_csv_and_plots(self, folder, tmp_path):
+    def test_csv_and_plots_are_written(self, folder, tmp_path):
         file = tmp_path / "r.csv"
         done = attribute(
             folder, "--pos", "all", "--csv", file, "--plot", tmp_path / "p.svg", "--unit", "head"
@@ -151,14 +151,14 @@ class TestAttribute:
         assert total == pytest.approx(float(result.attribution.sum()), abs=1e-3)
         assert "L2H3" in (tmp_path / "p.svg").read_text(encoding="utf-8")
 
-    def test_dtype(self, folder, tmp_path):
+    def test_dtype_is_followed(self, folder, tmp_path):
         attribute(folder, "--dtype", "float64", "--json", tmp_path / "r.json")
         assert json.loads((tmp_path / "r.json").read_text())["gap"] < 1e-12
         attribute(folder, "--dtype", "bfloat16", "--json", tmp_path / "b.json")
         assert json.loads((tmp_path / "b.json").read_text())["gap"] > 1e-4
 
     @pytest.mark.parametrize("options", [("disk",), ("auto", "--max-memory", "40KB")])
-    def test_weights_that_are_left_on_disk(self, folder, options):
+    def test_device_map_disk_matches_memory(self, folder, options):
         pytest.importorskip("accelerate")
         done = attribute(folder, "--unit", "head", "--device-map", *options)
         assert done.exit_code == 0, done.output
@@ -168,7 +168,7 @@ class TestAttribute:
         for label, value in zip(result.labels, result.mean().tolist(), strict=True):
             assert float(rows[label]) == pytest.approx(value, abs=1e-3)
 
-    def test_a_prompt_in_chunks(self, folder, tmp_path):
+    def test_chunk_size_matches_whole_prompt(self, folder, tmp_path):
         whole, chunks = tmp_path / "whole.json", tmp_path / "chunks.json"
         attribute(folder, "--unit", "head", "--json", whole)
         done = attribute(folder, "--unit", "head", "--json", chunks, "--chunk-size", "2")
@@ -177,17 +177,17 @@ class TestAttribute:
         assert found[1] == [pytest.approx(row, abs=1e-4) for row in found[0]]
         failed(attribute(folder, "--chunk-size", "0"), "chunk_size must be a positive number")
 
-    def test_bos_is_put_first_when_asked(self, folder, tmp_path):
+    def test_bos_option_prepends_bos(self, folder, tmp_path):
         for option, first in (("--prepend-bos", "<bos>"), ("--no-prepend-bos", "The")):
             attribute(folder, option, "--json", tmp_path / "r.json")
             assert json.loads((tmp_path / "r.json").read_text())["tokens"][0][0] == first
 
-    def test_the_demo_model_by_name(self):
+    def test_demo_is_accepted_as_model_name(self):
         done = call("attribute", "demo", "The keys near the cabinet", "--answer", " are")
         assert done.exit_code == 0, done.output
         assert "GPT2LMHeadModel (gpt2)" in done.stdout
 
-    def test_colour_only_where_asked_for(self, folder):
+    def test_colour_is_used_only_on_request(self, folder):
         plain = attribute(folder).stdout
         assert "\x1b" not in plain
         coloured = attribute(folder, NO_COLOR="", FORCE_COLOR="1").stdout
@@ -203,35 +203,35 @@ class TestAttribute:
 
 
 class TestErrors:
-    def test_an_answer_of_several_tokens(self, folder):
+    def test_answer_of_several_tokens_fails(self, folder):
         failed(call("attribute", folder, PROMPT, "--answer", " cat sat"), "2 tokens")
 
-    def test_a_position_out_of_range(self, folder):
+    def test_position_out_of_range_fails(self, folder):
         failed(attribute(folder, "--pos", "6"), "position 6 is out of range")
 
-    def test_where_the_weights_go(self, folder):
+    def test_conflicting_placement_options_fail(self, folder):
         pytest.importorskip("accelerate")
         failed(attribute(folder, "--max-memory", "4GiB"), "max_memory='4GiB'", "--device-map")
         failed(attribute(folder, "--device-map", "disk", "--max-memory", "4"), "is no size")
         failed(attribute(folder, "--device-map", "disk", "--device", "cpu"), "give one of them")
 
-    def test_a_folder_that_is_not_there(self):
+    def test_missing_folder_fails(self):
         failed(attribute("./nowhere"), "there is no folder ./nowhere")
 
-    def test_no_tokenizer(self, tmp_path):
+    def test_missing_tokenizer_fails(self, tmp_path):
         build("gpt2", dtype=torch.float32).save_pretrained(tmp_path)
         failed(attribute(tmp_path), "has no tokenizer")
         assert call("verify", tmp_path).exit_code == 0
 
     @pytest.mark.parametrize("option", ["--json", "--csv", "--plot"])
-    def test_an_output_that_cannot_be_written_is_found_before_loading(self, tmp_path, option):
+    def test_unwritable_output_fails_before_loading(self, tmp_path, option):
         missing = tmp_path / "nowhere" / "out.svg"
         failed(attribute("never-loaded", option, missing), "cannot write", "there is no folder")
 
-    def test_a_plot_with_another_suffix(self, tmp_path):
+    def test_plot_with_unknown_suffix_fails(self, tmp_path):
         failed(attribute("never-loaded", "--plot", tmp_path / "p.pdf"), ".html, .png, .svg")
 
-    def test_brackets_in_a_message_are_no_markup(self):
+    def test_brackets_in_messages_are_printed(self):
         failed(attribute("./[bold]x"), "./[bold]x")
 
     @pytest.mark.parametrize(
@@ -246,12 +246,12 @@ class TestErrors:
             (),
         ],
     )
-    def test_bad_usage(self, args):
+    def test_bad_usage_exits_with_two(self, args):
         done = call(*args)
         assert done.exit_code == 2
         assert "Traceback" not in done.output
 
-    def test_interrupted(self, monkeypatch):
+    def test_interrupt_exits_with_130(self, monkeypatch):
         def interrupt(*_, **__):
             raise KeyboardInterrupt
 
@@ -267,13 +267,13 @@ class TestErrors:
 
 
 class TestVerify:
-    def test_a_model_that_adds_up(self, folder):
+    def test_verify_passes_and_exits_zero(self, folder):
         done = call("verify", folder)
         assert done.exit_code == 0
         assert "GPT2LMHeadModel (gpt2), float32: adds up" in done.stdout
         assert done.stdout.count("\n  ok ") == 7
 
-    def test_one_that_does_not(self, folder, monkeypatch):
+    def test_verify_fails_and_exits_one(self, folder, monkeypatch):
         from dla_hooks.verification.trace import Line, Verification
 
         bad = Verification("M (m)", "float32", (Line("h.0", "out = in + writes", 0.3, False),))
@@ -283,15 +283,15 @@ class TestVerify:
         assert "DOES NOT ADD UP" in done.stdout
         assert "BAD" in done.stdout
 
-    def test_dtype(self, folder):
+    def test_dtype_is_followed(self, folder):
         assert "(gpt2), float64: adds up" in call("verify", folder, "--dtype", "float64").stdout
 
-    def test_weights_that_are_left_on_disk(self, folder):
+    def test_device_map_disk_matches_memory(self, folder):
         pytest.importorskip("accelerate")
         done = call("verify", folder, "--device-map", "disk", "--max-memory", "40KB")
         assert "(gpt2), float32: adds up" in done.stdout
 
-    def test_the_options_for_weights_that_do_not_fit_are_explained(self):
+    def test_help_explains_placement_options(self):
         for command in ("attribute", "verify"):
             text = call(command, "--help", COLUMNS="120").stdout
             assert "--device-map" in text
@@ -307,7 +307,7 @@ class TestList:
         known = {name for arch in dla_hooks.architectures() for name in arch.model_types}
         assert named == sorted(known)
 
-    def test_what_is_special_is_read_from_the_declaration(self):
+    def test_list_notes_come_from_declarations(self):
         text = call("list", COLUMNS="160").stdout
         lines = {line.split()[0]: line for line in text.splitlines() if line.strip()}
         assert "a norm after each sublayer" in lines["gemma2"]
@@ -357,29 +357,29 @@ class TestStartsFast:
         return done.stdout.rsplit("LOADED ")[-1].strip()
 
     @pytest.mark.parametrize("args", ["--help", "attribute --help", "--version", "list"])
-    def test_without_torch(self, args):
+    def test_light_commands_do_not_import_torch(self, args):
         code = f"from dla_hooks.cli.app import app; app({args.split()})"
         assert self.loaded(code) == "[]"
 
     def test_importing_loads_nothing_heavy(self):
         assert self.loaded("import dla_hooks, dla_hooks.cli.app") == "[]"
 
-    def test_this_test_can_fail(self):
+    def test_loading_verify_imports_torch(self):
         assert self.loaded("import dla_hooks; dla_hooks.verify") == "['torch', 'transformers']"
 
 
 class TestProcess:
-    def test_version(self):
+    def test_version_is_printed(self):
         done = run("--version")
         assert (done.returncode, done.stdout) == (0, f"dla-hooks {dla_hooks.__version__}\n")
 
-    def test_one_line_and_exit_code_one(self):
+    def test_error_is_one_line_with_exit_code_one(self):
         done = run("verify", "./nowhere")
         assert done.returncode == 1
         assert done.stdout == ""
         assert done.stderr == "error: there is no folder ./nowhere\n"
 
-    def test_a_terminal_without_block_characters(self, folder):
+    def test_terminal_without_block_characters_gets_rows(self, folder):
         done = run(
             "attribute",
             folder,

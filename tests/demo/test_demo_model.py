@@ -121,7 +121,7 @@ def test_held_out_examples_differ_and_follow_from_the_seed() -> None:
     assert first != demo.held_out("agreement", 50, seed=4)
 
 
-def test_held_out_refuses_what_it_cannot_give() -> None:
+def test_held_out_refuses_impossible_requests() -> None:
     with pytest.raises(ValueError, match="unknown task 'translation'"):
         demo.held_out("translation", 1)
     with pytest.raises(ValueError, match="fewer than 2500 different"):
@@ -144,7 +144,7 @@ def test_leading_spaces_belong_to_the_word_as_in_gpt2(loaded: Loaded) -> None:
     assert tokenizer.tokenize("When Mary") == ["When", "\u0120Mary"]
 
 
-def test_what_the_tokenizer_gives_is_what_the_model_takes(loaded: Loaded) -> None:
+def test_tokenizer_output_runs_in_the_model(loaded: Loaded) -> None:
     model, tokenizer = loaded
     batch = tokenizer(demo.examples()[0].prompt, return_tensors="pt")
     assert set(batch) == {"input_ids", "attention_mask"}

@@ -44,13 +44,13 @@ def truth(model):
     ids=repr,
 )
 @pytest.mark.parametrize("pos", [-1, None], ids=["last", "all"])
-def test_one_token_is_shared_by_all(model, truth, answer, pos):
+def test_one_token_broadcasts_to_all_entries(model, truth, answer, pos):
     result = direct_logit_attribution(model, IDS, answer, pos=pos).attribution
     torch.testing.assert_close(result, truth(5) if pos is None else truth(5)[..., -1])
 
 
 @pytest.mark.parametrize("as_list", [False, True])
-def test_one_per_row_at_one_position(model, truth, as_list):
+def test_answers_per_row_fit_one_position(model, truth, as_list):
     tokens = [4, 9, 4]
     answer = tokens if as_list else torch.tensor(tokens)
     result = direct_logit_attribution(model, IDS, answer, pos=2).attribution
@@ -60,7 +60,7 @@ def test_one_per_row_at_one_position(model, truth, as_list):
 
 
 @pytest.mark.parametrize("shape", [(BATCH,), (BATCH, 1)])
-def test_one_per_row_at_every_position(model, truth, shape):
+def test_answers_per_row_broadcast_over_positions(model, truth, shape):
     tokens = torch.tensor([4, 9, 11])
     result = direct_logit_attribution(model, IDS, tokens.reshape(shape), pos=None).attribution
     for row, token in enumerate(tokens.tolist()):
@@ -68,14 +68,14 @@ def test_one_per_row_at_every_position(model, truth, shape):
 
 
 @pytest.mark.parametrize("shape", [(WIDTH,), (1, WIDTH)])
-def test_one_per_position_shared_by_rows(model, truth, shape):
+def test_answers_per_position_broadcast_over_rows(model, truth, shape):
     tokens = torch.tensor([4, 9, 11, 2, 9])
     result = direct_logit_attribution(model, IDS, tokens.reshape(shape), pos=None).attribution
     for column, token in enumerate(tokens.tolist()):
         torch.testing.assert_close(result[:, :, column], truth(token)[:, :, column])
 
 
-def test_as_many_rows_as_positions_means_rows(model, truth):
+def test_ambiguous_axis_is_read_as_rows(model, truth):
     tokens = torch.tensor([4, 9, 11])
     result = direct_logit_attribution(model, IDS, tokens, pos=[0, 1, 2]).attribution
     for row, token in enumerate(tokens.tolist()):
@@ -83,7 +83,7 @@ def test_as_many_rows_as_positions_means_rows(model, truth):
 
 
 @pytest.mark.parametrize("unit", UNIT_NAMES)
-def test_the_actual_next_token_at_every_position(model, unit):
+def test_next_token_at_every_position_is_exact(model, unit):
     after = IDS[:, 1:]
     result = direct_logit_attribution(model, IDS, after, unit=unit, pos=(None, -1))
     assert result.attribution.shape[1:] == (BATCH, WIDTH - 1)
@@ -100,7 +100,7 @@ def test_the_actual_next_token_at_every_position(model, unit):
         )
 
 
-def test_many_answers_at_one_position_of_one_prompt(model, truth):
+def test_many_answers_fit_one_position_of_one_prompt(model, truth):
     tokens = torch.tensor([4, 9, 11, 2])
     for answer in (tokens, tokens[None], tokens.tolist()):
         result = direct_logit_attribution(model, IDS[:1], answer)
@@ -111,7 +111,7 @@ def test_many_answers_at_one_position_of_one_prompt(model, truth):
             )
 
 
-def test_many_answers_at_one_kept_position(model, truth):
+def test_many_answers_fit_one_kept_position(model, truth):
     tokens = torch.tensor([4, 9, 11, 2])
     result = direct_logit_attribution(model, IDS[:1], tokens, pos=[-1]).attribution
     assert result.shape[1:] == (1, 4)
@@ -119,7 +119,7 @@ def test_many_answers_at_one_kept_position(model, truth):
 
 
 @pytest.mark.parametrize("unit", UNIT_NAMES)
-def test_a_difference_is_the_difference_of_two(model, unit):
+def test_logit_difference_equals_difference_of_results(model, unit):
     right, wrong = torch.tensor([4, 9, 11]), torch.tensor([8, 7, 4])
     both = direct_logit_attribution(model, IDS, right, wrong, unit=unit)
     one = direct_logit_attribution(model, IDS, right, unit=unit)
@@ -150,7 +150,7 @@ def test_shapes_that_do_not_broadcast_are_both_named(model, answer, pos, said):
 @pytest.mark.parametrize(
     ("right", "wrong"), [(5, torch.tensor([7])), (torch.tensor([1, 2, 3]), 7), ([1, 2, 3], [1, 2])]
 )
-def test_the_two_shapes_must_be_equal(model, right, wrong):
+def test_unequal_answer_shapes_are_refused(model, right, wrong):
     with pytest.raises(InputError, match="incorrect_tokens has shape"):
         direct_logit_attribution(model, IDS, right, wrong)
 
@@ -175,7 +175,7 @@ def test_the_two_shapes_must_be_equal(model, right, wrong):
         (" Mary", TokenizerMissingError, "answer_tokens is a string"),
     ],
 )
-def test_what_wrong_answers_get(model, answer, error, said):
+def test_wrong_answers_are_refused(model, answer, error, said):
     with pytest.raises(error, match=said):
         direct_logit_attribution(model, IDS, answer)
 
@@ -195,7 +195,7 @@ def some_words(tokenizer) -> tuple[str, str]:
     return words[0], words[1]
 
 
-def test_strings_are_tokens(model, tokenizer):
+def test_strings_match_their_token_ids(model, tokenizer):
     one, two = some_words(tokenizer)
     ids = [tokenizer.encode(word, add_special_tokens=False)[0] for word in (one, two)]
     by_text = direct_logit_attribution(model, IDS, one, two, tokenizer=tokenizer)
@@ -207,7 +207,7 @@ def test_strings_are_tokens(model, tokenizer):
     assert torch.equal(listed.attribution, per_row.attribution)
 
 
-def test_a_tokenizer_that_the_model_carries_is_used(model, tokenizer):
+def test_model_tokenizer_is_used(model, tokenizer):
     one, _ = some_words(tokenizer)
     model.tokenizer = tokenizer
     try:
@@ -216,7 +216,7 @@ def test_a_tokenizer_that_the_model_carries_is_used(model, tokenizer):
         del model.tokenizer
 
 
-def test_several_tokens_show_their_pieces(model, tokenizer):
+def test_answer_of_several_tokens_is_refused_with_pieces(model, tokenizer):
     one, two = some_words(tokenizer)
     with pytest.raises(TokenError, match="is 2 tokens") as caught:
         direct_logit_attribution(model, IDS, one + two, tokenizer=tokenizer)
@@ -225,7 +225,7 @@ def test_several_tokens_show_their_pieces(model, tokenizer):
 
 
 @pytest.mark.parametrize("answer", ["", "zzzz", " zzzz"])
-def test_strings_that_are_no_known_token(model, tokenizer, answer):
+def test_unknown_strings_are_refused(model, tokenizer, answer):
     with pytest.raises(TokenError, match="no token at all|not in the tokenizer's vocabulary"):
         direct_logit_attribution(model, IDS, answer, tokenizer=tokenizer)
 

@@ -67,7 +67,7 @@ BOUND = st.none() | st.integers(-9, 9)
 @settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-def test_any_slice_is_python_s(model, everything, start, stop, step):
+def test_slices_follow_python(model, everything, start, stop, step):
     pos = slice(start, stop, step)
     result = direct_logit_attribution(model, IDS, 5, pos=pos).attribution
     columns = list(range(WIDTH))[pos]
@@ -75,7 +75,7 @@ def test_any_slice_is_python_s(model, everything, start, stop, step):
 
 
 @pytest.mark.parametrize("pos", [(3,), (1, 4), (None, 4), (0, None, 2), (None,), (-3, None)])
-def test_a_tuple_is_a_slice(model, everything, pos):
+def test_tuple_is_read_as_slice(model, everything, pos):
     result = direct_logit_attribution(model, IDS, 5, pos=pos).attribution
     torch.testing.assert_close(result, everything[:, :, slice(*pos)])
 
@@ -106,13 +106,13 @@ def test_none_is_every_position(model, everything):
         ({1}, InputError, "set"),
     ],
 )
-def test_what_wrong_positions_get(model, pos, error, said):
+def test_wrong_positions_are_refused(model, pos, error, said):
     with pytest.raises(error, match=said):
         direct_logit_attribution(model, IDS, 5, pos=pos)
 
 
 @pytest.mark.parametrize("error", [(PositionError, IndexError), (ArgumentTypeError, TypeError)])
-def test_errors_are_the_builtin_ones_too(error):
+def test_position_errors_are_builtin_errors(error):
     assert issubclass(*error)
 
 

@@ -37,7 +37,7 @@ def prompts(tokenizer):
     return texts
 
 
-def test_a_string_and_its_ids_are_the_same(model, tokenizer, prompts):
+def test_string_and_its_ids_give_same_result(model, tokenizer, prompts):
     ids = torch.tensor(tokenizer.encode(prompts[0]))
     by_text = direct_logit_attribution(model, prompts[0], 5, tokenizer=tokenizer)
     encoded = {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}
@@ -72,7 +72,7 @@ def test_each_row_of_a_batch_equals_the_row_alone(spec: Spec, side: str):
 
 
 @pytest.mark.parametrize("unit", UNIT_NAMES)
-def test_a_list_of_strings_is_padded_for_the_caller(model, tokenizer, prompts, unit):
+def test_list_of_strings_is_padded(model, tokenizer, prompts, unit):
     batch = direct_logit_attribution(model, prompts, 5, unit=unit, tokenizer=tokenizer)
     everywhere = direct_logit_attribution(
         model, prompts, 5, unit=unit, tokenizer=tokenizer, pos=None
@@ -89,7 +89,7 @@ def test_a_list_of_strings_is_padded_for_the_caller(model, tokenizer, prompts, u
         assert "".join(batch.tokens[row]) == text
 
 
-def test_bos(model, prompts):
+def test_prepend_bos_puts_exactly_one_bos(model, prompts):
     plain, with_bos = tiny_tokenizer(), tiny_tokenizer(add_bos=True)
     ids = plain.encode(prompts[0])
     bos = plain.bos_token_id
@@ -109,7 +109,7 @@ def test_bos(model, prompts):
     assert tokens_of(with_bos, False) == (len(ids), plain.decode(ids[:1]))
 
 
-def test_a_tokenizer_is_left_as_it_was(model, tokenizer, prompts):
+def test_tokenizer_is_unchanged_after_call(model, tokenizer, prompts):
     before = (tokenizer.padding_side, tokenizer.pad_token, tokenizer.truncation_side)
     direct_logit_attribution(model, prompts, 5, tokenizer=tokenizer)
     assert (tokenizer.padding_side, tokenizer.pad_token, tokenizer.truncation_side) == before
@@ -142,12 +142,12 @@ IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
         (["some", "text"], None, TokenizerMissingError, "AutoTokenizer"),
     ],
 )
-def test_what_wrong_prompts_get(model, input, mask, error, said):
+def test_wrong_prompts_are_refused(model, input, mask, error, said):
     with pytest.raises(error, match=said):
         direct_logit_attribution(model, input, 5, attention_mask=mask)
 
 
-def test_what_wrong_strings_get(model, tokenizer, prompts):
+def test_wrong_strings_are_refused(model, tokenizer, prompts):
     with pytest.raises(InputError, match="is empty"):
         direct_logit_attribution(model, "", 5, tokenizer=tokenizer)
     with pytest.raises(InputError, match="is empty"):

@@ -15,7 +15,7 @@ def autocast():
     return torch.autocast("cpu", torch.bfloat16)
 
 
-def test_heads_are_contracted_in_the_models_own_precision():
+def test_heads_under_autocast_keep_model_precision():
     model, ids = build("llama", dtype=torch.float32), example_ids("llama")
     seen = {}
     layers, norm = model.model.layers, model.model.norm
@@ -46,7 +46,7 @@ def test_heads_are_contracted_in_the_models_own_precision():
 
 
 @pytest.mark.parametrize("name", ["gpt2", "phi"])
-def test_what_the_weights_alone_decide_does_not_change(name):
+def test_bias_under_autocast_is_unchanged(name):
     model = build(name, dtype=torch.float32)
     ids = example_ids(name)
 
@@ -59,7 +59,7 @@ def test_what_the_weights_alone_decide_does_not_change(name):
         assert torch.equal(bias(), expected)
 
 
-def test_vectors_that_are_the_same_everywhere():
+def test_constants_under_autocast_are_compared_in_full_precision():
     """Two steering vectors are divided by the same scale: how they compare is up to weights."""
     model, ids = build("llama", dtype=torch.float32), example_ids("llama")
     generator = torch.Generator().manual_seed(0)
@@ -89,7 +89,7 @@ def test_vectors_that_are_the_same_everywhere():
     ids=lambda options: ", ".join(options) or "plain",
 )
 @pytest.mark.parametrize("name", NAMES)
-def test_a_first_call_leaves_nothing_wrong_behind(name, options):
+def test_first_call_under_autocast_leaves_later_calls_exact(name, options):
     """What a model is asked is kept for calls outside of autocast."""
     options = dict(options)
     ids = example_ids(name)
@@ -107,7 +107,7 @@ def test_a_first_call_leaves_nothing_wrong_behind(name, options):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_check_that_cannot_hold_says_why():
+def test_check_under_autocast_fails_with_reason():
     model, ids = build("llama", dtype=torch.float32), example_ids("llama")
     with autocast(), pytest.raises(DecompositionError, match="Autocast is on.* check=False"):
         direct_logit_attribution(model, ids, 5)

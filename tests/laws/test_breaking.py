@@ -60,7 +60,7 @@ def test_a_wrong_declaration_is_refused_with_the_place(declare, what, dtype):
             direct_logit_attribution(model, example_ids(model_type), 5, 7, unit=unit)
 
 
-def test_a_write_left_out_is_noticed(declare):
+def test_omitted_write_is_refused(declare):
     original = registry.adapter_for("llama")
     with pytest.MonkeyPatch.context() as patch:
         fewer = dataclasses.replace(original, writes=original.writes[:1])
@@ -73,13 +73,13 @@ def test_a_write_left_out_is_noticed(declare):
 
 
 def wrong_fact(monkeypatch, **changes):
-    ask = dla_hooks.calibration.scales._ask
+    measure = dla_hooks.calibration.scales._measure
 
     def wrong(stream):
-        facts = ask(stream)
+        facts = measure(stream)
         return dataclasses.replace(facts, **{name: f(facts) for name, f in changes.items()})
 
-    monkeypatch.setattr(dla_hooks.calibration.scales, "_ask", wrong)
+    monkeypatch.setattr(dla_hooks.calibration.scales, "_measure", wrong)
 
 
 def first_block(**changes):
@@ -116,7 +116,7 @@ WRONG_FACTS = {
 
 @pytest.mark.parametrize("unit", UNIT_NAMES)
 @pytest.mark.parametrize("what", WRONG_FACTS)
-def test_a_wrong_answer_of_the_model_is_noticed_by_every_unit(monkeypatch, what, unit):
+def test_wrong_logits_are_refused_in_every_unit(monkeypatch, what, unit):
     spec, changes, said = WRONG_FACTS[what]
     model = build(spec)
     if what == "constant":
@@ -154,7 +154,7 @@ def broken_probe(monkeypatch, **changes):
     ],
     ids=["centring", "1+w", "channels", "beta"],
 )
-def test_a_norm_taken_for_another_is_noticed(monkeypatch, spec, change):
+def test_wrong_norm_kind_is_refused(monkeypatch, spec, change):
     model = build(spec)
     broken_probe(monkeypatch, **change)
     with pytest.raises(DecompositionError):
@@ -162,7 +162,7 @@ def test_a_norm_taken_for_another_is_noticed(monkeypatch, spec, change):
 
 
 @pytest.mark.parametrize("spec", ["phi", "gptj"])
-def test_an_unembedding_bias_left_out_is_noticed(monkeypatch, spec):
+def test_omitted_unembedding_bias_is_refused(monkeypatch, spec):
     rows = dla_hooks.modules.linear.rows
     monkeypatch.setattr(
         dla_hooks.targets.tokens,
@@ -174,7 +174,7 @@ def test_an_unembedding_bias_left_out_is_noticed(monkeypatch, spec):
 
 
 @pytest.mark.parametrize("spec", ["gpt2", "gemma2", "gpt_oss", "olmo2-bias-tied", "llama-bias"])
-def test_heads_folded_through_a_wrong_projection_are_noticed(monkeypatch, spec):
+def test_wrong_head_projection_is_refused(monkeypatch, spec):
     import dla_hooks.units.head as head
 
     pull_back = dla_hooks.modules.linear.pull_back
@@ -184,7 +184,7 @@ def test_heads_folded_through_a_wrong_projection_are_noticed(monkeypatch, spec):
 
 
 @pytest.mark.parametrize("spec", ["gpt2", "gpt_oss", "olmo2-bias-tied", "llama-bias"])
-def test_an_output_bias_left_out_is_noticed(monkeypatch, spec):
+def test_omitted_output_bias_is_refused(monkeypatch, spec):
     import dla_hooks.units.head as head
 
     monkeypatch.setattr(head, "bias_of", lambda module: None)
@@ -215,7 +215,7 @@ def test_a_head_count_that_does_not_divide_the_width_is_refused(declare):
         direct_logit_attribution(model, example_ids("llama"), 5)
 
 
-def test_what_a_hook_adds_to_the_stream_is_a_part_of_its_own():
+def test_hook_that_adds_a_vector_is_a_part():
     """Steering keeps the stream a sum: of one term more."""
     model = build("llama")
     ids = example_ids("llama")
@@ -261,7 +261,7 @@ def test_a_hook_that_adds_what_depends_on_the_tokens_is_located():
     assert [line.ok for line in report.lines[:2]] == [True, False]
 
 
-def test_weights_changed_behind_the_librarys_back_are_noticed():
+def test_weights_changed_through_data_are_remeasured():
     """Gains are asked once; writing through ``.data`` leaves no trace, but the check fails."""
     model = build("llama")
     ids = example_ids("llama")
@@ -274,7 +274,7 @@ def test_weights_changed_behind_the_librarys_back_are_noticed():
         torch.testing.assert_close(again.logit, model(ids).logits[:, -1, 5], rtol=0, atol=1e-6)
 
 
-def test_a_hook_that_ablates_a_head_is_followed():
+def test_hook_that_ablates_a_head_is_followed():
     """Changing what a module reads keeps the stream a sum: the numbers are the changed model's."""
     model = build("gpt2")
     ids = example_ids("gpt2")
@@ -325,7 +325,7 @@ def test_a_module_that_is_bypassed_is_refused():
         direct_logit_attribution(model, example_ids("bloom"), 5)
 
 
-def test_a_tap_that_never_fires_is_named():
+def test_tap_that_never_fires_is_named():
     """What ran when the model was asked, and does not run on the prompt."""
     model = build("llama")
     attention = model.model.layers[0].self_attn
@@ -342,7 +342,7 @@ def test_a_tap_that_never_fires_is_named():
         direct_logit_attribution(model, example_ids("llama"), 5, unit="head")
 
 
-def test_unchecked_calls_return_what_the_check_would_refuse(monkeypatch):
+def test_check_false_returns_unchecked_numbers(monkeypatch):
     wrong_fact(monkeypatch, blocks=first_block(gain=lambda block: torch.tensor(1.1).double()))
     result = direct_logit_attribution(build("llama"), example_ids("llama"), 5, check=False)
     assert result.gap > 1e-6

@@ -48,7 +48,7 @@ def spread(result) -> float:
 @pytest.mark.parametrize("seed", [0, 1], ids="seed{}".format)
 @pytest.mark.parametrize("unit", UNIT_NAMES)
 @pytest.mark.parametrize("spec", SPECS)
-def test_the_numbers_are_those_of_one_run(spec, unit, seed):
+def test_chunks_match_one_run(spec, unit, seed):
     model = build(spec, seed=seed)
     ids = example_ids(spec, batch=2, length=19, seed=seed)
     calls = Calls(model)
@@ -67,7 +67,7 @@ def test_the_numbers_are_those_of_one_run(spec, unit, seed):
 
 @pytest.mark.parametrize("pos", [-1, 0, [2, 11, 18], (3, 14, 4), slice(-3, None)], ids=str)
 @pytest.mark.parametrize("spec", ["gpt2", "gemma2"])
-def test_positions_in_any_chunk(spec, pos):
+def test_positions_in_several_chunks_match_one_run(spec, pos):
     model, ids = build(spec), example_ids(spec, batch=3, length=19)
     whole = direct_logit_attribution(model, ids, 5, unit="head", pos=pos)
     parts = direct_logit_attribution(model, ids, 5, unit="head", pos=pos, chunk_size=5)
@@ -76,7 +76,7 @@ def test_positions_in_any_chunk(spec, pos):
 
 @pytest.mark.parametrize("conventions", [True, False])
 @pytest.mark.parametrize("spec", ["gpt2", "gpt_neox-parallel", "llama-bias"])
-def test_a_target_at_every_position(spec, conventions):
+def test_target_at_every_position_matches_one_run(spec, conventions):
     model, ids = build(spec), example_ids(spec, batch=2, length=19)
     options = {
         "unit": "head",
@@ -91,7 +91,7 @@ def test_a_target_at_every_position(spec, conventions):
 
 @pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
 @pytest.mark.parametrize("spec", ["gpt2", "llama", "mistral"])
-def test_padded_rows(spec, left):
+def test_padded_rows_in_chunks_match_one_run(spec, left):
     model, ids = build(spec, attn="sdpa"), example_ids(spec, batch=2, length=17)
     mask = torch.ones_like(ids)
     mask[0, slice(0, 7) if left else slice(10, None)] = 0  # more than one chunk of padding
@@ -106,7 +106,7 @@ def test_padded_rows(spec, left):
     torch.testing.assert_close(here, alone.attribution[:, 0], rtol=0, atol=1e-5)
 
 
-def test_strings_in_chunks():
+def test_strings_in_chunks_match_one_run():
     model, tokenizer = build("gpt2"), tiny_tokenizer()
     text = "the cat sat on the mat the cat sat on the mat"
     whole = direct_logit_attribution(model, text, 5, tokenizer=tokenizer)
@@ -125,14 +125,14 @@ def test_chunks_without_a_selected_position_are_not_tapped():
     assert not model.transformer.h[0].attn.c_proj._forward_hooks
 
 
-def test_a_chunk_as_long_as_the_prompt_is_the_whole_prompt():
+def test_chunk_of_prompt_length_equals_whole_prompt():
     model, ids = build_any("mamba"), example_ids("gpt2", length=9)
     calls = Calls(model)
     direct_logit_attribution(model, ids, 5, chunk_size=9)
     assert calls.widths[-1] == 9
 
 
-def test_long_prompts_are_run_in_chunks_by_themselves(monkeypatch):
+def test_long_prompt_is_chunked_by_default(monkeypatch):
     monkeypatch.setattr(chunks_module, "LONG_PROMPT", 16)
     monkeypatch.setattr(chunks_module, "AUTOMATIC_CHUNK", 8)
     model = build("llama")
@@ -143,7 +143,7 @@ def test_long_prompts_are_run_in_chunks_by_themselves(monkeypatch):
         del model.forward
 
 
-def test_a_long_prompt_that_chunks_would_change_runs_at_once_with_a_warning(monkeypatch):
+def test_long_prompt_that_chunks_change_runs_whole_with_warning(monkeypatch):
     monkeypatch.setattr(chunks_module, "LONG_PROMPT", 16)
     recurrent, ids = build_any("mamba"), example_ids("gpt2", length=20)
     calls = Calls(recurrent)
@@ -156,7 +156,7 @@ def test_a_long_prompt_that_chunks_would_change_runs_at_once_with_a_warning(monk
     direct_logit_attribution(recurrent, ids, 5, chunk_size=20)  # asked for: nothing to warn of
 
 
-def test_libraries_hooks_do_not_keep_a_long_prompt_from_running_in_chunks(monkeypatch):
+def test_long_prompt_with_library_hooks_is_still_chunked(monkeypatch):
     monkeypatch.setattr(chunks_module, "LONG_PROMPT", 16)
     monkeypatch.setattr(chunks_module, "AUTOMATIC_CHUNK", 8)
     model, ids = build("llama"), example_ids("llama", length=20)
@@ -171,7 +171,7 @@ def test_libraries_hooks_do_not_keep_a_long_prompt_from_running_in_chunks(monkey
     assert calls.widths[-3:] == [8, 8, 4]
 
 
-def test_hooks_come_off_when_a_later_chunk_fails():
+def test_hooks_are_removed_when_a_later_chunk_fails():
     model, ids = build("gpt2"), example_ids("gpt2", length=20)
     direct_logit_attribution(model, ids, 5, chunk_size=6)  # asks its questions
     runs = []
@@ -192,7 +192,7 @@ def test_hooks_come_off_when_a_later_chunk_fails():
 
 
 @pytest.mark.parametrize("wrong", [0, -3, True, 2.0, "8", [4]], ids=str)
-def test_wrong_sizes(wrong):
+def test_chunk_size_of_wrong_value_is_refused(wrong):
     model, ids = build("gpt2"), example_ids("gpt2")
     with pytest.raises(InputError, match=r"chunk_size must be a positive number of tokens"):
         direct_logit_attribution(model, ids, 5, chunk_size=wrong)
@@ -208,7 +208,7 @@ def test_wrong_sizes(wrong):
         ("cpmant", "must match the size"),
     ],
 )
-def test_models_that_chunks_would_change_are_refused(model_type, reason):
+def test_chunks_on_models_they_change_are_refused(model_type, reason):
     old = int(transformers.__version__.split(".")[0]) < 5
     if model_type not in CONFIG_MAPPING or (old and model_type == "recurrent_gemma"):
         pytest.skip("this transformers does not have it, or cannot run it twice")
@@ -224,7 +224,7 @@ def test_models_that_chunks_would_change_are_refused(model_type, reason):
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
-def test_positions_that_depend_on_the_prompts_length(kind):
+def test_chunks_with_length_dependent_positions_are_refused(kind):
     rope = {"rope_type": kind, "factor": 2.0}
     if kind == "longrope":
         rope |= {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
@@ -249,7 +249,7 @@ def test_positions_that_depend_on_the_prompts_length(kind):
     int(transformers.__version__.split(".")[0]) < 5, reason="padding is refused there altogether"
 )
 @pytest.mark.parametrize("model_type", ["qwen3_next", "mamba2", "lfm2", "nemotron_h"])
-def test_single_tokens_of_padding_that_recurrent_layers_read(model_type):
+def test_chunks_with_padding_in_recurrent_layers_are_refused(model_type):
     """On its own a token is a step of generation, where these models expect no padding."""
     model = build_any(model_type)
     ids = torch.randint(5, 40, (2, 13), generator=torch.Generator().manual_seed(0))
@@ -262,14 +262,14 @@ def test_single_tokens_of_padding_that_recurrent_layers_read(model_type):
     assert float((parts.attribution - whole.attribution).abs().max()) < 1e-5 * spread(whole)
 
 
-def test_rows_that_a_model_mixes_in_single_tokens():
+def test_chunks_on_rwkv_batches_are_refused():
     model = build_any("rwkv")
     ids = torch.randint(5, 40, (2, 13), generator=torch.Generator().manual_seed(0))
     with pytest.raises(UnsupportedModelError, match="cannot be run in chunks"):
         direct_logit_attribution(model, ids, 7, chunk_size=6)
 
 
-def test_no_chunks_behind_the_back_of_the_callers_hooks(monkeypatch):
+def test_long_prompt_with_callers_hooks_is_not_chunked(monkeypatch):
     monkeypatch.setattr(chunks_module, "LONG_PROMPT", 16)
     monkeypatch.setattr(chunks_module, "AUTOMATIC_CHUNK", 8)
     model, ids = build("llama"), example_ids("llama", length=20)

@@ -17,7 +17,7 @@ def shell(script: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def test_the_lowest_python_is_the_promised_one():
+def test_lowest_python_matches_pyproject():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lowest = shell("echo $lowest_python").strip()
     assert project["requires-python"] == f">={lowest}"
@@ -26,13 +26,13 @@ def test_the_lowest_python_is_the_promised_one():
     assert promised[0].endswith(f":: {lowest}")
 
 
-def test_the_readme_commands_are_read_to_the_letter():
+def test_readme_commands_are_parsed_verbatim():
     first, second = shell("readme_command 1; readme_command 2").splitlines()
     assert first == "pip install -c constraints.txt . && dla-hooks demo"
     assert second == 'pip install -c constraints.txt -e ".[dev]" && pytest'
 
 
-def test_a_failing_suite_stops_the_script_and_a_passing_one_shows_its_closing_line():
+def test_failing_suite_stops_script_and_passing_suite_prints_last_line():
     said = shell('suite "some tests" echo "3 passed in 1 s"; finish')
     assert "some tests" in said.splitlines()[-1]
     assert said.endswith("3 passed in 1 s\n")
@@ -45,7 +45,7 @@ def test_scripts_are_valid_bash():
         subprocess.run(["bash", "-n", str(ROOT / name)], check=True)
 
 
-def test_a_sample_is_the_same_each_time_and_a_share_of_the_whole():
+def test_sample_is_deterministic_share_of_tests():
     def collected(*arguments: str) -> set[str]:
         command = [
             sys.executable,

@@ -82,7 +82,7 @@ def largest(call) -> int:
 
 
 @pytest.mark.parametrize("unit", UNIT_NAMES)
-def test_at_one_position_hardly_anything_is_computed_besides_the_model(model, ids, unit):
+def test_cost_at_one_position_is_negligible(model, ids, unit):
     def ours():
         direct_logit_attribution(model, ids, 5, 7, unit=unit)
 
@@ -91,7 +91,7 @@ def test_at_one_position_hardly_anything_is_computed_besides_the_model(model, id
 
 
 @pytest.mark.parametrize("unit", UNIT_NAMES)
-def test_at_all_positions_a_part_costs_a_dot_product(model, ids, unit):
+def test_cost_at_all_positions_is_one_dot_product_per_part(model, ids, unit):
     """Of d_model numbers at each position, beside whole matrices of the model's own."""
 
     def ours():
@@ -101,7 +101,7 @@ def test_at_all_positions_a_part_costs_a_dot_product(model, ids, unit):
     assert flops(ours) <= 1.03 * flops(lambda: plain(model, ids))
 
 
-def test_a_target_at_every_position_costs_one_output_projection_more(model, ids):
+def test_cost_of_target_per_position_is_one_more_output_projection(model, ids):
     def ours():
         direct_logit_attribution(model, ids, ids.roll(-1), unit="head", **ALL)
 
@@ -113,7 +113,7 @@ def test_a_target_at_every_position_costs_one_output_projection_more(model, ids)
 
 @pytest.mark.parametrize("answers", ["one", "next"])
 @pytest.mark.parametrize("unit", UNIT_NAMES)
-def test_no_tensor_is_larger_than_the_models_own(model, ids, unit, answers):
+def test_largest_tensor_is_no_larger_than_the_models_own(model, ids, unit, answers):
     """With a target at every position, positions x d_model x heads would be the largest by far."""
     answer = 5 if answers == "one" else ids.roll(-1)
 
@@ -124,7 +124,7 @@ def test_no_tensor_is_larger_than_the_models_own(model, ids, unit, answers):
     assert largest(ours) <= largest(lambda: plain(model, ids))
 
 
-def test_a_target_at_every_position_is_looked_up_a_tile_at_a_time(model, ids, monkeypatch):
+def test_target_per_position_is_looked_up_by_tiles(model, ids, monkeypatch):
     """Nothing is kept of the directions, which together are as large as an activation."""
     rows_in_a_tile, width = 32, 128
     monkeypatch.setattr(dla_hooks.projection.directions, "_HELD_ELEMENTS", rows_in_a_tile * width)
@@ -154,7 +154,7 @@ def test_a_target_at_every_position_is_looked_up_a_tile_at_a_time(model, ids, mo
     assert all(len(directions) == 1 for directions in kept)
 
 
-def test_a_projection_in_16_bits_is_folded_a_piece_at_a_time(ids):
+def test_projection_in_16_bits_is_folded_by_pieces(ids):
     """Not cast to the dtype of the contractions as a whole."""
     config = LlamaConfig(
         hidden_size=1024,
@@ -173,7 +173,7 @@ def test_a_projection_in_16_bits_is_folded_a_piece_at_a_time(ids):
     assert largest(ours) <= 1024 * 1024 / 2
 
 
-def test_a_projection_is_folded_once_per_call(model, ids, monkeypatch):
+def test_projection_is_folded_once_per_call(model, ids, monkeypatch):
     pull_back = dla_hooks.units.head.pull_back
     folded = []
 
@@ -189,7 +189,7 @@ def test_a_projection_is_folded_once_per_call(model, ids, monkeypatch):
         assert len({id(module) for module, _ in folded}) == 3
 
 
-def test_rows_of_the_unembedding_are_all_that_is_read_of_it(model, ids, monkeypatch):
+def test_unembedding_is_read_by_needed_rows_only(model, ids, monkeypatch):
     """The logits of the last position are the model's; ours are a few rows."""
     seen = []
     index_select = torch.Tensor.index_select

@@ -48,7 +48,7 @@ def items(docstring: str, section: str) -> set[str]:
 # The pages
 
 
-def test_the_reference_page_is_that_of_the_docstrings():
+def test_reference_page_matches_docstrings():
     command = "python scripts/reference.py --write docs/reference.md"
     assert REFERENCE.read_text(encoding="utf-8") == reference.page(), f"stale: run `{command}`"
 
@@ -70,7 +70,7 @@ def test_errors_are_on_a_page(pages):
     assert [name for name in names if f"`{name}`" not in pages] == []
 
 
-def test_commands_and_flags_are_on_a_page_and_say_what_they_do(pages):
+def test_commands_and_flags_are_documented(pages):
     for name, command in reference.commands().items():
         assert command.help, name
         assert name in pages
@@ -173,7 +173,7 @@ def test_examples_in_docstrings_run(name, namespace, tmp_path, monkeypatch):
     assert found.attempted > 0
 
 
-def test_examples_that_are_wrong_fail():
+def test_wrong_examples_in_docstrings_fail():
     """The runner would see it."""
     example = doctest.DocTestParser().get_doctest(">>> 1 + 1\n3", {}, "wrong", None, 0)
     said: list[str] = []

@@ -41,7 +41,7 @@ def default_model(model_type: str, **changes):
 
 @pytest.mark.parametrize("where", ["model.embed_tokens.weight", "lm_head.weight"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_bad_weight_is_named_before_the_run_even_if_nothing_reads_it(where, value):
+def test_non_finite_weight_is_named_even_if_unread(where, value):
     model = build("llama")
     ids = example_ids("llama")
     unused = next(
@@ -60,7 +60,7 @@ def test_a_bad_weight_is_named_before_the_run_even_if_nothing_reads_it(where, va
     assert not ran
 
 
-def test_a_weight_gone_bad_after_a_good_call_is_named():
+def test_non_finite_weight_after_good_call_is_named():
     model = build("gpt2")
     ids = example_ids("gpt2")
     direct_logit_attribution(model, ids, 5)
@@ -79,7 +79,7 @@ def masking(model, tokens):
     model.get_output_embeddings().register_forward_hook(mask)
 
 
-def test_a_vocabulary_that_is_masked_in_part_can_be_attributed():
+def test_partly_masked_vocabulary_is_attributed():
     model = build("llama")
     ids = example_ids("llama")
     expected = direct_logit_attribution(model, ids, 5).attribution
@@ -89,7 +89,7 @@ def test_a_vocabulary_that_is_masked_in_part_can_be_attributed():
         direct_logit_attribution(model, ids, 9)
 
 
-def test_infinite_logits_do_not_switch_the_check_off():
+def test_check_with_infinite_logits_still_runs():
     model = build("llama")
     ids = example_ids("llama")
     masking(model, [0])
@@ -104,7 +104,7 @@ def test_infinite_logits_do_not_switch_the_check_off():
 
 
 @pytest.mark.parametrize("unit", UNIT_NAMES)
-def test_a_stream_of_zeros_has_parts_of_zero(unit):
+def test_stream_of_zeros_gives_zero_parts(unit):
     model = default_model("llama", pad_token_id=0)
     ids = torch.tensor([[0, 0, 5, 6]])  # transformers leaves the padding's embedding at zero
     result = direct_logit_attribution(model, ids, 3, unit=unit, pos=None)
@@ -114,7 +114,7 @@ def test_a_stream_of_zeros_has_parts_of_zero(unit):
 
 
 @pytest.mark.parametrize("spec", ["gemma2", "olmo2"])
-def test_a_post_norm_that_lets_nothing_through(spec):
+def test_post_norm_with_zero_gain_is_exact(spec):
     model = build(spec)
     weight = model.model.layers[0].post_attention_layernorm.weight
     with torch.no_grad():
@@ -124,7 +124,7 @@ def test_a_post_norm_that_lets_nothing_through(spec):
     assert result.attribution[:n_heads].abs().max() == 0
 
 
-def test_a_final_norm_that_lets_nothing_through():
+def test_final_norm_with_zero_gain_is_exact():
     model = build("gpt2")
     with torch.no_grad():
         model.transformer.ln_f.weight.zero_()
@@ -134,7 +134,7 @@ def test_a_final_norm_that_lets_nothing_through():
 
 
 @pytest.mark.parametrize("spec", ["gpt2", "llama"])
-def test_norms_without_an_epsilon(spec):
+def test_norm_without_epsilon_is_exact(spec):
     model = build(spec)
     for module in model.modules():
         for name in ("eps", "variance_epsilon"):
@@ -148,13 +148,13 @@ def test_norms_without_an_epsilon(spec):
         torch.testing.assert_close(result.logit, truth, rtol=1e-5, atol=1e-5)
 
 
-def test_a_vocabulary_of_one():
+def test_vocabulary_of_one_token_is_attributed():
     model = default_model("llama", vocab_size=1, bos_token_id=0, eos_token_id=0)
     result = direct_logit_attribution(model, torch.zeros(1, 3, dtype=torch.long), 0)
     torch.testing.assert_close(result.attribution.sum(0) + result.bias, result.logit)
 
 
-def test_no_position_at_all():
+def test_empty_positions_give_empty_result():
     model, tokenizer = demo.load()
     result = direct_logit_attribution(
         model, "The keys near the cabinet", " are", pos=slice(3, 1), tokenizer=tokenizer
@@ -168,7 +168,7 @@ def test_no_position_at_all():
 # Too much
 
 
-def test_a_large_logit_among_logits_that_are_all_alike():
+def test_check_tolerates_large_equal_logits():
     model = default_model("llama", tie_word_embeddings=False)
     with torch.no_grad():
         common = torch.randn(1, 32, generator=torch.Generator().manual_seed(0))
@@ -178,7 +178,7 @@ def test_a_large_logit_among_logits_that_are_all_alike():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_a_massive_activation_that_the_last_layer_takes_out_again(dtype):
+def test_check_tolerates_cancelled_massive_activation(dtype):
     model = build("gpt2").float()
     with torch.no_grad():
         model.transformer.h[0].mlp.c_proj.bias[3] += 3000
@@ -190,7 +190,7 @@ def test_a_massive_activation_that_the_last_layer_takes_out_again(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("seed", range(4))
-def test_a_softcap_that_is_reached(dtype, seed):
+def test_saturated_softcap_is_handled(dtype, seed):
     model = build("gemma2-no-caps", seed=seed, dtype=dtype)
     model.config.final_logit_softcapping = 3.0
     ids = example_ids("gemma2-no-caps", seed=seed)
@@ -206,7 +206,7 @@ def test_a_softcap_that_is_reached(dtype, seed):
     torch.testing.assert_close(result.logit.double(), truth, rtol=0, atol=loose * spread)
 
 
-def test_a_norm_that_strays_at_one_position_is_noticed():
+def test_norm_that_deviates_at_one_position_is_refused():
     model = build("llama")
     ids = example_ids("llama", length=40)
     noise = torch.zeros(40, model.config.hidden_size).double()
@@ -223,7 +223,7 @@ def test_a_norm_that_strays_at_one_position_is_noticed():
 # Labels
 
 
-def test_mid_streams_do_not_depend_on_what_the_weights_happen_to_be():
+def test_mid_streams_do_not_depend_on_weights():
     model, tokenizer = demo.load()
     prompt = "The keys near the cabinet"
     expected = direct_logit_attribution(model, prompt, " are", unit="layer", tokenizer=tokenizer)
@@ -283,19 +283,19 @@ def test_answers_at_padding_may_hold_anything():
         ({"pos": torch.tensor([True, False])}, InputError, "mask of 2 for a prompt of 7"),
     ],
 )
-def test_what_other_wrong_arguments_get(arguments, error, said):
+def test_wrong_arguments_are_refused(arguments, error, said):
     with pytest.raises(error, match=said):
         direct_logit_attribution(
             build("gpt2"), **{"input": example_ids("gpt2"), "answer_tokens": 5, **arguments}
         )
 
 
-def test_model_types_given_as_one_string():
+def test_model_types_as_one_string_are_refused():
     with pytest.raises(InputError, match="tuple of names"):
         register(Architecture("abc", "layers", "norm", (Write("mlp_out", "mlp"),)))
 
 
-def test_an_unembedding_that_is_no_plain_linear_layer():
+def test_nonlinear_unembedding_is_refused_and_scaled_one_is_not():
     class Gated(torch.nn.Linear):
         def forward(self, x):
             return super().forward(x).sigmoid()
@@ -314,7 +314,7 @@ def test_an_unembedding_that_is_no_plain_linear_layer():
     torch.testing.assert_close(found.attribution, 3 * expected.attribution)
 
 
-def test_results_that_cannot_be_written_or_read(tmp_path):
+def test_unwritable_and_unreadable_results_are_refused(tmp_path):
     from safetensors.torch import save_file
 
     result = direct_logit_attribution(build("gpt2"), example_ids("gpt2"), 5)
@@ -327,7 +327,7 @@ def test_results_that_cannot_be_written_or_read(tmp_path):
             DirectLogitAttribution.load(tmp_path / "r.safetensors")
 
 
-def test_what_is_not_a_number_is_ranked_last():
+def test_nan_is_ranked_last():
     attribution = torch.tensor([float("nan"), 1.0, -1.0])
     rest = torch.zeros(())
     result = DirectLogitAttribution(attribution, ["x", "up", "down"], "head", rest, rest, 0.0)

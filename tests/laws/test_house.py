@@ -193,7 +193,7 @@ def test_imports_are_found_wherever_they_stand(source, expected):
     assert imported("dla_hooks.a.e", source, modules, packages) == expected
 
 
-def test_an_arrow_that_runs_up_and_a_circle_are_found():
+def test_upward_import_and_circle_are_found():
     up = {"dla_hooks.errors": {"dla_hooks.units.base"}, "dla_hooks.units.base": set()}
     assert against_the_order(up) == {("errors", "units")}
     beside = {"dla_hooks.inputs.a": {"dla_hooks.results.b"}, "dla_hooks.results.b": set()}

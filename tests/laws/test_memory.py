@@ -33,21 +33,21 @@ MODEL, TOKENS = "gpt2-mini", 1024
         ("head", "next"),  # 1.18 where the directions of all positions are kept at once
     ],
 )
-def test_a_tenth_more_than_the_plain_forward_pass_at_most(unit, pos):
+def test_peak_over_plain_forward_pass_is_at_most_a_tenth(unit, pos):
     plain = peak_of(PLAIN, Setting(MODEL, TOKENS))
     assert plain > 10e6  # of which a tenth is more than a process' own restlessness
     assert peak_of(OURS, Setting(MODEL, TOKENS, unit=unit, pos=pos)) <= 1.10 * plain
 
 
 @pytest.mark.parametrize("pos", ["last", "all"])
-def test_a_prompt_in_chunks_takes_what_a_plain_loop_over_them_takes(pos):
+def test_peak_in_chunks_equals_plain_loop_over_chunks(pos):
     setting = Setting("long-llama", 8192, pos=pos, chunk=512)
     ours = peak_of(CHUNKED, setting)
     assert ours <= 1.15 * peak_of(PLAIN_CHUNKED, Setting("long-llama", 8192, chunk=512))
     assert ours <= 0.75 * peak_of(PLAIN, Setting("long-llama", 8192))
 
 
-def test_a_model_on_disk_never_stands_in_memory_as_a_whole(tmp_path):
+def test_peak_of_model_on_disk_is_below_its_weights(tmp_path):
     pytest.importorskip("accelerate")
     model = make_model("llama-250m")
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -59,7 +59,7 @@ def test_a_model_on_disk_never_stands_in_memory_as_a_whole(tmp_path):
 
 @pytest.mark.tl
 @pytest.mark.parametrize("name", ["bridge, full cache", "HookedTransformer, full cache"])
-def test_the_reference_takes_many_times_as_much(name):
+def test_peak_of_reference_is_many_times_larger(name):
     reason = contenders.missing(name)
     if reason is not None:
         pytest.skip(reason)
@@ -85,7 +85,7 @@ print(resident() - before)
 
 
 @pytest.mark.parametrize(("unit", "pos"), [("head", "all"), ("component", "next")])
-def test_a_long_run_stays_flat(unit, pos):
+def test_memory_of_long_run_stays_flat(unit, pos):
     """One activation kept of each call would be 15 MB here."""
     done = subprocess.run(
         [sys.executable, "-c", LONG_RUN, unit, pos],

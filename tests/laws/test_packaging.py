@@ -26,7 +26,7 @@ def test_public_names_are_the_listed_ones_and_all_exist():
         dla_hooks.nonsense  # noqa: B018
 
 
-def test_every_error_is_in_the_tree_and_says_what_it_is():
+def test_errors_derive_from_dla_error_and_are_described():
     from dla_hooks import errors
 
     for name in errors.__dict__:
@@ -37,14 +37,14 @@ def test_every_error_is_in_the_tree_and_says_what_it_is():
             assert error.__doc__
 
 
-def test_the_adapters_folder_refuses_to_be_a_package_of_its_own():
+def test_adapters_imported_as_top_level_package_are_refused():
     command = [sys.executable, "-c", "import adapters"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "architecture declarations of dla_hooks" in done.stderr
 
 
-def test_python_may_be_started_in_a_checkout_that_is_installed_elsewhere(tmp_path):
+def test_import_in_a_checkout_uses_the_installed_package(tmp_path):
     """The folder hides the installed package then, and its adapters are not inside of it."""
     for folder in ("dla_hooks", "adapters"):
         shutil.copytree(ROOT / folder, tmp_path / folder)

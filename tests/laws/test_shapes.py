@@ -26,14 +26,14 @@ def result(**changes) -> DirectLogitAttribution:
     return DirectLogitAttribution(**{**fields, **changes})
 
 
-def test_a_result_of_wrong_types_fails():
+def test_result_of_wrong_types_fails():
     assert result().labels == ["embed", "0_attn_out"]
     for wrong in ({"labels": "embed"}, {"attribution": [[0.0], [0.0]]}, {"gap": "small"}):
         with pytest.raises(jaxtyping.TypeCheckError):
             result(**wrong)
 
 
-def test_a_shape_that_does_not_fit_fails_by_the_names_that_annotations_use():
+def test_mismatched_shape_fails_by_annotated_axes():
     """The names are found although the module that uses them never imports them when it runs."""
     from shapes import checked
 

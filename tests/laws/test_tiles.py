@@ -31,7 +31,7 @@ def answers_of(form: str, ids: torch.Tensor) -> tuple:
 @pytest.mark.parametrize("form", ["one", "rows", "sites", "recurring"])
 @pytest.mark.parametrize("spec", ["gpt2", "gemma2", "granite", "olmo2-bias-tied"])
 @pytest.mark.parametrize("pos", [None, [1, 4, 5, 10]], ids=["all", "some"])
-def test_tiles_and_directions_made_anew_change_nothing(monkeypatch, spec, form, unit, pos):
+def test_small_tiles_and_fresh_directions_change_nothing(monkeypatch, spec, form, unit, pos):
     model, ids = build(spec), example_ids(spec, batch=3, length=11)
     correct, incorrect = answers_of(form, ids)
     if pos is not None and form in ("sites", "recurring"):
@@ -49,7 +49,7 @@ def test_tiles_and_directions_made_anew_change_nothing(monkeypatch, spec, form, 
 
 
 @pytest.mark.parametrize("form", ["rows", "sites", "recurring"])
-def test_many_targets_are_the_single_ones(form):
+def test_many_targets_match_single_targets(form):
     model, ids = build("llama-bias"), example_ids("llama-bias", batch=3, length=5)
     correct, incorrect = answers_of(form, ids)
     whole = attribute(model, ids, correct, incorrect, unit="head", pos=None).attribution

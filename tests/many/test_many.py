@@ -48,7 +48,7 @@ def ran(model):
 # Attention that pads well in float64, that turns padding into NaN there, and layers that read it.
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2 eager", "bloom eager", *RECURRENT])
 @pytest.mark.parametrize("pos", [-1, None, [0, -1], slice(-3, None)], ids=repr)
-def test_each_result_is_that_of_its_prompt_alone(name, pos):
+def test_results_match_prompts_run_alone(name, pos):
     model, tokenizer = made(name, seed=1), tiny_tokenizer()
     prompts = random_prompts(seed=1, vocabulary=len(tokenizer))
     for unit in ("component", "layer", *(["head"] if name not in ("mamba", "rwkv") else [])):
@@ -58,12 +58,12 @@ def test_each_result_is_that_of_its_prompt_alone(name, pos):
             assert_same(result, direct_logit_attribution(model, prompt, 5, 7, **options))
 
 
-def test_prompts_that_may_share_a_batch_do(ran, model):
+def test_compatible_prompts_share_a_batch(ran, model):
     list(attribute_many(model, random_prompts(), 5, max_tokens=27))
     assert ran == [(1, 4), (3, 9), (3, 7), (2, 2)]  # the first is a trial
 
 
-def test_where_padding_would_be_read_only_equal_lengths_share_a_batch():
+def test_models_that_read_padding_batch_equal_lengths_only():
     model = made("recurrent_gemma")
     shapes = []
     prompts = random_prompts((4, 6, 4, 4))
@@ -75,7 +75,7 @@ def test_where_padding_would_be_read_only_equal_lengths_share_a_batch():
     assert shapes[-2:] == [(1, 6), (3, 4)]
 
 
-def test_batches_of():
+def test_batches_fill_up_to_max_tokens():
     lengths = [3, 50, 8, 8, 1, 20]
     batches = batches_of(lengths, 24)
     assert batches == [[1], [5], [2, 3, 0], [4]]
@@ -83,7 +83,7 @@ def test_batches_of():
     assert batches_of([], 24) == []
 
 
-def test_answers_of_every_form(model):
+def test_answers_of_every_form_match_prompts_alone(model):
     tokenizer = tiny_tokenizer()
     prompts = random_prompts(vocabulary=len(tokenizer))
     words = [" Mary", 5, torch.tensor([9]), torch.tensor(9), [11], " cat", 13, 17]
@@ -96,7 +96,7 @@ def test_answers_of_every_form(model):
 
 @pytest.mark.parametrize("unit", ["component", "head"])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_the_next_token_at_every_position(name, unit):
+def test_next_token_at_every_position_matches_prompts_alone(name, unit):
     model = made(name)
     prompts = random_prompts((6, 9, 2, 4, 4))
     inputs, answers = [ids[:-1] for ids in prompts], [ids[1:] for ids in prompts]
@@ -107,7 +107,7 @@ def test_the_next_token_at_every_position(name, unit):
         assert result.attribution.shape[1:] == (1, len(ids) - 1)
 
 
-def test_one_wrong_token_beside_answers_for_every_position(model):
+def test_one_incorrect_token_broadcasts_over_positions(model):
     prompts = random_prompts((6, 3))
     answers = [ids.flip(0) for ids in prompts]
     for ids, result in zip(
@@ -117,7 +117,7 @@ def test_one_wrong_token_beside_answers_for_every_position(model):
         assert_same(result, direct_logit_attribution(model, ids, ids.flip(0), wrong, pos=None))
 
 
-def test_strings_lists_arrays_and_ids_are_the_same(model):
+def test_prompt_forms_give_same_results(model):
     tokenizer = tiny_tokenizer(add_bos=True)
     texts = ["When Mary and John went to the store", "The capital of France is", "the cat sat"]
     ids = [tokenizer.encode(text) for text in texts]
@@ -132,7 +132,7 @@ def test_strings_lists_arrays_and_ids_are_the_same(model):
     assert without.tokens[0][0] == "When"
 
 
-def test_a_wrapped_model_keeps_its_own_conventions(model):
+def test_wrapped_model_keeps_its_conventions(model):
     wrapped = wrap(model, tiny_tokenizer())
     (result,) = attribute_many(wrapped, ["the cat sat"], 5, unit="head")
     assert_same(result, direct_logit_attribution(wrapped, "the cat sat", 5, unit="head"))
@@ -158,7 +158,7 @@ BAD = [
 
 
 @pytest.mark.parametrize("at", range(3))
-def test_one_bad_prompt_of_each_sort_does_not_hurt_the_others(model, at):
+def test_bad_prompts_leave_others_unchanged(model, at):
     tokenizer = tiny_tokenizer()
     good = random_prompts((4, 6, 3, 5, 2) * 3, vocabulary=len(tokenizer))
     pairs = []
@@ -182,7 +182,7 @@ def test_one_bad_prompt_of_each_sort_does_not_hurt_the_others(model, at):
             assert_same(result, alone)
 
 
-def test_what_can_be_seen_while_reading_breaks_up_no_batch(ran, model):
+def test_errors_found_while_reading_split_no_batch(ran, model):
     too_long, without_the_position, good = random_prompts((65, 1, 5))
     prompts = [good, too_long, good, without_the_position, good, good]
     results = list(attribute_many(model, prompts, [5, 5, 5, 5, 5, 63], pos=-2))
@@ -210,7 +210,7 @@ def test_a_batch_that_fails_is_halved_until_the_bad_prompt_stands_alone():
         assert_same(results[index], direct_logit_attribution(model, prompts[index], 5))
 
 
-def test_running_out_of_memory_makes_batches_smaller(ran, model):
+def test_out_of_memory_shrinks_batches(ran, model):
     def small_machine(_, args, kwargs):
         if kwargs["input_ids"].numel() > 16:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
@@ -230,7 +230,7 @@ def test_running_out_of_memory_makes_batches_smaller(ran, model):
     assert "give a chunk_size" in str(results[4])
 
 
-def test_long_prompts_run_in_pieces(ran, model):
+def test_long_prompts_run_in_chunks(ran, model):
     prompts = random_prompts()
     list(attribute_many(model, prompts, 5, chunk_size=4))  # asks whether pieces are the same
     ran.clear()
@@ -262,7 +262,7 @@ def no_hooks(model) -> bool:
     return not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_closing_it_in_the_middle_leaves_nothing(model):
+def test_closing_early_leaves_no_hooks(model):
     state = torch.random.get_rng_state()
     results = attribute_many(model, random_prompts(), 5, window=3)
     for _ in range(2):
@@ -289,7 +289,7 @@ def test_prompts_are_read_a_window_at_a_time(model):
         next(results)
 
 
-def test_no_result_is_kept_and_none_keeps_its_batch(model):
+def test_results_and_batches_are_freed(model):
     seen = []
     for result in attribute_many(model, random_prompts((4, 6) * 4), 5, window=4, pos=None):
         gc.collect()
@@ -331,13 +331,13 @@ def test_no_result_is_kept_and_none_keeps_its_batch(model):
         ({"model": "gpt2"}, InputError, "model must be"),
     ],
 )
-def test_what_is_wrong_for_all_prompts_raises_at_the_call(model, given, error, said):
+def test_error_of_all_prompts_raises_at_call(model, given, error, said):
     usual = {"model": model, "prompts": random_prompts(), "answer_tokens": 5}
     with pytest.raises(error, match=said):
         attribute_many(**{**usual, **given})
 
 
-def test_models_that_cannot_be_attributed_raise_at_the_call():
+def test_unsupported_model_raises_at_call():
     model = made("gpt2")
     model.transformer.h[1].train()
     with pytest.raises(TrainingModeError, match=r"h\.1"):
@@ -347,7 +347,7 @@ def test_models_that_cannot_be_attributed_raise_at_the_call():
 
 
 @pytest.mark.parametrize(("n", "said"), [(5, "it holds 5, and"), (9, "more than the 8")])
-def test_answers_that_are_no_match_are_noticed_when_they_end(model, n, said):
+def test_answer_count_mismatch_raises_at_end(model, n, said):
     results = attribute_many(model, iter(random_prompts()), iter([5] * n), window=3)
     got = [next(results) for _ in range(min(n, 8))]
     assert all(isinstance(result, DirectLogitAttribution) for result in got)
@@ -373,7 +373,7 @@ class Terminal(io.StringIO):
         (Terminal, False, False),
     ],
 )
-def test_the_bar_is_for_terminals(model, monkeypatch, capsys, stream, progress, shown):
+def test_progress_bar_shows_only_at_terminals(model, monkeypatch, capsys, stream, progress, shown):
     monkeypatch.setattr(sys, "stderr", stream())
     list(attribute_many(model, random_prompts(), 5, progress=progress))
     assert ("8/8" in sys.stderr.getvalue()) is shown

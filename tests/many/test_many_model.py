@@ -53,7 +53,7 @@ REORDERED = {
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("how", REORDERED)
-def test_the_same_numbers_in_other_places_are_another_model(tmp_path, how, dtype):
+def test_fingerprint_changes_when_entries_swap(tmp_path, how, dtype):
     options = {"check": False, "resume": tmp_path}
     list(attribute_many(build("llama", dtype=dtype), PROMPTS, 5, **options))
     model = build("llama", dtype=dtype)
@@ -63,7 +63,7 @@ def test_the_same_numbers_in_other_places_are_another_model(tmp_path, how, dtype
         attribute_many(model, PROMPTS, 5, **options)
 
 
-def test_large_pieces_that_change_places_are_noticed(tmp_path):
+def test_fingerprint_changes_when_large_pieces_swap(tmp_path):
     """Weights are summed 2**14 entries at a time."""
 
     def large(order):
@@ -77,7 +77,7 @@ def test_large_pieces_that_change_places_are_noticed(tmp_path):
     assert len(run(large([0, 1, 2]), tmp_path)) == 2
 
 
-def test_layout_and_threads_leave_no_trace(tmp_path):
+def test_fingerprint_ignores_layout_and_threads(tmp_path):
     run(made("llama"), tmp_path)
     model = made("llama")
     projection = model.model.layers[0].mlp.up_proj
@@ -91,7 +91,7 @@ def test_layout_and_threads_leave_no_trace(tmp_path):
         torch.set_num_threads(threads)
 
 
-def test_offloaded_weights_are_the_same_weights(tmp_path):
+def test_fingerprint_of_offloaded_weights_is_the_same(tmp_path):
     accelerate = pytest.importorskip("accelerate")
     run(made("llama"), tmp_path / "run")
     for offload in (
@@ -137,7 +137,7 @@ def add_another(model):
     ],
     ids=["scale", "one off", "config", "weight", "another"],
 )
-def test_how_adapters_are_set_is_of_the_model(tmp_path, change, said):
+def test_fingerprint_includes_adapter_settings(tmp_path, change, said):
     run(adapted(), tmp_path)
     assert_refused(adapted(alpha=4), tmp_path, "adapters was")
     model = adapted()
@@ -149,7 +149,7 @@ def test_how_adapters_are_set_is_of_the_model(tmp_path, change, said):
     assert len(run(model, tmp_path)) == 2
 
 
-def test_codes_in_four_bits_go_with_their_scales(tmp_path):
+def test_fingerprint_includes_scales_of_4_bit_codes(tmp_path):
     def doubled(bnb, plain):
         plain.weight.data *= 2
         return four_bits(bnb, plain)
@@ -163,7 +163,7 @@ def test_codes_in_four_bits_go_with_their_scales(tmp_path):
     assert len(run(model, tmp_path)) == 2
 
 
-def test_codes_in_eight_bits_go_with_their_scales(tmp_path):
+def test_fingerprint_includes_scales_of_8_bit_codes(tmp_path):
     def doubled(bnb, plain):
         plain.weight.data *= 2
         return eight_bits(bnb, plain)
@@ -177,7 +177,7 @@ def test_codes_in_eight_bits_go_with_their_scales(tmp_path):
 
 @pytest.mark.parametrize("config", ["Int8WeightOnlyConfig", "IntxWeightOnlyConfig"])
 @pytest.mark.parametrize("part", ["qdata", "scale"])
-def test_tensors_that_wrap_others(tmp_path, config, part):
+def test_fingerprint_includes_wrapped_tensors(tmp_path, config, part):
     run(torchao_model(config), tmp_path)
     assert len(run(torchao_model(config), tmp_path)) == 2
     model = torchao_model(config)
@@ -208,7 +208,7 @@ for name, model in models.items():
 
 
 @pytest.mark.slow
-def test_another_process_has_the_same_model(tmp_path):
+def test_fingerprint_is_the_same_in_another_process(tmp_path):
     pytest.importorskip("torchao")
     plain, adapter = build("llama"), adapted()
     models = {"plain": plain, "adapted": adapter, "torchao": torchao_model("Int8WeightOnlyConfig")}

@@ -52,7 +52,7 @@ def test_stored_results_come_back_without_running_the_model(ran, model, tmp_path
 
 
 @pytest.mark.parametrize("stop", ["close", "interrupt"])
-def test_an_interrupted_run_goes_on(ran, model, tmp_path, stop):
+def test_interrupted_run_resumes(ran, model, tmp_path, stop):
     prompts = random_prompts((6, 6, 5, 5) * 2)
     whole = list(attribute_many(model, prompts, 5))
     ran.clear()
@@ -106,7 +106,7 @@ def test_prompts_that_failed_are_tried_again(ran, model, tmp_path):
         assert_same(result, direct_logit_attribution(model, prompt, 5))
 
 
-def test_a_longer_list_goes_on_where_the_shorter_ended(ran, model, tmp_path):
+def test_longer_list_resumes_after_shorter_one(ran, model, tmp_path):
     prompts = random_prompts()
     list(attribute_many(model, prompts[:5], 5, resume=tmp_path))
     ran.clear()
@@ -196,7 +196,7 @@ def test_a_damaged_file_is_noticed_and_may_be_deleted(ran, model, tmp_path, how)
         assert_same(one, other)
 
 
-def test_folders_that_are_something_else(model, tmp_path):
+def test_resume_folder_with_other_files_is_refused(model, tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/thesis.txt").write_text("all of it")
     (tmp_path / "file").write_text("")
@@ -223,7 +223,7 @@ def test_folders_that_are_something_else(model, tmp_path):
     assert [path.name for path in (tmp_path / "notes").iterdir()] == ["thesis.txt"]
 
 
-def test_what_a_crash_left_half_written_is_swept_away_in_time(model, tmp_path):
+def test_old_unfinished_files_are_removed(model, tmp_path):
     old, new = (tmp_path / f"000000000-00000000{end}.safetensors.7-ab.unfinished" for end in (3, 7))
     for path in (old, new):
         path.write_bytes(b"half")
@@ -237,7 +237,7 @@ def test_what_a_crash_left_half_written_is_swept_away_in_time(model, tmp_path):
     ]
 
 
-def test_two_processes_that_write_one_file_do_not_meet(model, tmp_path, monkeypatch):
+def test_two_processes_write_one_file_safely(model, tmp_path, monkeypatch):
     """The second begins and finishes while the first is writing."""
     prompts, names = random_prompts(), []
     replace = Path.replace
@@ -255,7 +255,7 @@ def test_two_processes_that_write_one_file_do_not_meet(model, tmp_path, monkeypa
     assert len(list(attribute_many(model, prompts, 5, resume=tmp_path))) == 8
 
 
-def test_what_a_file_says_of_its_results_is_under_its_checksum(model, tmp_path):
+def test_checksum_covers_header_of_results(model, tmp_path):
     list(attribute_many(model, random_prompts(), 5, resume=tmp_path))
     (shard,) = tmp_path.glob("*.safetensors")
     content = shard.read_bytes()
@@ -285,12 +285,12 @@ def test_each_file_is_read_once(ran, model, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("resume", ["", 5, True, ["folder"], b""])
-def test_what_is_no_folder(model, resume):
+def test_resume_path_of_another_kind_is_refused(model, resume):
     with pytest.raises(InputError, match="resume must be the path of a folder"):
         attribute_many(model, random_prompts(), 5, resume=resume)
 
 
-def test_pieces_of_a_prompt_may_differ(ran, model, tmp_path):
+def test_resume_accepts_another_chunk_size(ran, model, tmp_path):
     prompts = random_prompts()
     first = list(attribute_many(model, prompts, 5, chunk_size=3, resume=tmp_path))
     ran.clear()
@@ -300,7 +300,7 @@ def test_pieces_of_a_prompt_may_differ(ran, model, tmp_path):
         assert_same(one, other, atol=0)
 
 
-def test_what_came_before_a_failure_of_the_source_is_kept(ran, model, tmp_path):
+def test_results_before_source_failure_are_stored(ran, model, tmp_path):
     prompts = random_prompts()
 
     def source():

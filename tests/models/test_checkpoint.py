@@ -50,7 +50,7 @@ def edit_weights(folder, change):
 
 
 class TestLoads:
-    def test_the_weights_that_were_saved_in_eval_mode(self, saved):
+    def test_saved_weights_load_in_eval_mode(self, saved):
         model, tokenizer = load(saved)
         original = build("gpt2", dtype=torch.float32).state_dict()
         for name, weight in model.state_dict().items():
@@ -59,7 +59,7 @@ class TestLoads:
         assert tokenizer.encode(" Paris") == tiny_tokenizer().encode(" Paris")
 
     @pytest.mark.parametrize("name", ["gpt2-untied", "llama-mha-tied", "gemma2", "mixtral", "opt"])
-    def test_other_families_lack_nothing(self, name, tmp_path):
+    def test_families_load_without_missing_weights(self, name, tmp_path):
         build(name, dtype=torch.float32).save_pretrained(tmp_path)
         assert load_model(tmp_path).dtype == torch.float32
 
@@ -72,19 +72,19 @@ class TestLoads:
             ("auto", torch.bfloat16),
         ],
     )
-    def test_dtype(self, tmp_path, dtype, loaded):
+    def test_dtype_is_followed(self, tmp_path, dtype, loaded):
         build("gpt2", dtype=torch.bfloat16).save_pretrained(tmp_path)
         assert load_model(tmp_path, dtype).dtype == loaded
 
-    def test_a_path_from_home(self, saved, monkeypatch):
+    def test_path_with_tilde_is_expanded(self, saved, monkeypatch):
         monkeypatch.setenv("HOME", str(saved.parent))
         assert load_tokenizer(f"~/{saved.name}") is not None
 
-    def test_nothing_is_written_to_the_terminal(self, saved, capfd):
+    def test_loading_prints_nothing(self, saved, capfd):
         load(saved)
         assert capfd.readouterr() == ("", "")
 
-    def test_the_settings_of_transformers_are_as_before(self, saved, copy):
+    def test_transformers_settings_are_restored(self, saved, copy):
         def settings():
             return logging.get_verbosity(), logging.is_progress_bar_enabled()
 
@@ -102,20 +102,20 @@ class TestLoads:
 
 
 class TestTokenizer:
-    def test_none_where_there_is_none(self, copy):
+    def test_missing_tokenizer_gives_none(self, copy):
         for file in copy.glob("tokenizer*"):
             file.unlink()
         model, tokenizer = load(copy)
         assert model is not None
         assert tokenizer is None
 
-    def test_none_where_it_would_be_empty(self, copy):
+    def test_empty_tokenizer_gives_none(self, copy):
         (copy / "tokenizer.json").unlink()
         edit_tokenizer = copy / "tokenizer_config.json"
         edit_tokenizer.write_text('{"tokenizer_class": "GPT2Tokenizer"}')
         assert load_tokenizer(copy) is None
 
-    def test_one_that_is_corrupt_is_refused(self, copy):
+    def test_corrupt_tokenizer_is_refused(self, copy):
         (copy / "tokenizer.json").write_text("{")
         with pytest.raises(CheckpointError, match="the tokenizer cannot be read"):
             load(copy)
@@ -126,7 +126,7 @@ class TestRefuses:
     @pytest.mark.parametrize(
         "name", ["./nowhere", "../nowhere", "/no/where", "~/nowhere", "a/b/c", "a\\b", "nowhere/x/"]
     )
-    def test_a_path_that_is_not_there_without_asking_the_hub(self, name, monkeypatch):
+    def test_missing_path_is_refused_without_the_hub(self, name, monkeypatch):
         def refuse(*_, **__):
             raise AssertionError("asked the hub")
 
@@ -135,7 +135,7 @@ class TestRefuses:
             load(name)
 
     @pytest.mark.parametrize("name", ["nobody-here", "nobody/nothing-at-all"])
-    def test_a_hub_id_offline(self, name, offline):
+    def test_hub_id_offline_is_refused(self, name, offline):
         with pytest.raises(CheckpointError) as caught:
             load(name)
         assert str(caught.value) == (
@@ -143,19 +143,19 @@ class TestRefuses:
             "cannot be reached"
         )
 
-    def test_an_empty_name(self):
+    def test_empty_name_is_refused(self):
         with pytest.raises(InputError, match="empty"):
             load("")
 
-    def test_a_file(self, saved):
+    def test_path_of_a_file_is_refused(self, saved):
         with pytest.raises(CheckpointError, match="is a file; give the folder"):
             load(saved / "model.safetensors")
 
-    def test_a_folder_without_config(self, tmp_path):
+    def test_folder_without_config_is_refused(self, tmp_path):
         with pytest.raises(CheckpointError, match=r"has no config\.json: it holds no model"):
             load(tmp_path)
 
-    def test_an_adapter(self, tmp_path):
+    def test_adapter_folder_is_refused(self, tmp_path):
         (tmp_path / "adapter_config.json").write_text("{}")
         with pytest.raises(CheckpointError, match="an adapter only; load its base model"):
             load(tmp_path)
@@ -164,29 +164,29 @@ class TestRefuses:
         ("text", "words"),
         [("{", "cannot be read"), ("[]", "names no model_type"), ("{}", "names no model_type")],
     )
-    def test_a_config_that_is_none(self, copy, text, words):
+    def test_invalid_config_is_refused(self, copy, text, words):
         (copy / "config.json").write_text(text)
         with pytest.raises(CheckpointError, match=words):
             load(copy)
 
-    def test_no_weights(self, copy):
+    def test_folder_without_weights_is_refused(self, copy):
         (copy / "model.safetensors").unlink()
         with pytest.raises(CheckpointError, match="weights cannot be read"):
             load(copy)
 
     @pytest.mark.parametrize("keep", [0, 5, 1000, 100_000])
-    def test_truncated_weights(self, copy, keep):
+    def test_truncated_weights_are_refused(self, copy, keep):
         file = copy / "model.safetensors"
         file.write_bytes(file.read_bytes()[:keep])
         with pytest.raises(CheckpointError, match="weights cannot be read"):
             load(copy)
 
-    def test_corrupt_weights(self, copy):
+    def test_corrupt_weights_are_refused(self, copy):
         (copy / "model.safetensors").write_bytes(b"no tensors at all, but long enough for a head")
         with pytest.raises(CheckpointError, match="weights cannot be read"):
             load(copy)
 
-    def test_a_missing_shard(self, tmp_path):
+    def test_missing_shard_is_refused(self, tmp_path):
         build("gpt2", dtype=torch.float32).save_pretrained(tmp_path, max_shard_size="60KB")
         shards = sorted(tmp_path.glob("model-*.safetensors"))
         assert len(shards) > 1
@@ -194,7 +194,7 @@ class TestRefuses:
         with pytest.raises(CheckpointError, match="weights cannot be read"):
             load_model(tmp_path)
 
-    def test_missing_weights_are_not_made_up(self, copy):
+    def test_missing_weights_are_refused(self, copy):
         edit_weights(copy, lambda weights: weights.pop("transformer.h.1.mlp.c_fc.weight"))
         with pytest.raises(CheckpointError) as caught:
             load(copy)
@@ -202,28 +202,28 @@ class TestRefuses:
             caught.value
         )
 
-    def test_a_missing_unembedding_that_is_not_tied(self, tmp_path):
+    def test_missing_untied_unembedding_is_refused(self, tmp_path):
         build("gpt2-untied", dtype=torch.float32).save_pretrained(tmp_path)
         edit_weights(tmp_path, lambda weights: weights.pop("lm_head.weight"))
         with pytest.raises(CheckpointError, match=r"lacks 1 .*\(lm_head\.weight\)"):
             load(tmp_path)
 
-    def test_weights_of_another_shape(self, copy):
+    def test_weights_of_another_shape_are_refused(self, copy):
         edit_config(copy, n_positions=32)
         with pytest.raises(CheckpointError, match=r"wpe\.weight: \[64, 36\] instead of \[32, 36\]"):
             load(copy)
 
-    def test_an_unknown_model_type(self, copy):
+    def test_unknown_model_type_is_refused(self, copy):
         edit_config(copy, model_type="zork")
         with pytest.raises(UnsupportedModelError, match="does not know"):
             load(copy)
 
-    def test_an_encoder_decoder(self, tmp_path):
+    def test_encoder_decoder_is_refused(self, tmp_path):
         T5Config().save_pretrained(tmp_path)
         with pytest.raises(UnsupportedModelError, match=r"'t5' model.*not load as a causal"):
             load(tmp_path)
 
-    def test_code_that_was_not_trusted_is_not_run(self, copy):
+    def test_untrusted_code_is_not_run(self, copy):
         trace = copy / "was_run"
         (copy / "own.py").write_text(f"open({str(trace)!r}, 'w')\nclass Config: pass\n")
         edit_config(copy, model_type="zork", auto_map={"AutoConfig": "own.Config"})
@@ -232,11 +232,11 @@ class TestRefuses:
         assert not trace.exists()
 
     @pytest.mark.parametrize("device", ["zork", "cuda:99"])
-    def test_a_device_that_is_not_there(self, saved, device):
+    def test_missing_device_is_refused(self, saved, device):
         with pytest.raises(InputError, match=f"device '{device}' cannot be used"):
             load(saved, device=device)
 
-    def test_a_dtype_that_is_none(self, saved):
+    def test_unknown_dtype_is_refused(self, saved):
         with pytest.raises(InputError, match=r"dtype must be one of float32, .*got 'int8'"):
             load(saved, "int8")
 

@@ -114,7 +114,7 @@ def stance():
     # That the new ones are not compiled by our runs is the same for all forms but these.
     [(form, True) for form in FORMS] + [(form, False) for form in (whole, layers_in_place)],
 )
-def test_a_compiled_model_gives_the_plain_numbers_and_stays_compiled(form, ran_before, backend):
+def test_compiled_model_matches_plain_and_stays_compiled(form, ran_before, backend):
     plain, ids = build("llama", dtype=torch.float32), example_ids("llama")
     model = form(build("llama", dtype=torch.float32), backend=backend)
     if ran_before:
@@ -141,7 +141,7 @@ def test_a_compiled_model_gives_the_plain_numbers_and_stays_compiled(form, ran_b
 
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", ["gpt2", "gemma2", "mixtral"])
-def test_other_families(spec, backend):
+def test_compiled_families_match_plain(spec, backend):
     plain, ids = build(spec), example_ids(spec)
     model = whole(build(spec), backend=backend)
     run(model, ids)
@@ -156,7 +156,7 @@ def test_other_families(spec, backend):
 
 @pytest.mark.filterwarnings("ignore")  # PEFT's own
 @pytest.mark.parametrize("form", [whole, in_place])
-def test_a_compiled_adapted_model(form, backend):
+def test_compiled_peft_model_matches_plain(form, backend):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["o_proj", "lm_head"], init_lora_weights=False)
     adapted, ids = peft.get_peft_model(build("llama"), config).eval(), example_ids("llama")
@@ -170,7 +170,7 @@ def test_a_compiled_adapted_model(form, backend):
     assert len(backend.graphs) == compiled
 
 
-def test_the_callers_own_stance_comes_back_after_errors_too(backend):
+def test_callers_stance_is_restored_after_errors(backend):
     model, ids = in_place(build("llama"), backend=backend), example_ids("llama")
     run(model, ids)
 
@@ -189,7 +189,7 @@ def test_the_callers_own_stance_comes_back_after_errors_too(backend):
     assert stance() == "default"
 
 
-def test_threads_that_come_and_go_leave_the_stance_as_it_was(backend):
+def test_stance_is_restored_after_concurrent_threads(backend):
     ids = example_ids("llama")
     models = [in_place(build("llama", seed), backend=backend) for seed in (0, 1)]
     expected = [direct_logit_attribution(build("llama", seed), ids, 5) for seed in (0, 1)]
@@ -217,7 +217,7 @@ def test_threads_that_come_and_go_leave_the_stance_as_it_was(backend):
     assert stance() == "default"
 
 
-def test_a_plain_model_leaves_the_compiler_alone(monkeypatch):
+def test_plain_model_does_not_touch_the_compiler(monkeypatch):
     def set_stance(*_):
         raise AssertionError("the stance was set for a model without compiled parts")
 
@@ -225,7 +225,7 @@ def test_a_plain_model_leaves_the_compiler_alone(monkeypatch):
     direct_logit_attribution(build("llama"), example_ids("llama"), 5, unit="head")
 
 
-def test_from_within_a_compiled_function_it_is_refused(backend):
+def test_call_inside_compiled_function_is_refused(backend):
     model, ids = in_place(build("llama"), backend=backend), example_ids("llama")
 
     @torch.compile(backend=backend)
@@ -242,7 +242,7 @@ def test_from_within_a_compiled_function_it_is_refused(backend):
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own, on import
 @pytest.mark.slow
-def test_the_default_compiler():
+def test_inductor_model_matches_plain():
     """Inductor, which needs a C compiler where it runs on a CPU."""
     torch._dynamo.reset()
     plain, ids = build("llama", dtype=torch.float32), example_ids("llama")
@@ -260,7 +260,7 @@ def test_the_default_compiler():
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("how", ["script", "trace"])
-def test_a_part_in_torchscript_is_run_as_it_is(how):
+def test_torchscript_part_runs_as_is(how):
     model, ids = build("llama"), example_ids("llama")
     expected = direct_logit_attribution(model, ids, 5, unit="head").attribution
     for layer in model.model.layers:

@@ -127,7 +127,7 @@ def declared():
 
 
 @pytest.mark.usefixtures("declared")
-def test_everything_that_is_asked_is_found():
+def test_custom_architecture_is_exact():
     model = OddOne(MadeUpConfig())
     with torch.no_grad():
         logits = model(IDS).logits
@@ -147,7 +147,7 @@ def test_everything_that_is_asked_is_found():
 
 
 @pytest.mark.usefixtures("declared")
-def test_heads_of_a_block_that_is_used_twice():
+def test_heads_of_shared_block_are_exact():
     """Held against removing one head's slice in one of the two uses, with every scale frozen."""
     model = OddOne(MadeUpConfig())
     result = direct_logit_attribution(model, IDS, 5, unit="head", pos=None)
@@ -181,14 +181,14 @@ def test_heads_of_a_block_that_is_used_twice():
         ("readout", "not the unembedding of the final norm's output"),
     ],
 )
-def test_what_is_no_sum_is_refused(twist, said):
+def test_block_that_is_no_sum_is_refused(twist, said):
     model = OddOne(MadeUpConfig(twist=twist))
     for unit in UNIT_NAMES:
         with pytest.raises(UnsupportedModelError, match=said):
             direct_logit_attribution(model, IDS, 5, unit=unit)
 
 
-def test_undeclared_it_gets_lines_to_start_from():
+def test_undeclared_model_is_refused_with_a_sketch():
     with pytest.raises(UnsupportedModelError, match="has no declaration") as caught:
         direct_logit_attribution(OddOne(MadeUpConfig()), IDS, 5)
     lines = str(caught.value).partition("start from these lines:\n")[2]
@@ -200,7 +200,7 @@ def test_undeclared_it_gets_lines_to_start_from():
     assert start.writes[0].module == "mixer"
 
 
-def test_the_readme_s_recipe_is_a_declaration():
+def test_readme_recipe_is_a_valid_declaration():
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     snippets = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     (recipe,) = (snippet for snippet in snippets if "dla_hooks.register(" in snippet)

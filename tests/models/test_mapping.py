@@ -26,7 +26,7 @@ def is_refused(model_type: str) -> bool:
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)], ids="seed{}".format)
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_every_type_is_right_or_refused(model_type, seed):
+def test_model_type_is_exact_or_refused(model_type, seed):
     found = survey_type(model_type, seed)
     if model_type in NOT_BUILT:
         assert found.verdict == ABSENT
@@ -48,7 +48,7 @@ WITHOUT_HEADS = {
 
 
 @pytest.mark.parametrize("model_type", sorted(set(MODEL_TYPES) - NOT_BUILT))
-def test_heads_are_there_wherever_attention_writes_to_the_stream(model_type):
+def test_heads_exist_for_every_attention_write(model_type):
     found = survey_type(model_type)
     if found.verdict == RIGHT:
         assert ("head" in found.units) == (model_type not in WITHOUT_HEADS)
@@ -57,14 +57,14 @@ def test_heads_are_there_wherever_attention_writes_to_the_stream(model_type):
 @pytest.mark.slow
 @pytest.mark.parametrize("attn", ["eager", "sdpa"])
 @pytest.mark.parametrize("model_type", sorted(set(MODEL_TYPES) - NOT_BUILT))
-def test_both_attention_implementations(model_type, attn):
+def test_attention_implementations_agree(model_type, attn):
     found = survey_type(model_type, attn=attn)
     if found.verdict != ABSENT:  # not every type has both
         assert found.verdict == (REFUSED if is_refused(model_type) else RIGHT), found
 
 
 @pytest.mark.parametrize(("model_type", "name", "changes"), VARIANTS, ids=lambda v: str(v)[:24])
-def test_switches_of_the_config(model_type, name, changes):
+def test_config_switches_are_exact(model_type, name, changes):
     found = survey_type(model_type, **changes)
     assert found.verdict in (RIGHT, REFUSED), found
     if found.verdict == REFUSED:
@@ -81,7 +81,7 @@ REFUSED_VARIANTS = {
 
 
 @pytest.mark.parametrize("model_type", sorted(set(MODEL_TYPES) - NOT_BUILT))
-def test_block_by_block(model_type):
+def test_blocks_verify_one_by_one(model_type):
     """Each block's own writes make up its change of the stream, not only the total."""
     if is_refused(model_type):
         with pytest.raises(UnsupportedModelError):
@@ -95,7 +95,7 @@ def test_block_by_block(model_type):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("model_type", sorted(set(MODEL_TYPES) - NOT_BUILT))
-def test_verification_says_the_same_in_every_dtype(model_type, dtype):
+def test_verify_agrees_in_every_dtype(model_type, dtype):
     try:
         model = build_any(model_type, dtype=dtype)
         ids = example_ids_any(model)
@@ -113,7 +113,7 @@ def test_verification_says_the_same_in_every_dtype(model_type, dtype):
     direct_logit_attribution(model, ids, 5, 7, pos=None)
 
 
-def test_every_declared_type_is_one_of_transformers():
+def test_declared_types_exist_in_transformers():
     known = set(CONFIG_MAPPING) | {"emu3_text_model", "mllama_text_model"}
     known |= {"HookedTransformer", "TransformerBridge"}  # of TransformerLens
     declared = {name for a in registry.architectures() for name in a.model_types}
@@ -123,14 +123,14 @@ def test_every_declared_type_is_one_of_transformers():
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "adapters").glob("*.py")), ids=lambda p: p.stem)
-def test_a_declaration_is_data(path):
+def test_declarations_are_plain_data(path):
     """No arithmetic, no conditions and no functions in an adapter."""
     if path.stem != "__init__":
         code = re.sub(r'""".*?"""|"[^"]*"|#[^\n]*', "", path.read_text(), flags=re.DOTALL)
         assert not re.search(r"\b(if|for|def|lambda|while|class)\b", code)
 
 
-def test_the_core_knows_no_architectures_name():
+def test_library_names_no_architecture():
     names = {name for a in registry.architectures() for name in a.model_types}
     for path in (ROOT / "dla_hooks").rglob("*.py"):
         strings = set(re.findall(r'"([A-Za-z0-9_-]+)"', path.read_text()))

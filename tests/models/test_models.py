@@ -61,7 +61,7 @@ def small(model_type: str, auto=AutoModelForCausalLM, **config):
 
 
 @pytest.mark.parametrize("model", [None, "gpt2", nn.Linear(3, 3), object()])
-def test_what_is_no_language_model(model):
+def test_non_language_model_is_refused(model):
     with pytest.raises(InputError, match="must be a Hugging Face causal language model"):
         direct_logit_attribution(model, IDS, 5)
 
@@ -105,14 +105,14 @@ def test_containers_made_after_eval_have_no_training_mode():
 
 
 @pytest.mark.parametrize("part", ["transformer.h.1", "transformer.h.1.attn.resid_dropout"])
-def test_one_part_in_training_mode_is_refused_by_name(part):
+def test_part_in_training_mode_is_refused_by_name(part):
     model = build("gpt2")
     model.get_submodule(part).training = True
     with pytest.raises(TrainingModeError, match=f"training mode \\(in {part}\\)"):
         direct_logit_attribution(model, IDS, 5)
 
 
-def test_a_call_walks_over_the_modules_once(monkeypatch):
+def test_call_walks_over_modules_once(monkeypatch):
     model = build("gpt2")
     direct_logit_attribution(model, IDS, 5)
     walks, modules_of = [], version.modules_of
@@ -203,7 +203,7 @@ def same(one, other) -> bool:
 
 @pytest.mark.parametrize("spec", ["gpt2", "gemma2", "granite", "falcon-7b", "gpt_oss"])
 @pytest.mark.parametrize("unit", UNIT_NAMES)
-def test_the_model_is_left_as_it_was(spec, unit):
+def test_model_is_unchanged_after_call(spec, unit):
     model = build(spec)
     seen = []
     model.get_input_embeddings().register_forward_hook(lambda m, a, o: seen.append(1))
@@ -217,7 +217,7 @@ def test_the_model_is_left_as_it_was(spec, unit):
 
 
 @pytest.mark.parametrize("unit", ["component", "head"])
-def test_the_model_is_left_as_it_was_after_an_exception(unit):
+def test_model_is_unchanged_after_exception(unit):
     model = build("gpt2")
     before = everything_about(model)
 
@@ -232,7 +232,7 @@ def test_the_model_is_left_as_it_was_after_an_exception(unit):
     direct_logit_attribution(model, IDS, 5, unit=unit)
 
 
-def test_hooks_come_off_when_putting_them_on_fails(monkeypatch):
+def test_hooks_are_removed_when_registration_fails(monkeypatch):
     model = build("gpt2")
     put_on, calls = dla_hooks.modules.hooks._put_on, []
 
@@ -248,7 +248,7 @@ def test_hooks_come_off_when_putting_them_on_fails(monkeypatch):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_gradients_may_be_on_and_are_not_made():
+def test_enabled_gradients_are_not_computed():
     model = build("gpt2").requires_grad_(True)
     with torch.enable_grad():
         result = direct_logit_attribution(model, IDS, 5, unit="head")
@@ -282,7 +282,7 @@ def test_two_threads_may_share_a_model():
         torch.testing.assert_close(values, alone[which])
 
 
-def test_an_output_cache_asked_for_in_the_config_is_not_built():
+def test_use_cache_in_config_builds_no_cache():
     model = build("llama")
     model.config.use_cache = True
     kept = []
@@ -352,12 +352,12 @@ def declared():
     registry._registered.update(before)
 
 
-def test_an_undeclared_model_of_no_known_shape_is_refused():
+def test_undeclared_model_of_unknown_shape_is_refused():
     with pytest.raises(UnsupportedModelError, match=r"'made_up'[^$]*dla_hooks\.register"):
         direct_logit_attribution(MadeUp(MadeUpConfig()), IDS, 5)
 
 
-def test_an_undeclared_model_of_a_known_shape_is_accepted_once_verified():
+def test_undeclared_model_of_known_shape_is_verified_and_accepted():
     model = build("llama")
     expected = direct_logit_attribution(model, IDS, 5, unit="head").attribution
     model.config.model_type = "llama_of_tomorrow"
@@ -365,7 +365,7 @@ def test_an_undeclared_model_of_a_known_shape_is_accepted_once_verified():
     assert torch.equal(found, expected)
 
 
-def test_an_undeclared_model_that_fails_verification_is_refused_with_the_place():
+def test_undeclared_model_that_fails_verification_is_refused_with_place():
     model = build("llama")
     model.config.model_type = "llama_of_tomorrow"
     model.model.layers[1].register_forward_hook(lambda m, a, out: out + 0.1 * out**2)
@@ -375,7 +375,7 @@ def test_an_undeclared_model_that_fails_verification_is_refused_with_the_place()
         direct_logit_attribution(model, IDS, 5)
 
 
-def test_an_architecture_declared_at_run_time(declared):
+def test_architecture_declared_at_run_time_is_exact(declared):
     declared(
         Architecture(
             model_types=("made_up",),
@@ -400,7 +400,7 @@ def test_every_declared_type_is_listed_once():
     assert len(types) == len(set(types)) >= 25
 
 
-def test_a_declaration_that_does_not_fit_is_an_error_that_names_it():
+def test_declaration_that_does_not_fit_is_named():
     model = copy.deepcopy(build("llama"))
     model.config.model_type = "gpt2"
     with pytest.raises(UnsupportedModelError, match=r"declaration of gpt2.*: .*'transformer\.h'"):

@@ -80,7 +80,7 @@ def hold_equal(found, expected, dtype=torch.float32):
 class TestNumbers:
     @pytest.mark.parametrize("where", ["memory", "files", "checkpoint"])
     @pytest.mark.parametrize("spec", ["gpt2", "gemma2", "llama-bias", "phi", "granite"])
-    def test_they_are_those_of_the_model_in_memory(self, spec, where, tmp_path, monkeypatch):
+    def test_numbers_match_model_in_memory(self, spec, where, tmp_path, monkeypatch):
         monkeypatch.setattr(weights, "_TILE_ELEMENTS", 300)  # several tiles in a tiny vocabulary
         ids = example_ids(spec)
         options = {"center_unembed": True, "fold_value_biases": True, "pos": None}
@@ -107,7 +107,7 @@ class TestNumbers:
             ("mixtral", "auto"),  # its experts' kernel knows no float64
         ],
     )
-    def test_of_a_checkpoint_in_another_dtype(self, spec, dtype, tmp_path, scratch):
+    def test_numbers_match_for_checkpoint_in_another_dtype(self, spec, dtype, tmp_path, scratch):
         """Tied unembeddings, and experts that are put together anew, among them."""
         folder = saved(spec, tmp_path / "model", torch.bfloat16)
         here, away = load_model(folder, dtype), load_model(folder, dtype, device_map="disk")
@@ -119,7 +119,7 @@ class TestNumbers:
     @BY_FIVE
     @pytest.mark.parametrize("device_map", ["auto", "disk"])
     @pytest.mark.parametrize("form", ["one file", "shards", "torch"])
-    def test_with_a_part_of_it_in_memory(self, form, device_map, tmp_path, scratch):
+    def test_numbers_match_with_weights_partly_in_memory(self, form, device_map, tmp_path, scratch):
         model = build("llama", dtype=torch.float32)
         model.save_pretrained(tmp_path, max_shard_size="20KB" if form == "shards" else "1GB")
         if form == "torch":
@@ -134,13 +134,13 @@ class TestNumbers:
 
     @BY_FIVE
     @pytest.mark.parametrize("max_memory", [None, "1GiB"])
-    def test_what_fits_is_not_offloaded(self, max_memory, tmp_path, scratch):
+    def test_model_that_fits_is_not_offloaded(self, max_memory, tmp_path, scratch):
         folder = saved("llama", tmp_path / "model")
         model = load_model(folder, device_map="auto", max_memory=max_memory)
         assert not any(parameter.is_meta for parameter in model.parameters())
 
     @BY_FIVE
-    def test_centred_rows_against_the_model_s_own_logits(self, tmp_path, monkeypatch):
+    def test_centred_logits_match_model(self, tmp_path, monkeypatch):
         monkeypatch.setattr(weights, "_TILE_ELEMENTS", 300)
         away = offloaded("llama-bias", "checkpoint", tmp_path)
         ids = example_ids("llama-bias")
@@ -152,7 +152,7 @@ class TestNumbers:
         )
 
 
-def test_a_device_map_of_one_s_own_is_followed(tmp_path):
+def test_custom_device_map_matches_model_in_memory(tmp_path):
     """As ``from_pretrained(..., device_map=...)`` sets it up, from a folder."""
     folder = saved("llama", tmp_path / "model")
     ids = example_ids("llama")
@@ -209,7 +209,7 @@ def cut(monkeypatch):
 
 class TestReads:
     @pytest.mark.parametrize("where", ["memory", "files", "checkpoint"])
-    def test_sizes_are_known_without_any(self, where, tmp_path, monkeypatch):
+    def test_sizes_are_known_without_reads(self, where, tmp_path, monkeypatch):
         away = offloaded("gpt2-untied", where, tmp_path)
 
         def refuse(*_, **__):
@@ -224,7 +224,7 @@ class TestReads:
 
     @BY_FIVE
     @pytest.mark.parametrize("spec", ["llama", "llama-mha-tied"])
-    def test_a_few_rows_are_cut_out_of_a_checkpoint(self, spec, tmp_path, cut, monkeypatch):
+    def test_selected_rows_are_read_by_slices(self, spec, tmp_path, cut, monkeypatch):
         away = offloaded(spec, "checkpoint", tmp_path)
         width, vocabulary = away.config.hidden_size, away.config.vocab_size
         monkeypatch.setattr(weights, "_TILE_ELEMENTS", 4 * width)
@@ -239,7 +239,7 @@ class TestReads:
         assert sum(cut.values()) == vocabulary * width  # once, and no tile of it twice
 
     @pytest.mark.parametrize("where", ["memory", "files", "checkpoint"])
-    def test_the_unembedding_is_fetched_whole_by_the_forward_pass_alone(
+    def test_unembedding_is_read_whole_by_forward_pass_only(
         self, where, tmp_path, cut, monkeypatch
     ):
         away = offloaded("llama", where, tmp_path)
@@ -270,7 +270,7 @@ class TestReads:
             assert more <= (1 if small else 0), name
         assert cut["lm_head.weight"] <= 2 * 4 * away.config.hidden_size
 
-    def test_files_of_accelerate_are_mapped(self, tmp_path, monkeypatch):
+    def test_accelerate_files_are_memory_mapped(self, tmp_path, monkeypatch):
         away = offloaded("llama", "files", tmp_path)
 
         def refuse(*_, **__):
@@ -282,7 +282,7 @@ class TestReads:
         assert torch.equal(found, truth[[7, 3]])
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_files_of_accelerate_in_16_bits(self, dtype, tmp_path):
+    def test_accelerate_files_in_16_bits_are_exact(self, dtype, tmp_path):
         here, away = (build("llama", dtype=dtype) for _ in range(2))
         accelerate.disk_offload(away, str(tmp_path), execution_device=CPU)
         ids = example_ids("llama")
@@ -298,12 +298,12 @@ class TestTemporaryFolder:
         (folder / "model.safetensors").unlink()
         return folder
 
-    def test_none_where_the_checkpoint_itself_is_read(self, tmp_path, scratch):
+    def test_no_folder_if_checkpoint_is_read_directly(self, tmp_path, scratch):
         model = load_model(saved("llama", tmp_path / "model"), "bfloat16", device_map="disk")
         assert model is not None
         assert list(scratch.iterdir()) == []
 
-    def test_it_lives_as_long_as_the_model(self, tmp_path, scratch):
+    def test_folder_is_deleted_with_model(self, tmp_path, scratch):
         model = load_model(self.bin_checkpoint(tmp_path / "model"), device_map="disk")
         assert len(list(scratch.iterdir())) == 1
         assert verify(model, show=False).ok
@@ -311,7 +311,7 @@ class TestTemporaryFolder:
         gc.collect()
         assert list(scratch.iterdir()) == []
 
-    def test_it_goes_when_the_checkpoint_is_refused(self, tmp_path, scratch):
+    def test_folder_is_deleted_when_checkpoint_is_refused(self, tmp_path, scratch):
         folder = self.bin_checkpoint(tmp_path / "model")
         held = torch.load(folder / "pytorch_model.bin", weights_only=True)
         held.pop("model.norm.weight")
@@ -320,7 +320,7 @@ class TestTemporaryFolder:
             load_model(folder, device_map="disk")
         assert list(scratch.iterdir()) == []
 
-    def test_it_goes_with_the_process(self, tmp_path, scratch):
+    def test_folder_is_deleted_with_process(self, tmp_path, scratch):
         folder = self.bin_checkpoint(tmp_path / "model")
         code = (
             "import sys, os; from dla_hooks.checkpoint import load_model\n"
@@ -372,7 +372,7 @@ DAMAGES = {
 
 
 class TestRefuses:
-    def test_a_device_map_with_an_older_transformers(self, tmp_path, monkeypatch):
+    def test_device_map_with_transformers_4_is_refused(self, tmp_path, monkeypatch):
         monkeypatch.setattr(dla_hooks.placement, "version", lambda name: "4.57.1")
         folder = saved("llama", tmp_path / "model")
         with pytest.raises(InputError, match=r"needs transformers 5.* installed is 4\.57\.1"):
@@ -381,7 +381,7 @@ class TestRefuses:
     @BY_FIVE
     @pytest.mark.parametrize("options", [("disk", None), ("auto", "30KB")], ids=["disk", "auto"])
     @pytest.mark.parametrize("damage", DAMAGES)
-    def test_what_is_damaged_in_the_same_words_as_ever(self, damage, options, tmp_path, scratch):
+    def test_damaged_checkpoint_gives_same_messages(self, damage, options, tmp_path, scratch):
         change, words = DAMAGES[damage]
         folder = saved("llama", tmp_path / "model")
         change(folder)
@@ -392,39 +392,39 @@ class TestRefuses:
         assert str(here.value) == str(usual.value)
         assert list(scratch.iterdir()) == []
 
-    def test_a_device_beside_a_map(self, tmp_path):
+    def test_device_beside_device_map_is_refused(self, tmp_path):
         with pytest.raises(InputError, match="device='cpu' and device_map='disk' both say where"):
             load_model(saved("llama", tmp_path), device="cpu", device_map="disk")
 
-    def test_a_map_that_is_none(self, tmp_path):
+    def test_unknown_device_map_is_refused(self, tmp_path):
         with pytest.raises(InputError, match="must be one of auto, disk, got 'balanced'"):
             load_model(saved("llama", tmp_path), device_map="balanced")
 
     @BY_FIVE
     @pytest.mark.parametrize("device_map", ["auto", "disk"])
     @pytest.mark.parametrize("size", ["4", "much", "", "GiB", "-1GB", "4 G", "infGB", "nanMB"])
-    def test_a_size_that_is_none(self, size, device_map, tmp_path):
+    def test_unreadable_max_memory_is_refused(self, size, device_map, tmp_path):
         with pytest.raises(InputError, match=rf"max_memory='{size}' is no size; .*4GiB or 500MB"):
             load_model(saved("llama", tmp_path), device_map=device_map, max_memory=size)
 
-    def test_a_size_without_a_map(self, tmp_path):
+    def test_max_memory_without_device_map_is_refused(self, tmp_path):
         with pytest.raises(InputError, match=r"max_memory='4GiB' .* give device_map='auto' or"):
             load_model(saved("llama", tmp_path), max_memory="4GiB")
 
     @BY_FIVE
-    def test_a_map_without_accelerate(self, tmp_path, monkeypatch):
+    def test_device_map_without_accelerate_is_refused(self, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "accelerate.utils", None)
         with pytest.raises(MissingExtraError, match=r"device_map='disk' .*dla-hooks\[offload\]"):
             load_model(saved("llama", tmp_path), device_map="disk")
 
-    def test_a_model_that_has_no_values(self):
+    def test_model_on_meta_device_is_refused(self):
         with torch.device("meta"):
             model = build("llama", dtype=torch.float32)
         assert next(model.parameters()).is_meta
         with pytest.raises(InputError, match=r"weight of Linear is on the meta device.*device_map"):
             direct_logit_attribution(model, example_ids("llama"), 5)
 
-    def test_projections_that_are_loaded_with_their_parent(self, tmp_path):
+    def test_preloaded_modules_are_refused(self, tmp_path):
         model = build("llama", dtype=torch.float32)
         accelerate.disk_offload(
             model, str(tmp_path), execution_device=CPU, preload_module_classes=["LlamaAttention"]
@@ -432,7 +432,7 @@ class TestRefuses:
         with pytest.raises(InputError, match="without preload_module_classes"):
             direct_logit_attribution(model, example_ids("llama"), 5, unit="head")
 
-    def test_weights_that_are_gathered_on_use(self):
+    def test_sharded_weights_are_refused(self):
         model = build("llama", dtype=torch.float32)
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight = nn.Parameter(torch.empty(0))
@@ -471,7 +471,7 @@ print(resident("VmHWM") - before, 4 * sum(p.numel() for p in model.parameters())
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux' /proc")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_much_less_than_the_weights_is_ever_in_memory(dtype, tmp_path):
+def test_peak_memory_is_far_below_weights(dtype, tmp_path):
     """Loading, the first call and the second, of 60 million parameters that are left on disk."""
     config = LlamaConfig(
         vocab_size=16000,
@@ -522,7 +522,7 @@ print(resident("VmHWM") - before)
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux' /proc")
-def test_the_command_too_needs_much_less_than_the_weights(tmp_path):
+def test_command_peak_memory_is_far_below_weights(tmp_path):
     config = LlamaConfig(
         vocab_size=16000,
         hidden_size=768,

@@ -87,7 +87,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("options", [{}, {**CONVENTIONS, "pos": None}], ids=["raw", "folded"])
-def test_an_adapted_model_gives_the_numbers_of_the_merged_one(case, options):
+def test_adapted_model_matches_merged_model(case, options):
     spec, config = CASES[case]
     model = adapted(spec, copy.deepcopy(config))
     plain, ids = merged(model), example_ids(spec)
@@ -104,7 +104,7 @@ def test_an_adapted_model_gives_the_numbers_of_the_merged_one(case, options):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_float32_and_a_target_at_every_position(seed):
+def test_adapted_float32_model_with_targets_per_position_is_exact(seed):
     model = adapted("llama-bias", lora(*LLAMA, "lm_head"), dtype=torch.float32, seed=seed)
     plain, ids = merged(model), example_ids("llama-bias", seed=seed)
     for unit in UNIT_NAMES:
@@ -116,7 +116,7 @@ def test_float32_and_a_target_at_every_position(seed):
 @pytest.mark.parametrize(
     "config", [lora("wte"), lora("c_proj", modules_to_save=["lm_head"])], ids=str
 )
-def test_tied_embeddings_of_which_one_is_adapted(config):
+def test_tied_embeddings_with_one_adapted_are_exact(config):
     """Merging would change both; the model as it stands has them apart."""
     config = copy.deepcopy(config)
     config.fan_in_fan_out = config.target_modules != {"wte"}
@@ -129,7 +129,7 @@ def test_tied_embeddings_of_which_one_is_adapted(config):
     assert not wrap(model).cfg.tie_word_embeddings
 
 
-def test_tokens_trained_in_tied_embeddings():
+def test_trained_tokens_in_tied_embeddings_are_exact():
     config = lora("o_proj", trainable_token_indices=[5, 9])
     model = adapted("llama-mha-tied", config)
     plain, ids = merged(model), example_ids("llama-mha-tied")
@@ -146,7 +146,7 @@ def several():
 
 
 @pytest.mark.parametrize("check", [True, False])
-def test_the_active_adapter_is_the_one_that_counts(check):
+def test_active_adapter_is_used(check):
     model, ids = several(), example_ids("llama")
     for adapter in ("default", "other", "default"):
         model.set_adapter(adapter)
@@ -158,7 +158,7 @@ def test_the_active_adapter_is_the_one_that_counts(check):
         assert found.model == f"LlamaForCausalLM (llama) with adapter {adapter}"
 
 
-def test_two_adapters_at_once():
+def test_two_active_adapters_are_exact():
     model, ids = several(), example_ids("llama")
     model.base_model.set_adapter(["default", "other"])
     logits = own_logits(model, ids)[:, -1]
@@ -167,7 +167,7 @@ def test_two_adapters_at_once():
     assert result.model == "LlamaForCausalLM (llama) with adapters default, other"
 
 
-def test_adapters_that_are_off_or_merged_in_place():
+def test_disabled_and_merged_adapters_are_exact():
     model, ids = adapted("llama-bias", lora(*LLAMA, "lm_head")), example_ids("llama-bias")
     on = direct_logit_attribution(model, ids, 5, unit="head", **CONVENTIONS)
     with model.disable_adapter():
@@ -183,7 +183,7 @@ def test_adapters_that_are_off_or_merged_in_place():
     torch.testing.assert_close(again.attribution, on.attribution, rtol=1e-9, atol=1e-9)
 
 
-def test_what_is_remembered_of_a_model_is_asked_again_for_another_adapter():
+def test_measurements_are_repeated_for_another_adapter():
     """Blocks that each adapter has a copy of, with a bare parameter that no module puts out."""
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -209,7 +209,7 @@ def test_what_is_remembered_of_a_model_is_asked_again_for_another_adapter():
         torch.testing.assert_close(total, logits, rtol=1e-5, atol=1e-5)
 
 
-def test_adapters_from_a_folder_and_inside_a_plain_model(tmp_path):
+def test_adapters_loaded_into_a_plain_model_are_exact(tmp_path):
     model, ids = adapted("llama", lora("o_proj", "down_proj", "lm_head")), example_ids("llama")
     expected = direct_logit_attribution(model, ids, 5, unit="head")
     model.save_pretrained(tmp_path)
@@ -227,7 +227,7 @@ def test_adapters_from_a_folder_and_inside_a_plain_model(tmp_path):
     torch.testing.assert_close(result.logit, logits, rtol=1e-5, atol=1e-5)
 
 
-def test_an_adapted_model_whose_weights_are_elsewhere():
+def test_adapted_offloaded_model_is_exact():
     accelerate = pytest.importorskip("accelerate")
     config = lora("o_proj", "down_proj", "lm_head", modules_to_save=["norm"])
     model, ids = adapted("llama", config, dtype=torch.float32), example_ids("llama")
@@ -254,7 +254,7 @@ def state(model):
     [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16), torch.enable_grad],
     ids=["inference mode", "autocast", "grad"],
 )
-def test_the_caller_s_modes_change_no_direction_and_nothing_is_left_behind(around):
+def test_caller_modes_change_no_number_and_are_restored(around):
     config = lora(*LLAMA, "lm_head")
     model = adapted("llama-bias", config, dtype=torch.float32)
     ids = example_ids("llama-bias")
@@ -281,7 +281,7 @@ def test_the_caller_s_modes_change_no_direction_and_nothing_is_left_behind(aroun
         assert grad is None, name
 
 
-def test_an_adapted_model_has_the_face_too():
+def test_wrapped_adapted_model_is_exact():
     config = lora("o_proj", "embed_tokens", modules_to_save=["lm_head", "norm"])
     model = adapted("llama", config)
     plain, tokenizer = merged(model), tiny_tokenizer()
@@ -306,7 +306,7 @@ VIRTUAL = {
 
 
 @pytest.mark.parametrize("method", VIRTUAL)
-def test_virtual_tokens_are_refused_and_the_model_without_them_is_not(method):
+def test_virtual_tokens_are_refused(method):
     model = peft.get_peft_model(build("llama", dtype=torch.float32), VIRTUAL[method]()).eval()
     ids = example_ids("llama")
     for unit in UNIT_NAMES:
@@ -318,7 +318,7 @@ def test_virtual_tokens_are_refused_and_the_model_without_them_is_not(method):
     assert torch.equal(found.attribution, expected.attribution)
 
 
-def test_adapters_that_are_no_one_map_for_all_positions_are_refused(tmp_path):
+def test_adapters_that_vary_by_position_are_refused(tmp_path):
     ids = example_ids("llama")
     activated = adapted(
         "llama", lora("o_proj", alora_invocation_tokens=[5, 7], task_type="CAUSAL_LM")
@@ -342,7 +342,7 @@ def test_adapters_that_are_no_one_map_for_all_positions_are_refused(tmp_path):
         direct_logit_attribution(by_task, ids, 5)
 
 
-def test_a_saved_block_that_is_switched_off_alone():
+def test_disabled_saved_block_is_exact():
     """Its wrapper is the only one to know; no other module changes, and no weight does."""
     pytest.importorskip("transformers.models.gemma4")  # its blocks have a gain, which is asked
     config = lora("q_proj", modules_to_save=["layers.0"])

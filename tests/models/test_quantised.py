@@ -70,7 +70,7 @@ def check_against_dequantised(model, ids):
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("config", ["Int8WeightOnlyConfig", "IntxWeightOnlyConfig"])
 @pytest.mark.parametrize("which", [not_the_head, any_linear])
-def test_weights_in_eight_bits(config, which, seed):
+def test_weights_in_8_bits_match_dequantised(config, which, seed):
     model, ids = torchao_model(config, which, seed), example_ids(WIDE, seed=seed)
     plain = own_logits(build(WIDE, seed, torch.float32), ids)
     assert (own_logits(model, ids) - plain).abs().max() > 1e-3, "nothing was quantised"
@@ -81,7 +81,7 @@ def test_weights_in_eight_bits(config, which, seed):
 @pytest.mark.parametrize(
     "config", ["Int8DynamicActivationInt8WeightConfig", "Int8DynamicActivationIntxWeightConfig"]
 )
-def test_activations_in_eight_bits_have_components_and_no_heads(config):
+def test_activations_in_8_bits_have_components_but_no_heads(config):
     model, ids = torchao_model(config), example_ids(WIDE)
     logits = own_logits(model, ids)[..., 5]
     for unit in ("component", "layer"):
@@ -98,7 +98,7 @@ def test_activations_in_eight_bits_have_components_and_no_heads(config):
     assert "model.layers.0.self_attn.o_proj (Linear with its" in str(report)
 
 
-def test_an_unembedding_that_quantises_its_input_is_refused():
+def test_unembedding_that_quantises_its_input_is_refused():
     model = torchao_model("Int8DynamicActivationInt8WeightConfig", any_linear)
     with pytest.raises(UnsupportedModelError, match=r"the unembedding .*not linear.*leave it out"):
         direct_logit_attribution(model, example_ids(WIDE), 5)
@@ -112,7 +112,7 @@ def test_damaged_scales_are_named():
         direct_logit_attribution(model, example_ids(WIDE), 5)
 
 
-def test_a_model_that_transformers_quantises_as_it_loads_it(tmp_path):
+def test_model_quantised_on_loading_is_exact(tmp_path):
     quantization = pytest.importorskip("torchao.quantization")
     from transformers import AutoModelForCausalLM, TorchAoConfig
 
@@ -127,7 +127,7 @@ def test_a_model_that_transformers_quantises_as_it_loads_it(tmp_path):
     check_against_dequantised(model, example_ids(WIDE))
 
 
-def test_an_adapter_on_quantised_weights():
+def test_adapter_on_quantised_weights_is_exact():
     peft = pytest.importorskip("peft")
     model = torchao_model("Int8WeightOnlyConfig")
     config = peft.LoraConfig(r=2, target_modules=["o_proj", "down_proj"])
@@ -147,7 +147,7 @@ def test_an_adapter_on_quantised_weights():
 # bitsandbytes: modules of its own, which keep integers.
 
 
-def test_weights_in_four_bits():
+def test_weights_in_4_bits_match_dequantised():
     model, ids = bitsandbytes_model(four_bits), example_ids(WIDE)
     check_against_dequantised(model, ids)
     assert wrap(model).W_O.dtype == torch.float32
@@ -159,7 +159,7 @@ def test_weights_in_four_bits():
 @pytest.mark.parametrize(
     "make", [eight_bits, lambda bnb, plain: four_bits(bnb, plain, trainable=False)], ids=["8", "4"]
 )
-def test_kernels_that_cannot_be_read_through_have_components(make):
+def test_kernels_without_backward_have_components_but_no_heads(make):
     """LLM.int8 quantises activations; the packed kernel of some CPUs has no backward pass."""
     model, ids = bitsandbytes_model(make), example_ids(WIDE)
     logits = own_logits(model, ids)[:, -1, 5]
@@ -204,7 +204,7 @@ class OtherBackward(NoBackward):
     ],
     ids=["none", "another"],
 )
-def test_a_kernel_s_own_reason_is_given(function, said):
+def test_kernel_error_is_quoted_in_refusal(function, said):
     class Fused(nn.Linear):
         def forward(self, x):
             return function.apply(x, self.weight)
@@ -238,7 +238,7 @@ def own_forward(module):
 
 
 @pytest.mark.parametrize("double", [weight_norm, parametrization, own_forward])
-def test_weights_that_are_computed_and_forward_passes_that_are_replaced(double):
+def test_parametrized_weights_and_replaced_forwards_are_exact(double):
     model, plain, ids = build("llama-bias"), build("llama-bias"), example_ids("llama-bias")
     for layer, other in zip(model.model.layers, plain.model.layers, strict=True):
         double(layer.self_attn.o_proj)

@@ -24,7 +24,7 @@ def declared():
     registry._registered.update(before)
 
 
-def test_positions_that_are_scaled_on_their_way_in():
+def test_scaled_positions_are_exact():
     model = build("gpt2")
     ids = example_ids("gpt2")
     before = direct_logit_attribution(model, ids, 5, pos=None)
@@ -42,7 +42,7 @@ def test_positions_that_are_scaled_on_their_way_in():
     torch.testing.assert_close(after.attribution[row], truth)
 
 
-def test_positions_that_are_normed_with_the_tokens_are_no_part():
+def test_positions_normed_with_tokens_are_no_part():
     model = build_any("mbart")
     model.config.model_type = "mbart_of_tomorrow"
     result = direct_logit_attribution(model, example_ids_any(model), 5)
@@ -51,7 +51,7 @@ def test_positions_that_are_normed_with_the_tokens_are_no_part():
 
 @pytest.mark.usefixtures("declared")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_a_gate_on_another_term_is_refused_in_every_dtype(dtype):
+def test_gate_on_another_term_is_refused_in_every_dtype(dtype):
     class Gated(nn.Module):
         def __init__(self, block):
             super().__init__()
@@ -72,7 +72,7 @@ def test_a_gate_on_another_term_is_refused_in_every_dtype(dtype):
 
 @pytest.mark.usefixtures("declared")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_a_little_mixing_of_channels_is_refused_in_every_dtype(dtype):
+def test_mixed_channels_are_refused_in_every_dtype(dtype):
     model = OddOne(MadeUpConfig()).to(dtype)
     mix = torch.randn(20, 20, generator=torch.Generator().manual_seed(3)).to(dtype) / 20**0.5
     for block in model.stack:
@@ -83,7 +83,7 @@ def test_a_little_mixing_of_channels_is_refused_in_every_dtype(dtype):
 
 
 @pytest.mark.usefixtures("declared")
-def test_blocks_that_are_used_twice_have_constants_for_each_use():
+def test_shared_blocks_have_constants_per_use():
     model = OddOne(MadeUpConfig())
     result = direct_logit_attribution(model, IDS, 5, unit="head", fold_value_biases=True)
     raw = direct_logit_attribution(model, IDS, 5, unit="head")
@@ -92,7 +92,7 @@ def test_blocks_that_are_used_twice_have_constants_for_each_use():
 
 
 @pytest.mark.parametrize("model_type", ["cpmant", "moshi", "gpt_neo", "longcat_flash"])
-def test_value_biases_fold_wherever_the_projection_is(model_type):
+def test_value_biases_fold_for_every_projection_layout(model_type):
     model = build_any(model_type)
     ids = example_ids_any(model)
     raw = direct_logit_attribution(model, ids, 5, unit="head")
@@ -100,7 +100,7 @@ def test_value_biases_fold_wherever_the_projection_is(model_type):
     torch.testing.assert_close(folded.attribution.sum(0), raw.attribution.sum(0))
 
 
-def test_two_attentions_in_one_block_have_heads_of_their_own():
+def test_two_attentions_in_one_block_have_separate_heads():
     model = build_any("longcat_flash")
     labels = direct_logit_attribution(model, example_ids_any(model), 5, unit="head").labels
     assert {"L0H0", "L0.1H0"} <= set(labels)
@@ -109,14 +109,14 @@ def test_two_attentions_in_one_block_have_heads_of_their_own():
 
 @pytest.mark.parametrize("cap", [0.3, 3.0, 30.0])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_softcaps_are_found_however_low(cap, dtype):
+def test_low_softcap_is_measured(cap, dtype):
     model = build("gemma2", dtype=dtype)
     model.config.final_logit_softcapping = cap
     result = direct_logit_attribution(model, example_ids("gemma2"), 5, 7)
     assert result.softcap == pytest.approx(cap, rel=0.01)
 
 
-def test_a_vocabulary_that_is_cut_off_has_its_own_mean():
+def test_truncated_vocabulary_is_centred_by_its_own_mean():
     model = build_any("inkling_text")
     ids = example_ids_any(model)
     result = direct_logit_attribution(model, ids, 5, center_unembed=True)
@@ -125,7 +125,7 @@ def test_a_vocabulary_that_is_cut_off_has_its_own_mean():
     torch.testing.assert_close(result.logit, logits[:, 5] - logits.mean(-1), rtol=0, atol=1e-5)
 
 
-def test_a_norm_that_squares_in_half_precision():
+def test_norm_that_squares_in_half_precision_is_measured():
     class Plain(nn.Module):
         def __init__(self, width):
             super().__init__()
@@ -139,14 +139,14 @@ def test_a_norm_that_squares_in_half_precision():
     direct_logit_attribution(model, example_ids("llama"), 5, 7)
 
 
-def test_a_model_that_was_made_in_inference_mode():
+def test_model_made_in_inference_mode_is_exact():
     with torch.inference_mode():
         model = build("llama")
     direct_logit_attribution(model, example_ids("llama"), 5)
 
 
 @pytest.mark.parametrize("spec", ["gpt2", "gpt_neo"])
-def test_of_two_shapes_that_fit_the_one_that_tells_more_is_taken(spec):
+def test_undeclared_model_prefers_declaration_with_positions_and_heads(spec):
     model = build(spec)
     model.config.model_type = "undeclared"
     stream = stream_of(model)
@@ -176,7 +176,7 @@ def test_a_failed_check_is_a_not_implemented_error_that_names_the_model():
 
 
 @pytest.mark.parametrize(("name", "runs"), [("gpt2", 2), ("gemma2", 2), ("nanochat", 4)])
-def test_a_first_call_asks_in_one_run_where_it_can(name, runs):
+def test_first_call_measures_in_one_run(name, runs):
     """A run reads all weights of a model on disk. Nanochat's final norm runs twice in each."""
     model, ids = build_any(name), example_ids_any(name)
     seen = []
@@ -187,7 +187,7 @@ def test_a_first_call_asks_in_one_run_where_it_can(name, runs):
     assert len(seen) == runs + 1
 
 
-def test_a_declared_write_that_never_runs():
+def test_declared_write_that_never_runs_is_refused():
     model, ids = build("gpt2"), example_ids("gpt2")
     block = model.transformer.h[1]
 

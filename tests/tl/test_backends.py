@@ -43,7 +43,7 @@ def ids(model):
 
 
 @pytest.mark.parametrize("unit", UNITS)
-def test_parts_and_bias_are_the_models_own_logit(model, ids, unit):
+def test_parts_and_bias_sum_to_model_logit(model, ids, unit):
     result = direct_logit_attribution(model, ids, 5, unit=unit, pos=None)
     with torch.no_grad():
         logits = model(ids)[..., 5]
@@ -54,7 +54,7 @@ def test_parts_and_bias_are_the_models_own_logit(model, ids, unit):
 
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("pos", [-1, None, (1, 4)], ids=str)
-def test_a_cache_gives_what_a_run_gives(model, ids, unit, pos):
+def test_cache_matches_run(model, ids, unit, pos):
     run = direct_logit_attribution(model, ids, 5, 7, unit=unit, pos=pos)
     _, cache = model.run_with_cache(ids)
     held = set(cache.cache_dict)
@@ -70,7 +70,7 @@ def test_a_cache_gives_what_a_run_gives(model, ids, unit, pos):
 
 
 @pytest.mark.parametrize("unit", UNITS)
-def test_the_smallest_filter_is_enough_and_every_name_of_it_needed(model, ids, unit):
+def test_names_filter_is_sufficient_and_minimal(model, ids, unit):
     run = direct_logit_attribution(model, ids, 5, unit=unit)
     names = dla_hooks.cache_names(model, unit)
     _, cache = model.run_with_cache(ids, names_filter=names)
@@ -85,7 +85,7 @@ def test_the_smallest_filter_is_enough_and_every_name_of_it_needed(model, ids, u
         assert missing in str(caught.value) or missing == "hook_embed"
 
 
-def test_a_filter_made_for_the_references_layers_is_enough(model, ids):
+def test_names_filter_of_reference_layers_is_sufficient(model, ids):
     names = [
         f"blocks.{layer}.hook_resid_{at}"
         for layer in range(model.cfg.n_layers)
@@ -100,7 +100,7 @@ def test_a_filter_made_for_the_references_layers_is_enough(model, ids):
 
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize(("pos", "shape"), [(-1, ()), (None, (7,)), ([0, 2], (2,))], ids=str)
-def test_a_cache_without_its_batch_axis(model, ids, unit, pos, shape, tmp_path):
+def test_cache_without_batch_axis_matches_run(model, ids, unit, pos, shape, tmp_path):
     _, cache = model.run_with_cache(ids[:1], remove_batch_dim=True)
     stored = direct_logit_attribution(model, answer_tokens=5, unit=unit, pos=pos, cache=cache)
     run = direct_logit_attribution(model, ids[:1], 5, unit=unit, pos=pos)
@@ -113,7 +113,7 @@ def test_a_cache_without_its_batch_axis(model, ids, unit, pos, shape, tmp_path):
     assert torch.equal(loaded.attribution, stored.attribution)
 
 
-def test_a_cache_that_was_changed_is_refused(model, ids):
+def test_changed_cache_is_refused(model, ids):
     _, cache = model.run_with_cache(ids)
     cache.cache_dict["blocks.1.hook_mlp_out"] = cache.cache_dict["blocks.1.hook_mlp_out"] + 1.0
     cache.cache_dict["blocks.1.hook_mlp_out"][..., 0] += 9
@@ -121,7 +121,7 @@ def test_a_cache_that_was_changed_is_refused(model, ids):
         direct_logit_attribution(model, answer_tokens=5, cache=cache)
 
 
-def test_caches_that_cannot_be_used(model, ids, references):
+def test_unusable_caches_are_refused(model, ids, references):
     _, cache = model.run_with_cache(ids)
     with pytest.raises(InputError, match="ActivationCache"):
         direct_logit_attribution(model, answer_tokens=5, cache=dict(cache.cache_dict))
@@ -133,7 +133,7 @@ def test_caches_that_cannot_be_used(model, ids, references):
         dla_hooks.cache_names(model, "neuron")
 
 
-def test_strings_begin_as_the_model_begins_them(model):
+def test_strings_follow_default_prepend_bos(model):
     text, answer = "Paris is the city of", " Paris"
     result = direct_logit_attribution(model, text, answer)
     tokens = model.to_tokens(text)
@@ -144,7 +144,7 @@ def test_strings_begin_as_the_model_begins_them(model):
     assert len(without.tokens[0]) == tokens.shape[1] - int(tokens[0, 0] == 0)
 
 
-def test_rows_of_different_lengths_are_read_at_their_own_ends(model):
+def test_ragged_rows_are_read_at_their_last_tokens(model):
     texts = ["Paris is the city of", "Berlin of"]
     batch = direct_logit_attribution(model, texts, 5)
     for row, text in enumerate(texts):
@@ -154,7 +154,7 @@ def test_rows_of_different_lengths_are_read_at_their_own_ends(model):
         )
 
 
-def test_the_model_is_left_as_it_was(model, ids):
+def test_model_is_unchanged_after_call(model, ids):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     seen = []
     handle = model.hook_dict["blocks.0.hook_mlp_out"].register_forward_hook(
@@ -169,7 +169,7 @@ def test_the_model_is_left_as_it_was(model, ids):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_an_ablated_hook_point_counts_for_what_the_model_then_does(model, ids):
+def test_ablated_hook_point_matches_ablated_model(model, ids):
     hook = ("blocks.1.hook_mlp_out", lambda value, hook: value * 0)
     with model.hooks(fwd_hooks=[hook]):
         result = direct_logit_attribution(model, ids, 5)
@@ -179,7 +179,7 @@ def test_an_ablated_hook_point_counts_for_what_the_model_then_does(model, ids):
     assert float(result.attribution[result.labels.index("1_mlp_out")].abs().max()) == 0
 
 
-def test_a_bridge_says_when_it_is_not_ready(references):
+def test_unprepared_bridge_is_refused(references):
     raw = references.raw("gpt2")
     ids = ids_for(raw)
     with pytest.raises(ValueError, match="compatibility mode"):
@@ -205,7 +205,7 @@ def test_a_hybrid_bridge_is_refused_with_the_way_out(references, monkeypatch):
 @pytest.mark.skipif(not has_hooked(), reason="HookedTransformer was removed in 4.0")
 @pytest.mark.parametrize("norm", [None, "LN", "RMS", "LNPre"])
 @pytest.mark.parametrize("positions", ["standard", "rotary", "shortformer"])
-def test_hooked_transformers_made_from_a_config(norm, positions):
+def test_hooked_transformer_from_config_is_exact(norm, positions):
     """Toy models: without norms, with norms that are not folded, without MLPs."""
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
@@ -252,7 +252,7 @@ def test_an_encoder_is_refused():
         direct_logit_attribution(torch.nn.Linear(3, 3), torch.tensor([1, 2]), 1)
 
 
-def test_hooks_made_for_the_prompt_do_not_meet_made_up_runs(model, ids):
+def test_hooks_for_the_prompt_skip_synthetic_runs(model, ids):
     _, clean = model.run_with_cache(ids.flip(0))
     names = ("hook_mlp_out", "attn.hook_z", "hook_attn_out")
     for name in (f"blocks.1.{name}" for name in names):
@@ -277,7 +277,7 @@ def test_hooks_made_for_the_prompt_do_not_meet_made_up_runs(model, ids):
             torch.testing.assert_close(total, logits, rtol=1e-4, atol=1e-4)
 
 
-def test_a_vector_added_to_the_stream_between_writes_is_said_to_be_missing(model, ids):
+def test_vector_added_between_writes_is_reported_missing(model, ids):
     def steer(value, hook):
         return value + 3.0 * torch.arange(value.shape[-1]).to(value)
 
@@ -289,7 +289,7 @@ def test_a_vector_added_to_the_stream_between_writes_is_said_to_be_missing(model
 
 
 @pytest.mark.parametrize("unit", UNITS)
-def test_a_converted_cache(model, ids, unit):
+def test_converted_cache_matches_run(model, ids, unit):
     _, cache = model.run_with_cache(ids)
     run = direct_logit_attribution(model, ids, 5, unit=unit)
     coarse = type(cache)({k: v.bfloat16() for k, v in cache.cache_dict.items()}, model)
@@ -297,7 +297,7 @@ def test_a_converted_cache(model, ids, unit):
     torch.testing.assert_close(stored.attribution, run.attribution, rtol=0.1, atol=0.1)
 
 
-def test_several_answers_do_not_fit_one_position_without_a_batch(model, ids):
+def test_several_answers_without_batch_axis_are_refused(model, ids):
     _, cache = model.run_with_cache(ids[:1], remove_batch_dim=True)
     with pytest.raises(RuntimeError, match="without its batch axis"):
         direct_logit_attribution(model, answer_tokens=torch.tensor([5, 9]), cache=cache)

@@ -55,7 +55,7 @@ print(resident("VmHWM") - before)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_at_most_a_tenth_more_than_a_plain_forward_pass(kind):
+def test_peak_over_plain_forward_pass_is_at_most_a_tenth(kind):
     allocator = {
         "MALLOC_MMAP_THRESHOLD_": "65536",
         "MALLOC_TRIM_THRESHOLD_": "65536",

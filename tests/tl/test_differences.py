@@ -53,7 +53,7 @@ def miss(result, model, ids, bias=0.0):
     return float((total - logits[:, 5]).abs().max() / (logits.max() - logits.min()))
 
 
-def test_weights_may_lie_on_disk(tmp_path):
+def test_offloaded_weights_give_the_numbers_in_memory(tmp_path):
     pytest.importorskip("accelerate")
     from tl_models import _quietly
     from transformer_lens.model_bridge import TransformerBridge
@@ -78,7 +78,7 @@ def test_weights_may_lie_on_disk(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3_text"])
-def test_heads_pass_the_norm_behind_attention(name, tmp_path):
+def test_heads_pass_through_post_norm(name, tmp_path):
     model, ids = build(name, dtype=torch.float32), example_ids(name)
     bridge = unfaithful_bridge(model, tmp_path)
     theirs = reference(bridge, ids, 5, 7, unit="head")
@@ -98,7 +98,7 @@ def test_heads_pass_the_norm_behind_attention(name, tmp_path):
         torch.testing.assert_close(ours.attribution[:-1].sum(0), wrote, rtol=1e-3, atol=1e-3)
 
 
-def test_granites_multipliers_and_scale(tmp_path):
+def test_granite_multipliers_and_scale_are_exact(tmp_path):
     model, ids = build("granite", dtype=torch.float32), example_ids("granite")
     bridge = unfaithful_bridge(model, tmp_path)
     theirs = reference(bridge, ids, 5)
@@ -109,7 +109,7 @@ def test_granites_multipliers_and_scale(tmp_path):
         direct_logit_attribution(bridge, ids, 5)
 
 
-def test_sinks_and_folded_value_biases(tmp_path):
+def test_sinks_with_folded_value_biases_are_refused(tmp_path):
     model, ids = build("gpt_oss", dtype=torch.float32), example_ids("gpt_oss")
     bridge = unfaithful_bridge(model, tmp_path)
     with torch.no_grad():
@@ -121,7 +121,7 @@ def test_sinks_and_folded_value_biases(tmp_path):
         direct_logit_attribution(model, ids, 5, unit="head", fold_value_biases=True)
 
 
-def test_norms_behind_the_sublayers(tmp_path):
+def test_post_norms_are_exact(tmp_path):
     model, ids = build("olmo2", dtype=torch.float32), example_ids("olmo2")
     bridge = unfaithful_bridge(model, tmp_path)
     if OLD:
@@ -151,7 +151,7 @@ def test_a_cap_is_no_part(tmp_path):
 
 
 @pytest.mark.skipif(not OLD, reason="HookedTransformer was removed in 4.0")
-def test_an_unfolded_hooked_transformer(tmp_path):
+def test_unfolded_hooked_transformer_is_exact(tmp_path):
     model, ids = build("gpt2", dtype=torch.float32), example_ids("gpt2")
     raw = ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases")
     unfolded = hooked(model, tmp_path, **dict.fromkeys(raw, False))
@@ -162,7 +162,7 @@ def test_an_unfolded_hooked_transformer(tmp_path):
         assert miss(ours, unfolded, ids, ours.bias) < 1e-4
 
 
-def test_rows_of_different_lengths(references):
+def test_ragged_rows_are_read_at_their_last_tokens(references):
     bridge = references.bridged("gpt2")
     texts = ["Paris is the city of", "Berlin of"]
     ours = direct_logit_attribution(bridge, texts, 5).attribution[:, 1]
@@ -172,7 +172,7 @@ def test_rows_of_different_lengths(references):
     assert bridge.tokenizer.padding_side == "left" or not torch.allclose(theirs, alone, atol=1e-3)
 
 
-def test_layers_of_parallel_blocks(references):
+def test_parallel_blocks_have_layers_without_mid(references):
     bridge = references.bridged("gpt_neox-parallel")
     ids = ids_for(references.raw("gpt_neox-parallel"))
     with pytest.raises(KeyError):
@@ -181,7 +181,7 @@ def test_layers_of_parallel_blocks(references):
     assert labels == [*(f"{layer}_pre" for layer in range(bridge.cfg.n_layers)), "final_post"]
 
 
-def test_negative_ids_and_lists(references):
+def test_negative_ids_and_lists_differ(references):
     bridge, ids = references.bridged("gpt2"), ids_for(references.raw("gpt2"))
     last = bridge.cfg.d_vocab - 1
     negative = reference(bridge, ids, -1).attribution
@@ -195,7 +195,7 @@ def test_negative_ids_and_lists(references):
     assert torch.equal(listed, tensor)
 
 
-def test_prompts_that_are_too_long(references):
+def test_prompts_that_are_too_long_are_refused(references):
     bridge = references.bridged("gpt2")
     text = "Paris " * (bridge.cfg.n_ctx + 9)
     assert bridge.to_tokens(text).shape[1] <= bridge.cfg.n_ctx
@@ -203,7 +203,7 @@ def test_prompts_that_are_too_long(references):
         direct_logit_attribution(bridge, text, 5)
 
 
-def test_one_answer_per_row_at_every_position(references):
+def test_answers_per_row_broadcast_over_positions(references):
     bridge, ids = references.bridged("gpt2"), ids_for(references.raw("gpt2"), batch=2, length=2)
     answer = torch.tensor([5, 9])
     ours = direct_logit_attribution(bridge, ids, answer, pos=None).attribution
@@ -223,7 +223,7 @@ def test_caches_are_not_written_to(references):
     assert set(cache.cache_dict) != names
 
 
-def test_training_mode(references):
+def test_training_mode_is_refused(references):
     bridge, ids = references.bridged("gpt2", seed=3), ids_for(references.raw("gpt2", seed=3))
     bridge.train()
     with pytest.raises(TrainingModeError):
@@ -235,7 +235,7 @@ def test_training_mode(references):
             reference(bridge, ids, 5)
 
 
-def test_the_cache_of_a_bridge_in_training_mode(references):
+def test_cache_of_bridge_in_training_mode_differs(references):
     bridge, ids = references.bridged("gpt2", seed=4), ids_for(references.raw("gpt2", seed=4))
     _, cache = bridge.run_with_cache(ids)
     bridge.train()
@@ -244,7 +244,7 @@ def test_the_cache_of_a_bridge_in_training_mode(references):
     assert reference(bridge, answer_tokens=5, cache=cache).labels
 
 
-def test_the_remainder_before_the_first_block(references):
+def test_remainder_before_first_block_differs(references):
     bridge, ids = references.bridged("gpt2"), ids_for(references.raw("gpt2"))
     _, cache = bridge.run_with_cache(ids)
     theirs = cache.stack_head_results(layer=0, incl_remainder=True)
@@ -255,7 +255,7 @@ def test_the_remainder_before_the_first_block(references):
 
 
 @pytest.mark.parametrize(("name", "layer"), [("gpt2", None), ("gpt_neox-parallel", 1)])
-def test_what_no_mlp_reads(references, name, layer):
+def test_mlp_input_without_mlp_is_refused(references, name, layer):
     bridge, ids = references.bridged(name), ids_for(references.raw(name))
     _, cache = bridge.run_with_cache(ids)
     with pytest.raises(InputError, match="MLP"):
@@ -268,7 +268,7 @@ def test_what_no_mlp_reads(references, name, layer):
         assert not torch.allclose(sums, cache[f"blocks.{layer}.hook_resid_pre"], atol=1e-3)
 
 
-def test_hooks_that_change_the_stream(references):
+def test_hooks_that_change_the_stream_are_followed(references):
     bridge, ids = references.bridged("gpt2"), ids_for(references.raw("gpt2"))
 
     def halve(value, hook):

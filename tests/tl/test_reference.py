@@ -44,7 +44,7 @@ def ours(model, *args, **options):
     "place", ["last", "all", *(pytest.param(p, marks=SLOW) for p in ("list", "mask", "(stop)"))]
 )
 @DIFFERENCE
-def test_every_family(references, name, seed, unit, place, incorrect):
+def test_families_match_reference(references, name, seed, unit, place, incorrect):
     model, reference = references.raw(name, seed), references.bridged(name, seed)
     ids, options = ids_for(model), {"unit": unit, "pos": POSITIONS[place]}
     expected = theirs(reference, ids, 5, incorrect, **options)
@@ -56,7 +56,7 @@ def test_every_family(references, name, seed, unit, place, incorrect):
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("place", ["all", pytest.param("last", marks=SLOW)])
 @DIFFERENCE
-def test_hooked_transformers(references, name, seed, unit, place, incorrect):
+def test_hooked_transformers_match_reference(references, name, seed, unit, place, incorrect):
     model, reference = references.raw(name, seed), references.hooked(name, seed)
     ids, options = ids_for(model), {"unit": unit, "pos": POSITIONS[place]}
     expected = theirs(reference, ids, 5, incorrect, **options)
@@ -72,7 +72,7 @@ def test_hooked_transformers(references, name, seed, unit, place, incorrect):
         if not (has_hooked() and name in NO_DOUBLES)
     ],
 )
-def test_float64_models(references, name):
+def test_float64_models_match_reference(references, name):
     model = references.raw(name, dtype=torch.float64)
     reference, ids = references.bridged(name, dtype=torch.float64), ids_for(model)
     for unit in UNITS:
@@ -95,7 +95,9 @@ CONVENTIONS = [
 
 @pytest.mark.parametrize(("name", "center_unembed", "fold_value_biases"), CONVENTIONS)
 @pytest.mark.parametrize("center_writing_weights", [False, pytest.param(True, marks=SLOW)])
-def test_conventions(references, name, center_unembed, fold_value_biases, center_writing_weights):
+def test_conventions_match_reference(
+    references, name, center_unembed, fold_value_biases, center_writing_weights
+):
     options = {"center_unembed": center_unembed, "fold_value_biases": fold_value_biases}
     processing = {**options, "center_writing_weights": center_writing_weights}
     check_conventions(references, references.bridged, name, processing, options)
@@ -104,7 +106,9 @@ def test_conventions(references, name, center_unembed, fold_value_biases, center
 @pytest.mark.parametrize("name", HOOKED_HERE)
 @pytest.mark.parametrize("center_unembed", [False, pytest.param(True, marks=SLOW)])
 @pytest.mark.parametrize("fold_value_biases", [False, pytest.param(True, marks=SLOW)])
-def test_conventions_of_hooked_transformers(references, name, center_unembed, fold_value_biases):
+def test_conventions_of_hooked_transformers_match_reference(
+    references, name, center_unembed, fold_value_biases
+):
     options = {"center_unembed": center_unembed, "fold_value_biases": fold_value_biases}
     processing = {**options, "center_writing_weights": False}
     check_conventions(references, references.hooked, name, processing, options)
@@ -119,7 +123,7 @@ def check_conventions(references, kind, name, processing, options):
             assert_same(ours(model, ids, 5, unit=unit, pos=None, **options), expected)
 
 
-def test_the_conventions_differ_where_they_should(references):
+def test_conventions_change_the_expected_numbers(references):
     """Else they would not be tested at all."""
     model = references.raw("gpt2")
     ids = ids_for(model)

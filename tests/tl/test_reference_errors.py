@@ -128,7 +128,7 @@ def refused(call):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(ARGUMENTS, SAME_CLASS)
-def test_the_same_class_of_error(references, kind, input, answer, incorrect, options):
+def test_errors_have_same_class_as_reference(references, kind, input, answer, incorrect, options):
     ours, reference = calls(references, kind, input, answer, incorrect, options)
     refused(reference)
     hold(ours, reference)
@@ -153,7 +153,7 @@ GAPS = [
 
 @pytest.mark.xfail(strict=True, reason="a known gap: what is mended goes to SAME_CLASS")
 @pytest.mark.parametrize(ARGUMENTS, GAPS)
-def test_gaps(references, input, answer, incorrect, options):
+def test_known_gaps_match_reference(references, input, answer, incorrect, options):
     ours, reference = calls(references, "raw", input, answer, incorrect, options)
     refused(reference)
     hold(ours, reference)
@@ -195,7 +195,9 @@ def under(classes):
 
 
 @pytest.mark.parametrize(("builtin", *ARGUMENTS), under(OTHER_CLASS))
-def test_another_class_of_error(references, builtin, input, answer, incorrect, options):
+def test_accidental_reference_errors_are_value_errors_here(
+    references, builtin, input, answer, incorrect, options
+):
     """Ours is a ValueError, which says what was wrong."""
     ours, reference = calls(references, "raw", input, answer, incorrect, options)
     assert isinstance(refused(reference), builtin)
@@ -229,7 +231,7 @@ OURS_REFUSES = [
 
 
 @pytest.mark.parametrize(ARGUMENTS, OURS_REFUSES)
-def test_what_only_ours_refuses(references, input, answer, incorrect, options):
+def test_inputs_refused_only_here_are_value_errors(references, input, answer, incorrect, options):
     ours, reference = calls(references, "raw", input, answer, incorrect, options)
     assert reference().attribution.isfinite().all()
     assert isinstance(refused(ours), ValueError)
@@ -238,7 +240,7 @@ def test_what_only_ours_refuses(references, input, answer, incorrect, options):
 # Numbers that have a meaning, which ours could give as well.
 @pytest.mark.xfail(strict=True, reason="a known gap")
 @pytest.mark.parametrize("name", ["a mask as a list", "a Slice", "a BOS and nothing else"])
-def test_gaps_in_what_is_taken(references, name):
+def test_known_gaps_in_accepted_inputs_match_reference(references, name):
     from transformer_lens.utilities import Slice
 
     prompt, pos, bos = {
@@ -271,7 +273,9 @@ OURS_TAKES = [
 
 
 @pytest.mark.parametrize(ARGUMENTS, OURS_TAKES)
-def test_what_only_ours_takes(references, input, answer, incorrect, options):
+def test_inputs_accepted_only_here_give_finite_numbers(
+    references, input, answer, incorrect, options
+):
     ours, reference = calls(references, "raw", input, answer, incorrect, options)
     refused(reference)
     assert ours().attribution.isfinite().all()

@@ -59,7 +59,7 @@ def doubles(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
-def test_equal_to_the_last_digits(doubles, kind, name):
+def test_results_match_reference_to_last_digits(doubles, kind, name):
     model = doubles.raw(name, dtype=torch.float64)
     reference, ids = getattr(doubles, kind)(name, dtype=torch.float64), ids_for(model)
     for unit in UNITS:

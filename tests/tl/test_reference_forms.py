@@ -76,7 +76,9 @@ def sweep(names, units, positions=POSITIONS, batches=(1, 2, 3), slow=True):
         *sweep(NAMES, ["component"], ["(start,stop)"], batches=(2,)),
     ],
 )
-def test_answers_at_positions(references, caches, name, unit, batch, pos, answer, incorrect):
+def test_answers_at_positions_match_reference(
+    references, caches, name, unit, batch, pos, answer, incorrect
+):
     ids, cache = caches(name, batch)
     options = {"unit": unit, "pos": pos}
     expected = theirs(references.bridged(name), None, answer, incorrect, cache=cache, **options)
@@ -88,7 +90,7 @@ def test_answers_at_positions(references, caches, name, unit, batch, pos, answer
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bloom"])
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("pos", [-1, None], ids=str)
-def test_inputs(references, form, name, unit, pos):
+def test_input_forms_match_reference(references, form, name, unit, pos):
     prompt = INPUTS[form]
     options = {"unit": unit, "pos": pos}
     reference = references.bridged(name)

@@ -74,7 +74,7 @@ def some_slow(names, quick):
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("place", some_slow(FEW_POSITIONS, ("all",)))
 @pytest.mark.parametrize("incorrect", [7, pytest.param(None, marks=SLOW)])
-def test_models(references, kind, name, unit, place, incorrect):
+def test_model_kinds_match_reference(references, kind, name, unit, place, incorrect):
     if (name, unit) == WRONG:
         pytest.skip("the reference is wrong here")
     model, options = getattr(references, kind)(name), {"unit": unit, "pos": POSITIONS[place]}
@@ -92,7 +92,7 @@ def test_models(references, kind, name, unit, place, incorrect):
     ],
 )
 @pytest.mark.parametrize("unit", UNITS)
-def test_caches(references, kind, name, unit, source):
+def test_caches_match_reference(references, kind, name, unit, source):
     if (name, unit) == WRONG:
         pytest.skip("the reference is wrong here")
     model = getattr(references, kind)(name)
@@ -119,7 +119,9 @@ def sweep():
 
 @pytest.mark.parametrize("kind", some_slow(KINDS, ("bridged",)))
 @pytest.mark.parametrize(("name", "unit", "batch", "pos", "answer", "incorrect"), [*sweep()])
-def test_answers_at_positions(references, kind, name, unit, batch, pos, answer, incorrect):
+def test_answers_at_positions_match_reference(
+    references, kind, name, unit, batch, pos, answer, incorrect
+):
     """On the model and on its cache, with the batch axis and where possible without."""
     model, ids = getattr(references, kind)(name), ids_for(references.raw(name), batch)
     options = {"unit": unit, "pos": pos}
@@ -141,7 +143,7 @@ def test_answers_at_positions(references, kind, name, unit, batch, pos, answer, 
 @pytest.mark.parametrize(
     "prompt", [TEXT, [TEXT, " When the cat sat on"], torch.arange(3, 9), torch.tensor([[4]])]
 )
-def test_inputs(references, kind, name, unit, prompt):
+def test_input_forms_match_reference(references, kind, name, unit, prompt):
     """Strings get a BOS where the model's config says so, which BLOOM's does not."""
     model = getattr(references, kind)(name)
     expected = theirs(model, prompt, " Paris", " Berlin", unit=unit, pos=None)
@@ -166,7 +168,7 @@ def test_models_keep_their_own_conventions(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", SOME)
 @pytest.mark.parametrize("unit", UNITS)
-def test_a_cache_of_some_positions(references, kind, name, unit):
+def test_cache_of_some_positions_matches_reference(references, kind, name, unit):
     """Positions are counted among those that it holds."""
     model, ids = getattr(references, kind)(name), ids_for(references.raw(name))
     for pos in (0, -1, None, [2, 0], (1, 3)):
@@ -187,7 +189,7 @@ def test_input_is_ignored_beside_a_cache(references, kind, unit):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("unit", UNITS)
-def test_float64_models(references, kind, unit):
+def test_float64_models_match_reference(references, kind, unit):
     model = getattr(references, kind)("llama", dtype=torch.float64)
     ids = ids_for(references.raw("llama"))
     expected = theirs(model, ids, 5, unit=unit, pos=None)
@@ -199,7 +201,7 @@ def test_float64_models(references, kind, unit):
 @pytest.mark.parametrize("kind", KINDS[-1:])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("unit", UNITS)
-def test_half_precision(references, tmp_path, kind, dtype, unit):
+def test_half_precision_matches_reference(references, tmp_path, kind, dtype, unit):
     """The reference adds up in half precision, so its numbers are good to a few per cent only."""
     builder = {"bridged": bridged, "hooked": hooked}[kind]
     model, ids = (
@@ -215,7 +217,7 @@ def test_half_precision(references, tmp_path, kind, dtype, unit):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("unit", UNITS)
-def test_models_and_caches_are_left_alone(references, kind, unit):
+def test_models_and_caches_are_unchanged(references, kind, unit):
     """The reference's head unit writes to the cache that it is given."""
     model, ids = getattr(references, kind)("gpt2"), ids_for(references.raw("gpt2"))
     with torch.no_grad():

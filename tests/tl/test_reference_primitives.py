@@ -41,7 +41,7 @@ def cases() -> list[tuple[str, dict[str, Any]]]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", NAMES)
-def test_equal_to_the_reference(references, kind, name):
+def test_primitives_match_reference(references, kind, name):
     model = getattr(references, kind)(name)
     ids = ids_for(references.raw(name))
     _, cache = model.run_with_cache(ids)

@@ -39,7 +39,7 @@ def raises_as_theirs(error, *args, **kwargs):
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 @pytest.mark.parametrize("unit", UNITS)
-def test_a_bridge_outside_compatibility_mode(references, name, unit):
+def test_bridge_outside_compatibility_mode_is_refused(references, name, unit):
     model = references.bridged(name, compatible=False)
     raises_as_theirs(ValueError, model, IDS, 5, unit=unit)
     _, cache = model.run_with_cache(IDS)
@@ -48,7 +48,7 @@ def test_a_bridge_outside_compatibility_mode(references, name, unit):
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 @pytest.mark.parametrize("processing", ["fold_ln", "no_processing"])
-def test_a_bridge_whose_final_norm_is_not_folded(references, name, processing):
+def test_bridge_with_unfolded_final_norm_is_refused(references, name, processing):
     """3.9.0 lets it pass, with wrong numbers."""
     model = references.bridged(name, **{processing: processing == "no_processing"})
     with pytest.raises(ValueError):  # noqa: PT011 - the builtin is the contract
@@ -66,7 +66,7 @@ def training(request, references, tmp_path):
 
 
 @pytest.mark.parametrize("training", KINDS, indirect=True)
-def test_a_model_in_training_mode(training):
+def test_model_in_training_mode_is_refused(training):
     """3.9.0 lets it pass. A HookedTransformer has no dropout, and comes in training mode."""
     if type(training).__name__ == "HookedTransformer":
         assert_same(ours(training, IDS, 5), theirs(training, IDS, 5))
@@ -81,7 +81,7 @@ def test_a_model_in_training_mode(training):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cached", [False, True])
-def test_the_order_of_checks(references, kind, cached):
+def test_checks_run_in_fixed_order(references, kind, cached):
     """Unit, answer, the model's own, the prompt: each mistake hides those after it."""
     model = getattr(references, kind)("gpt2")
     more = {"cache": model.run_with_cache(IDS)[1]} if cached else {}
@@ -115,7 +115,7 @@ MISSING = [
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("unit", "missing"), MISSING)
-def test_a_cache_that_lacks_a_name(references, kind, unit, missing):
+def test_cache_without_a_name_is_refused(references, kind, unit, missing):
     from test_reference_kinds import ALWAYS, LEAST
 
     model = getattr(references, kind)("gpt2")
@@ -135,7 +135,7 @@ def test_a_cache_that_lacks_a_name(references, kind, unit, missing):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("missing", ["hook_embed", "hook_pos_embed"])
-def test_a_cache_that_lacks_an_embedding(references, kind, missing):
+def test_cache_without_an_embedding_is_refused(references, kind, missing):
     """The reference leaves the part out without a word, and the rest is no logit any more."""
     model = getattr(references, kind)("gpt2")
     cache = model.run_with_cache(IDS, names_filter=lambda name: name != missing)[1]
@@ -151,7 +151,7 @@ def test_a_cache_that_lacks_an_embedding(references, kind, missing):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("pos", [7, -8, [7], (), (0, 1, 2, 3), "last", 1.5], ids=str)
 @pytest.mark.parametrize("rows", [True, False])
-def test_positions_that_a_cache_does_not_have(references, kind, pos, rows):
+def test_positions_missing_in_cache_are_refused(references, kind, pos, rows):
     model = getattr(references, kind)("gpt2")
     given, there = (model.run_with_cache(IDS[:1], remove_batch_dim=not rows)[1] for _ in "12")
     hold(
@@ -165,7 +165,7 @@ def test_positions_that_a_cache_does_not_have(references, kind, pos, rows):
     "answer", [torch.arange(3), torch.full((3, 7), 5), torch.full((2, 3), 5), " Paris Berlin", 1.5]
 )
 @pytest.mark.parametrize("rows", [True, False])
-def test_answers_that_do_not_fit_a_cache(references, kind, answer, rows):
+def test_answers_that_do_not_fit_cache_are_refused(references, kind, answer, rows):
     model = getattr(references, kind)("gpt2")
     given, there = (
         model.run_with_cache(IDS if rows else IDS[:1], remove_batch_dim=not rows)[1] for _ in "12"

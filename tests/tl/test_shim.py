@@ -81,7 +81,7 @@ def test_raw_unembedding_gives_the_models_logits(spec, model, center):
     torch.testing.assert_close(wrapped(example_ids(spec)), logits, rtol=1e-9, atol=1e-9)
 
 
-def test_an_unembedding_in_tiles_behind_a_projection():
+def test_unembedding_behind_a_projection_is_computed_in_tiles():
     """More tokens than one tile holds, and a linear module between the final norm and W_U."""
     config = AutoConfig.for_model("opt", vocab_size=3001, hidden_size=32, num_hidden_layers=1,
                                   ffn_dim=64, num_attention_heads=4, word_embed_proj_dim=16,
@@ -148,7 +148,7 @@ def test_raw_output_matrices_make_what_attention_writes(spec, model):
         torch.testing.assert_close(ours, proj(z.flatten(1)), rtol=1e-12, atol=1e-12)
 
 
-def test_centring_only_where_the_final_norm_centres(spec, model):
+def test_centring_follows_the_final_norm(spec, model):
     raw, centred = wrap(model, **RAW), wrap(model, **{**RAW, "center_writing_weights": True})
     for name in ("W_E", "W_O", "b_O"):
         expected = getattr(raw, name)
@@ -201,7 +201,7 @@ def test_value_biases_fold_into_the_output_bias(fold_ln):
 # The guest law
 
 
-def test_the_model_is_left_as_it_was_and_nothing_is_kept():
+def test_model_is_unchanged_and_nothing_is_kept():
     model = build("gpt2", dtype=torch.float32)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     attributes = {name: set(vars(module)) for name, module in model.named_modules()}
@@ -270,7 +270,7 @@ class Adapted(nn.Module):
         return self.base(x) + self.b(self.a(x))
 
 
-def test_an_adapted_projection_is_asked_for_its_whole_map():
+def test_adapted_projection_gives_its_whole_map():
     model = build("llama-bias")
     torch.manual_seed(0)
     attention = model.model.layers[1].self_attn
@@ -283,14 +283,14 @@ def test_an_adapted_projection_is_asked_for_its_whole_map():
     assert wrapped.W_O.shape == (2, 4, 10, 40)
 
 
-def test_matrix_of_a_wide_module_is_made_in_tiles():
+def test_matrix_of_wide_module_is_computed_in_tiles():
     base = nn.Linear(7, 600, dtype=torch.float64)
     module = Adapted(base)
     expected = base.weight + module.b.weight @ module.a.weight
     torch.testing.assert_close(matrix(module), expected)
 
 
-def test_layers_without_heads_say_so():
+def test_layers_without_heads_are_refused():
     config = AutoConfig.for_model(
         "mamba", vocab_size=64, hidden_size=16, num_hidden_layers=2, state_size=4
     )
@@ -311,7 +311,7 @@ def test_layers_without_heads_say_so():
         wrapped.cfg.n_heads  # noqa: B018
 
 
-def test_heads_without_a_constant_part_say_what_to_do():
+def test_heads_without_constant_are_refused_with_advice():
     model = build("gpt_oss")
     with pytest.raises(UnsupportedModelError, match="Use fold_value_biases=False"):
         wrap(model).b_O  # noqa: B018
@@ -335,7 +335,7 @@ def test_cfg_has_the_models_sizes(gpt2):
     assert "None" not in text
 
 
-def test_cfg_says_how_positions_and_blocks_are_made():
+def test_cfg_names_position_and_block_kinds():
     kinds = {
         "gpt2": ("standard", False),
         "opt": ("standard", False),
@@ -357,7 +357,7 @@ def test_cfg_says_how_positions_and_blocks_are_made():
     assert wrap(build("mistral")).cfg.window_size == 4
 
 
-def test_bos_by_default_is_the_references():
+def test_default_bos_matches_reference():
     with_bos, without = tiny_tokenizer(), tiny_tokenizer()
     without.bos_token = None
     assert wrap(build("gpt2"), with_bos).cfg.default_prepend_bos is True
@@ -440,14 +440,14 @@ def test_only_causal_language_models_are_wrapped(gpt2):
         assert isinstance(caught.value, DLAError)
 
 
-def test_a_transformer_lens_model_has_this_face_already():
+def test_transformer_lens_model_is_not_wrapped():
     kind = type("HookedTransformer", (nn.Module,), {"__module__": "transformer_lens.made_up"})
     with pytest.raises(InputError, match="has this face already"):
         wrap(kind())
 
 
 @pytest.mark.parametrize("name", [*FLAGS, "default_prepend_bos"])
-def test_keywords_are_bools(gpt2, name):
+def test_non_bool_keywords_are_refused(gpt2, name):
     for value in (1, "yes", torch.tensor(True)):
         with pytest.raises(
             InputError, match=f"{name} must be True or False, got {type(value).__name__}"
@@ -455,7 +455,7 @@ def test_keywords_are_bools(gpt2, name):
             wrap(gpt2.model, **{name: value})
 
 
-def test_a_tokenizer_is_a_tokenizer(gpt2):
+def test_wrong_tokenizer_is_refused(gpt2):
     with pytest.raises(InputError, match="tokenizer must be a tokenizer, got str"):
         wrap(gpt2.model, "gpt2")
     model = build("gpt2")
@@ -472,7 +472,7 @@ def state(tokenizer):
 
 
 @pytest.mark.parametrize("add_bos", [False, True])
-def test_the_tokenizer_is_left_as_it_was(gpt2, add_bos):
+def test_tokenizer_is_unchanged(gpt2, add_bos):
     tokenizer = tiny_tokenizer(add_bos)
     before = state(tokenizer)
     wrapped = wrap(gpt2.model, tokenizer)
@@ -485,7 +485,7 @@ def test_the_tokenizer_is_left_as_it_was(gpt2, add_bos):
     assert wrapped.tokenizer is tokenizer
 
 
-def test_padding_and_bos(gpt2):
+def test_padding_and_bos_follow_the_options(gpt2):
     bos, eos = 0, 1
     the, cat = gpt2.to_single_token("the"), gpt2.to_single_token(" cat")
     short, long = [bos, the], [bos, the, cat]
@@ -500,7 +500,7 @@ def test_padding_and_bos(gpt2):
     assert gpt2.to_tokens("<bos>the").tolist() == [[bos, bos, the]]  # as in the reference
 
 
-def test_without_bos_eos_begins_and_without_either_there_is_an_error(gpt2):
+def test_missing_bos_falls_back_to_eos_or_fails(gpt2):
     tokenizer = tiny_tokenizer()
     tokenizer.bos_token = None
     wrapped = wrap(gpt2.model, tokenizer)
@@ -513,7 +513,7 @@ def test_without_bos_eos_begins_and_without_either_there_is_an_error(gpt2):
     assert wrapped.to_tokens(["the", "cat"]).shape == (2, 1)
 
 
-def test_truncation(gpt2):
+def test_long_text_is_truncated(gpt2):
     text = "the" + " cat" * 90
     assert gpt2.to_tokens(text).shape == (1, 64)
     assert gpt2.to_tokens(text, truncate=False).shape == (1, 92)
@@ -524,7 +524,7 @@ def test_truncation(gpt2):
     assert (left[0, 1:] == gpt2.to_single_token(" cat")).all()
 
 
-def test_there_and_back(gpt2):
+def test_text_survives_a_round_trip(gpt2):
     text = "When Mary gave the cat to John, the dog drink."
     ids = gpt2.to_tokens(text, prepend_bos=False)
     assert gpt2.to_string(ids) == [text]
@@ -541,7 +541,7 @@ def test_there_and_back(gpt2):
     assert gpt2.to_str_tokens([]) == []
 
 
-def test_token_positions(gpt2):
+def test_token_positions_are_found(gpt2):
     text = "the cat, the cat."
     assert gpt2.get_token_position(" cat", text) == 2
     assert gpt2.get_token_position(" cat", text, mode="last") == 5
@@ -632,7 +632,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_arguments(gpt2, case):
+def test_wrong_arguments_are_refused(gpt2, case):
     call, error, message = WRONG[case]
     with pytest.raises(error, match=message) as caught:
         call(gpt2)
@@ -658,7 +658,7 @@ def test_text_needs_a_tokenizer(gpt2, call):
         call(wrap(gpt2.model))
 
 
-def test_ids_need_none(gpt2):
+def test_ids_need_no_tokenizer(gpt2):
     bare = wrap(gpt2.model)
     ids = example_ids("gpt2")
     assert torch.equal(bare(ids), gpt2(ids))
@@ -684,7 +684,7 @@ def test_stacked_weights_probe_the_final_norm_once(gpt2, monkeypatch, name):
 
 
 @torch.no_grad()
-def test_calls_are_the_models_own(spec, model):
+def test_calls_match_the_model(spec, model):
     ids = example_ids(spec)
     wrapped = wrap(model, **RAW)
     logits = model(ids, use_cache=False).logits
@@ -700,7 +700,7 @@ def test_calls_are_the_models_own(spec, model):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_padding_on_the_left_is_not_seen(name):
+def test_left_padding_changes_no_logits(name):
     wrapped = wrap(build(name, attn="sdpa"), tiny_tokenizer())
     texts = ["the cat", "When Mary gave the cat to John"]
     alone = [wrapped(text)[0] for text in texts]
@@ -736,7 +736,7 @@ def test_bos_that_is_also_the_pad_token_is_kept():
     assert wrapped(only_bos, prepend_bos=False).isfinite().all()
 
 
-def test_gradients_flow(gpt2):
+def test_gradients_reach_the_weights(gpt2):
     loss = gpt2(example_ids("gpt2"), return_type="loss")
     (gradient,) = torch.autograd.grad(loss, gpt2.model.get_input_embeddings().weight)
     assert gradient.abs().sum() > 0

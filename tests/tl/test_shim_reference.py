@@ -51,19 +51,19 @@ def close(ours, theirs):
 
 
 @pytest.mark.parametrize("name", ["W_U", "b_U", "W_E", "W_O", "b_O"])
-def test_weights(pair, name):
+def test_weights_match_reference(pair, name):
     ours, theirs, _ = pair
     close(getattr(ours, name), getattr(theirs, name))
 
 
-def test_position_embeddings(pair):
+def test_position_embeddings_match_reference(pair):
     ours, theirs, _ = pair
     assert hasattr(ours, "W_pos") == (theirs.cfg.positional_embedding_type == "standard")
     if hasattr(ours, "W_pos"):
         close(ours.W_pos, theirs.W_pos)
 
 
-def test_one_layer(pair):
+def test_one_layer_matches_reference(pair):
     ours, theirs, _ = pair
     assert len(ours.blocks) == len(theirs.blocks)
     for our_block, their_block in zip(ours.blocks, theirs.blocks, strict=True):
@@ -72,18 +72,18 @@ def test_one_layer(pair):
 
 
 @pytest.mark.parametrize("field", FIELDS)
-def test_cfg(pair, field):
+def test_cfg_matches_reference(pair, field):
     ours, theirs, _ = pair
     assert getattr(ours.cfg, field) == getattr(theirs.cfg, field)
 
 
-def test_key_value_heads(pair):
+def test_key_value_heads_match_reference(pair):
     ours, theirs, _ = pair
     count = theirs.cfg.n_key_value_heads
     assert ours.cfg.n_key_value_heads == (None if count == theirs.cfg.n_heads else count)
 
 
-def test_directions(pair):
+def test_directions_match_reference(pair):
     ours, theirs, ids = pair
     for tokens in (5, torch.tensor(5), torch.tensor([[5]]), ids[0], ids):
         close(
@@ -92,7 +92,7 @@ def test_directions(pair):
 
 
 @torch.no_grad()
-def test_calls(pair):
+def test_calls_match_reference(pair):
     ours, theirs, ids = pair
     # Two implementations of one model, in float32, and logits of a size of ten.
     same = {"rtol": 1e-5, "atol": 2e-5}
@@ -132,7 +132,7 @@ def tokens(request, tmp_path_factory):
 
 @pytest.mark.parametrize("prepend_bos", [None, True, False])
 @pytest.mark.parametrize("text", TEXTS)
-def test_to_tokens(tokens, text, prepend_bos):
+def test_to_tokens_matches_reference(tokens, text, prepend_bos):
     ours, theirs = tokens
     expected = theirs.to_tokens(text, **says(prepend_bos))
     assert torch.equal(ours.to_tokens(text, prepend_bos=prepend_bos), expected.long())
@@ -147,7 +147,7 @@ def says(prepend_bos):
 
 @pytest.mark.parametrize("prepend_bos", [None, True, False])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_batches(tokens, side, prepend_bos):
+def test_batches_match_reference(tokens, side, prepend_bos):
     ours, theirs = tokens
     texts = [text for text in TEXTS if text]
     expected = theirs.to_tokens(texts, padding_side=side, **says(prepend_bos))
@@ -158,7 +158,7 @@ def test_batches(tokens, side, prepend_bos):
 
 @torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_calls_with_text(tokens, side):
+def test_calls_with_text_match_reference(tokens, side):
     ours, theirs = tokens
     for text in (TEXTS[1], [TEXTS[1], TEXTS[0], TEXTS[2]]):
         expected = theirs(text, padding_side=side, return_type="both")
@@ -170,14 +170,14 @@ def test_calls_with_text(tokens, side):
 
 @pytest.mark.parametrize("truncate", [True, False])
 @pytest.mark.parametrize("prepend_bos", [True, False])
-def test_long_texts(tokens, truncate, prepend_bos):
+def test_long_texts_match_reference(tokens, truncate, prepend_bos):
     ours, theirs = tokens
     text = "the" + " cat" * 80
     expected = theirs.to_tokens(text, prepend_bos=prepend_bos, truncate=truncate)
     assert torch.equal(ours.to_tokens(text, prepend_bos, truncate=truncate), expected)
 
 
-def test_back_to_text(tokens):
+def test_text_from_tokens_matches_reference(tokens):
     ours, theirs = tokens
     row = theirs.to_tokens(TEXTS[1])
     for form in (row, row[0], row[0].tolist(), row.numpy(), row[0, 3], np.array(5)):
@@ -189,7 +189,7 @@ def test_back_to_text(tokens):
 
 
 @pytest.mark.parametrize("text", [" cat", "cat", "When", ",", "<bos>"])
-def test_single_tokens(tokens, text):
+def test_single_tokens_match_reference(tokens, text):
     ours, theirs = tokens
     assert ours.to_single_token(text) == theirs.to_single_token(text)
 
@@ -204,7 +204,7 @@ def test_several_tokens_are_an_error_in_both(tokens):
 
 @pytest.mark.parametrize("mode", ["first", "last"])
 @pytest.mark.parametrize("prepend_bos", [None, True, False])
-def test_token_positions(tokens, mode, prepend_bos):
+def test_token_positions_match_reference(tokens, mode, prepend_bos):
     ours, theirs = tokens
     text = "the cat, the cat, the dog."
     for token in (" cat", ",", torch.tensor(ours.to_single_token(" cat"))):
@@ -217,6 +217,6 @@ def test_token_positions(tokens, mode, prepend_bos):
         )
 
 
-def test_directions_of_strings(tokens):
+def test_directions_of_strings_match_reference(tokens):
     ours, theirs = tokens
     close(ours.tokens_to_residual_directions(" cat"), theirs.tokens_to_residual_directions(" cat"))

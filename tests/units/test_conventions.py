@@ -16,7 +16,7 @@ from dla_hooks import UnsupportedModelError, direct_logit_attribution
 
 @pytest.mark.parametrize("unit", UNIT_NAMES)
 @pytest.mark.parametrize("spec", ["gpt2", "phi", "cohere", "granite"])
-def test_centring_takes_the_mean_over_all_tokens_off(spec, unit):
+def test_centring_subtracts_vocabulary_mean(spec, unit):
     model = build(spec)
     ids = example_ids(spec, batch=1)
     everything = torch.arange(model.config.vocab_size)
@@ -28,7 +28,7 @@ def test_centring_takes_the_mean_over_all_tokens_off(spec, unit):
 
 
 @pytest.mark.parametrize("spec", ["gpt2", "phi", "gemma2"])
-def test_centring_leaves_differences_and_capped_models_alone(spec):
+def test_centring_changes_no_difference_and_no_capped_model(spec):
     model = build(spec)
     ids = example_ids(spec)
     incorrect = None if spec == "gemma2" else 7
@@ -43,7 +43,7 @@ FOLDABLE = [spec for spec in ZOO if spec not in SINKS + CLIPPED]
 
 
 @pytest.mark.parametrize("spec", FOLDABLE, ids=repr)
-def test_folding_takes_the_same_off_a_head_everywhere(spec: Spec):
+def test_folding_subtracts_one_constant_per_head(spec: Spec):
     """A constant vector of z, times u, over the scales: what is left of it at one token."""
     model = build(spec)
     ids = example_ids(spec)
@@ -92,7 +92,7 @@ def value_constant(spec: str, model, layer: int) -> torch.Tensor:
     "spec", ["gpt_neo", "opt", "phi", "starcoder2", "llama-bias", "qwen2", "granite-bias-tied",
              "stablelm-parallel", "llama"],
 )  # fmt: skip
-def test_the_constant_is_the_value_bias_and_what_the_norm_adds_to_it(spec):
+def test_constant_is_value_bias_plus_norm_bias(spec):
     model = build(spec)
     ids = example_ids(spec)
     with torch.no_grad():
@@ -137,7 +137,7 @@ def raw_scale_ratio(model, ids, proj, constant) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("spec", SINKS, ids=repr)
-def test_sinks_have_no_constant_part(spec):
+def test_folding_with_sinks_is_refused(spec):
     with pytest.raises(UnsupportedModelError, match="attention sinks"):
         direct_logit_attribution(
             build(spec), example_ids(spec), 5, unit="head", fold_value_biases=True
@@ -145,7 +145,7 @@ def test_sinks_have_no_constant_part(spec):
 
 
 @pytest.mark.parametrize("spec", [spec for spec in CLIPPED if spec.config.get("attention_bias")])
-def test_values_that_are_clipped_have_no_constant_part(spec):
+def test_folding_with_clipped_values_is_refused(spec):
     with pytest.raises(UnsupportedModelError, match="not an affine map"):
         direct_logit_attribution(
             build(spec), example_ids(spec), 5, unit="head", fold_value_biases=True

@@ -49,7 +49,7 @@ def case(spec, seed):
 
 @pytest.mark.parametrize("incorrect", [None, INCORRECT], ids=["logit", "difference"])
 @pytest.mark.parametrize("unit", UNIT_NAMES)
-def test_parts_and_bias_give_the_models_own_logit(case, unit, incorrect):
+def test_parts_and_bias_sum_to_model_logit(case, unit, incorrect):
     model, ids, logits, size = case
     result = direct_logit_attribution(model, ids, ANSWER, incorrect, unit=unit, pos=None)
     whole = result.attribution[-1] if unit == "layer" else result.attribution.sum(0)
@@ -59,7 +59,7 @@ def test_parts_and_bias_give_the_models_own_logit(case, unit, incorrect):
     torch.testing.assert_close(result.logit, truth, rtol=0, atol=1e-5 * size)
 
 
-def test_components_are_what_the_oracle_measures(case):
+def test_components_match_oracle(case):
     model, ids, _, size = case
     result = direct_logit_attribution(model, ids, ANSWER, INCORRECT, pos=None)
     truth = logit_parts(model, ids, ANSWER, INCORRECT)
@@ -104,7 +104,7 @@ def test_only_sequential_blocks_have_a_mid_stream(case, spec):
     assert [label for label in labels if "pre" in label] == [f"{i}_pre" for i in range(n_layers)]
 
 
-def test_heads_are_what_changing_them_does(case):
+def test_heads_match_effect_of_changing_them(case):
     model, ids, _, size = case
     result = direct_logit_attribution(model, ids, ANSWER, INCORRECT, unit="head", pos=None)
     truth = head_effects(model, ids, ANSWER, INCORRECT, eps=0.5)
@@ -119,7 +119,7 @@ SDPA = [spec for spec in ZOO if supports(spec, "sdpa")]
 
 
 @pytest.mark.parametrize("sdpa_spec", SDPA, ids=repr)
-def test_fused_attention_too(sdpa_spec):
+def test_fused_attention_matches_eager(sdpa_spec):
     """All other tests run eager attention."""
     model = build(sdpa_spec, attn="sdpa")
     ids = example_ids(sdpa_spec)
@@ -137,7 +137,7 @@ PRECISION = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.004}
 
 
 @pytest.mark.parametrize("dtype", PRECISION, ids=lambda dtype: str(dtype).split(".")[1])
-def test_lower_precisions_agree_with_the_models_logits(spec, dtype):
+def test_lower_precisions_sum_to_model_logits(spec, dtype):
     model = build(spec, dtype=dtype)
     ids = example_ids(spec)
     with torch.no_grad():
@@ -153,7 +153,7 @@ def test_lower_precisions_agree_with_the_models_logits(spec, dtype):
         assert result.logit_gap <= PRECISION[dtype] * spread(logits)
 
 
-def test_verify_finds_nothing_to_complain_of(case):
+def test_verify_passes_for_every_family(case):
     report = verify(case[0], show=False)
     assert report.ok
     assert report.largest_gap < 1e-5

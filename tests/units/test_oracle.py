@@ -210,7 +210,7 @@ def test_lower_precisions_hold_the_same_weights(spec, dtype):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["mistral", "mixtral-tied", "phi3-mha-tied", "llama"])
-def test_a_sliding_window_is_felt(name):
+def test_sliding_window_changes_logits(name):
     model, ids = build(name), example_ids(name, length=12)
     changed = ids.clone()
     changed[:, 0] = 3 + (ids[:, 0] - 2) % 58
