@@ -24,9 +24,12 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from dla_hooks.errors import UnsupportedModelError
-from dla_hooks.modules.hooks import is_ours
+from dla_hooks.modules.hooks import Place, is_ours
 
 _LIBRARIES = ("torch", "transformers", "accelerate", "peft", "deepspeed")
+FINAL_HOOK, LOGIT_HOOK = "final_hook", "logit_hook"
+"""Rows of what hooks write at the last stream and the final norm's output, and at the logits."""
+
 _lock = threading.RLock()
 
 _Table = MutableMapping[Any, Any]
@@ -71,6 +74,12 @@ def is_callers(hook: Any) -> bool:
 def has_callers(table: Any) -> bool:
     """Tell whether a table of hooks holds one of the caller's."""
     return bool(table) and any(is_callers(hook) for hook in table.values())
+
+
+def is_hooked(place: Place) -> bool:
+    """Tell whether the caller's hooks change what is seen at a place."""
+    module = place.module
+    return has_callers(module._forward_pre_hooks if place.before else module._forward_hooks)
 
 
 def library_hooks(module: nn.Module) -> tuple[int, ...]:

@@ -12,17 +12,10 @@ import torch
 from torch import Tensor
 
 from dla_hooks.modules.hooks import Call, Place, Tap
-from dla_hooks.modules.user_hooks import has_callers
 from dla_hooks.projection.directions import Directions
 from dla_hooks.projection.kernels import project
 from dla_hooks.projection.ledger import FixedRows
 from dla_hooks.projection.tiles import View
-
-
-def is_hooked(place: Place) -> bool:
-    """Tell whether the caller's hooks change what is seen at a place."""
-    module = place.module
-    return has_callers(module._forward_pre_hooks if place.before else module._forward_hooks)
 
 
 class HookWrites:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dla_hooks.inputs.entries import Entries
 from dla_hooks.modules.hooks import Call, Place, Tap
 from dla_hooks.modules.user_hooks import has_callers
+from dla_hooks.modules.weights import dtype_of
 from dla_hooks.projection.ledger import FixedRows
 from dla_hooks.projection.readout import Readout
 from dla_hooks.projection.tiles import View
@@ -51,8 +52,9 @@ class LogitHooks:
         n = len(self._readouts)
 
         def see_input(call: Call) -> None:
+            x = call.entered.to(dtype_of(self._unembed))  # a hook may be what casts it
             with torch.no_grad():
-                logits = self._unembed.forward(call.entered)
+                logits = self._unembed.forward(x)
             self._write(logits, view, slice(0, n))
 
         def see_output(call: Call) -> None:

@@ -19,14 +19,13 @@ from dla_hooks.inputs.entries import Entries
 from dla_hooks.modules import norms
 from dla_hooks.modules.hooks import Call, Place, Tap
 from dla_hooks.modules.norms import Norm
-from dla_hooks.projection.hook_writes import HookWrites, is_hooked
+from dla_hooks.modules.user_hooks import FINAL_HOOK, LOGIT_HOOK, is_hooked
+from dla_hooks.projection.hook_writes import HookWrites
 from dla_hooks.projection.kernels import frozen_scales, project
 from dla_hooks.projection.ledger import FixedRows
 from dla_hooks.projection.logit_hooks import LogitHooks, hooks_logits
 from dla_hooks.projection.readout import Readout
 from dla_hooks.projection.tiles import View
-
-FINAL_HOOK, LOGIT_HOOK = "final_hook", "logit_hook"
 
 
 @dataclass(frozen=True)

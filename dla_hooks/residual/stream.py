@@ -193,6 +193,11 @@ class Stream:
         """The last stream: the final norm's input."""
         return self.final_norm.entered
 
+    @property
+    def beginning(self) -> Place:
+        """The start, ahead of what the caller's hooks write to block 0's input."""
+        return self.start.ahead if self.start.before else self.start
+
     def input_of(self, block: Block) -> Place:
         """The stream before a block; for the first one, its declared start."""
         return self.start if block is self.blocks[0] else block.input

@@ -18,6 +18,7 @@ from dla_hooks.modules.autocast import outside_autocast
 from dla_hooks.modules.hooks import Call, Tap
 from dla_hooks.modules.linear import bias_of
 from dla_hooks.residual.gains import constant_label, path_factors, times
+from dla_hooks.residual.hooked import hook_factor, hooked_places
 from dla_hooks.residual.stream import Stream, WriteSite
 from dla_hooks.stacks.kept import Kept
 from dla_hooks.verification.trace import trace_report
@@ -60,14 +61,19 @@ class StreamSum:
         stream, end = self._kept.stream, self._end
         factors = path_factors(stream, end)
         there = stream.last if end == len(stream.blocks) else stream.input_of(stream.blocks[end])
-        taps = [Tap(stream.start, self._add(factors["embed"]))]
+        taps = [Tap(stream.beginning, self._add(factors["embed"]))]
         for block in stream.blocks[:end]:
             taps += [Tap(w.place, self._add(factors[w.label])) for w in block.writes]
+        for hooked in hooked_places(stream):
+            if hooked.number < end or (hooked.number == end and hooked.at_input):
+                factor = None if hooked.number == end else hook_factor(hooked, factors)
+                taps.append(Tap(hooked.place.ahead, self._add(factor, -1)))
+                taps.append(Tap(hooked.place, self._add(factor)))
         return [*taps, Tap(there, self._see_whole)]
 
-    def _add(self, factor: Tensor | None) -> Callable[[Call], None]:
+    def _add(self, factor: Tensor | None, sign: int = 1) -> Callable[[Call], None]:
         def see(call: Call) -> None:
-            x = times(self._kept.take(call.activation).to(self._along.dtype), factor)
+            x = times(self._kept.take(call.activation).to(self._along.dtype), factor) * sign
             seen, size = (t.to(self._sum.device) for t in (_along(x, self._along), _norm(x)))
             if not self._sum.numel():
                 seen, size = _along(x, self._along), _norm(x)

@@ -102,6 +102,21 @@ class Kept:
         """Keep the stream before a block; for a key."""
         return self._keep(self.stream.input_of(block))
 
+    def start(self) -> Any:
+        """Keep the beginning of the stream, ahead of what the caller's hooks write there."""
+        return self._keep(self.stream.beginning)
+
+    def hook(self, place: Place) -> Any:
+        """Keep what the caller's hooks write at a place."""
+        ahead = self._keep(place.ahead)
+        key = (place.name, "hook", place.before, place.use.nth)
+
+        def see(call: Call) -> None:
+            self._rows[key] = self.take(call.activation) - self._rows[ahead]
+
+        self._taps.append(Tap(place, see))
+        return key
+
     def last_stream(self) -> Any:
         """Keep what the final norm reads."""
         return self._keep(self.stream.last)
@@ -150,7 +165,7 @@ class Kept:
         return key
 
     def _keep(self, place: Place, seen: Callable[[Call], Tensor] | None = None) -> Any:
-        key = (place.name, place.before, place.use.nth)
+        key = (place.name, place.before, place.first, place.use.nth)
 
         def see(call: Call) -> None:
             x = call.activation if seen is None else seen(call)

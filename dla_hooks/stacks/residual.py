@@ -11,6 +11,7 @@ from dla_hooks.calibration.mid_terms import MidStream, mid_stream
 from dla_hooks.call import Inputs
 from dla_hooks.errors import InputError
 from dla_hooks.residual.gains import constant_label, path_factors, product, times
+from dla_hooks.residual.hooked import hook_factor, hook_label, hooked_places
 from dla_hooks.residual.stream import Stream
 from dla_hooks.stacks.arguments import (
     Stack,
@@ -81,9 +82,14 @@ def decompose_resid(
         mid = mid_stream(stream, end) if mlp_input else None
         kept = Kept.of(inputs, pos_slice, check)
         factors = _factors(stream, end, mid)
-        embed = kept.block_input(stream.blocks[0]) if incl_embeds or not stream.writes else None
+        embed = kept.start() if incl_embeds or not stream.writes else None
         where = kept.positions() if incl_embeds and stream.positions is not None else None
         plan: list[tuple[str, Any]] = []  # a key for a write; a vector for a constant
+        hooks: dict[str, list[tuple[Any, Tensor | None]]] = {}  # by label: a key, and its factor
+        for hooked in hooked_places(stream) if mode == "all" else ():
+            if hooked.number < end or (hooked.number == end and hooked.at_input):
+                factor = factors["end"] if hooked.number == end else hook_factor(hooked, factors)
+                hooks.setdefault(hooked.label, []).append((kept.hook(hooked.place), factor))
         for place, block in enumerate(stream.blocks[: end + mlp_input]):
             inside = mid is not None and place == end
             for write in block.writes[: len(mid.responses) if mid and inside else None]:
@@ -92,11 +98,15 @@ def decompose_resid(
             constant = mid.constant if mid and inside else block.constant
             if mode == "all" and constant is not None:
                 plan.append((constant_label(block), constant))
+            if hook_label(block) in hooks:
+                plan.append((hook_label(block), hooks[hook_label(block)]))
+        behind = [label for label in hooks if label not in dict(plan)]  # at the stream itself
+        plan += [(label, hooks[label]) for label in behind]
         whole = StreamSum(kept, end + mlp_input)
         scale = scale_at(kept, end, mlp_input) if apply_ln else None
         like = embed
         if like is None and any(isinstance(part, Tensor) for _, part in plan):
-            like = kept.block_input(stream.blocks[0])  # constants need its shape
+            like = kept.start()  # constants need its shape
         kept.run()
         whole.hold()
 
@@ -112,6 +122,9 @@ def decompose_resid(
                 rows.append(tokens)
         for label, part in plan:
             labels.append(label)
+            if isinstance(part, list):
+                rows.append(torch.stack([times(kept[key], factor) for key, factor in part]).sum(0))
+                continue
             vector = (
                 part.to(kept[like]).expand_as(kept[like])
                 if isinstance(part, Tensor)
@@ -127,7 +140,7 @@ def decompose_resid(
 
 def _factors(stream: Stream, end: int, mid: MidStream | None) -> dict[str, Tensor | None]:
     """What the stream before a block, or in its middle, holds of every part."""
-    factors = path_factors(stream, end)
+    factors = {**path_factors(stream, end), "end": None}
     if mid is None:
         return factors
     block = stream.blocks[end]

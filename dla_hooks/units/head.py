@@ -19,8 +19,9 @@ from dla_hooks.errors import InputError, UnsupportedModelError
 from dla_hooks.modules import norms
 from dla_hooks.modules.hooks import Call, Place, Tap
 from dla_hooks.modules.linear import at_hand, bias_of, check_readable, pull_back
+from dla_hooks.modules.user_hooks import is_hooked
 from dla_hooks.projection.directions import Directions
-from dla_hooks.projection.hook_writes import HookWrites, is_hooked
+from dla_hooks.projection.hook_writes import HookWrites
 from dla_hooks.projection.kernels import frozen_scales, project_constant, project_heads
 from dla_hooks.projection.ledger import FixedRows
 from dla_hooks.projection.tiles import View
@@ -203,8 +204,7 @@ class _HeadsRecorder(Recorder):
     def finish(self, parts: Parts) -> Split:
         reading, layers = parts.reading, self._plan.layers
         values_CN = self._values.gathered(reading.scale_N.device)
-        aside_CN = self._aside.gathered(values_CN.device)
-        beside_LN, scale_LN = aside_CN[: len(layers)], aside_CN[len(layers) :]
+        beside_LN, scale_LN = self._aside.gathered(values_CN.device).split(len(layers))
         for number, layer in enumerate(layers):
             if layer.bias_M is not None:
                 project_constant(layer.bias_M, parts.view, layer.at_output, beside_LN[number])

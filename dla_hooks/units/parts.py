@@ -16,13 +16,15 @@ from torch import Tensor
 
 from dla_hooks.errors import CacheEntryError
 from dla_hooks.modules.hooks import Call, Place, Tap
+from dla_hooks.modules.user_hooks import FINAL_HOOK
 from dla_hooks.projection.directions import Directions
-from dla_hooks.projection.hook_writes import HookWrites, is_hooked
+from dla_hooks.projection.hook_writes import HookWrites
 from dla_hooks.projection.kernels import project, project_constant
 from dla_hooks.projection.ledger import FixedRows
-from dla_hooks.projection.reading_point import FINAL_HOOK, Reading
+from dla_hooks.projection.reading_point import Reading
 from dla_hooks.projection.tiles import View
-from dla_hooks.residual.gains import constant_label, path_factors, product, times
+from dla_hooks.residual.gains import constant_label, path_factors, times
+from dla_hooks.residual.hooked import Hooked, hook_factor, hook_label, hooked_places
 from dla_hooks.residual.stream import Block, Stream
 from dla_hooks.results.rows import Row
 
@@ -65,15 +67,9 @@ class PartsPlan:
         """What one part is projected on: the target's directions, through all later gains."""
         return self._directions[label]
 
-    def at_output_of(self, block: Block) -> Directions:
-        """What is added to a block's output is projected on these."""
-        return self._times(self._factors[constant_label(block)])
-
-    def at_input_of(self, block: Block | None) -> Directions:
-        """What is added to a block's input is projected on these; None is the last stream."""
-        if block is None:
-            return self._target
-        return self._times(product(block.gain, self._factors[constant_label(block)]))
+    def of_hooks(self, hooked: Hooked) -> Directions:
+        """What the caller's hooks write at a place is projected on these."""
+        return self._times(hook_factor(hooked, self._factors))
 
     def recorder(self, view: View, missing: Missing) -> PartsRecorder:
         """A recorder for one prompt.
@@ -88,23 +84,6 @@ class PartsPlan:
         if factor is None:
             return self._target
         return self._target.then(lambda d_KM: times(d_KM, factor))
-
-
-@dataclass(frozen=True)
-class _Hooked:
-    """A place where the caller's hooks write to the stream.
-
-    Attributes:
-        block: the place of the block in the stack; the number of blocks for the last stream.
-        at_input: whether they write to the block's input; otherwise to its output.
-        place: where.
-        directions: what they write is projected on these.
-    """
-
-    block: int
-    at_input: bool
-    place: Place
-    directions: Directions
 
 
 class PartsRecorder:
@@ -122,16 +101,15 @@ class PartsRecorder:
         stream, dtype = plan.stream, plan.stream.work_dtype
         self._rows = FixedRows(len(plan.rows), len(view), dtype)
         self._view = view
-        # The stream begins ahead of what hooks write to block 0's input.
-        places = {EMBED: stream.start.ahead if stream.start.before else stream.start}
+        places = {EMBED: stream.beginning}
         if stream.positions is not None:
             places[POSITIONS] = stream.positions
         places |= {write.label: write.place for write in stream.writes}
         found = {label: missing(place) for label, place in places.items()}
         self._missing = {label: reason for label, reason in found.items() if reason is not None}
         self._places = {k: place for k, place in places.items() if k not in self._missing}
-        self._hooked = list(_hooked_places(plan))
-        writes = [(hooked.place, hooked.directions) for hooked in self._hooked]
+        self._hooked = list(hooked_places(stream))
+        writes = [(hooked.place, plan.of_hooks(hooked)) for hooked in self._hooked]
         self._hooks = HookWrites(writes, len(view), dtype) if writes else None
 
     def taps(self, view: View) -> list[Tap]:
@@ -154,7 +132,7 @@ class PartsRecorder:
         hooks: dict[tuple[int, bool], Tensor] = {}
         if self._hooks is not None:
             written = self._hooks.finish(device) / reading.scale_N
-            hooks = {(h.block, h.at_input): w for h, w in zip(self._hooked, written, strict=True)}
+            hooks = {(h.number, h.at_input): w for h, w in zip(self._hooked, written, strict=True)}
         return Parts(plan, values_CN, self._missing, finite_C, reading, view, hooks)
 
     def _tap(self, label: str, place: Place, view: View) -> Tap:
@@ -165,19 +143,6 @@ class PartsRecorder:
             project(x, view, directions, self._rows.on(x.device)[row])
 
         return Tap(place, see)
-
-
-def _hooked_places(plan: PartsPlan) -> Iterable[_Hooked]:
-    """Where the caller's hooks stand between the blocks, in stream order."""
-    stream = plan.stream
-    for number, block in enumerate(stream.blocks):
-        if is_hooked(block.input):
-            yield _Hooked(number, True, block.input, plan.at_input_of(block))
-        output = block.input._replace(before=False)
-        if is_hooked(output):
-            yield _Hooked(number, False, output, plan.at_output_of(block))
-    if is_hooked(stream.last):
-        yield _Hooked(len(stream.blocks), True, stream.last, plan.at_input_of(None))
 
 
 @dataclass(frozen=True)
@@ -284,8 +249,8 @@ class Parts:
             found += [(rows[label], raw[plan.row_of[label]]) for label in _labels(block)]
             written = [*self._hook(number, True), *self._hook(number, False)]
             if written:
-                label = f"{block.layer}_hook"
-                found.append((Row(label, "hook", block.layer), torch.stack(written).sum(0)))
+                row = Row(hook_label(block), "hook", block.layer)
+                found.append((row, torch.stack(written).sum(0)))
         last = self._hook(len(plan.stream.blocks), True)
         behind = {label: added_RN[0] for label, added_RN in self.reading.hooks_RN.items()}
         if last:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from alter import alter_output
 from zoo import build, example_ids, supports
 
 from dla_hooks import DecompositionError, direct_logit_attribution
@@ -65,7 +66,7 @@ def test_constants_under_autocast_are_compared_in_full_precision():
     generator = torch.Generator().manual_seed(0)
     for layer in model.model.layers[:2]:
         vector = torch.randn(model.config.hidden_size, generator=generator)
-        layer.register_forward_hook(lambda _, args, out, vector=vector: out + vector)
+        alter_output(layer, lambda out, vector=vector: out + vector)
 
     def compared():
         result = direct_logit_attribution(model, ids, 5, check=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from alter import alter_output
 from transformers import AutoConfig, AutoModelForCausalLM
 from units import UNIT_NAMES
 from zoo import build, example_ids, tiny_tokenizer
@@ -84,7 +85,10 @@ def test_partly_masked_vocabulary_is_attributed():
     ids = example_ids("llama")
     expected = direct_logit_attribution(model, ids, 5).attribution
     masking(model, [0, 9])
-    torch.testing.assert_close(direct_logit_attribution(model, ids, 5).attribution, expected)
+    masked = direct_logit_attribution(model, ids, 5)
+    torch.testing.assert_close(masked.attribution[:-1], expected)
+    assert masked.labels[-1] == "logit_hook"
+    assert not masked.attribution[-1].any()
     with pytest.raises((NonFiniteError, DecompositionError)):
         direct_logit_attribution(model, ids, 9)
 
@@ -94,8 +98,7 @@ def test_check_with_infinite_logits_still_runs():
     ids = example_ids("llama")
     masking(model, [0])
     noise = torch.randn(7, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
-    longer = lambda m, a, out: out + noise if out.shape[1] == 7 else out  # noqa: E731
-    model.model.layers[0].register_forward_hook(longer)
+    alter_output(model.model.layers[0], lambda out: out + noise if out.shape[1] == 7 else out)
     with pytest.raises(DecompositionError):
         direct_logit_attribution(model, ids, 5)
 
@@ -212,10 +215,7 @@ def test_norm_that_deviates_at_one_position_is_refused():
     noise = torch.zeros(40, model.config.hidden_size).double()
     noise[5] = 0.3
 
-    def stray(module, args, out):
-        return out + noise if out.shape[1] == 40 else out
-
-    model.model.norm.register_forward_hook(stray)
+    alter_output(model.model.norm, lambda out: out + noise if out.shape[1] == 40 else out)
     with pytest.raises(DecompositionError, match=r"model\.norm did something else"):
         direct_logit_attribution(model, ids, 5, pos=None)
 

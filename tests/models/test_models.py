@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from alter import alter_output
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -368,7 +369,7 @@ def test_undeclared_model_of_known_shape_is_verified_and_accepted():
 def test_undeclared_model_that_fails_verification_is_refused_with_place():
     model = build("llama")
     model.config.model_type = "llama_of_tomorrow"
-    model.model.layers[1].register_forward_hook(lambda m, a, out: out + 0.1 * out**2)
+    alter_output(model.model.layers[1], lambda out: out + 0.1 * out**2)
     with pytest.raises(
         UnsupportedModelError, match=r"taken for llama: .*model\.layers\.1 is no sum"
     ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from alter import alter_output
 from mapping_zoo import build_any, example_ids_any
 from test_custom import DECLARATION, IDS, MadeUpConfig, OddOne
 from torch import nn
@@ -27,10 +28,9 @@ def declared():
 def test_scaled_positions_are_exact():
     model = build("gpt2")
     ids = example_ids("gpt2")
-    before = direct_logit_attribution(model, ids, 5, pos=None)
-    model.transformer.drop.register_forward_hook(lambda m, a, out: out * 2)
+    alter_output(model.transformer.drop, lambda out: out * 2)
     after = direct_logit_attribution(model, ids, 5, pos=None)
-    row = before.labels.index("pos_embed")
+    row = after.labels.index("pos_embed")
     with torch.no_grad():
         kept = []
         model.transformer.ln_f.register_forward_hook(lambda m, a, out: kept.append(a[0]))
@@ -76,7 +76,7 @@ def test_mixed_channels_are_refused_in_every_dtype(dtype):
     model = OddOne(MadeUpConfig()).to(dtype)
     mix = torch.randn(20, 20, generator=torch.Generator().manual_seed(3)).to(dtype) / 20**0.5
     for block in model.stack:
-        block.register_forward_hook(lambda m, a, out: out + 0.05 * out @ mix)
+        alter_output(block, lambda out: out + 0.05 * out @ mix)
         break
     with pytest.raises(UnsupportedModelError, match=r"stack\.0 is no sum"):
         direct_logit_attribution(model, IDS, 5)
@@ -169,7 +169,7 @@ def test_a_failed_check_is_a_not_implemented_error_that_names_the_model():
     model = build("llama")
     noise = torch.randn(7, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
     block = model.model.layers[1]
-    block.register_forward_hook(lambda m, a, out: out + noise if out.shape[1] == 7 else out)
+    alter_output(block, lambda out: out + noise if out.shape[1] == 7 else out)
     with pytest.raises(NotImplementedError, match=r"LlamaForCausalLM \(llama\)") as caught:
         direct_logit_attribution(model, example_ids("llama"), 5)
     assert isinstance(caught.value, DecompositionError)
@@ -180,10 +180,9 @@ def test_first_call_measures_in_one_run(name, runs):
     """A run reads all weights of a model on disk. Nanochat's final norm runs twice in each."""
     model, ids = build_any(name), example_ids_any(name)
     seen = []
-    handle = model.get_input_embeddings().register_forward_hook(lambda *_: seen.append(1))
+    alter_output(model.get_input_embeddings(), lambda out: seen.append(1) or out)
     direct_logit_attribution(model, ids, 5)
     direct_logit_attribution(model, ids, 5)
-    handle.remove()
     assert len(seen) == runs + 1
 
 

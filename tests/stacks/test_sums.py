@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from alter import alter_output
 from mapping_zoo import MODEL_TYPES, CannotBuild, example_ids_any, runs
 from mapping_zoo import build_any as build_mapped
 from torch import nn
@@ -66,10 +67,34 @@ def test_decompose_of_a_middle_layer_holds_constants_of_the_blocks_before_it():
     torch.testing.assert_close(stack.sum(0), seen["x"], rtol=1e-6, atol=1e-6)
 
 
-def test_a_steering_vector_is_its_blocks_constant():
+@pytest.mark.parametrize("layer", [None, 1, 2])
+def test_steering_is_a_row_of_its_own(layer):
+    model, ids = build("granite"), example_ids("granite")
+    steer = torch.randn(model.config.hidden_size, dtype=torch.float64)
+
+    def add(module, args, out):
+        out = out.clone()
+        out[:, 2:] += steer
+        return out
+
+    model.model.layers[1].register_forward_hook(add)
+    model.model.layers[0].register_forward_pre_hook(lambda m, args: (args[0] + steer, *args[1:]))
+    stack, labels = dla_hooks.decompose_resid(model, ids, layer=layer, return_labels=True)
+    at = "model.norm" if layer != 1 else f"model.layers.{layer}"
+    torch.testing.assert_close(stack.sum(0), last_stream(model, ids, at), rtol=1e-6, atol=1e-6)
+    assert ("1_hook" in labels) == (layer != 1)
+    if layer != 1:
+        row = stack[labels.index("1_hook")]
+        torch.testing.assert_close(row[:, 2:], steer.expand_as(row[:, 2:]), rtol=1e-6, atol=1e-6)
+        assert not row[:, :2].any()
+    mid = dla_hooks.decompose_resid(model, ids, layer=0, mlp_input=True, return_labels=True)
+    assert mid[1] == ["embed", "0_attn_out", "0_hook"]
+
+
+def test_a_constant_is_a_row():
     model, ids = build("llama"), example_ids("llama")
     steer = torch.randn(model.config.hidden_size, dtype=torch.float64)
-    model.model.layers[1].register_forward_hook(lambda m, a, out: out + steer)
+    alter_output(model.model.layers[1], lambda out: out + steer)
     stack, labels = dla_hooks.decompose_resid(model, ids, return_labels=True)
     row = stack[labels.index("1_constant")]
     torch.testing.assert_close(row, steer.expand_as(row), rtol=1e-6, atol=1e-6)
@@ -78,10 +103,11 @@ def test_a_steering_vector_is_its_blocks_constant():
 
 
 def steer_last_position(model):
-    def steer(module, args, out):
-        out[:, -1] += 1.0
+    def steer(out):
+        out[:, -1] += 1.0 * (out.shape[1] > 4)  # not where the model is measured
+        return out
 
-    model.model.layers[1].register_forward_hook(steer)
+    alter_output(model.model.layers[1], steer)
 
 
 def change_projection(model):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from alter import alter_output
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from units import UNIT_NAMES
@@ -197,8 +198,7 @@ class TestPlans:
     def test_a_plan_that_no_longer_holds_raises(self):
         model, ids = build("llama"), example_ids("llama")
         plan = prepare(model, 5)
-        layer = model.model.layers[1]
-        layer.register_forward_hook(lambda module, args, out: out + args[0].square())
+        alter_output(model.model.layers[1], lambda out: out + out.square())
         with pytest.raises((DecompositionError, dla_hooks.UnsupportedModelError)):
             plan(ids)
 

@@ -1,0 +1,67 @@
+"""Where the caller's hooks write to the stream between the writes of its blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+from dla_hooks.modules.hooks import Place
+from dla_hooks.modules.user_hooks import FINAL_HOOK, is_hooked
+from dla_hooks.residual.gains import constant_label, product
+from dla_hooks.residual.stream import Block, Stream
+
+
+class Hooked(NamedTuple):
+    """One end of a block, or the last stream, with hooks of the caller's on it.
+
+    Attributes:
+        number: the block's place in the stack; the number of blocks for the last stream.
+        block: the block; None for the last stream.
+        at_input: True for the block's input, False for its output.
+        place: where the hooks are.
+    """
+
+    number: int
+    block: Block | None
+    at_input: bool
+    place: Place
+
+    @property
+    def label(self) -> str:
+        """The label of the row that it belongs to."""
+        return FINAL_HOOK if self.block is None else hook_label(self.block)
+
+
+def hook_label(block: Block) -> str:
+    """The label of what the caller's hooks write at a block's input and output.
+
+    It is one row, as ``3_hook``.
+    """
+    return f"{block.layer}_hook"
+
+
+def hooked_places(stream: Stream) -> Iterator[Hooked]:
+    """Find the caller's hooks at the blocks' inputs and outputs, in stream order."""
+    for number, block in enumerate(stream.blocks):
+        for at_input in (True, False):
+            place = block.input._replace(before=at_input)
+            if is_hooked(place):
+                yield Hooked(number, block, at_input, place)
+    if is_hooked(stream.last):
+        yield Hooked(len(stream.blocks), None, True, stream.last)
+
+
+def hook_factor(hooked: Hooked, factors: Mapping[str, Tensor | None]) -> Tensor | None:
+    """Compute the factor of what hooks write: all gains between it and the stream.
+
+    Args:
+        hooked: where they write.
+        factors: from :func:`dla_hooks.residual.gains.path_factors`, of the block's constant.
+    """
+    block = hooked.block
+    if block is None:
+        return None
+    later = factors[constant_label(block)]
+    return product(block.gain, later) if hooked.at_input else later

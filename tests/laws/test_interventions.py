@@ -1,0 +1,286 @@
+"""What a caller's hooks change is attributed as the caller runs it.
+
+Every number is held against the model's own logits, with the same hooks on, and the rows against
+algebra on activations that plain hooks recorded.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+
+import pytest
+import torch
+from alter import alter_output
+from torch import nn
+from units import UNIT_NAMES
+from zoo import build, example_ids
+
+import dla_hooks
+from dla_hooks import UnsupportedModelError, direct_logit_attribution
+from dla_hooks.verification.recognise import stream_of
+
+SPECS = ["llama-bias", "gpt2", "gemma2", "olmo2-bias-tied", "granite", "gpt_neox-parallel"]
+
+
+def hidden(out):
+    return out[0] if isinstance(out, tuple) else out
+
+
+def with_hidden(out, x):
+    return (x, *out[1:]) if isinstance(out, tuple) else x
+
+
+def adds(vector, start=3):
+    def hook(module, args, out):
+        x = hidden(out).clone()
+        x[:, start:] += vector
+        return with_hidden(out, x)
+
+    return hook
+
+
+def adds_in_place(vector, start=3):
+    def hook(module, args, out):
+        hidden(out)[:, start:].add_(vector)
+
+    return hook
+
+
+def adds_at_input(vector, start=3):
+    def hook(module, args, kwargs):
+        if args and isinstance(args[0], torch.Tensor):
+            x = args[0].clone()
+            x[:, start:] += vector
+            return (x, *args[1:]), kwargs
+        x = kwargs["hidden_states"].clone()
+        x[:, start:] += vector
+        return args, {**kwargs, "hidden_states": x}
+
+    return hook
+
+
+def places(stream):
+    """Each place by name: its module, whether a hook is on the input, and the row that it makes."""
+    block, first = stream.blocks[1], stream.blocks[0]
+    attention, mlp = block.writes[0], block.writes[-1]
+    return {
+        "block output": (block.module, False, f"{block.layer}_hook"),
+        "block input": (block.module, True, f"{block.layer}_hook"),
+        "first block input": (first.module, True, f"{first.layer}_hook"),
+        "attention output": (attention.module, False, None),
+        "mlp output": (mlp.module, False, None),
+        "projection output": (attention.heads.proj, False, None),
+        "norm input": (stream.final_norm.module, True, "final_hook"),
+        "norm output": (stream.final_norm.module, False, "final_hook"),
+        "unembedding input": (stream.unembed, True, "logit_hook"),
+        "embedding output": (stream.backend.embedding(), False, None),
+    }
+
+
+def holds(model, ids, result):
+    """The rows and the bias make up the model's own number, hooks and all."""
+    whole = result.attribution[-1] if result.unit == "layer" else result.attribution.sum(0)
+    with torch.no_grad():
+        logits = model(ids).logits.double()
+    if result.softcap is not None:
+        logits = result.softcap * torch.atanh(logits / result.softcap)
+    truth = logits[..., 5] if result.incorrect is None else logits[..., 5] - logits[..., 7]
+    truth = truth if whole.ndim == 2 else truth[:, -1]
+    torch.testing.assert_close((whole + result.bias).double(), truth, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("unit", UNIT_NAMES)
+@pytest.mark.parametrize("place", list(places(stream_of(build("gpt2")))))
+@pytest.mark.parametrize("spec", SPECS)
+def test_vector_added_at_some_positions_is_attributed(spec, place, unit):
+    model, ids = build(spec), example_ids(spec, batch=2, length=7)
+    stream = stream_of(model)
+    module, at_input, label = places(stream)[place]
+    vector = torch.randn(stream.d_model, dtype=torch.float64)
+    if at_input:
+        module.register_forward_pre_hook(adds_at_input(vector), with_kwargs=True)
+    else:
+        module.register_forward_hook(adds(vector))
+    for pos in (-1, None):
+        result = direct_logit_attribution(model, ids, 5, 7, unit=unit, pos=pos)
+        holds(model, ids, result)
+    if unit == "component" and label is not None:
+        row = result.attribution[result.labels.index(label)]
+        assert row[..., 3:].abs().min() > 0
+        assert row[..., :3].abs().max() < 1e-12
+    if unit == "head" and place in ("attention output", "projection output"):
+        assert "L1hook" in result.labels
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_in_place_hook_is_told_from_the_block(spec):
+    model, ids = build(spec), example_ids(spec)
+    vector = torch.randn(stream_of(model).d_model, dtype=torch.float64)
+    copies, in_place = (build(spec) for _ in range(2))
+    stream_of(copies).blocks[1].module.register_forward_hook(adds(vector))
+    stream_of(in_place).blocks[1].module.register_forward_hook(adds_in_place(vector))
+    expected, found = (
+        direct_logit_attribution(m, ids, 5, pos=None).attribution for m in (copies, in_place)
+    )
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_patched_activation_is_attributed(spec):
+    """A stream of another prompt is put in at one position."""
+    model, ids = build(spec), example_ids(spec, batch=1, length=7)
+    other = (ids + 1) % 11
+    block = stream_of(model).blocks[0].module
+    kept = []
+    handle = block.register_forward_hook(lambda m, a, out: kept.append(hidden(out).clone()))
+    with torch.no_grad():
+        model(other)
+    handle.remove()
+
+    def patch(module, args, out):
+        x = hidden(out).clone()
+        x[:, 4] = kept[0][:, 4]
+        return with_hidden(out, x)
+
+    block.register_forward_hook(patch)
+    for unit in UNIT_NAMES:
+        holds(model, ids, direct_logit_attribution(model, ids, 5, 7, unit=unit, pos=None))
+
+
+def test_hook_that_takes_itself_off_is_spent_on_the_callers_run():
+    model, ids = build("llama"), example_ids("llama")
+    clean = direct_logit_attribution(model, ids, 5)
+
+    def once(module, args, out):
+        handle.remove()
+        return torch.zeros_like(out)
+
+    handle = model.model.layers[1].mlp.register_forward_hook(once)
+    changed = direct_logit_attribution(model, ids, 5)
+    assert not changed.attribution[changed.labels.index("1_mlp_out")].any()
+    assert torch.equal(direct_logit_attribution(model, ids, 5).attribution, clean.attribution)
+
+
+@pytest.mark.parametrize("unit", UNIT_NAMES)
+def test_recording_hook_sees_the_callers_run_alone(unit):
+    model, ids = build("llama-bias"), example_ids("llama-bias")
+    seen = []
+    model.model.layers[0].register_forward_hook(lambda m, a, out: seen.append(tuple(out.shape)))
+    direct_logit_attribution(model, ids, 5, unit=unit, fold_value_biases=True)
+    assert seen == [(*ids.shape, model.config.hidden_size)]
+
+
+@pytest.mark.parametrize("unit", UNIT_NAMES)
+def test_new_hook_costs_no_further_run(unit):
+    model, ids = build("llama"), example_ids("llama")
+    direct_logit_attribution(model, ids, 5, unit=unit)
+    runs = []
+    alter_output(model.get_input_embeddings(), lambda out: runs.append(1) or out)
+    model.model.layers[1].register_forward_hook(adds(1.0))
+    direct_logit_attribution(model, ids, 5, unit=unit)
+    assert len(runs) == 1
+
+
+def test_plan_follows_hooks_that_come_and_go():
+    model, ids = build("llama"), example_ids("llama")
+    plan = dla_hooks.prepare(model, 5, unit=("component", "head"))
+    before = plan(ids)["component"].attribution
+    handle = model.model.layers[1].register_forward_hook(adds(1.0))
+    steered = plan(ids)
+    assert "1_hook" in steered["component"].labels
+    for result in steered.values():
+        holds(model, ids, result)
+    handle.remove()
+    assert torch.equal(plan(ids)["component"].attribution, before)
+
+
+def test_hooks_stay_with_their_handles_and_order():
+    model, ids = build("llama"), example_ids("llama")
+    order = []
+    layer = model.model.layers[0]
+    first = layer.register_forward_hook(lambda *_: order.append("first"))
+    layer.register_forward_hook(lambda *_: order.append("second"), always_call=True)
+    tables = dict(layer._forward_hooks)
+    direct_logit_attribution(model, ids, 5)
+    assert dict(layer._forward_hooks) == tables
+    assert order == ["first", "second"]
+    first.remove()
+    direct_logit_attribution(model, ids, 5)
+    assert order == ["first", "second", "second"]
+
+
+def test_synthetic_run_in_one_thread_leaves_hooks_to_another():
+    """The first call of one thread measures the model while another thread runs it, hooks on."""
+    for _ in range(3):
+        model, ids = build("llama"), example_ids("llama")
+        vector = torch.randn(model.config.hidden_size, dtype=torch.float64)
+        model.model.layers[0].register_forward_hook(adds(vector))
+        with torch.no_grad():
+            expected = model(ids).logits
+        found, errors = [], []
+
+        def attribute(model=model, ids=ids, errors=errors):
+            try:
+                holds(model, ids, direct_logit_attribution(model, ids, 5))
+            except Exception as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=attribute) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            with torch.no_grad():
+                found.append(model(ids).logits)
+        assert not errors
+        assert all(torch.equal(logits, expected) for logits in found)
+
+
+def test_hook_that_the_model_needs_stays_on():
+    model, ids = build("llama", dtype=torch.float32), example_ids("llama")
+    model.lm_head.double()
+    model.lm_head.register_forward_pre_hook(lambda module, args: (args[0].double(),))
+    result = direct_logit_attribution(model, ids, 5)
+    with torch.no_grad():
+        truth = model(ids).logits[:, -1, 5]
+    torch.testing.assert_close(result.logit, truth.to(result.logit), rtol=0, atol=1e-5)
+
+
+def test_model_that_does_not_run_without_its_hook_is_refused_with_the_reason():
+    model, ids = build("llama", dtype=torch.float32), example_ids("llama")
+    model.lm_head.double()
+
+    def cast(module, args):
+        assert args[0].shape[0] == len(ids)
+        return (args[0].double(),)
+
+    model.lm_head.register_forward_pre_hook(cast)
+    with pytest.raises(UnsupportedModelError, match=r"without your hooks \(lm_head has one\)"):
+        direct_logit_attribution(model, ids, 5)
+
+
+def test_arguments_bound_to_forward_belong_to_the_prompt():
+    model, ids = build("llama"), example_ids("llama", batch=1, length=7)
+    positions = torch.arange(3, 10)[None]
+    model.forward = functools.partial(model.forward, position_ids=positions)
+    holds(model, ids, direct_logit_attribution(model, ids, 5, 7))
+
+
+def test_global_hook_is_refused():
+    model, ids = build("llama"), example_ids("llama")
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        with pytest.raises(UnsupportedModelError, match="global module hook"):
+            direct_logit_attribution(model, ids, 5)
+    finally:
+        handle.remove()
+
+
+def test_bias_on_the_logits_is_a_row():
+    model, ids = build("llama"), example_ids("llama")
+    bias = torch.linspace(-1, 1, model.config.vocab_size, dtype=torch.float64)
+    model.lm_head.register_forward_hook(lambda m, a, out: out + bias)
+    result = direct_logit_attribution(model, ids, 5, 7, pos=None)
+    row = result.attribution[result.labels.index("logit_hook")]
+    torch.testing.assert_close(row, (bias[5] - bias[7]).expand_as(row))
+    holds(model, ids, result)
