@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dla_hooks.errors import HookError
 from dla_hooks.modules.autocast import outside_autocast
+from dla_hooks.modules.outputs import tensor_in, with_tensor
 
 
 class Use(NamedTuple):
@@ -130,10 +131,20 @@ def hidden_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 def hidden_out(output: Any) -> Tensor:
-    """The hidden states in a module's output, which may be a tuple that starts with them."""
-    while not isinstance(output, Tensor):
-        output = output[0]
-    return output
+    """The hidden states in a module's output: see :func:`dla_hooks.modules.outputs.tensor_in`.
+
+    Raises:
+        HookError: for an output without any.
+    """
+    if isinstance(output, Tensor):
+        return output
+    found = tensor_in(output)
+    if found is None:
+        raise HookError(
+            f"a module that should write to the stream returned a {type(output).__name__} without "
+            "any floating-point tensor; declare the module inside it that returns the write"
+        )
+    return found
 
 
 @contextmanager
@@ -236,7 +247,7 @@ def _put_in(edit: Edit, thread: int) -> torch.utils.hooks.RemovableHandle:
         if threading.get_ident() != thread:
             return None
         new = edit.change(hidden_out(output))
-        return new if isinstance(output, Tensor) else (new, *output[1:])
+        return with_tensor(output, new)
 
     _mark(before, after)
     if edit.at_input:

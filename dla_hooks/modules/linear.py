@@ -8,6 +8,7 @@ module (quantised, LoRA-wrapped, ...) it is the module's own vector-Jacobian pro
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,9 @@ _TILE_ELEMENTS = 2**21
 
 _CAST_ELEMENTS = 2**19
 """Entries of a weight that are there at once in another dtype (2 MiB in float32)."""
+
+_widths: WeakKeyDictionary[nn.Module, tuple[tuple[tuple[int, ...], ...], int]]
+_widths = WeakKeyDictionary()
 
 _NO_HEADS = (
     "unit='component' and unit='layer' do not need that; for heads dequantise this module, "
@@ -120,19 +124,60 @@ def value_at(module: nn.Module, z: Tensor) -> Tensor:
 
 
 def input_width(module: nn.Module) -> int:
-    """The size of the space that a linear module reads."""
+    """The size of the space that a linear module reads.
+
+    A module that does not say it is run on rows of each width that its parameters have; the result
+    is kept while these have the same shapes.
+
+    Raises:
+        UnsupportedModelError: where no width or several fit.
+    """
+    width = declared_width(module)
+    if width is not None:
+        return width
+    if isinstance(module, nn.Sequential) and len(module):
+        first = declared_width(module[0])
+        if first is not None:
+            return first
+    shapes = tuple(tuple(parameter.shape) for parameter in module.parameters())
+    known = _widths.get(module)
+    if known is None or known[0] != shapes:
+        known = _widths[module] = shapes, _width_by_trying(module, shapes)
+    return known[1]
+
+
+def declared_width(module: nn.Module) -> int | None:
+    """The width that a linear module, or the one inside a wrapper of PEFT's, says that it reads."""
     shape = _shape_out_in(module)
     if shape is not None:
         return shape[1]
     width = getattr(module, "in_features", None)
     if isinstance(width, int):
         return width
+    if isinstance(module, Conv1D) and isinstance(getattr(module, "weight", None), Tensor):
+        return int(module.weight.shape[0])
     inside = getattr(module, "original_module", None)  # PEFT's wrappers do not all hand it on
-    if isinstance(inside, nn.Module):
-        return input_width(inside)
-    raise UnsupportedModelError(
-        f"{type(module).__name__} does not say how wide its input is (in_features)"
-    )
+    return declared_width(inside) if isinstance(inside, nn.Module) else None
+
+
+def _width_by_trying(module: nn.Module, shapes: tuple[tuple[int, ...], ...]) -> int:
+    fits = []
+    for width in sorted({size for shape in shapes for size in shape if size > 1}):
+        try:
+            out = value_at(module, torch.zeros(width))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # another width is refused in as many ways as there are modules
+            continue
+        if isinstance(out, Tensor) and out.ndim == 1:
+            fits.append(width)
+    if len(fits) != 1:
+        tried = f"it runs on inputs of the widths {fits}" if fits else "it runs on no width"
+        raise UnsupportedModelError(
+            f"{type(module).__name__} does not say how wide its input is, and {tried}; "
+            "give it an attribute in_features"
+        )
+    return fits[0]
 
 
 def rows(module: nn.Module, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -227,7 +272,11 @@ def _out_axis(module: nn.Module) -> int | None:
     # The exact types: a subclass may quantise, gate or adapt what it does with the weight, and so
     # may a weight that is no plain tensor, or a forward pass of the module's own. accelerate's
     # brings the weights and takes them away, no more.
-    own_forward = "forward" in vars(module) and not hasattr(module, "_hf_hook")
-    if own_forward or type(getattr(module, "weight", None)) not in (Tensor, nn.Parameter):
+    own = vars(module).get("forward")
+    # A method of the class that was only bound anew computes the same.
+    replaced = own is not None and getattr(own, "__func__", None) is not type(module).forward
+    if replaced and not hasattr(module, "_hf_hook"):
+        return None
+    if type(getattr(module, "weight", None)) not in (Tensor, nn.Parameter):
         return None
     return {nn.Linear: 0, Conv1D: 1}.get(type(module))

@@ -26,7 +26,7 @@ class HeadSite:
         linear: what maps z to the stream; mostly ``proj`` itself.
         attention: the module that holds the projection and reads the (normed) stream.
         n_heads: number of heads.
-        d_head: width of one head.
+        d_head: width of one head; 0 where the projection does not say how wide its input is.
         post_norm: the norm between the projection and the stream, if any.
         post_norm_name: its path.
         use: which run of both it is, where blocks share them.
@@ -60,7 +60,8 @@ class HeadSite:
 
     def flat(self, z: Tensor) -> Tensor:
         """z with its heads side by side [..., n_heads * d_head]."""
-        return z if z.shape[-1] == self.n_heads * self.d_head else z.flatten(-2)
+        width = self.n_heads * self.d_head
+        return z if z.shape[-1] == width or not width else z.flatten(-2)
 
 
 @dataclass(frozen=True)

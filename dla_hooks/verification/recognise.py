@@ -117,5 +117,5 @@ def _match(backend: Backend) -> Architecture:
     raise UnsupportedModelError(
         f"{what} has no declaration, and was not recognised: "
         f"{found or 'none of the known shapes has its module names'}. If its stream is a sum of "
-        f"writes, start from these lines:\n{sketch(backend.root)}"
+        f"writes, start from these lines:\n{sketch(backend.root, backend.model_type)}"
     )
