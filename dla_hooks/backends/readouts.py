@@ -104,7 +104,7 @@ def unembedding(model: Any) -> nn.Module | None:
     if isinstance(model, PreTrainedModel):
         found = getattr(model, "lm_head", None)
         return found if isinstance(found, nn.Module) else None
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, nn.Module) or _inside(model) is not None:
         return None
     named = (getattr(model, name, None) for name in _UNEMBEDDINGS)
     by_name = next((module for module in named if isinstance(module, nn.Module)), None)
@@ -231,10 +231,15 @@ def at_columns(logits: Tensor, wanted: Tensor, width: int, name: str) -> Tensor:
     return logits[:, (wanted + offset).to(logits.device)]
 
 
+def _inside(model: Any) -> nn.Module | None:
+    """The language model in a wrapper with a value head, as trl makes one."""
+    found = getattr(model, "pretrained_model", None)
+    return found if isinstance(found, nn.Module) else None
+
+
 def way_out(model: Any) -> str:
     """Advice about a model without a head; none that would make a head of random weights."""
-    inner = getattr(model, "pretrained_model", None)
-    if isinstance(inner, nn.Module):
+    if _inside(model) is not None:
         return "pass the language model inside it, model.pretrained_model"
     return (
         "pass the whole model with its trained head, not the decoder inside it. A checkpoint that "

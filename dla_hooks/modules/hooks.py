@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dla_hooks.errors import HookError
 from dla_hooks.modules.autocast import outside_autocast
 from dla_hooks.modules.outputs import tensor_in, with_tensor
+from dla_hooks.modules.weights import whole_activation
 
 
 class Use(NamedTuple):
@@ -81,12 +82,12 @@ class Call:
     @property
     def entered(self) -> Tensor:
         """The hidden states that entered the module."""
-        return hidden_in(self.args, self.kwargs)
+        return whole_activation(hidden_in(self.args, self.kwargs))
 
     @property
     def left(self) -> Tensor:
         """The hidden states that left it."""
-        return hidden_out(self.output)
+        return whole_activation(hidden_out(self.output))
 
     @property
     def activation(self) -> Tensor:

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from dla_hooks.errors import InputError, UnsupportedModelError
 from dla_hooks.modules import vjp
 from dla_hooks.modules.autocast import outside_autocast
-from dla_hooks.modules.weights import described, run_device, selected, stored, tiles
+from dla_hooks.modules.weights import described, is_sharded, run_device, selected, stored, tiles
 
 _TILE = 256
 """Rows of an identity that are pulled back at once."""
@@ -80,6 +80,11 @@ def check_readable(module: nn.Module, name: str) -> None:
     Raises:
         UnsupportedModelError: naming it, and why.
     """
+    if is_sharded(getattr(module, "weight", None)) and "forward" in vars(module):
+        raise UnsupportedModelError(
+            f"{name} reads a part of the heads in each process (tensor parallelism), so none sees "
+            "all of them; use unit='component' or 'layer', or load the model without tp_plan"
+        )
     if _out_axis(module) is None:
         nothing = torch.zeros(0, output_width(module), device=run_device(module))
         vjp.pull_back(module, nothing, input_width(module), name, _NO_HEADS)

@@ -83,7 +83,7 @@ def test_an_encoder_is_refused():
 
 def test_a_model_without_a_head_is_refused():
     headless = small("llama", AutoModel)
-    with pytest.raises(UnsupportedModelError, match="AutoModelForCausalLM"):
+    with pytest.raises(UnsupportedModelError, match="pass the whole model"):
         direct_logit_attribution(headless, IDS, 5)
 
 
