@@ -256,7 +256,9 @@ class HuggingFaceBackend(Backend):
             given = (ids,)
         if self._labels is None:
             output = self.model(*given, **arguments)
-            logits = tensor_in(output, ("logits",))
+            logits = getattr(output, "logits", None)
+            if not isinstance(logits, Tensor):
+                logits = tensor_in(output, ("logits",))
             if logits is None or logits.ndim != 3:
                 raise UnsupportedModelError(
                     f"{type(self.root).__name__} returns a {type(output).__name__} without logits "

@@ -7,7 +7,7 @@ stream (norms, scales, gains, caps, biases, head widths) is asked of the model i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,41 @@ class Architecture:
     position_limit: str | None = None
     start: str | None = None
     after_norm: tuple[str, ...] = ()
+
+    @property
+    def decoder(self) -> str:
+        """The path of the module that holds the blocks."""
+        return self.layers.rpartition(".")[0]
+
+    def moved_to(self, decoder: str) -> Architecture | None:
+        """The same declaration for a decoder that stands elsewhere.
+
+        Args:
+            decoder: the path of the module that holds the blocks there.
+
+        Returns:
+            None where the final norm is no part of the decoder.
+        """
+        old = f"{self.decoder}." if self.decoder else ""
+        new = f"{decoder}." if decoder else ""
+        if not self.final_norm.startswith(old):
+            return None
+
+        def moved(path: str) -> str:
+            return new + path.removeprefix(old) if path.startswith(old) else path
+
+        return replace(
+            self,
+            layers=moved(self.layers),
+            final_norm=moved(self.final_norm),
+            writes=tuple(
+                replace(write, beside=None if write.beside is None else moved(write.beside))
+                for write in self.writes
+            ),
+            positions=None if self.positions is None else moved(self.positions),
+            start=None if self.start is None else moved(self.start),
+            after_norm=tuple(moved(path) for path in self.after_norm),
+        )
 
 
 @dataclass(frozen=True)

@@ -158,6 +158,8 @@ class _Finder:
     ) -> WriteSite | None:
         if write.beside is not None:
             neighbours: Any = self.module(self.model, write.beside)
+            if not hasattr(neighbours, "__len__"):
+                raise self.refusal(f"{write.beside} is no list of modules")
             if layer + 1 >= len(neighbours):
                 return None
             block, prefix = neighbours[layer + 1], f"{write.beside}.{layer + 1}"
