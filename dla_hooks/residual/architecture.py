@@ -56,7 +56,8 @@ class Architecture:
     """Where the models of one or more ``model_type`` keep what attribution needs.
 
     Attributes:
-        model_types: the values of ``config.model_type`` that this describes.
+        model_types: the values of ``config.model_type`` that this describes; the name of the class
+            for a model without one.
         layers: the list of blocks, from the causal LM downwards.
         final_norm: the norm between the last block and the unembedding.
         writes: what each block adds to the stream, in the order in which it is added.

@@ -59,6 +59,8 @@ def located(backend: Backend) -> Stream:
             return with_scales(stream)
         except UnsupportedModelError as error:
             misfit = misfit or error
+    if misfit is not None and any(_stands(backend, one) for one in declared):
+        raise misfit  # the blocks are where they are declared, and something else is not
     known = _matched.find(backend.model, backend.state.version)
     if known is None:
         try:
@@ -91,6 +93,14 @@ def verify(model: Any, *, show: bool = True) -> Verification:
 
         Console(highlight=False, soft_wrap=True).print(str(report), markup=False)
     return report
+
+
+def _stands(backend: Backend, architecture: Architecture) -> bool:
+    """Whether the model has a list of blocks where the declaration says."""
+    found: Any = backend.root
+    for name in architecture.layers.split("."):
+        found = getattr(found, name, None)
+    return found is not None
 
 
 def _places(backend: Backend) -> list[str]:
