@@ -81,6 +81,7 @@ REFUSALS = (
     Refusal(
         model_types=(
             "megatron-bert",
+            "modernbert",
             "modernbert-decoder",
             "roberta-prelayernorm",
             "xlm-roberta-xl",
@@ -89,6 +90,13 @@ REFUSALS = (
         reason="a dense layer, an activation and a norm stand between the final norm and the "
         "unembedding, so that no logit is an affine map of the stream",
         needed="an attribution to that head's own input",
+    ),
+    Refusal(
+        model_types=("albert", "deberta", "deberta-v2", "nomic_bert"),
+        place="the MLM head",
+        reason="a dense layer, an activation and a norm stand between the last block and the "
+        "unembedding, and each block norms the sum itself",
+        needed="an attribution to that head's own input, through a chain of frozen norms",
     ),
     Refusal(
         model_types=("musicgen", "musicgen_decoder", "musicgen_melody", "musicgen_melody_decoder"),

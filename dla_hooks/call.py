@@ -220,7 +220,10 @@ def target_of(
             )
         return answer_tokens.on
     answers = read_answers(
-        answer_tokens, incorrect_tokens, model=model.backend.model, tokenizer=model.tokenizer
+        answer_tokens,
+        incorrect_tokens,
+        model=model.backend.model,
+        tokenizer=model.backend.answer_tokenizer(model.tokenizer),
     )
     centred = conventions.center_unembed
     return lambda stream: TokenTarget(stream, answers, center_unembed=centred)
@@ -249,6 +252,7 @@ def prompt_of(model: ReadModel, input: Any, *, attention_mask: Any = None) -> Pr
         encode=lambda text: backend.encode(text, tokenizer, model.prepend_bos),
     )
     check_length(stream, prompt)
+    backend.check_prompt(prompt)
     _check_padding(stream, prompt)
     return prompt
 

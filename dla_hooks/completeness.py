@@ -108,6 +108,8 @@ def hold_against_model(
         return Outcome(0.0, 0.0)
     observed = Observed.at(measurement.entries, columns, logits)
     spread = observed.spread()
+    if stream.backend.scores_labels:  # one label has no spread, and two may be close
+        spread = max(spread, _largest(measurement.parts.raw_CN))
     allowed, allowed_logit = tolerance(stream.coarsest_dtype, len(stream.writes))
     rounding_N = _rounding(measurement)
     for claim in _claims(measurement):

@@ -33,7 +33,12 @@ def _find_backends() -> dict[str, type[Backend]]:
 
 
 _BY_CLASS = _find_backends()
-_COMPILED = "torch.OptimizedModule"
+_INSIDE = {
+    "torch.OptimizedModule": "_orig_mod",
+    "torch.DataParallel": "module",
+    "torch.DistributedDataParallel": "module",
+}
+"""Wrappers that change nothing about a forward pass, and the attribute with the model inside."""
 
 
 def backend_of(model: Any) -> Backend:
@@ -50,8 +55,8 @@ def backend_of(model: Any) -> Backend:
         conventions, tokenizer, model = model.conventions, model.tokenizer, model.model
         check_tokenizer(tokenizer)
     names = _class_names(model)
-    while _COMPILED in names:
-        model = model._orig_mod
+    while (inside := next((_INSIDE[name] for name in names if name in _INSIDE), None)) is not None:
+        model = getattr(model, inside)
         names = _class_names(model)
     kind = next((_BY_CLASS[name] for name in names if name in _BY_CLASS), HuggingFaceBackend)
     return kind(model, conventions, tokenizer)

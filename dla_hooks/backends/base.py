@@ -141,6 +141,18 @@ class Backend:
         """The unembedding, as a linear module."""
         raise NotImplementedError
 
+    @property
+    def scores_labels(self) -> bool:
+        """True for a model whose logits are labels' and not tokens'."""
+        return False
+
+    def check_prompt(self, prompt: Prompt) -> None:
+        """Refuse a prompt that the model itself would read otherwise than it is attributed."""
+
+    def answer_tokenizer(self, tokenizer: Any) -> Any:
+        """The tokenizer that answers are read and named with; a prompt's, or a stand-in for it."""
+        return tokenizer
+
     def number(self, field: str) -> Any:
         """A field of the model's config, or None."""
         raise NotImplementedError

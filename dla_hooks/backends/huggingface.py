@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dla_hooks.backends.base import Backend
+from dla_hooks.backends.readouts import (
+    LabelHead,
+    at_columns,
+    entry,
+    label_head,
+    label_names,
+    n_embedded,
+    run_labels,
+    taken,
+    token_embedding,
+    unembedding,
+    way_out,
+)
 from dla_hooks.errors import InputError, UnsupportedModelError
 from dla_hooks.inputs.prompts import Prompt
+from dla_hooks.modules.outputs import tensor_in
 from dla_hooks.modules.weights import run_device
 
 _CACHES = {
@@ -24,6 +40,12 @@ _CACHES = {
 transformers 5.24 renamed the second and the third to the first. Its outputs rename them in models
 of other people's, too, whose arguments stay as they were.
 """
+
+_OTHER_NAMES = {
+    "num_attention_heads": ("n_head", "n_heads", "num_heads"),
+    "max_position_embeddings": ("block_size", "n_positions", "n_ctx", "max_seq_len"),
+}
+"""What configs of other people's call a field."""
 
 _EXACT_LAYERS = {
     "DynamicLayer",
@@ -41,49 +63,113 @@ class HuggingFaceBackend(Backend):
 
     @property
     def model_type(self) -> str:
-        return str(self.root.config.model_type)
+        """``config.model_type``; the name of the class where there is none."""
+        found = self._config_value("model_type")
+        return found if isinstance(found, str) and found else type(self.root).__name__
+
+    @cached_property
+    def _labels(self) -> LabelHead | None:
+        """The head of a model that scores labels instead of a vocabulary."""
+        return None if unembedding(self.root) is not None else label_head(self.root)
 
     def check_kind(self) -> None:
-        """Refuse models that are not causal language models.
+        """Refuse models that are no decoders with a linear head.
 
         Raises:
-            InputError: for something that is no Hugging Face model at all.
-            UnsupportedModelError: for encoders, encoder-decoders and models without an LM head.
+            InputError: for something that is no decoder at all.
+            UnsupportedModelError: for encoder-decoders and models without a head.
         """
         model = self.root
-        if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        is_module = isinstance(model, nn.Module)
+        has_head = is_module and (unembedding(model) is not None or self._labels is not None)
+        if has_head and token_embedding(model) is None:
+            has_head = hasattr(model, "config")
+        if not is_module or not (has_head or hasattr(model, "config")):
             raise InputError(
                 "model must be a Hugging Face causal language model, a HookedTransformer or a "
                 f"TransformerBridge, got {type(model).__name__}; load one with "
                 "AutoModelForCausalLM.from_pretrained(folder)"
             )
         name = f"{type(model).__name__} (model type {self.model_type!r})"
-        if getattr(model.config, "is_encoder_decoder", False):
+        if self._config_value("is_encoder_decoder"):
             raise UnsupportedModelError(
                 f"{name} is an encoder-decoder: its decoder's stream also holds what the encoder "
                 "wrote. Only decoder-only causal language models can be attributed."
             )
-        find_unembed: Any = getattr(model, "get_output_embeddings", lambda: None)
-        if find_unembed() is None:
+        if not has_head:
             raise UnsupportedModelError(
-                f"{name} has no unembedding, so there are no logits to attribute; "
-                "load it with AutoModelForCausalLM"
+                f"{name} has no unembedding, so there are no logits to attribute; {way_out(model)}"
+            )
+        if token_embedding(model) is None:
+            raise UnsupportedModelError(
+                f"{name} has no token embeddings that can be found; give it a method "
+                "get_input_embeddings() that returns the module"
             )
 
+    def check_prompt(self, prompt: Prompt) -> None:
+        """Refuse a prompt whose last token is not the one that a classifier reads.
+
+        Raises:
+            InputError: for a row that ends with the model's pad token.
+        """
+        pad = self.number("pad_token_id")
+        if self._labels is None or not isinstance(pad, int):
+            return
+        columns = torch.arange(prompt.shape[1])
+        last = (columns * prompt.mask).amax(-1)
+        ends = prompt.input_ids[torch.arange(len(last)), last]
+        if bool((ends == pad).any()):
+            raise InputError(
+                f"row {int((ends == pad).nonzero()[0])} of the input ends with the model's pad "
+                f"token ({pad}), and {type(self.root).__name__} reads the last token that is none; "
+                "leave padding out, or give attention_mask"
+            )
+
+    def answer_tokenizer(self, tokenizer: Any) -> Any:
+        """The names of a classifier's labels, in the place of a tokenizer."""
+        return tokenizer if self._labels is None else label_names(self.root, self._labels)
+
+    @property
+    def scores_labels(self) -> bool:
+        """True for a model whose logits are labels' and not tokens'."""
+        return self._labels is not None
+
     def embedding(self) -> nn.Module:
-        found: nn.Module = self.root.get_input_embeddings()
+        found = token_embedding(self.root)
+        assert found is not None
         return found
 
     def n_tokens(self) -> int:
-        weight: Any = self.embedding().weight
-        return int(weight.shape[0])
+        found = n_embedded(self.embedding())
+        if found is None:
+            found = self.number("vocab_size")
+        if not isinstance(found, int):
+            raise UnsupportedModelError(
+                f"the embeddings of {type(self.root).__name__} ({type(self.embedding()).__name__}) "
+                "do not say how many tokens they know; give them num_embeddings"
+            )
+        return found
 
     def unembed(self) -> nn.Module:
-        found: nn.Module = self.root.get_output_embeddings()
+        found = unembedding(self.root) if self._labels is None else self._labels.module
+        assert found is not None
         return found
 
     def number(self, field: str) -> Any:
-        return getattr(self.root.config.get_text_config(), field, None)
+        for name in (field, *_OTHER_NAMES.get(field, ())):
+            found = self._config_value(name, text=True)
+            if found is not None:
+                return found
+        return None
+
+    def _config_value(self, field: str, *, text: bool = False) -> Any:
+        """A field of the config, which may be a dict, a dataclass, or missing."""
+        config: Any = getattr(self.root, "config", None)
+        if isinstance(config, Mapping):
+            return config.get(field)
+        if text and hasattr(config, "get_text_config"):
+            config = config.get_text_config()
+        return getattr(config, field, None)
 
     def run(self, prompt: Prompt, columns: Tensor | None) -> Tensor:
         return self._run(prompt, range(prompt.shape[1]), columns, {"use_cache": False})[0]
@@ -96,7 +182,7 @@ class HuggingFaceBackend(Backend):
         accepted = inspect.signature(self.root.forward).parameters
         found: dict[str, Any] = {}
         for argument in (name for name in _CACHES if name in accepted):
-            handed_on = (output.get(name) for name in _CACHES[argument])
+            handed_on = (entry(output, name) for name in _CACHES[argument])
             cache = next((cache for cache in handed_on if cache is not None), None)
             if cache is not None:
                 found[argument] = cache
@@ -127,11 +213,10 @@ class HuggingFaceBackend(Backend):
             columns: as in :meth:`forward`, all within the chunk.
             options: further arguments of the model.
         """
-        model = self.model
         accepted = inspect.signature(self.root.forward).parameters
         device = run_device(self.embedding())
         here = slice(chunk.start, chunk.stop)
-        arguments: dict[str, Any] = {"input_ids": prompt.input_ids[:, here].to(device), **options}
+        arguments: dict[str, Any] = taken({**options, "return_dict": True}, accepted)
         if prompt.padded:
             if "attention_mask" not in accepted:
                 raise UnsupportedModelError(
@@ -144,9 +229,41 @@ class HuggingFaceBackend(Backend):
         if columns is None:
             columns = torch.tensor([chunk.stop - 1])
         wanted = columns - chunk.start
+        ids = prompt.input_ids[:, here].to(device)
         if "logits_to_keep" in accepted:
-            arguments["logits_to_keep"] = wanted.to(device)
-            output = model(**arguments, return_dict=True)
-            return output.logits, output
-        output = model(**arguments, return_dict=True)
-        return output.logits[:, wanted.to(output.logits.device)], output
+            # Remote code for older versions takes a count from the end only.
+            takes_tensor = "Tensor" in str(accepted["logits_to_keep"].annotation)
+            count = len(chunk) - int(wanted.min())
+            arguments["logits_to_keep"] = wanted.to(device) if takes_tensor else count
+        output, logits = self._call(ids, arguments, accepted)
+        if not ("logits_to_keep" in accepted and logits.shape[1] == len(wanted)):
+            logits = at_columns(logits, wanted, len(chunk), type(self.root).__name__)
+        return logits, output
+
+    def _call(
+        self, ids: Tensor, arguments: dict[str, Any], accepted: Mapping[str, Any]
+    ) -> tuple[Any, Tensor]:
+        """Run the model: its output, and the logits [batch, n, vocabulary] in it."""
+        given: tuple[Tensor, ...] = ()
+        first = next(iter(accepted.values()), None)
+        if (
+            "input_ids" in accepted
+            or first is None
+            or first.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD
+        ):
+            arguments = {"input_ids": ids, **arguments}
+        else:  # the first argument has another name, as nanoGPT's `idx`
+            given = (ids,)
+        if self._labels is None:
+            output = self.model(*given, **arguments)
+            logits = getattr(output, "logits", None)
+            if not isinstance(logits, Tensor):
+                logits = tensor_in(output, ("logits",))
+            if logits is None or logits.ndim != 3:
+                raise UnsupportedModelError(
+                    f"{type(self.root).__name__} returns a {type(output).__name__} without logits "
+                    "[batch, position, vocabulary]; let its forward return them first, or as "
+                    "`logits`"
+                )
+            return output, logits
+        return run_labels(self.model, self._labels, given, arguments)

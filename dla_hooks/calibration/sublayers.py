@@ -11,7 +11,7 @@ from dla_hooks.calibration.block_run import ANY_NUMBER, run_block, same
 from dla_hooks.calibration.mid_terms import mid_stream
 from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.modules.hooks import Place, Use
-from dla_hooks.modules.linear import input_width
+from dla_hooks.modules.linear import declared_width
 from dla_hooks.modules.norms import probe
 from dla_hooks.residual.stream import Block, Stream, WriteSite
 
@@ -72,11 +72,8 @@ def neurons(stream: Stream, block: Block, write: WriteSite) -> tuple[Place, nn.M
     wrote = run.writes[write.label][0 if write.post_norm is not None else 1]
     for call in reversed(run.calls):
         if same(call.left, wrote):
-            try:
-                width = input_width(call.module)
-            except UnsupportedModelError:
-                continue  # a container around the projection
-            if width > 1:
+            width = declared_width(call.module)  # None for a container around the projection
+            if width is not None and width > 1:
                 return Place(call.module, call.name, write.use, before=True), call.module
     raise UnsupportedModelError(
         f"{write.label} is not written by one linear module (experts, gates and convolutions are "

@@ -61,7 +61,7 @@ class SyntheticRun:
         self.stream_dtype = stream.dtype
 
     def run(self) -> Tensor:
-        """Logits [rows, vocabulary] at the first token."""
+        """Logits [rows, vocabulary] at the last token."""
         prompt = short_prompt(self.stream, batch=self.n_rows, length=2)
         prompt.input_ids.copy_(prompt.input_ids[:1].expand_as(prompt.input_ids))
         blocks = [self.stream.blocks[index] for index, _ in self.live]
@@ -81,7 +81,7 @@ class SyntheticRun:
                 edits.append(self._edit(block.writes[j].place, self._slot(slot)))
         # Taps first: they must read a block's input before it is replaced.
         with tapped(taps), edited(edits):
-            logits = self.stream.backend.run_synthetic(prompt, torch.tensor([0]))
+            logits = self.stream.backend.run_synthetic(prompt, None)
         if logits.ndim != 3 or logits.shape[0] != self.n_rows:
             raise refusal(self.stream, f"its logits have the shape {list(logits.shape)}")
         return logits[:, 0].double().cpu()

@@ -133,8 +133,9 @@ class Reader:
         return Item(row.index, read.input_ids[read.mask], correct, incorrect)
 
     def read_answer(self, name: str, value: Any) -> Tensor:
-        """Read one prompt's answer as ids, [] for one token."""
-        ids = read_ids(value, name, self.backend.model, self.tokenizer)
+        """One prompt's answer as ids, [] where it is one token."""
+        tokenizer = self.backend.answer_tokenizer(self.tokenizer)
+        ids = read_ids(value, name, self.backend.model, tokenizer)
         return ids.reshape(()) if ids.numel() == 1 else ids
 
     def check(self, item: Item, stream: Stream) -> Item:
@@ -147,6 +148,7 @@ class Reader:
         ids = item.ids[None]
         prompt = Prompt(ids, torch.ones_like(ids, dtype=torch.bool))
         check_length(stream, prompt)
+        self.backend.check_prompt(prompt)
         selection = positions.select(positions.parse(self.pos, len(item.ids)), prompt.mask)
         n_entries = selection.cols.numel()
         given = {"answer_tokens": item.correct, "incorrect_tokens": item.incorrect}
@@ -175,26 +177,32 @@ class Names:
 
     Args:
         tokenizer: or None, which names tokens by their ids.
+        answers_with: names answers; a tokenizer, too, or a classifier's labels.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._known: dict[int, str] = {}
+    def __init__(self, tokenizer: Any, answers_with: Any) -> None:
+        self._prompts, self._answers = _Names(tokenizer), _Names(answers_with)
 
     def put_on(self, result: DirectLogitAttribution, item: Item) -> DirectLogitAttribution:
-        """Write the texts of the prompt and its answers into a result."""
-        result.tokens = [self._of(item.ids.tolist())]
+        """Say in a result which prompt and answers it is of."""
+        result.tokens = [self._prompts.of(item.ids.tolist())]
         correct = item.correct.expand(item.n_entries).tolist()
         wrong = correct
         if item.incorrect is not None:
             wrong = item.incorrect.expand(item.n_entries).tolist()
         if len(set(zip(correct, wrong, strict=True))) == 1:  # one name stands for all entries
             correct, wrong = correct[:1], wrong[:1]
-        result.answer = self._of(correct)
-        result.incorrect = None if item.incorrect is None else self._of(wrong)
+        result.answer = self._answers.of(correct)
+        result.incorrect = None if item.incorrect is None else self._answers.of(wrong)
         return result
 
-    def _of(self, ids: list[int]) -> list[str]:
+
+class _Names:
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[int, str] = {}
+
+    def of(self, ids: list[int]) -> list[str]:
         new = [i for i in set(ids) if i not in self._known]
         self._known.update(zip(new, to_strings(new, self._tokenizer), strict=True))
         return [self._known[i] for i in ids]

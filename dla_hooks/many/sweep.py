@@ -149,7 +149,7 @@ def _results(
     window: int,
     progress: bool | None,
 ) -> Generator[DirectLogitAttribution | DLAError, None, None]:
-    names = Names(reader.tokenizer)
+    names = Names(reader.tokenizer, reader.backend.answer_tokenizer(reader.tokenizer))
     unread = iter(rows)
     hidden = None if progress is None else not progress  # None: only at a terminal
     with tqdm(total=rows.total, unit="prompt", disable=hidden) as bar:

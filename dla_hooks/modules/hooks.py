@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from dla_hooks.errors import HookError
 from dla_hooks.modules.autocast import outside_autocast
+from dla_hooks.modules.outputs import tensor_in, with_tensor
+from dla_hooks.modules.weights import whole_activation
 
 
 class Use(NamedTuple):
@@ -87,12 +89,12 @@ class Call:
     @property
     def entered(self) -> Tensor:
         """The hidden states that entered the module."""
-        return hidden_in(self.args, self.kwargs)
+        return whole_activation(hidden_in(self.args, self.kwargs))
 
     @property
     def left(self) -> Tensor:
-        """The hidden states that left the module."""
-        return hidden_out(self.output)
+        """The hidden states that left it."""
+        return whole_activation(hidden_out(self.output))
 
     @property
     def activation(self) -> Tensor:
@@ -137,10 +139,20 @@ def hidden_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 
 def hidden_out(output: Any) -> Tensor:
-    """The hidden states in a module's output, which may be a tuple that starts with them."""
-    while not isinstance(output, Tensor):
-        output = output[0]
-    return output
+    """The hidden states in a module's output: see :func:`dla_hooks.modules.outputs.tensor_in`.
+
+    Raises:
+        HookError: for an output without any.
+    """
+    if isinstance(output, Tensor):
+        return output
+    found = tensor_in(output)
+    if found is None:
+        raise HookError(
+            f"a module that should write to the stream returned a {type(output).__name__} without "
+            "any floating-point tensor; declare the module inside it that returns the write"
+        )
+    return found
 
 
 @contextmanager
@@ -243,7 +255,7 @@ def _put_in(edit: Edit, thread: int) -> torch.utils.hooks.RemovableHandle:
         if threading.get_ident() != thread:
             return None
         new = edit.change(hidden_out(output))
-        return new if isinstance(output, Tensor) else (new, *output[1:])
+        return with_tensor(output, new)
 
     _mark(before, after)
     if edit.at_input:

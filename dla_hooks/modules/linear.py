@@ -8,6 +8,7 @@ from. For a module with a plain weight this is one matrix product. For any other
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from dla_hooks.errors import InputError, UnsupportedModelError
 from dla_hooks.modules import vjp
 from dla_hooks.modules.autocast import outside_autocast
-from dla_hooks.modules.weights import described, run_device, selected, stored, tiles
+from dla_hooks.modules.weights import described, is_sharded, run_device, selected, stored, tiles
 
 _TILE = 256
 """Number of identity rows that are pulled back in one pass."""
@@ -26,6 +27,9 @@ _TILE_ELEMENTS = 2**21
 
 _CAST_ELEMENTS = 2**19
 """Largest number of weight entries in memory in another dtype (2 MiB in float32)."""
+
+_widths: WeakKeyDictionary[nn.Module, tuple[tuple[tuple[int, ...], ...], int]]
+_widths = WeakKeyDictionary()
 
 _NO_HEADS = (
     "unit='component' and unit='layer' do not need that; for heads dequantise this module, "
@@ -76,6 +80,11 @@ def check_readable(module: nn.Module, name: str) -> None:
     Raises:
         UnsupportedModelError: naming it, and why.
     """
+    if is_sharded(getattr(module, "weight", None)) and "forward" in vars(module):
+        raise UnsupportedModelError(
+            f"{name} reads a part of the heads in each process (tensor parallelism), so none sees "
+            "all of them; use unit='component' or 'layer', or load the model without tp_plan"
+        )
     if _out_axis(module) is None:
         nothing = torch.zeros(0, output_width(module), device=run_device(module))
         vjp.pull_back(module, nothing, input_width(module), name, _NO_HEADS)
@@ -120,19 +129,60 @@ def value_at(module: nn.Module, z: Tensor) -> Tensor:
 
 
 def input_width(module: nn.Module) -> int:
-    """The size of the space that a linear module reads."""
+    """The size of the space that a linear module reads.
+
+    A module that does not say it is run on rows of each width that its parameters have; the result
+    is kept while these have the same shapes.
+
+    Raises:
+        UnsupportedModelError: where no width or several fit.
+    """
+    width = declared_width(module)
+    if width is not None:
+        return width
+    if isinstance(module, nn.Sequential) and len(module):
+        first = declared_width(module[0])
+        if first is not None:
+            return first
+    shapes = tuple(tuple(parameter.shape) for parameter in module.parameters())
+    known = _widths.get(module)
+    if known is None or known[0] != shapes:
+        known = _widths[module] = shapes, _width_by_trying(module, shapes)
+    return known[1]
+
+
+def declared_width(module: nn.Module) -> int | None:
+    """The width that a linear module, or the one inside a wrapper of PEFT's, says that it reads."""
     shape = _shape_out_in(module)
     if shape is not None:
         return shape[1]
     width = getattr(module, "in_features", None)
     if isinstance(width, int):
         return width
-    inside = getattr(module, "original_module", None)  # not every PEFT wrapper forwards in_features
-    if isinstance(inside, nn.Module):
-        return input_width(inside)
-    raise UnsupportedModelError(
-        f"{type(module).__name__} does not say how wide its input is (in_features)"
-    )
+    if isinstance(module, Conv1D) and isinstance(getattr(module, "weight", None), Tensor):
+        return int(module.weight.shape[0])
+    inside = getattr(module, "original_module", None)  # PEFT's wrappers do not all hand it on
+    return declared_width(inside) if isinstance(inside, nn.Module) else None
+
+
+def _width_by_trying(module: nn.Module, shapes: tuple[tuple[int, ...], ...]) -> int:
+    fits = []
+    for width in sorted({size for shape in shapes for size in shape if size > 1}):
+        try:
+            out = value_at(module, torch.zeros(width))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # another width is refused in as many ways as there are modules
+            continue
+        if isinstance(out, Tensor) and out.ndim == 1:
+            fits.append(width)
+    if len(fits) != 1:
+        tried = f"it runs on inputs of the widths {fits}" if fits else "it runs on no width"
+        raise UnsupportedModelError(
+            f"{type(module).__name__} does not say how wide its input is, and {tried}; "
+            "give it an attribute in_features"
+        )
+    return fits[0]
 
 
 def rows(module: nn.Module, ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -223,11 +273,15 @@ def _shape_out_in(module: nn.Module) -> tuple[int, int] | None:
 
 
 def _out_axis(module: nn.Module) -> int | None:
-    """The output axis of the weight; None where the map is not just the weight."""
-    # Only the exact types: a subclass may quantise, gate or adapt the weight. So may a tensor
-    # subclass, or a replaced forward pass. accelerate's forward pass is accepted: it only moves
-    # the weights.
-    own_forward = "forward" in vars(module) and not hasattr(module, "_hf_hook")
-    if own_forward or type(getattr(module, "weight", None)) not in (Tensor, nn.Parameter):
+    """Which axis of the weight is the output's; None where the map is not just the weight."""
+    # The exact types: a subclass may quantise, gate or adapt what it does with the weight, and so
+    # may a weight that is no plain tensor, or a forward pass of the module's own. accelerate's
+    # brings the weights and takes them away, no more.
+    own = vars(module).get("forward")
+    # A method of the class that was only bound anew computes the same.
+    replaced = own is not None and getattr(own, "__func__", None) is not type(module).forward
+    if replaced and not hasattr(module, "_hf_hook"):
+        return None
+    if type(getattr(module, "weight", None)) not in (Tensor, nn.Parameter):
         return None
     return {nn.Linear: 0, Conv1D: 1}.get(type(module))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.modules.compiled import eagerly, is_compiled
-from dla_hooks.modules.weights import run_device
+from dla_hooks.modules.weights import gathered, run_device
 
 _LARGE = 64.0
 """One large channel of a test row: a module that quantises each row loses all the others."""
@@ -85,8 +85,9 @@ def _as_refusal(what: str, instead: str) -> Iterator[None]:
 
 @contextmanager
 def past_hooks(module: nn.Module) -> Iterator[None]:
-    """Run a module without autocast and without compilation within a ``with`` block."""
-    with torch.autocast(run_device(module).type, enabled=False), eagerly(is_compiled(module)):
+    """A module's own map within a ``with`` block: not autocast, not compiled, not sharded."""
+    device = run_device(module).type
+    with torch.autocast(device, enabled=False), eagerly(is_compiled(module)), gathered(module):
         yield
 
 

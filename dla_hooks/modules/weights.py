@@ -9,9 +9,10 @@ only the needed ones come into memory.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from safetensors import safe_open
@@ -64,7 +65,48 @@ def made_of(tensor: Tensor) -> Iterator[Tensor]:
         yield tensor
         return
     for name in flatten()[0]:
-        yield from made_of(getattr(tensor, name))
+        inner = getattr(tensor, name)
+        if isinstance(inner, Tensor):  # a sharded tensor also keeps a mesh of devices
+            yield from made_of(inner)
+
+
+def is_sharded(tensor: Any) -> TypeGuard[Tensor]:
+    """True for a ``DTensor``, of which every process holds a part (FSDP2, tensor parallelism)."""
+    plain = type(tensor) in (Tensor, nn.Parameter)
+    return not plain and isinstance(tensor, Tensor) and hasattr(tensor, "full_tensor")
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[None]:
+    """Give a module its whole parameters within a ``with`` block, where they are sharded.
+
+    Every process must come here, since each hands its part to all others. The forward pass that
+    transformers' tensor parallelism puts on a module is left out meanwhile: it shards its input.
+    """
+    kept: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for part in module.modules():
+            sharded = {n: p for n, p in part._parameters.items() if is_sharded(p)}
+            for name, parameter in sharded.items():
+                whole = nn.Parameter(_whole(parameter), requires_grad=parameter.requires_grad)
+                kept.append((part._parameters, name, parameter))
+                part._parameters[name] = whole
+            if sharded and "forward" in vars(part):
+                kept.append((vars(part), "forward", vars(part).pop("forward")))
+        yield
+    finally:
+        for where, name, value in kept:
+            where[name] = value
+
+
+def whole_activation(x: Tensor) -> Tensor:
+    """An activation of which every process may hold a part only, as a plain tensor."""
+    return _whole(x) if is_sharded(x) else x
+
+
+def _whole(tensor: Any) -> Tensor:
+    found: Tensor = tensor.detach().full_tensor()
+    return found
 
 
 def selected(module: nn.Module, name: str, ids: Tensor, axis: int = 0) -> Tensor | None:

@@ -7,7 +7,7 @@ biases and head widths are measured on the model itself, in :mod:`dla_hooks.modu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class Architecture:
     """The declaration of the models of one or more ``model_type``.
 
     Attributes:
-        model_types: the values of ``config.model_type`` that this describes.
+        model_types: the values of ``config.model_type`` that this describes; the name of the class
+            for a model without one.
         layers: the list of blocks, from the causal LM downwards.
         final_norm: the norm between the last block and the unembedding.
         writes: the terms that each block adds to the stream, in this order.
@@ -77,6 +78,41 @@ class Architecture:
     position_limit: str | None = None
     start: str | None = None
     after_norm: tuple[str, ...] = ()
+
+    @property
+    def decoder(self) -> str:
+        """The path of the module that holds the blocks."""
+        return self.layers.rpartition(".")[0]
+
+    def moved_to(self, decoder: str) -> Architecture | None:
+        """The same declaration for a decoder that stands elsewhere.
+
+        Args:
+            decoder: the path of the module that holds the blocks there.
+
+        Returns:
+            None where the final norm is no part of the decoder.
+        """
+        old = f"{self.decoder}." if self.decoder else ""
+        new = f"{decoder}." if decoder else ""
+        if not self.final_norm.startswith(old):
+            return None
+
+        def moved(path: str) -> str:
+            return new + path.removeprefix(old) if path.startswith(old) else path
+
+        return replace(
+            self,
+            layers=moved(self.layers),
+            final_norm=moved(self.final_norm),
+            writes=tuple(
+                replace(write, beside=None if write.beside is None else moved(write.beside))
+                for write in self.writes
+            ),
+            positions=None if self.positions is None else moved(self.positions),
+            start=None if self.start is None else moved(self.start),
+            after_norm=tuple(moved(path) for path in self.after_norm),
+        )
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,11 @@ class _Finder:
         """Return the module, or None if it is missing or switched off by the config."""
         found: Any = root
         for name in filter(None, path.split(".")):
-            found = getattr(found, name, None)
+            inner = getattr(found, name, None)
+            if inner is None and found is self.model:
+                # LlamaForQuestionAnswering calls the decoder `transformer`, not `model`.
+                inner = getattr(found, getattr(found, "base_model_prefix", "") or name, None)
+            found = inner
         return found if isinstance(found, nn.Module) else None
 
     def number(self, field: str) -> int:
@@ -154,6 +158,8 @@ class _Finder:
     ) -> WriteSite | None:
         if write.beside is not None:
             neighbours: Any = self.module(self.model, write.beside)
+            if not hasattr(neighbours, "__len__"):
+                raise self.refusal(f"{write.beside} is no list of modules")
             if layer + 1 >= len(neighbours):
                 return None
             block, prefix = neighbours[layer + 1], f"{write.beside}.{layer + 1}"
@@ -184,7 +190,10 @@ class _Finder:
         if isinstance(n_heads, bool) or not isinstance(n_heads, int):
             n_heads = self.number(write.heads.count)
         linear = self.backend.linear(attention, proj)
-        width = input_width(linear)
+        try:
+            width = input_width(linear)
+        except UnsupportedModelError:
+            width = 0  # unit="head" says why it is refused; the other units need no width
         if width % n_heads:
             raise self.refusal(
                 f"{prefix}.{write.heads.proj} reads {width} channels, which {n_heads} heads "

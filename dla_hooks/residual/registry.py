@@ -21,6 +21,8 @@ from dla_hooks.residual.architecture import Architecture, Refusal
 _ADAPTERS = "dla_hooks.adapters"
 
 _registered: dict[str, Architecture] = {}
+# Declarations before which a later one of the same type stands.
+_earlier: dict[str, tuple[Architecture, ...]] = {}
 _refused: dict[str, Refusal] = {}
 _without_bos: set[str] = set()
 _builtin_loaded = False
@@ -30,15 +32,23 @@ _lock = threading.RLock()
 def register(architecture: Architecture) -> None:
     """Add a declaration, so that models of its types are recognised from now on.
 
+    A type may have several declarations. The one that was added last is tried first, and the next
+    one where a model does not have its modules or is no sum of its writes.
+
     Args:
         architecture: the declaration; see :class:`Architecture`.
 
     Raises:
-        InputError: when one of its model types is declared already.
+        InputError: for ``model_types`` that is no tuple of names.
     """
     with _lock:
         _load_builtin()
-        _add(architecture)
+        _check_types(architecture)
+        for name in architecture.model_types:
+            before = _registered.get(name)
+            if before is not None and before != architecture:
+                _earlier[name] = (before, *_earlier.get(name, ()))
+            _registered[name] = architecture
 
 
 def adapter_for(model_type: str) -> Architecture | None:
@@ -46,6 +56,16 @@ def adapter_for(model_type: str) -> Architecture | None:
     with _lock:
         _load_builtin()
         return _registered.get(model_type)
+
+
+def declarations_for(model_type: str) -> tuple[Architecture, ...]:
+    """All declarations for a ``config.model_type``, the one that was added last first."""
+    with _lock:
+        _load_builtin()
+        first = _registered.get(model_type)
+        if first is None:
+            return ()
+        return tuple(dict.fromkeys((first, *_earlier.get(model_type, ()))))
 
 
 def refusal_for(model_type: str) -> Refusal | None:
@@ -66,19 +86,24 @@ def architectures() -> tuple[Architecture, ...]:
     """Every declaration, each once, in alphabetical order of its first model type."""
     with _lock:
         _load_builtin()
-        distinct = dict.fromkeys(_registered.values())
+        earlier = (architecture for several in _earlier.values() for architecture in several)
+        distinct = dict.fromkeys((*_registered.values(), *earlier))
     return tuple(sorted(distinct, key=lambda architecture: architecture.model_types[0]))
 
 
-def _add(architecture: Architecture) -> None:
+def _check_types(architecture: Architecture) -> None:
     if isinstance(architecture.model_types, str):
         name = architecture.model_types
         raise InputError(f"model_types is a tuple of names: write ({name!r},) instead of {name!r}")
+
+
+def _add(architecture: Architecture) -> None:
+    _check_types(architecture)
     taken = [name for name in architecture.model_types if name in _registered]
     if taken:
         raise InputError(
             f"model type {', '.join(map(repr, taken))} is declared already; "
-            "a type can have one declaration only"
+            "the adapters declare each type once"
         )
     for name in architecture.model_types:
         _registered[name] = architecture

@@ -26,7 +26,7 @@ class HeadSite:
         linear: the map from z to the stream; mostly ``proj`` itself.
         attention: the module that holds the projection and reads the (normed) stream.
         n_heads: number of heads.
-        d_head: width of one head.
+        d_head: width of one head; 0 where the projection does not say how wide its input is.
         post_norm: the norm between the projection and the stream, if any.
         post_norm_name: its path.
         use: the run of both modules, where blocks share them.
@@ -59,8 +59,9 @@ class HeadSite:
         return self.flat(call.entered if self.linear is self.proj else call.left)
 
     def flat(self, z: Tensor) -> Tensor:
-        """Flatten z, so that its heads lie side by side [..., n_heads * d_head]."""
-        return z if z.shape[-1] == self.n_heads * self.d_head else z.flatten(-2)
+        """z with its heads side by side [..., n_heads * d_head]."""
+        width = self.n_heads * self.d_head
+        return z if z.shape[-1] == width or not width else z.flatten(-2)
 
 
 @dataclass(frozen=True)

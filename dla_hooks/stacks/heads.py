@@ -11,7 +11,7 @@ from torch import Tensor
 from dla_hooks.call import Inputs
 from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.modules.autocast import outside_autocast
-from dla_hooks.modules.linear import matrix
+from dla_hooks.modules.linear import check_readable, matrix
 from dla_hooks.residual.gains import path_factors, times
 from dla_hooks.residual.stream import HeadSite
 from dla_hooks.stacks.arguments import Stack, finish, measured, place_of, scale_at, stream_at
@@ -106,6 +106,8 @@ def _plan(kept: Kept, end: int) -> list[_Heads]:
             site = write.heads
             if site is None:
                 continue
+            if not site.d_head:
+                check_readable(site.linear, site.name)
             z = kept.heads(site)
             after = None if site.post_norm_place is None else kept.scale(site.post_norm_place)
             layer = f"L{block.layer}.{several}" if several else f"L{block.layer}"

@@ -124,7 +124,10 @@ def logit_attrs(
     def measure(inputs: Inputs) -> Tensor:
         stream = inputs.stream
         answers = read_answers(
-            tokens, incorrect_tokens, model=stream.model, tokenizer=inputs.tokenizer
+            tokens,
+            incorrect_tokens,
+            model=stream.model,
+            tokenizer=stream.backend.answer_tokenizer(inputs.tokenizer),
         )
         for ids in (answers.correct, answers.incorrect):
             if ids is not None:

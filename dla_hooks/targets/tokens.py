@@ -58,6 +58,7 @@ class TokenTarget(Target):
 
     def __init__(self, stream: Stream, answers: Answers, *, center_unembed: bool = False) -> None:
         self._vocabulary, self._softcap = stream.vocabulary, stream.softcap
+        self._named_with = stream.backend.answer_tokenizer
         self._outside: dict[str, Tensor] = {}  # with ids that are no tokens of the model
         correct = self._known("answer_tokens", answers.correct)
         incorrect = None
@@ -134,7 +135,7 @@ class TokenTarget(Target):
         def texts(ids: Tensor) -> list[str]:
             if len(ids) > 1:
                 ids = ids[entries.target_of_entry].reshape(-1)
-            return to_strings(ids.tolist(), tokenizer)
+            return to_strings(ids.tolist(), self._named_with(tokenizer))
 
         wrong = self._pairs.incorrect
         return texts(self._pairs.correct), None if wrong is None else texts(wrong)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from dla_hooks.errors import DLAError, UnsupportedModelError
 from dla_hooks.modules.version import Remembered
 from dla_hooks.residual.architecture import Architecture
 from dla_hooks.residual.locate import locate
-from dla_hooks.residual.registry import adapter_for, architectures, refusal_for
+from dla_hooks.residual.registry import architectures, declarations_for, refusal_for
 from dla_hooks.residual.stream import Stream
 from dla_hooks.verification.suggest import sketch
 from dla_hooks.verification.trace import Verification, trace_report
@@ -42,6 +44,9 @@ def located(backend: Backend) -> Stream:
     verifies on a few tokens is taken. That is done once per version of a model. The model is
     measured without its caller's hooks; with them, where it does not run without.
 
+    A model of a declared type whose modules are elsewhere, as in a vision-language class, is
+    compared with every known shape, too.
+
     Raises:
         UnsupportedModelError: when no declaration is true of the model.
     """
@@ -67,12 +72,30 @@ def located(backend: Backend) -> Stream:
 
 
 def _located(backend: Backend) -> Stream:
-    declared = adapter_for(backend.model_type)
-    if declared is not None:
-        return with_scales(locate(backend, declared))
+    declared = declarations_for(backend.model_type)
+    misfit: UnsupportedModelError | None = None
+    for architecture in declared:
+        try:
+            stream = locate(backend, architecture)
+        except UnsupportedModelError as error:
+            misfit = misfit or error
+            continue
+        if architecture is declared[-1]:
+            return with_scales(stream)
+        try:
+            return with_scales(stream)
+        except UnsupportedModelError as error:
+            misfit = misfit or error
+    if misfit is not None and any(_stands(backend, one) for one in declared):
+        raise misfit  # the blocks are where they are declared, and something else is not
     known = _matched.find(backend.model, backend.state.version)
     if known is None:
-        known = _match(backend)
+        try:
+            known = _match(backend, declared)
+        except UnsupportedModelError:
+            if misfit is not None:
+                raise misfit from None
+            raise
         # A first run may change the weights itself.
         _matched.keep(backend.model, backend.read_state().version, known)
     return with_scales(locate(backend, known))
@@ -99,10 +122,38 @@ def verify(model: Any, *, show: bool = True) -> Verification:
     return report
 
 
-def _candidates(backend: Backend) -> list[tuple[float, Stream]]:
+def _stands(backend: Backend, architecture: Architecture) -> bool:
+    """Whether the model has a list of blocks where the declaration says."""
+    found: Any = backend.root
+    for name in architecture.layers.split("."):
+        found = getattr(found, name, None)
+    return found is not None
+
+
+def _places(backend: Backend) -> list[str]:
+    """Paths at which the decoder may stand: the modules that hold the token embeddings."""
+    embedding = backend.embedding()
+    paths = [path for path, module in backend.root.named_modules() if module is embedding]
+    names = [path.split(".")[:-1] for path in paths]
+    return [".".join(parts[:n]) for parts in names for n in range(len(parts), -1, -1)]
+
+
+def _shapes(backend: Backend, declared: tuple[Architecture, ...]) -> Iterator[Architecture]:
+    """The known shapes as they are declared, then at the places where the decoder may stand."""
+    known = tuple(dict.fromkeys((*declared, *architectures())))
+    moved = (one.moved_to(place) for place in _places(backend) for one in known)
+    seen = set()
+    for architecture in (*known, *(one for one in moved if one is not None)):
+        form = replace(architecture, model_types=())
+        if form not in seen:
+            seen.add(form)
+            yield architecture
+
+
+def _candidates(backend: Backend, declared: tuple[Architecture, ...]) -> list[tuple[float, Stream]]:
     """The known shapes whose module names the model has, those with more of them first."""
     found = []
-    for architecture in architectures():
+    for architecture in _shapes(backend, declared):
         try:
             stream = locate(backend, architecture)
         except UnsupportedModelError:
@@ -112,16 +163,28 @@ def _candidates(backend: Backend) -> list[tuple[float, Stream]]:
         could = sum(1 + (w.post_norm is not None) + (w.heads is not None) for w in named)
         found.append((has / (could * len(stream.blocks)), stream))
     # Ties: prefer the declaration with positions added to the stream, then the one with more heads.
-    return sorted(found, key=lambda e: (-e[0], e[1].positions is None, -_n_heads(e[1])))
+    # The type's own go first, and those that stand where they are declared.
+    own = {name for architecture in declared for name in architecture.model_types}
+    known = set(architectures())
+    return sorted(
+        found,
+        key=lambda e: (
+            own.isdisjoint(e[1].architecture.model_types),
+            e[1].architecture not in known,
+            -e[0],
+            e[1].positions is None,
+            -_n_heads(e[1]),
+        ),
+    )
 
 
 def _n_heads(stream: Stream) -> int:
     return sum(write.heads.n_heads for write in stream.writes if write.heads is not None)
 
 
-def _match(backend: Backend) -> Architecture:
+def _match(backend: Backend, declared: tuple[Architecture, ...] = ()) -> Architecture:
     misses: dict[str, str] = {}  # each reason, with the first shape that failed for it
-    for coverage, candidate in _candidates(backend):
+    for coverage, candidate in _candidates(backend, declared):
         try:
             report = trace_report(with_scales(candidate))
         except Exception as error:  # a shape that is not the model's may fail in any way
@@ -142,5 +205,5 @@ def _match(backend: Backend) -> Architecture:
     raise UnsupportedModelError(
         f"{what} has no declaration, and was not recognised: "
         f"{found or 'none of the known shapes has its module names'}. If its stream is a sum of "
-        f"writes, start from these lines:\n{sketch(backend.root)}"
+        f"writes, start from these lines:\n{sketch(backend.root, backend.model_type)}"
     )

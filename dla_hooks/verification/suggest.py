@@ -10,17 +10,20 @@ from typing import Any
 
 from torch import nn
 
-from dla_hooks.errors import UnsupportedModelError
-from dla_hooks.modules.linear import input_width
+from dla_hooks.modules.linear import declared_width
 
 _NOT_WRITES = ("drop", "rotary", "act")
 
 
-def sketch(model: Any) -> str:
+def sketch(model: Any, model_type: str) -> str:
     """Write a call of ``register`` for a model, as far as its module names tell.
 
     The longest list of modules is taken as the stack, and the last norm outside of it as the final
     norm. The children of a block that are no norms are taken as its writes.
+
+    Args:
+        model: the model.
+        model_type: the name that the declaration is found by.
     """
     stacks = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList)]
     path, blocks = max(stacks, key=lambda entry: len(entry[1]), default=("", nn.ModuleList()))
@@ -33,7 +36,7 @@ def sketch(model: Any) -> str:
     return "\n".join(
         [
             "    dla_hooks.register(Architecture(",
-            f"        model_types=({model.config.model_type!r},),",
+            f"        model_types=({model_type!r},),",
             f"        layers={path or '...'!r},",
             f"        final_norm={norms[-1] if norms else '...'!r},",
             "        writes=(",
@@ -59,7 +62,4 @@ def _write(name: str, child: nn.Module) -> str:
 
 
 def _reads(module: nn.Module) -> bool:
-    try:
-        return input_width(module) > 0
-    except UnsupportedModelError:
-        return False
+    return declared_width(module) is not None

@@ -19,7 +19,7 @@ from dla_hooks.calibration.prompt import short_prompt
 from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.inputs.prompts import Prompt
 from dla_hooks.modules.hooks import Call, Tap, tapped
-from dla_hooks.modules.linear import pull_back, value_at
+from dla_hooks.modules.linear import check_readable, pull_back, value_at
 from dla_hooks.modules.norms import frozen_scale
 from dla_hooks.modules.weights import run_device
 from dla_hooks.residual.gains import times
@@ -149,7 +149,12 @@ class _Trace:
                 if post_norm is not None:
                     taps.append(Tap(post_norm, self._see("post", write.label)))
         with tapped(taps):
-            return stream.backend.run_synthetic(prompt, torch.arange(self.length))
+            try:
+                return stream.backend.run_synthetic(prompt, torch.arange(self.length))
+            except UnsupportedModelError:  # some models return the last logits only
+                for tap in taps:
+                    tap.fired = 0
+                return stream.backend.run_synthetic(prompt, None)
 
     def blocks(self) -> list[Line]:
         """Output = input + writes, block by block."""
@@ -181,9 +186,10 @@ class _Trace:
             before_norm = write.heads.post_norm is not None
             seen = self.seen["post" if before_norm else "write", write.label]
             wrote = seen[0] if before_norm else seen[1]
-            bias = value_at(write.heads.linear, torch.zeros(z.shape[-1])).double().cpu()
             directions, name = self.directions.to(self._device(write)), write.heads.name
             try:
+                check_readable(write.heads.linear, name)
+                bias = value_at(write.heads.linear, torch.zeros(z.shape[-1])).double().cpu()
                 u = pull_back(write.heads.linear, directions, name).cpu()
             except UnsupportedModelError as error:  # the components may still add up
                 lines.append(Line(name, claim, 0.0, None, str(error)))
@@ -200,7 +206,7 @@ class _Trace:
         readout = read_out(stream, TokenPairs(self.tokens, None), center_unembed=False)
         # Only the last positions: a model may put positions of its own before the prompt.
         d_KM = readout.d_KM
-        x, y = (t[-self.length :].to(d_KM) for t in self.seen["norm", 0])
+        x, y = (t[-len(logits[0]) :].to(d_KM) for t in self.seen["norm", 0])
         scale_N, _ = frozen_scale(norm_at(stream, stream.final_norm), x, y)
         own = x @ d_KM.T / scale_N[:, None] + readout.bias_K
         own = own.double().cpu()

@@ -36,7 +36,6 @@ from dla_hooks import (
     architectures,
     direct_logit_attribution,
     register,
-    verify,
 )
 from dla_hooks.modules import version
 from dla_hooks.residual import registry
@@ -84,7 +83,7 @@ def test_an_encoder_is_refused():
 
 def test_a_model_without_a_head_is_refused():
     headless = small("llama", AutoModel)
-    with pytest.raises(UnsupportedModelError, match="AutoModelForCausalLM"):
+    with pytest.raises(UnsupportedModelError, match="pass the whole model"):
         direct_logit_attribution(headless, IDS, 5)
 
 
@@ -391,18 +390,14 @@ def test_architecture_declared_at_run_time_is_exact(declared):
         direct_logit_attribution(model, IDS, 5)
 
 
-def test_a_second_declaration_for_a_type_is_refused(declared):
-    with pytest.raises(InputError, match="'llama' is declared already"):
-        declared(Architecture(("llama",), "layers", "norm", (Write("mlp_out", "mlp"),)))
-
-
 def test_every_declared_type_is_listed_once():
     types = [name for architecture in architectures() for name in architecture.model_types]
     assert len(types) == len(set(types)) >= 25
 
 
-def test_declaration_that_does_not_fit_is_named():
+def test_a_declaration_that_does_not_fit_goes_on_to_the_other_shapes():
     model = copy.deepcopy(build("llama"))
+    expected = direct_logit_attribution(model, IDS, 5)
     model.config.model_type = "gpt2"
-    with pytest.raises(UnsupportedModelError, match=r"declaration of gpt2.*: .*'transformer\.h'"):
-        verify(model)
+    found = direct_logit_attribution(model, IDS, 5)
+    torch.testing.assert_close(found.attribution, expected.attribution)

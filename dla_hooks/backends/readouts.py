@@ -1,0 +1,248 @@
+"""The linear module that turns the last stream into logits: an unembedding, or a head of labels.
+
+Models of transformers name their unembedding by ``get_output_embeddings()``. Classifiers, reward
+models and question answering have a linear head under a name of their own. Other modules are
+searched by name, and by the number of tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from dla_hooks.errors import TokenError, UnsupportedModelError
+from dla_hooks.modules.hooks import Place, Tap, tapped
+from dla_hooks.modules.outputs import tensor_in
+
+_LABEL_HEADS = {"score": "logits", "classifier": "logits", "qa_outputs": "span"}
+"""Names of linear heads with labels, and what the model makes of their output."""
+_UNEMBEDDINGS = ("lm_head", "unembed", "unembedding", "embed_out", "output", "to_logits", "head")
+_SPAN = ("start", "end")
+
+
+@dataclass(frozen=True)
+class LabelHead:
+    """A linear head whose outputs are labels.
+
+    Attributes:
+        module: the head.
+        name: its path.
+        is_span: the two labels are the start and the end of a span.
+    """
+
+    module: nn.Module
+    name: str
+    is_span: bool
+
+
+class LabelNames:
+    """The labels of a classifier, with the face of a tokenizer: one name is one "token".
+
+    Args:
+        names: every label's name by its index.
+    """
+
+    unk_token_id = None
+
+    def __init__(self, names: Mapping[int, str]) -> None:
+        self._names = dict(names)
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """The index of a label, in a list of one.
+
+        Raises:
+            TokenError: for a text that is no label's name.
+        """
+        found = [index for index, name in self._names.items() if name == text]
+        if len(found) != 1:
+            known = ", ".join(map(repr, list(self._names.values())[:20]))
+            problem = "is no label" if not found else f"is the name of {len(found)} labels"
+            raise TokenError(
+                f"{text!r} {problem} of the model; its labels are {known}. Give a name or an index"
+            )
+        return found
+
+    def decode(self, ids: list[int]) -> str:
+        """The name of a label; its index where it has none."""
+        return " ".join(self._names.get(int(i), str(int(i))) for i in ids)
+
+    def convert_ids_to_tokens(self, index: int) -> str:
+        """The name of a label."""
+        return self.decode([index])
+
+
+def label_head(model: Any) -> LabelHead | None:
+    """The head of a classifier, a reward model or a question answering model, or None."""
+    for name, kind in _LABEL_HEADS.items():
+        module = getattr(model, name, None)
+        if isinstance(module, nn.Module):
+            return LabelHead(module, name, kind == "span")
+    return None
+
+
+def label_names(model: Any, head: LabelHead) -> LabelNames:
+    """The names of a head's labels, from the model's config."""
+    if head.is_span:
+        return LabelNames(dict(enumerate(_SPAN)))
+    return LabelNames(dict(getattr(model.config, "id2label", None) or {}))
+
+
+def unembedding(model: Any) -> nn.Module | None:
+    """The module that scores the vocabulary, or None."""
+    try:
+        found = model.get_output_embeddings()
+    except (AttributeError, NotImplementedError, TypeError):
+        found = None
+    if isinstance(found, nn.Module):
+        return found
+    if isinstance(model, PreTrainedModel):
+        found = getattr(model, "lm_head", None)
+        return found if isinstance(found, nn.Module) else None
+    if not isinstance(model, nn.Module) or _inside(model) is not None:
+        return None
+    named = (getattr(model, name, None) for name in _UNEMBEDDINGS)
+    by_name = next((module for module in named if isinstance(module, nn.Module)), None)
+    if by_name is not None:
+        return by_name
+    counts = {m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)}
+    linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m.out_features in counts]
+    return linear[-1] if linear else None
+
+
+def token_embedding(model: Any) -> nn.Module | None:
+    """The module that puts out the token embeddings, or None."""
+    try:
+        found = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError, TypeError):
+        found = None
+    if isinstance(found, nn.Module):
+        return found
+    if not isinstance(model, nn.Module):
+        return None
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    head = unembedding(model)
+    weight = getattr(head, "weight", None)
+    tied = [table for table in tables if isinstance(weight, Tensor) and table.weight is weight]
+    as_many = [
+        table for table in tables if table.num_embeddings == getattr(head, "out_features", 0)
+    ]
+    return next(iter((*tied, *as_many, *tables)), None)
+
+
+def n_embedded(embedding: nn.Module) -> int | None:
+    """The number of tokens that an embedding module knows, or None where it does not say."""
+    for module in (embedding, *embedding.modules()):
+        count = getattr(module, "num_embeddings", None)
+        if isinstance(count, int) and not isinstance(count, bool):
+            return count
+    weight = getattr(embedding, "weight", None)
+    return int(weight.shape[0]) if isinstance(weight, Tensor) and weight.ndim == 2 else None
+
+
+def run_labels(
+    model: Any, head: LabelHead, given: tuple[Any, ...], arguments: dict[str, Any]
+) -> tuple[Any, Tensor]:
+    """Run a model with a head of labels.
+
+    Args:
+        model: the model, or a wrapper around it.
+        head: its head.
+        given: positional arguments of the model.
+        arguments: its other arguments.
+
+    Returns:
+        The model's output, and the head's logits [batch, position, labels]. What the model itself
+        returns is held against them.
+
+    Raises:
+        UnsupportedModelError: where the model returns something else than the head's output.
+    """
+    seen: list[Tensor] = []
+    tap = Tap(Place(head.module, head.name), lambda call: seen.append(call.left))
+    output: Any = None
+    with tapped([tap]):
+        try:
+            output = model(*given, **arguments)
+        except ValueError:
+            # Without a pad token a batch is refused, after its head has run. The last real token
+            # is known from the mask.
+            if not seen or seen[0].ndim != 3:
+                raise
+    logits = seen[0]
+    name = type(model).__name__
+    if logits.ndim != 3:
+        raise UnsupportedModelError(
+            f"{name} pools the stream before {head.name}, so no logit belongs to one position; "
+            "pass a model that scores every position"
+        )
+    if output is not None and not _is_of(output, logits, head):
+        raise UnsupportedModelError(
+            f"{name} returns something else than what {head.name} puts out at one position; pass "
+            "a model that returns that"
+        )
+    return output, logits
+
+
+def _is_of(output: Any, logits: Tensor, head: LabelHead) -> bool:
+    """Whether a model returned its head's logits, at every position or at one of each row."""
+    if head.is_span:
+        parts = [tensor_in(output, (f"{name}_logits",)) for name in _SPAN]
+        returned = None if None in parts else torch.stack(parts, -1)  # type: ignore[arg-type]
+    else:
+        returned = tensor_in(output, ("logits",))
+    if returned is None or returned.shape[-1] != logits.shape[-1]:
+        return False
+    rounding = 4 * max(torch.finfo(one.dtype).eps for one in (logits, returned))
+    ours, theirs = logits.double(), returned.double().to(logits.device)
+    if theirs.ndim == 2:
+        near = torch.isclose(ours, theirs[:, None], rtol=rounding, atol=1e-30)
+        return bool(near.all(-1).any(-1).all())
+    if theirs.shape != ours.shape:
+        return False
+    return torch.allclose(ours, theirs, rtol=rounding, atol=1e-30, equal_nan=True)
+
+
+def entry(output: Any, name: str) -> Any:
+    """An entry of a model's output; None where it has no such entry, as a tuple has none."""
+    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+
+
+def taken(arguments: dict[str, Any], accepted: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of some arguments that a forward takes by name."""
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values()):
+        return arguments
+    return {name: value for name, value in arguments.items() if name in accepted}
+
+
+def at_columns(logits: Tensor, wanted: Tensor, width: int, name: str) -> Tensor:
+    """Logits at some columns of a chunk, where the model returns those of the last ones or all."""
+    offset = logits.shape[1] - width
+    if int(wanted.min()) + offset < 0:
+        raise UnsupportedModelError(
+            f"{name} returns logits at the last {logits.shape[1]} of {width} positions, so those "
+            "at other positions cannot be compared with the model's own; use pos=-1"
+        )
+    return logits[:, (wanted + offset).to(logits.device)]
+
+
+def _inside(model: Any) -> nn.Module | None:
+    """The language model in a wrapper with a value head, as trl makes one."""
+    found = getattr(model, "pretrained_model", None)
+    return found if isinstance(found, nn.Module) else None
+
+
+def way_out(model: Any) -> str:
+    """Advice about a model without a head; none that would make a head of random weights."""
+    if _inside(model) is not None:
+        return "pass the language model inside it, model.pretrained_model"
+    return (
+        "pass the whole model with its trained head, not the decoder inside it. A checkpoint that "
+        "was saved without a head has none: loaded as a causal language model it would get a "
+        "random one"
+    )
