@@ -25,8 +25,8 @@ class HeadSite:
         name: its path.
         linear: what maps z to the stream; mostly ``proj`` itself.
         attention: the module that holds the projection and reads the (normed) stream.
-        n_heads: number of heads.
-        d_head: width of one head.
+        n_heads: number of heads, as declared until it is measured; 0 where nothing says it.
+        d_head: width of one head; 0 where it is not known before it is measured.
         post_norm: the norm between the projection and the stream, if any.
         post_norm_name: its path.
         use: which run of both it is, where blocks share them.
@@ -60,7 +60,8 @@ class HeadSite:
 
     def flat(self, z: Tensor) -> Tensor:
         """z with its heads side by side [..., n_heads * d_head]."""
-        return z if z.shape[-1] == self.n_heads * self.d_head else z.flatten(-2)
+        side_by_side = z.ndim < 4 or z.shape[-1] == self.n_heads * self.d_head
+        return z if side_by_side else z.flatten(-2)
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class WriteSite:
         use: which run of that module it is, where blocks share it.
         response: what the block's output multiplies the term by, [] or [d_model]; None is one.
         heads: where its heads can be seen, if it has any.
+        without_heads: the path of the projection that should show them, where there is none.
     """
 
     label: str
@@ -86,6 +88,7 @@ class WriteSite:
     use: Use
     heads: HeadSite | None
     response: Tensor | None = None
+    without_heads: str = ""
 
     @property
     def written_by(self) -> nn.Module:
