@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import lru_cache
+from types import CodeType
 from typing import Any, ClassVar, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -96,8 +99,37 @@ def state_of(model: nn.Module, *others: nn.Module) -> State:
 
 
 def is_training(module: nn.Module) -> bool:
-    """True for a module that is in training mode and computes something of its own."""
-    return module.training and getattr(type(module), "forward", None) not in _IDLE
+    """True for a module that is in training mode, and that this can make a difference to."""
+    if not module.training or getattr(type(module), "forward", None) in _IDLE:
+        return False
+    kind: Any = type(module)
+    return "forward" in vars(module) or _asks_for_its_mode(kind)
+
+
+@lru_cache(maxsize=4096)
+def _asks_for_its_mode(kind: type) -> bool:
+    """Whether the code of a class of modules reads ``training``; True where it cannot be read.
+
+    A wrapper that was put in after ``model.eval()`` is in training mode, and most do not care.
+    """
+    own = (one for one in kind.__mro__ if one not in (nn.Module, object))
+    return any(_reads_mode(value) for one in own for value in vars(one).values())
+
+
+def _reads_mode(value: Any) -> bool:
+    value = getattr(value, "__func__", getattr(value, "fget", value))
+    if not callable(value) or isinstance(value, type):
+        return False
+    value = inspect.unwrap(value)
+    code = getattr(value, "__code__", None)
+    if code is None:
+        return True
+    if code.co_freevars and code.co_freevars != ("__class__",):
+        return True  # a decorator that does not say what it decorates
+    codes = [code]
+    for one in codes:  # which grows as it is read
+        codes += [const for const in one.co_consts if isinstance(const, CodeType)]
+    return any("training" in one.co_names for one in codes)
 
 
 class Remembered(Generic[_Answer]):

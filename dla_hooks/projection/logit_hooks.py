@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dla_hooks.inputs.entries import Entries
 from dla_hooks.modules.hooks import Call, Place, Tap
 from dla_hooks.modules.user_hooks import has_callers
-from dla_hooks.modules.weights import dtype_of
+from dla_hooks.modules.vjp import dtype_of
 from dla_hooks.projection.ledger import FixedRows
 from dla_hooks.projection.readout import Readout
 from dla_hooks.projection.tiles import View

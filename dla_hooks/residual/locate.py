@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -60,9 +61,11 @@ class _Finder:
         self.architecture = architecture
 
     def refusal(self, what: str) -> UnsupportedModelError:
+        types = self.architecture.model_types
+        known = types[0] if len(types) == 1 else f"{types[0]} and {len(types) - 1} other types"
         return UnsupportedModelError(
-            f"{type(self.model).__name__} (model type {self.backend.model_type!r}) does not "
-            f"fit the declaration of {', '.join(self.architecture.model_types)}: {what}"
+            f"{what}: {type(self.model).__name__} (model type {self.backend.model_type!r}) does "
+            f"not fit the declaration of {known}"
         )
 
     def module(self, root: nn.Module, path: str) -> nn.Module:
@@ -122,16 +125,29 @@ class _Finder:
             use = Use(so_far[module], uses[module])
             so_far[module] += 1
             name = f"{path}.{layer}"
-            found = (self.write(module, name, layer, w, use) for w in self.architecture.writes)
+            inner, inside = self.unwrapped(module, name)
+            found = (self.write(inner, inside, layer, w, use) for w in self.architecture.writes)
             writes = tuple(write for write in found if write is not None)
             twice = [n for n, k in Counter(w.name for w in writes).items() if k > 1]
             if twice:
                 raise self.refusal(f"{twice[0]} is said to make two writes of one block")
             if not writes:
-                names = [write.module for write in self.architecture.writes]
+                names = ", ".join(self.first_names())
                 raise self.refusal(f"{name} has none of the modules {names}")
             blocks.append(Block(layer, module, name, use, writes))
         return self.with_uses(tuple(blocks))
+
+    def first_names(self) -> list[str]:
+        """What at least one of the writes of each block is found by."""
+        here = (write for write in self.architecture.writes if write.beside is None)
+        paths = (name for write in here for name in _names(write))
+        return list(dict.fromkeys(path.partition(".")[0] for path in paths))
+
+    def unwrapped(self, block: nn.Module, name: str) -> tuple[nn.Module, str]:
+        """The module that has a block's parts: the block, or the one that it is a wrapper of."""
+        names = self.first_names()
+        inside = _descend(block, lambda one: any(_child(one, first) for first in names))
+        return (block, name) if inside is None else (inside[0], ".".join((name, *inside[1])))
 
     def with_uses(self, blocks: tuple[Block, ...]) -> tuple[Block, ...]:
         """Number the uses of every write's module, since blocks may share it."""
@@ -163,50 +179,127 @@ class _Finder:
             if layer + 1 >= len(neighbours):
                 return None
             block, prefix = neighbours[layer + 1], f"{write.beside}.{layer + 1}"
-        names = (write.module,) if isinstance(write.module, str) else write.module
-        path = next((name for name in names if self.optional(block, name) is not None), None)
-        if path is None:
+        found = next(filter(None, (look(block, name) for name in _names(write))), None)
+        if found is None:
             return None
-        post_norm = self.optional(block, write.post_norm) if write.post_norm else None
+        post_norm = look(block, write.post_norm) if write.post_norm else None
+        heads, missing = self.heads(block, prefix, write)
         return WriteSite(
             label=f"{layer}_{write.label}",
             layer=layer,
-            module=self.module(block, path),
-            post_norm=post_norm,
-            name=f"{prefix}.{path if post_norm is None else write.post_norm}",
+            module=found.module,
+            post_norm=None if post_norm is None else post_norm.module,
+            name=f"{prefix}.{(post_norm or found).path}",
             use=use,
-            heads=self.heads(block, prefix, write),
+            heads=heads,
+            without_heads=missing,
         )
 
-    def heads(self, block: nn.Module, prefix: str, write: Write) -> HeadSite | None:
-        proj = self.optional(block, write.heads.proj) if write.heads is not None else None
-        if write.heads is None or proj is None:
-            return None
-        attention: Any = self.module(block, write.heads.proj.rpartition(".")[0])
-        if isinstance(write.module, str) and write.heads.proj.startswith(f"{write.module}."):
-            attention = self.module(block, write.module)  # a projection may be wrapped once more
-        # The attention module first: layers may differ, and the config has one number for all.
-        n_heads = getattr(attention, "num_heads", None)
-        if isinstance(n_heads, bool) or not isinstance(n_heads, int):
-            n_heads = self.number(write.heads.count)
-        linear = self.backend.linear(attention, proj)
-        try:
-            width = input_width(linear)
-        except UnsupportedModelError:
-            width = 0  # unit="head" says why it is refused; the other units need no width
-        if width % n_heads:
-            raise self.refusal(
-                f"{prefix}.{write.heads.proj} reads {width} channels, which {n_heads} heads "
-                f"(config.{write.heads.count}) cannot share evenly"
-            )
+    def heads(self, block: nn.Module, prefix: str, write: Write) -> tuple[HeadSite | None, str]:
+        """Where a write's heads can be seen; or the path of the projection that is not there."""
+        if write.heads is None:
+            return None, ""
+        found = look(block, write.heads.proj)
+        if found is None:
+            return None, f"{prefix}.{write.heads.proj}"
+        proj = found.module
+        # The attention itself, inside of its wrappers. Its projection may be wrapped once more.
+        inside = isinstance(write.module, str) and write.heads.proj.startswith(f"{write.module}.")
+        depth = len(str(write.module).split(".")) if inside else -1
+        attention = found.holders[depth]
         after = write.heads.post_norm or write.post_norm
-        return HeadSite(
+        post_norm = look(block, after) if after else None
+        linear = self.backend.linear(attention, proj)
+        n_heads, width = self.declared_heads(attention, write.heads.count), _width(linear)
+        site = HeadSite(
             proj=proj,
-            name=f"{prefix}.{write.heads.proj}",
+            name=f"{prefix}.{found.path}",
             linear=linear,
             attention=attention,
             n_heads=n_heads,
-            d_head=width // n_heads,
-            post_norm=self.optional(block, after) if after else None,
-            post_norm_name=f"{prefix}.{after}" if after else "",
+            d_head=width // n_heads if n_heads and width % n_heads == 0 else 0,
+            post_norm=None if post_norm is None else post_norm.module,
+            post_norm_name="" if post_norm is None else f"{prefix}.{post_norm.path}",
         )
+        return site, ""
+
+    def declared_heads(self, attention: Any, field: str) -> int:
+        """The number of heads that a layer or the config names; 0 where neither does."""
+        # The layer knows best: layers of one model may differ, and then the config has no answer.
+        said: Any = getattr(attention, "num_heads", None)
+        if isinstance(said, bool) or not isinstance(said, int):
+            said = self.backend.number(field)
+        return said if isinstance(said, int) and not isinstance(said, bool) and said > 0 else 0
+
+
+class Found(NamedTuple):
+    """A module that was found by its path.
+
+    Attributes:
+        module: the module.
+        path: where it is, with the wrappers on the way.
+        holders: for each name of the declared path, the module that has it as a child.
+    """
+
+    module: nn.Module
+    path: str
+    holders: tuple[nn.Module, ...]
+
+
+_DEEPEST_WRAPPER = 3
+
+
+def look(root: nn.Module, path: str) -> Found | None:
+    """Find a module by its path, through wrappers behind the first name.
+
+    A wrapper lacks the next name of the path, and one of the modules in it has that.
+    """
+    first, *names = path.split(".")
+    module = _child(root, first)
+    if module is None:
+        return None
+    taken, holders = [first], [root]
+    for name in names:
+        inside = _descend(module, partial(_child, name=name))
+        if inside is None:
+            return None
+        holder, way = inside
+        module = getattr(holder, name)
+        taken += [*way, name]
+        holders.append(holder)
+    return Found(module, ".".join(taken), tuple(holders))
+
+
+def _descend(
+    module: nn.Module, has: Callable[[nn.Module], Any]
+) -> tuple[nn.Module, tuple[str, ...]] | None:
+    """The module if it has what is sought, or the only one in it that does, with the way there."""
+    level: list[tuple[nn.Module, tuple[str, ...]]] = [(module, ())]
+    for _ in range(1 + _DEEPEST_WRAPPER):
+        fits = [found for found in level if has(found[0])]
+        if fits:
+            return fits[0] if len({id(one) for one, _ in fits}) == 1 else None
+        level = [
+            (child, (*way, name))
+            for one, way in level
+            for name, child in one._modules.items()
+            if child is not None
+        ]
+    return None
+
+
+def _child(module: nn.Module, name: str) -> nn.Module | None:
+    found = getattr(module, name, None)
+    return found if isinstance(found, nn.Module) else None
+
+
+def _names(write: Write) -> tuple[str, ...]:
+    return (write.module,) if isinstance(write.module, str) else write.module
+
+
+def _width(linear: nn.Module) -> int:
+    """The width of a projection's input, or 0 where a run must show it."""
+    try:
+        return input_width(linear)
+    except UnsupportedModelError:
+        return 0

@@ -25,8 +25,8 @@ class HeadSite:
         name: its path.
         linear: the map from z to the stream; mostly ``proj`` itself.
         attention: the module that holds the projection and reads the (normed) stream.
-        n_heads: number of heads.
-        d_head: width of one head; 0 where the projection does not say how wide its input is.
+        n_heads: number of heads, as declared until it is measured; 0 where nothing says it.
+        d_head: width of one head; 0 where it is not known before it is measured.
         post_norm: the norm between the projection and the stream, if any.
         post_norm_name: its path.
         use: the run of both modules, where blocks share them.
@@ -60,8 +60,8 @@ class HeadSite:
 
     def flat(self, z: Tensor) -> Tensor:
         """z with its heads side by side [..., n_heads * d_head]."""
-        width = self.n_heads * self.d_head
-        return z if z.shape[-1] == width or not width else z.flatten(-2)
+        side_by_side = z.ndim < 4 or z.shape[-1] == self.n_heads * self.d_head
+        return z if side_by_side else z.flatten(-2)
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,10 @@ class WriteSite:
         module: the module that makes the term, before any post-norm.
         post_norm: the norm between it and the stream, if any.
         name: path of the module whose output enters the stream.
-        use: the run of that module, where blocks share it.
-        response: the factor of the term in the block's output, [] or [d_model]; None is one.
-        heads: the place of its heads, if it has any.
+        use: which run of that module it is, where blocks share it.
+        response: what the block's output multiplies the term by, [] or [d_model]; None is one.
+        heads: where its heads can be seen, if it has any.
+        without_heads: the path of the projection that should show them, where there is none.
     """
 
     label: str
@@ -87,6 +88,7 @@ class WriteSite:
     use: Use
     heads: HeadSite | None
     response: Tensor | None = None
+    without_heads: str = ""
 
     @property
     def written_by(self) -> nn.Module:

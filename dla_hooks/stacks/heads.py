@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dla_hooks.calibration.head_widths import with_head_widths
 from dla_hooks.call import Inputs
 from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.modules.autocast import outside_autocast
@@ -98,7 +99,7 @@ def stack_head_results(
 
 
 def _plan(kept: Kept, end: int) -> list[_Heads]:
-    stream, plan = kept.stream, []
+    stream, plan = with_head_widths(kept.stream), []
     factors = path_factors(stream, end)
     for block in stream.blocks[:end]:
         several = 0

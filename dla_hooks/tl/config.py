@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from dla_hooks.calibration.head_widths import with_head_widths
 from dla_hooks.calibration.mid_streams import mid_streams
 from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.modules import norms
@@ -123,7 +124,7 @@ def describe(
     model = stream.backend.root
     config = model.config.get_text_config()
     embedding = model.get_input_embeddings()
-    sites = [write.heads for write in stream.writes if write.heads is not None]
+    sites = _sites(stream)
     heads, unanswerable = _heads(sites)
     norm = norms.probe(
         stream.final_norm.module, stream.d_model, stream.final_norm.name, stream.work_dtype
@@ -173,6 +174,15 @@ def prepends_bos(tokenizer: Any) -> bool:
     """True for a tokenizer that puts a BOS before every text by itself."""
     bos = getattr(tokenizer, "bos_token_id", None)
     return bos is not None and list(tokenizer.encode(""))[:1] == [bos]
+
+
+def _sites(stream: Stream) -> list[HeadSite]:
+    """Where all heads are, with their measured widths; none where some cannot be told apart."""
+    try:
+        measured = with_head_widths(stream)
+    except UnsupportedModelError:
+        return []
+    return [write.heads for write in measured.writes if write.heads is not None]
 
 
 def _heads(sites: list[HeadSite]) -> tuple[dict[str, int], dict[str, str]]:

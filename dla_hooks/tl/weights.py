@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dla_hooks.calibration.head_widths import with_head_widths
 from dla_hooks.calibration.prompt import short_prompt
 from dla_hooks.calibration.value_biases import head_constants
 from dla_hooks.errors import UnsupportedModelError
@@ -190,7 +191,7 @@ def head_site(stream: Stream, layer: int) -> tuple[WriteSite, HeadSite]:
     Raises:
         UnsupportedModelError: when it has none.
     """
-    block = stream.blocks[layer]
+    block = with_head_widths(stream).blocks[layer]
     for write in block.writes:
         if write.heads is not None:
             return write, write.heads

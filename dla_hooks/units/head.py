@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dla_hooks.backends import Conventions
+from dla_hooks.calibration.head_widths import with_head_widths
 from dla_hooks.calibration.norm_constants import norm_at
 from dla_hooks.calibration.value_biases import head_constants
 from dla_hooks.errors import InputError, UnsupportedModelError
@@ -101,7 +102,7 @@ class _HeadsPlan(UnitPlan):
 
     def __init__(self, unit: Heads, parts: PartsPlan, fold_value_biases: bool) -> None:
         super().__init__(unit)
-        stream = parts.stream
+        stream = with_head_widths(parts.stream)
         constants = head_constants(stream) if fold_value_biases else {}
         self.layers: list[_Layer] = []
         self.rows: list[Row] = []

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dla_hooks.calibration.head_widths import head_widths
 from dla_hooks.calibration.norm_constants import norm_at
 from dla_hooks.calibration.prompt import short_prompt
 from dla_hooks.errors import UnsupportedModelError
@@ -113,12 +114,30 @@ def trace_report(stream: Stream, prompt: Prompt | None = None) -> Verification:
         prompt = Prompt(ids, torch.ones_like(ids, dtype=torch.bool))
     trace = _Trace(stream)
     logits = trace.run(prompt).double().cpu()
-    lines = [*trace.blocks(), *trace.heads(), trace.readout(logits)]
+    lines = [*trace.blocks(), *trace.heads(), *_unseen_heads(stream), trace.readout(logits)]
     return Verification(
         model=stream.backend.name,
         dtype=str(stream.dtype).removeprefix("torch."),
         lines=tuple(lines),
     )
+
+
+def _unseen_heads(stream: Stream) -> list[Line]:
+    """The layers whose heads cannot be seen, or told apart; their components add up all the same.
+
+    unit='head' refuses these.
+    """
+    found = head_widths(stream)
+    names = {write.label: write.name for write in stream.writes}
+    hidden = [
+        (label, f"attention runs here, but there is no {path}")
+        for label, path in found.hidden.items()
+    ]
+    claim = "heads can be told apart"
+    return [
+        Line(names[label], claim, 0.0, None, note)
+        for label, note in (*hidden, *found.reasons.items())
+    ]
 
 
 class _Trace:
