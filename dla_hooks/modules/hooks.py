@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -274,3 +275,22 @@ def count_firings(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, int]
     finally:
         for handle in handles:
             handle.remove()
+
+
+_LIBRARIES = ("torch", "transformers", "accelerate", "peft", "deepspeed")
+"""Libraries whose hooks make a model what it is: captured outputs, offload, weight norms."""
+
+
+def callers_hooks(model: nn.Module) -> Iterator[str]:
+    """The path of every module with a forward hook of the caller's, once for each hook."""
+    for path, module in model.named_modules():
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            if not is_ours(hook) and not _is_librarys(hook):
+                yield path
+
+
+def _is_librarys(hook: Any) -> bool:
+    """True for a hook from one of the libraries that models are made with."""
+    while isinstance(hook, partial):
+        hook = hook.func
+    return str(getattr(hook, "__module__", "")).partition(".")[0] in _LIBRARIES

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from dla_hooks.backends import Backend
-from dla_hooks.calibration.invariance import chunks_are_ignored
+from dla_hooks.calibration.invariance import chunks_are_ignored, has_hole
 from dla_hooks.errors import DLAWarning, InputError, UnsupportedModelError
 from dla_hooks.inputs.prompts import Prompt, to_strings
-from dla_hooks.modules.hooks import Tap, is_ours, tapped
+from dla_hooks.modules.hooks import Tap, callers_hooks, tapped
 from dla_hooks.projection.tiles import View
 from dla_hooks.residual.stream import Stream
 from dla_hooks.sources.base import Source
@@ -30,8 +30,6 @@ LONG_PROMPT = 8192
 """Prompts of more tokens than this are run in chunks, unless the caller says otherwise."""
 AUTOMATIC_CHUNK = 2048
 """Tokens in each of these chunks."""
-_LIBRARIES = ("torch", "transformers", "accelerate", "peft", "deepspeed")
-"""Libraries whose hooks make a model what it is: captured outputs, offload, weight norms."""
 
 
 class Live(Source):
@@ -174,15 +172,18 @@ def _why_not(stream: Stream, prompt: Prompt) -> str | None:
             f"its rotary positions ({rotary}) depend on how long a prompt is, and this one is "
             f"longer ({prompt.shape[1]} tokens) than the model was first trained for"
         )
-    left = None if not prompt.padded else not bool(prompt.mask[:, 0].all())
+    if prompt.padded and bool(has_hole(prompt.mask).any()):
+        return "tokens in its middle are masked, and only masks at its ends are measured for chunks"
+    ends = ((True, prompt.mask[:, 0]), (False, prompt.mask[:, -1]))
+    left = [left for left, end in ends if not bool(end.all())] if prompt.padded else []
     try:
-        ignored = chunks_are_ignored(stream, left=left)
+        ignored = all(chunks_are_ignored(stream, left=side) for side in left or [None])
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a model that is not made for it may fail in any way
         return str(error)
     if not ignored:
-        where = "" if left is None else " (padded as this one is)"
+        where = "" if not left else " (padded as this one is)"
         return (
             f"a short prompt{where} gives other logits in chunks than at once, as where recurrent "
             "layers start anew with each chunk"
@@ -196,21 +197,13 @@ def _is_hooked(model: torch.nn.Module) -> str | None:
     Hooks may not expect a prompt in pieces. Those of libraries are part of the model: a short run
     in chunks checks them together with it.
     """
-    for path, module in model.named_modules():
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            if not is_ours(hook) and not _is_librarys(hook):
-                return (
-                    f"{path or 'the model'} has a hook of yours, which would see each chunk by "
-                    f"itself; pass chunk_size={AUTOMATIC_CHUNK} where it may"
-                )
-    return None
-
-
-def _is_librarys(hook: Any) -> bool:
-    """True for a hook from one of the libraries that models are made with."""
-    while isinstance(hook, partial):
-        hook = hook.func
-    return str(getattr(hook, "__module__", "")).partition(".")[0] in _LIBRARIES
+    path = next(callers_hooks(model), None)
+    if path is None:
+        return None
+    return (
+        f"{path or 'the model'} has a hook of yours, which would see each chunk by itself; pass "
+        f"chunk_size={AUTOMATIC_CHUNK} where it may"
+    )
 
 
 def _length_dependent(model: torch.nn.Module, width: int) -> str | None:

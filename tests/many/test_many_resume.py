@@ -63,7 +63,9 @@ def test_an_interrupted_run_goes_on(ran, model, tmp_path, stop):
             raise KeyboardInterrupt
 
     handle = model.register_forward_pre_hook(interrupt, with_kwargs=True)
-    results = attribute_many(model, prompts, 5, window=4, max_tokens=12, resume=tmp_path)
+    results = attribute_many(
+        model, prompts, 5, window=4, max_tokens=12, resume=tmp_path, tag="stopped"
+    )
     ran.clear()  # less what a new run asks and tries
     for _ in range(3):
         next(results)
@@ -78,7 +80,9 @@ def test_an_interrupted_run_goes_on(ran, model, tmp_path, stop):
         fail_at.clear()
     done = 4 if stop == "close" else 6
     ran.clear()
-    again = list(attribute_many(model, prompts, 5, window=4, max_tokens=12, resume=tmp_path))
+    again = list(
+        attribute_many(model, prompts, 5, window=4, max_tokens=12, resume=tmp_path, tag="stopped")
+    )
     handle.remove()
     assert sum(rows for rows, _ in ran) == 8 - done
     for one, other in zip(again, whole, strict=True):
