@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ class HuggingFaceBackend(Backend):
     ) -> tuple[Tensor, Any]:
         logits, output = self._run(prompt, chunk, columns, {"use_cache": True, **(past or {})})
         # The model makes the cache that suits it: sliding windows, states, whatever it needs.
-        accepted = inspect.signature(self.root.forward).parameters
+        accepted = _accepted(self.root)
         found: dict[str, Any] = {}
         for argument in (name for name in _CACHES if name in accepted):
             handed_on = (output.get(name) for name in _CACHES[argument])
@@ -128,7 +129,7 @@ class HuggingFaceBackend(Backend):
             options: further arguments of the model.
         """
         model = self.model
-        accepted = inspect.signature(self.root.forward).parameters
+        accepted = _accepted(self.root)
         device = run_device(self.embedding())
         here = slice(chunk.start, chunk.stop)
         arguments: dict[str, Any] = {"input_ids": prompt.input_ids[:, here].to(device), **options}
@@ -150,3 +151,15 @@ class HuggingFaceBackend(Backend):
             return output.logits, output
         output = model(**arguments, return_dict=True)
         return output.logits[:, wanted.to(output.logits.device)], output
+
+
+def _accepted(model: nn.Module) -> Collection[str]:
+    """The names of the arguments that a model's forward pass takes.
+
+    A function put in its place may take anything and hand it on. The class then names them.
+    """
+    for forward in (model.forward, *(vars(cls).get("forward") for cls in type(model).__mro__)):
+        names: Collection[str] = inspect.signature(forward).parameters if forward else ()
+        if "input_ids" in names:
+            break
+    return names

@@ -249,11 +249,11 @@ def _that_move(logits: Tensor) -> Tensor:
         logits: of rows with nothing, some noise, and a thousand times as much [rows, vocabulary].
     """
     nothing, noise, _, most = logits[:4]
-    finite = torch.isfinite(logits[:4]).all(0)
+    finite: Tensor = torch.isfinite(logits[:4]).all(0)
     if not bool(finite.any()):
         return finite
-    moves = finite & ((most - nothing).abs() > 1e-3 * nothing.abs())
+    moves: Tensor = finite & ((most - nothing).abs() > 1e-3 * nothing.abs())
     # Rows of a large bias: noise of an ordinary size is nothing beside it.
     apart = (nothing - nothing[finite].median()).abs()
-    ordinary = moves & ((noise - nothing).abs() > 1e-3 * apart)
+    ordinary: Tensor = moves & ((noise - nothing).abs() > 1e-3 * apart)
     return ordinary if bool(ordinary.any()) else moves

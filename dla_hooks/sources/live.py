@@ -175,9 +175,9 @@ def _why_not(stream: Stream, prompt: Prompt) -> str | None:
     if prompt.padded and bool(has_hole(prompt.mask).any()):
         return "tokens in its middle are masked, and only masks at its ends are measured for chunks"
     ends = ((True, prompt.mask[:, 0]), (False, prompt.mask[:, -1]))
-    left = [left for left, end in ends if not bool(end.all())] if prompt.padded else []
+    left: list[bool | None] = [left for left, end in ends if not bool(end.all())]
     try:
-        ignored = all(chunks_are_ignored(stream, left=side) for side in left or [None])
+        ignored = all(chunks_are_ignored(stream, left=side) for side in (left or [None]))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a model that is not made for it may fail in any way

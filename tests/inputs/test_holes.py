@@ -39,7 +39,7 @@ def test_hole_in_a_window_shorter_than_the_prompt_is_refused():
     try:
         result = direct_logit_attribution(model, wide, 3, 7, pos=None, attention_mask=mask)
     except UnsupportedModelError as error:
-        assert "in its middle" in str(error)
+        assert "in its middle" in str(error)  # noqa: PT017
     else:
         alone = direct_logit_attribution(model, wide[mask.bool()], 3, 7, pos=None)
         assert torch.allclose(result.logit[mask.bool()], alone.logit[0], atol=1e-5)
@@ -52,7 +52,7 @@ def test_padding_on_both_sides_is_measured_on_both(family):
     try:
         result = direct_logit_attribution(model, IDS, 3, 7, attention_mask=mask)
     except UnsupportedModelError as error:
-        assert "padded on the" in str(error)
+        assert "padded on the" in str(error)  # noqa: PT017
         assert family != "llama"
     else:
         for row, real in zip(range(2), mask.bool(), strict=True):
