@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dla_hooks.backends import Backend, Conventions, backend_of
-from dla_hooks.calibration.invariance import padding_is_ignored
+from dla_hooks.calibration.invariance import holes_are_ignored, padding_is_ignored
 from dla_hooks.errors import InputError, UnsupportedModelError
 from dla_hooks.inputs.answers import read_answers
 from dla_hooks.inputs.prompts import Prompt, check_tokenizer, read_prompt, tokenizer_for
@@ -277,12 +277,21 @@ def check_length(stream: Stream, prompt: Prompt) -> None:
 
 
 def _check_padding(stream: Stream, prompt: Prompt) -> None:
-    left = not bool(prompt.mask[:, 0].all())
-    if prompt.padded and not padding_is_ignored(stream, left=left):
-        side = "left" if left else "right"
+    if not prompt.padded:
+        return
+    for left in (True, False):
+        outermost = prompt.mask[:, 0 if left else -1]
+        if not bool(outermost.all()) and not padding_is_ignored(stream, left=left):
+            side = "left" if left else "right"
+            raise UnsupportedModelError(
+                f"{stream.backend.name} gives a prompt other logits when it is padded on the "
+                f"{side} ({stream.dtype}, its attention implementation as it is set): recurrent "
+                "layers and position tables read the padding. Run prompts of different lengths "
+                "one at a time, or pad the other side."
+            )
+    if not holes_are_ignored(stream, prompt.mask):
         raise UnsupportedModelError(
-            f"{stream.backend.name} gives a prompt other logits when it is padded on the {side} "
-            f"({stream.dtype}, its attention implementation as it is set): recurrent layers and "
-            "position tables read the padding. Run prompts of different lengths one at a time, or "
-            "pad the other side."
+            f"{stream.backend.name} gives a prompt other logits when tokens in its middle are "
+            "masked than when they are left out: sliding windows, recurrent layers and position "
+            "tables count them. Leave these tokens out of the prompt."
         )

@@ -58,6 +58,9 @@ _EXACT_LAYERS = {
 """Layers of transformers' caches that keep unchanged all that later tokens read."""
 
 
+_ANY = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+
+
 class HuggingFaceBackend(Backend):
     """A causal LM with a ``config``."""
 
@@ -179,7 +182,7 @@ class HuggingFaceBackend(Backend):
     ) -> tuple[Tensor, Any]:
         logits, output = self._run(prompt, chunk, columns, {"use_cache": True, **(past or {})})
         # The model makes the cache that suits it: sliding windows, states, whatever it needs.
-        accepted = inspect.signature(self.root.forward).parameters
+        accepted = _accepted(self.root)
         found: dict[str, Any] = {}
         for argument in (name for name in _CACHES if name in accepted):
             handed_on = (entry(output, name) for name in _CACHES[argument])
@@ -213,7 +216,7 @@ class HuggingFaceBackend(Backend):
             columns: as in :meth:`forward`, all within the chunk.
             options: further arguments of the model.
         """
-        accepted = inspect.signature(self.root.forward).parameters
+        accepted = _accepted(self.root)
         device = run_device(self.embedding())
         here = slice(chunk.start, chunk.stop)
         arguments: dict[str, Any] = taken({**options, "return_dict": True}, accepted)
@@ -267,3 +270,20 @@ class HuggingFaceBackend(Backend):
                 )
             return output, logits
         return run_labels(self.model, self._labels, given, arguments)
+
+
+def _accepted(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """The arguments that a model's forward pass takes.
+
+    A function put in its place may take anything and hand it on. The class then names them.
+    """
+    own = _parameters(model.forward)
+    for cls in type(model).__mro__:
+        if not all(parameter.kind in _ANY for parameter in own.values()):
+            break
+        own = _parameters(vars(cls)["forward"].__get__(model)) if "forward" in vars(cls) else own
+    return own
+
+
+def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(function).parameters

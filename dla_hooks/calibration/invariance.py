@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,8 @@ from dla_hooks.residual.stream import Stream
 
 _padding: Remembered[bool] = Remembered()
 _chunks: Remembered[bool] = Remembered()
+_holes: Remembered[bool] = Remembered()
+_MOST_COLUMNS = 64
 
 
 def padding_is_ignored(stream: Stream, *, left: bool) -> bool:
@@ -22,6 +26,48 @@ def padding_is_ignored(stream: Stream, *, left: bool) -> bool:
     per model and side.
     """
     return _padding.of(stream.model, stream.version, lambda: _try_padding(stream, left), left)
+
+
+def holes_are_ignored(stream: Stream, mask: Tensor) -> bool:
+    """Measure whether rows with masked tokens in their middle are as without these tokens.
+
+    Sliding windows, convolutions and recurrent layers count what is masked. Made-up tokens run
+    under the prompt's own mask, since a window may be longer than a short prompt. Measured once per
+    model and row of the mask.
+
+    Args:
+        stream: the located model.
+        mask: True at the real tokens [batch, pos].
+    """
+    for row in mask[has_hole(mask)].unique(dim=0):
+        pattern = bytes(row.to(torch.uint8).tolist())
+        measure = partial(_try_hole, stream, row)
+        if not _holes.of(stream.model, stream.version, measure, pattern):
+            return False
+    return True
+
+
+def has_hole(mask: Tensor) -> Tensor:
+    """Whether masked tokens lie between the real ones of each row [batch]."""
+    real = mask.long()
+    starts = (real[:, 1:] > real[:, :-1]).sum(-1) + real[:, 0]
+    return starts > 1
+
+
+def _try_hole(stream: Stream, row: Tensor) -> bool:
+    columns = row.nonzero()[:, 0]
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(stream.backend.n_tokens(), (1, len(row)), generator=generator)
+    holed = Prompt(ids.masked_fill(~row, 0), row[None])
+    alone = Prompt(ids[:, row], torch.ones(1, len(columns), dtype=torch.bool))
+    # The last token, those right behind a hole, and some of all others.
+    behind = 1 + (columns[1:] > columns[:-1] + 1).nonzero()[:, 0]
+    some = torch.linspace(0, len(columns) - 1, min(len(columns), _MOST_COLUMNS)).round().long()
+    seen = torch.cat((some, behind[-_MOST_COLUMNS:])).unique()
+    with torch.no_grad():
+        expected = stream.backend.run_synthetic(alone, seen).double()
+        found = stream.backend.run_synthetic(holed, columns[seen]).double()
+    return _alike(stream, expected, found)
 
 
 def _try_padding(stream: Stream, left: bool) -> bool:

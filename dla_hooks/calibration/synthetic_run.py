@@ -7,6 +7,7 @@ unembedding. Each has its own row of the batch. The results are for
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -159,11 +160,17 @@ class SyntheticRun:
     def readout(self, logits: Tensor) -> tuple[float, float | None]:
         """The logit scale and the softcap."""
         stream = self.stream
-        cap = self._cap(logits)
-        # Some models mask the end of their vocabulary with -inf.
-        finite = torch.isfinite(logits[1]).nonzero()[:, 0]
-        shuffled = torch.randperm(len(finite), generator=torch.Generator().manual_seed(5))
-        ids = finite[shuffled[:_TOKENS]]
+        moves = _that_move(logits)
+        if not bool(moves.any()):
+            raise refusal(
+                stream,
+                "none of its logits depends on what the final norm puts out, so there is nothing "
+                "to attribute",
+            )
+        cap = self._cap(logits, moves)
+        moving = moves.nonzero()[:, 0]
+        shuffled = torch.randperm(len(moving), generator=torch.Generator().manual_seed(5))
+        ids = moving[shuffled[:_TOKENS]]
         W, b = (t.double().cpu() for t in rows_of(stream.unembed, ids, torch.float64))
         # The largest of the small rows that a cap does not bend.
         row = next(
@@ -187,11 +194,13 @@ class SyntheticRun:
             )
         return (1.0 if abs(scale - 1) < 1e-6 + rounding else scale), cap
 
-    def _cap(self, logits: Tensor) -> float | None:
-        seen = torch.isfinite(logits[1])
-        large, larger = logits[2][seen].abs().max(), logits[3][seen].abs().max()
-        if bool(torch.isfinite(larger)) and bool((larger - large).abs() <= 1e-3 * larger):
-            return float(larger)
+    def _cap(self, logits: Tensor, moves: Tensor) -> float | None:
+        """The value that most logits stop at when what enters the unembedding doubles."""
+        large, larger = logits[2][moves].abs(), logits[3][moves].abs()
+        usual = float(larger.median())
+        # A few tokens may be large for a reason of their own, as a bias.
+        if usual < math.inf and abs(usual - float(large.median())) <= 1e-3 * usual:
+            return float(larger[larger <= 1.001 * usual].max())
         return None
 
     def _slot(self, slot: int) -> Tensor:
@@ -229,3 +238,23 @@ class SyntheticRun:
             self.outputs[position] = rows[:, 0].clone()
 
         return keep
+
+
+def _that_move(logits: Tensor) -> Tensor:
+    """The tokens whose logits follow what enters the unembedding [vocabulary].
+
+    Others are masked by the model itself, with -inf, with a large finite number, or with a bias of
+    that size. Zero rows of the unembedding do not move either.
+
+    Args:
+        logits: of rows with nothing, some noise, and a thousand times as much [rows, vocabulary].
+    """
+    nothing, noise, _, most = logits[:4]
+    finite: Tensor = torch.isfinite(logits[:4]).all(0)
+    if not bool(finite.any()):
+        return finite
+    moves: Tensor = finite & ((most - nothing).abs() > 1e-3 * nothing.abs())
+    # Rows of a large bias: noise of an ordinary size is nothing beside it.
+    apart = (nothing - nothing[finite].median()).abs()
+    ordinary: Tensor = moves & ((noise - nothing).abs() > 1e-3 * apart)
+    return ordinary if bool(ordinary.any()) else moves

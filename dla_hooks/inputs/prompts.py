@@ -79,7 +79,7 @@ def read_prompt(
     if isinstance(input, list) and input and all(isinstance(text, str) for text in input):
         if attention_mask is not None:
             raise InputError("attention_mask goes with token ids; strings are padded for you")
-        ids, mask = _encode_all(input, tokenizer, encode)
+        ids, mask = _encode_all(input, encode)
     elif isinstance(input, Tensor):
         ids, mask = _as_batch(input, attention_mask)
     else:
@@ -140,19 +140,16 @@ def check_tokenizer(tokenizer: Any) -> None:
         )
 
 
-def _encode_all(
-    texts: list[str], tokenizer: Any, encode: Callable[[str], list[int]]
-) -> tuple[Tensor, Tensor]:
+def _encode_all(texts: list[str], encode: Callable[[str], list[int]]) -> tuple[Tensor, Tensor]:
     rows = []
     for text in texts:
         rows.append(encode(text) if text else [])
         if not rows[-1]:
             raise InputError(f"the prompt {text!r} is empty: there is no position to attribute")
     width = max(map(len, rows))
+    # Masked positions hold 0: a tokenizer's own pad token may have no embedding.
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    filler = getattr(tokenizer, "pad_token_id", None)
-    ids.fill_(0 if filler is None else filler)  # any id of the vocabulary serves: it is masked out
     for row, tokens in enumerate(rows):
         ids[row, width - len(tokens) :] = torch.tensor(tokens)
         mask[row, width - len(tokens) :] = True

@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from dla_hooks.backends import Backend
 from dla_hooks.call import checked
 from dla_hooks.errors import DLAError, InputError
 from dla_hooks.inputs import positions
@@ -19,6 +20,7 @@ from dla_hooks.many import fingerprint
 from dla_hooks.many.batches import Runner, freed
 from dla_hooks.many.prompts import Names, Reader, Row, Rows
 from dla_hooks.many.store import Shards
+from dla_hooks.modules.user_hooks import callers_hooks
 from dla_hooks.results.result import DirectLogitAttribution
 from dla_hooks.units import UnitName, read_units
 from dla_hooks.units.base import Unit
@@ -42,6 +44,7 @@ def attribute_many(
     progress: bool | None = None,
     resume: str | Path | None = None,
     chunk_size: int | None = None,
+    tag: str | None = None,
 ) -> Generator[DirectLogitAttribution | DLAError, None, None]:
     """Attribute many prompts: one result for each, in the order that they come in.
 
@@ -75,10 +78,13 @@ def attribute_many(
         resume: a folder where finished results are kept, after each window and when interrupted.
             A later call with the same arguments yields those without running the model and goes
             on with the rest; prompts that failed are tried again. ``max_tokens``, ``window``,
-            ``progress`` and ``chunk_size`` may differ. Hooks on the model are not compared.
+            ``progress`` and ``chunk_size`` may differ. With hooks of yours on the model it needs a
+            ``tag``.
         chunk_size: run each batch so many tokens at a time, as for
             :func:`direct_logit_attribution`: activation memory grows with it and not with the
             prompts, and the numbers are the same.
+        tag: a name of your own for what ``resume`` cannot compare, as what your hooks do. A folder
+            that was begun under another tag, or under none, is refused.
 
     Returns:
         A generator of one :class:`DirectLogitAttribution` per prompt, whose ``attribution`` is
@@ -125,6 +131,7 @@ def attribute_many(
     }
     shards = None
     if folder is not None:
+        _check_tag(backend, tag)
         stamp = {
             "model": backend.name,
             "config": fingerprint.of_config(backend),
@@ -133,6 +140,7 @@ def attribute_many(
             **options,
             "unit": unit if isinstance(unit, str) else repr(unit),
             "pos": repr(options["pos"]),
+            "tag": tag,
         }
         shards = Shards(folder, stamp)
     runner = Runner(backend, {**options, "chunk_size": chunk_size}, max_tokens)
@@ -229,6 +237,25 @@ def _count(name: str, value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise InputError(f"{name} must be an int of at least 1, got {value!r}")
     return value
+
+
+def _check_tag(backend: Backend, tag: Any) -> None:
+    """Refuse a folder for a model that more than its weights and settings makes what it is.
+
+    Raises:
+        InputError: for hooks of the caller's without a tag.
+    """
+    if tag is not None:
+        if not isinstance(tag, str) or not tag:
+            raise InputError(f"tag must be a string that is not empty, or None, got {tag!r:.80}")
+        return
+    path = next(callers_hooks(backend.model), None)
+    if path is not None:
+        raise InputError(
+            f"{path or 'the model'} has a hook of yours, and a folder to resume cannot tell what "
+            "it does: results with other hooks, or with none, would be taken for these. Give "
+            "tag=, a name of your own for what the hooks do, or leave resume out."
+        )
 
 
 def _folder(resume: Any) -> Path:

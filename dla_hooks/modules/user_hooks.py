@@ -103,6 +103,13 @@ def hooked_modules(modules: Iterable[nn.Module]) -> list[nn.Module]:
     ]
 
 
+def callers_hooks(model: nn.Module) -> Iterator[str]:
+    """The path of every module that carries hooks of the caller's."""
+    for path, module in model.named_modules():
+        if has_callers(module._forward_hooks) or has_callers(module._forward_pre_hooks):
+            yield path
+
+
 @contextmanager
 def silenced(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Run without the caller's hooks on some modules, in this thread only."""

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from dla_hooks.backends import Backend
-from dla_hooks.calibration.invariance import chunks_are_ignored
+from dla_hooks.calibration.invariance import chunks_are_ignored, has_hole
 from dla_hooks.errors import DLAWarning, InputError, UnsupportedModelError
 from dla_hooks.inputs.prompts import Prompt, to_strings
 from dla_hooks.modules.hooks import Tap, tapped
-from dla_hooks.modules.user_hooks import hooked_modules
+from dla_hooks.modules.user_hooks import callers_hooks
 from dla_hooks.projection.tiles import View
 from dla_hooks.residual.stream import Stream
 from dla_hooks.sources.base import Source
@@ -173,15 +173,18 @@ def _why_not(stream: Stream, prompt: Prompt) -> str | None:
             f"its rotary positions ({rotary}) depend on how long a prompt is, and this one is "
             f"longer ({prompt.shape[1]} tokens) than the model was first trained for"
         )
-    left = None if not prompt.padded else not bool(prompt.mask[:, 0].all())
+    if prompt.padded and bool(has_hole(prompt.mask).any()):
+        return "tokens in its middle are masked, and only masks at its ends are measured for chunks"
+    ends = ((True, prompt.mask[:, 0]), (False, prompt.mask[:, -1]))
+    left: list[bool | None] = [left for left, end in ends if not bool(end.all())]
     try:
-        ignored = chunks_are_ignored(stream, left=left)
+        ignored = all(chunks_are_ignored(stream, left=side) for side in (left or [None]))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a model that is not made for it may fail in any way
         return str(error)
     if not ignored:
-        where = "" if left is None else " (padded as this one is)"
+        where = "" if not left else " (padded as this one is)"
         return (
             f"a short prompt{where} gives other logits in chunks than at once, as where recurrent "
             "layers start anew with each chunk"
@@ -195,10 +198,9 @@ def _is_hooked(model: torch.nn.Module) -> str | None:
     Hooks may not expect a prompt in pieces. Those of libraries are part of the model: a short run
     in chunks checks them together with it.
     """
-    hooked = hooked_modules(model.modules())
-    if not hooked:
+    path = next(callers_hooks(model), None)
+    if path is None:
         return None
-    path = next(path for path, module in model.named_modules() if module is hooked[0])
     return (
         f"{path or 'the model'} has a hook of yours, which would see each chunk by itself; pass "
         f"chunk_size={AUTOMATIC_CHUNK} where it may"

@@ -12,6 +12,7 @@ from dla_hooks.errors import NonFiniteError
 from dla_hooks.modules.autocast import outside_autocast
 from dla_hooks.stacks.checks import failure
 from dla_hooks.stacks.kept import Kept
+from dla_hooks.targets.base import spread_of
 from dla_hooks.targets.tokens import TokenPairs, read_out
 
 _MOST_COLUMNS = 4
@@ -67,7 +68,7 @@ class OwnLogits:
         theirs = rows[:, self._ids.to(rows.device)].to(own)
         if not bool(torch.isfinite(theirs).all()):
             raise NonFiniteError("the model's own logit of a token is NaN or infinite")
-        gap, spread = float((own - theirs).abs().max()), _spread(rows)
+        gap, spread = float((own - theirs).abs().max()), float(spread_of(rows[:, None]).mean())
         relative = tolerance(stream.coarsest_dtype, len(stream.writes))[1]
         # A logit itself is rounded to the model's dtype, and large ones coarsely.
         coarse = 2 * torch.finfo(stream.dtype).eps * float(theirs.abs().max())
@@ -83,11 +84,3 @@ class OwnLogits:
         if most == 1:
             return columns[-1:]
         return columns[torch.linspace(0, len(columns) - 1, most).round().long()]
-
-
-def _spread(logits: Tensor) -> float:
-    """Largest less smallest logit of the vocabulary, averaged over rows [n, vocabulary]."""
-    finite = torch.isfinite(logits)  # some models mask the end of their vocabulary
-    high = logits.masked_fill(~finite, -torch.inf).amax(-1)
-    low = logits.masked_fill(~finite, torch.inf).amin(-1)
-    return float((high.double() - low.double()).mean())

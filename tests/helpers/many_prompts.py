@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -31,15 +32,20 @@ def made(name: str, seed: int = 0):
 def batches_seen(model) -> Iterator[list[tuple[int, ...]]]:
     """The shape of every batch that the model runs."""
     shapes: list[tuple[int, ...]] = []
-    handle = model.register_forward_pre_hook(
-        lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
-    )
+    inner = model.forward
+
+    @functools.wraps(inner)
+    def forward(*args, **kwargs):  # no hook: a folder to resume is refused with one
+        shapes.append(tuple(kwargs["input_ids"].shape))
+        return inner(*args, **kwargs)
+
+    model.forward = forward
     list(attribute_many(model, random_prompts(), 5))  # what the model is asked once, it is asked
     shapes.clear()
     try:
         yield shapes
     finally:
-        handle.remove()
+        del model.forward
 
 
 def assert_same(result, alone, atol=1e-5):

@@ -173,3 +173,24 @@ def test_rotary_models_may_run_past_their_configured_length():
     limit = model.config.max_position_embeddings
     result = direct_logit_attribution(model, torch.zeros(1, limit + 3, dtype=torch.long), 5)
     assert result.gap < 1e-9
+
+
+def test_mask_reaches_a_forward_without_a_signature():
+    model = build("llama", attn="sdpa")
+    ids, mask = torch.tensor([[3, 3, 0, 5, 17]]), torch.tensor([[0, 0, 1, 1, 1]])
+    expected = direct_logit_attribution(model, ids, 7, attention_mask=mask)
+    inner = model.forward
+    model.forward = lambda *args, **kwargs: inner(*args, **kwargs)
+    result = direct_logit_attribution(model, ids, 7, attention_mask=mask)
+    assert torch.equal(result.attribution, expected.attribution)
+
+
+@pytest.mark.parametrize("pad", [10_000, -1])
+def test_pad_token_without_an_embedding_is_no_matter(prompts, pad: int):
+    tokenizer, model = tiny_tokenizer(), build("gpt2", dtype=torch.float32)
+    expected = direct_logit_attribution(model, prompts, 5, tokenizer=tokenizer).attribution
+    type_of = type(tokenizer)
+    patched = type("Padded", (type_of,), {"pad_token_id": property(lambda self: pad)})
+    tokenizer.__class__ = patched
+    result = direct_logit_attribution(model, prompts, 5, tokenizer=tokenizer)
+    assert torch.equal(result.attribution, expected)

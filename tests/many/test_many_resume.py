@@ -57,13 +57,14 @@ def test_interrupted_run_resumes(ran, model, tmp_path, stop):
     whole = list(attribute_many(model, prompts, 5))
     ran.clear()
     fail_at: list[tuple[int, int]] = []
+    kept = {"resume": tmp_path, "tag": "stopped"}
 
     def interrupt(_, args, kwargs):
         if tuple(kwargs["input_ids"].shape) in fail_at:
             raise KeyboardInterrupt
 
     handle = model.register_forward_pre_hook(interrupt, with_kwargs=True)
-    results = attribute_many(model, prompts, 5, window=4, max_tokens=12, resume=tmp_path)
+    results = attribute_many(model, prompts, 5, window=4, max_tokens=12, **kept)
     ran.clear()  # less what a new run asks and tries
     for _ in range(3):
         next(results)
@@ -78,7 +79,7 @@ def test_interrupted_run_resumes(ran, model, tmp_path, stop):
         fail_at.clear()
     done = 4 if stop == "close" else 6
     ran.clear()
-    again = list(attribute_many(model, prompts, 5, window=4, max_tokens=12, resume=tmp_path))
+    again = list(attribute_many(model, prompts, 5, window=4, max_tokens=12, **kept))
     handle.remove()
     assert sum(rows for rows, _ in ran) == 8 - done
     for one, other in zip(again, whole, strict=True):
