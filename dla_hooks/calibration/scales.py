@@ -81,7 +81,12 @@ def with_scales(stream: Stream) -> Stream:
         # A first run may change the weights itself, as RWKV's does.
         version = stream.backend.read_state().version
         _known.keep(stream.model, version, scales, stream.architecture)
-    return replace(_apply(stream, scales), version=version, remembered=remembered)
+    try:
+        scaled = _apply(stream, scales)
+    except IndexError:  # the stack was longer when it was measured, in a way that left no trace
+        _known.drop(stream.model)
+        return with_scales(stream)
+    return replace(scaled, version=version, remembered=remembered)
 
 
 def _apply(stream: Stream, scales: Scales) -> Stream:
