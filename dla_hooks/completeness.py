@@ -25,6 +25,7 @@ from dla_hooks.errors import DecompositionError, NonFiniteError
 from dla_hooks.inputs.entries import Entries
 from dla_hooks.inputs.prompts import Prompt
 from dla_hooks.modules.norms import misfit_tolerance
+from dla_hooks.residual.stream import coarsest
 from dla_hooks.targets.base import Observed
 from dla_hooks.units.base import Claim
 from dla_hooks.units.plan import Measurement
@@ -83,7 +84,7 @@ def identity_gap(measurement: Measurement) -> float:
 
 def norms_hold(measurement: Measurement) -> bool:
     """Whether every norm did what its constants say, as far as rounding lets it be seen."""
-    allowed = misfit_tolerance(measurement.plan.stream.dtype)
+    allowed = misfit_tolerance(measurement.plan.stream.product_dtype)
     return all(misfit <= allowed for _, misfit in _norms(measurement))
 
 
@@ -108,15 +109,16 @@ def hold_against_model(
         return Outcome(0.0, 0.0)
     observed = Observed.at(measurement.entries, columns, logits)
     spread = observed.spread()
-    allowed, allowed_logit = tolerance(stream.coarsest_dtype, len(stream.writes))
+    n_writes = len(stream.writes)
+    allowed_logit = tolerance(stream.coarsest_dtype, n_writes)[1]
     rounding_N = _rounding(measurement)
-    for claim in _claims(measurement):
-        relative = allowed_logit if claim.through_norm else allowed
+    for claim, dtype in _claims(measurement):
+        relative = tolerance(dtype, n_writes)[claim.through_norm]
         broken = _broken(claim, relative * spread + rounding_N)
         if broken is not None:
             raise _failure(measurement, prompt, *broken, spread, relative)
     for name, misfit in _norms(measurement):
-        if not misfit <= misfit_tolerance(stream.dtype):
+        if not misfit <= misfit_tolerance(stream.product_dtype):
             raise DecompositionError(
                 f"{name} did something else than gamma * (x - centre) / s + beta at one of the "
                 f"positions: {misfit:.1e} of its output is unexplained. A hook that changes what "
@@ -127,8 +129,10 @@ def hold_against_model(
     if not bool(torch.isfinite(theirs_E).all()):
         raise NonFiniteError("the model's own logit of an answer is NaN or infinite")
     logit_gap = _largest(own_E - theirs_E)
-    # A logit itself is rounded to the model's dtype, and large ones coarsely.
-    coarse = 2 * torch.finfo(stream.dtype).eps * _largest(theirs_E)
+    # A logit itself is rounded to its dtype, and large ones coarsely; so are two with a small
+    # difference.
+    rounded = torch.finfo(stream.coarsest_dtype).eps
+    coarse = 2 * rounded * measurement.plan.target.largest(observed)
     if not logit_gap <= allowed_logit * spread + coarse + float(rounding_N.max()):
         what = "the last stream's projection, compared with the model's own logits,"
         raise _failure(measurement, prompt, what, logit_gap, spread, allowed_logit)
@@ -150,12 +154,10 @@ def hold_against_cache(measurement: Measurement, dtype: torch.dtype) -> Outcome:
     _check_finite(measurement)
     if not parts.complete:
         return Outcome(math.nan)
-    dtype = max(dtype, stream.coarsest_dtype, key=lambda one: torch.finfo(one).eps)
-    allowed, through_norm = tolerance(dtype, len(stream.writes))
     largest_N = parts.raw_CN.abs().amax(0) + measurement.reading.total_N.abs()
     rounding_N = _rounding(measurement)
-    for claim in _claims(measurement):
-        relative = through_norm if claim.through_norm else allowed
+    for claim, seen in _claims(measurement):
+        relative = tolerance(coarsest((dtype, seen)), len(stream.writes))[claim.through_norm]
         broken = _broken(claim, relative * largest_N + rounding_N)
         if broken is not None:
             raise DecompositionError(
@@ -166,13 +168,16 @@ def hold_against_cache(measurement: Measurement, dtype: torch.dtype) -> Outcome:
     return Outcome(identity_gap(measurement))
 
 
-def _claims(measurement: Measurement) -> Iterator[Claim]:
-    """What must hold: the parts sum to the stream, and all that the units claim."""
+def _claims(measurement: Measurement) -> Iterator[tuple[Claim, torch.dtype]]:
+    """What must hold, and in what dtype: the parts sum to the stream, and all that units claim."""
+    stream = measurement.plan.stream
     parts = measurement.parts
     whole_LN = measurement.reading.total_N[None]
-    yield Claim(["the parts of the stream"], parts.sum_N[None], whole_LN)
+    claim = Claim(["the parts of the stream"], parts.sum_N[None], whole_LN)
+    yield claim, stream.stream_dtype
     for split in measurement.splits.values():
-        yield from split.claims
+        for claim in split.claims:
+            yield claim, stream.product_dtype
 
 
 def _broken(claim: Claim, allowed_N: Tensor) -> tuple[str, float] | None:
@@ -223,8 +228,10 @@ def _check_finite(measurement: Measurement) -> None:
         f"the activations become NaN or infinite, first in {first}, though "
         f"{looked_at if away else 'every weight is finite'}"
     )
-    if torch.finfo(stream.dtype).max < 1e5:
-        message += f"; in {stream.dtype} a large activation overflows: try float32 or bfloat16"
+    if torch.finfo(stream.stream_dtype).max < 1e5:
+        message += (
+            f"; in {stream.stream_dtype} a large activation overflows: try float32 or bfloat16"
+        )
     raise NonFiniteError(message)
 
 
@@ -233,6 +240,11 @@ def _failure(
 ) -> DecompositionError:
     stream = measurement.plan.stream
     dtype = str(stream.coarsest_dtype).removeprefix("torch.")
+    if spread <= 1e-12 * _largest(measurement.reading.value_N()):
+        return DecompositionError(
+            f"{stream.backend.name}: all logits are the same, so that there is nothing to "
+            "attribute: its unembedding has the same weights for every token. Load weights for it"
+        )
     relative = gap / max(spread, 1e-300)
     if torch.is_autocast_enabled(measurement.reading.scale_N.device.type):
         why = (

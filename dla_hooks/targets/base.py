@@ -105,6 +105,11 @@ class Target:
         """
         raise NotImplementedError(f"{type(self).__name__} must say how it is checked")
 
+    def largest(self, observed: Observed) -> float:
+        """The largest of the model's numbers, by whose rounding the comparison is limited."""
+        logits = observed.logits_BSV
+        return float(logits[torch.isfinite(logits)].abs().max()) if logits.numel() else 0.0
+
     def names(self, entries: Entries, tokenizer: Any) -> tuple[list[str], list[str] | None]:
         """The text of the answers and of the incorrect tokens: one, or one for every entry."""
         return [type(self).__name__], None
