@@ -57,8 +57,12 @@ class Observed:
         """The mean logit over the vocabulary for each entry, in float64."""
         return self.logits_BSV.mean(-1, dtype=torch.float64)[self.row_E, self.column_E]
 
-    def spread(self) -> float:
-        """Largest less smallest logit over the vocabulary, averaged over the entries."""
+    def spread(self, cap: float | None = None) -> float:
+        """Largest less smallest logit over the vocabulary, averaged over the entries.
+
+        Args:
+            cap: the softcap on the logits, for the spread before it; None for the logits' own.
+        """
         # Apart: `aminmax` along an axis is ten times slower than both.
         low, high = self.logits_BSV.amin(-1), self.logits_BSV.amax(-1)
         if not bool(torch.isfinite(high - low).all()):
@@ -66,7 +70,11 @@ class Observed:
             finite = torch.isfinite(self.logits_BSV)
             high = self.logits_BSV.masked_fill(~finite, -torch.inf).amax(-1)
             low = self.logits_BSV.masked_fill(~finite, torch.inf).amin(-1)
-        spread_BS = high.double() - low.double()
+        high, low = high.double(), low.double()
+        if cap is not None:
+            most = 1 - 1e-3  # nothing can be told of a logit at the cap, but that it is large
+            high, low = (cap * torch.atanh((t / cap).clamp(-most, most)) for t in (high, low))
+        spread_BS = high - low
         return float(spread_BS[self.row_E, self.column_E].mean())
 
 

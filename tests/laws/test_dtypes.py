@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
-from zoo import build, example_ids
+from zoo import ZOO, build, example_ids
 
-from dla_hooks import DLAError, direct_logit_attribution, verify
+from dla_hooks import DecompositionError, DLAError, direct_logit_attribution, verify
+from dla_hooks.units.parts import PartsRecorder
 
 UNITS = ("component", "layer", "head")
 HALVES = [torch.bfloat16, torch.float16]
@@ -116,3 +119,44 @@ def test_head_of_zeros_says_that_there_is_nothing_to_attribute(name):
         model.lm_head.weight.zero_()
     with pytest.raises(DLAError, match="nothing to attribute; "):
         direct_logit_attribution(model, ids, 5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2-untied", "gemma2", "gpt_neox-parallel"])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_write_off_by_a_hundredth_of_the_spread_is_seen_in_bfloat16(name, seed, monkeypatch):
+    model, ids = build(name, seed=seed, dtype=torch.bfloat16), example_ids(name)
+    direct_logit_attribution(model, ids, 5)
+    logits = own_logits(model, ids)
+    spread = float((logits.amax(-1) - logits.amin(-1)).mean())
+    finish = PartsRecorder.finish
+
+    def off(self, reading):
+        parts = finish(self, reading)
+        parts.raw_CN[-1] += 0.01 * spread * torch.sign(parts.sum_N - reading.total_N)
+        return parts
+
+    monkeypatch.setattr(PartsRecorder, "finish", off)
+    with pytest.raises(DecompositionError):
+        direct_logit_attribution(model, ids, 5)
+
+
+def own_logits(model, ids):
+    """The model's logits at the last position, before any cap."""
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    with torch.no_grad():
+        logits = model(ids).logits[:, -1].double()
+    return logits if cap is None else cap * torch.atanh(logits / cap)
+
+
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("depth", [4, 24])
+@pytest.mark.parametrize("name", ["llama", "gpt2-untied", "gemma2"])
+def test_clean_model_in_16_bits_is_not_refused_at_any_depth(name, depth, half):
+    spec = next(spec for spec in ZOO if spec.name == name)
+    field = "n_layer" if name.startswith("gpt2") else "num_hidden_layers"
+    config = {key: value for key, value in spec.config.items() if key != "layer_types"}
+    spec = dataclasses.replace(spec, config={**config, field: depth})
+    for seed in range(2):
+        model, ids = build(spec, seed=seed, dtype=half), example_ids(name)
+        for wrong in (None, 7):
+            direct_logit_attribution(model, ids, 5, wrong, pos=None, unit=UNITS)
