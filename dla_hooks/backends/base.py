@@ -36,6 +36,8 @@ class Backend:
         serves: classes whose models it runs, each as its library and its own name; a model is
             known by the classes that its own class descends from.
         advice: a sentence for refusals, about another way to pass the model; or nothing.
+        under_autocast: whether the model runs under a caller's autocast only, as one of several
+            dtypes may.
         embedding_name: the path of the token embeddings, where a cache names them.
     """
 
@@ -49,6 +51,7 @@ class Backend:
         self.model = model
         self.conventions = conventions or Conventions()
         self._tokenizer = tokenizer
+        self.under_autocast = False
 
     @property
     def tokenizer(self) -> Any:
@@ -242,14 +245,15 @@ class Backend:
         """The modules whose hooks may be the caller's."""
         return modules_of(self.model)
 
-    @outside_autocast
     def run_synthetic(self, prompt: Prompt, columns: Tensor | None) -> Tensor:
         """Run the model on made-up activations, to measure something; see :meth:`forward`.
 
-        A caller's autocast is switched off: the measurement also serves calls outside of it.
+        A caller's autocast is switched off: the measurement also serves calls outside of it. A
+        model that cannot run without keeps it (``under_autocast``).
         """
+        forward = self.forward if self.under_autocast else outside_autocast(self.forward)
         with self.without_user_hooks():
-            return self.forward(prompt, columns)
+            return forward(prompt, columns)
 
     def forward(self, prompt: Prompt, columns: Tensor | None) -> Tensor:
         """Run the plain forward pass eagerly, with logits at a few columns only.

@@ -98,10 +98,10 @@ def chunks_are_ignored(stream: Stream, *, left: bool | None) -> bool:
     Raises:
         UnsupportedModelError: for a model that has no cache to run chunks against.
     """
-    return _chunks.of(stream.model, stream.version, lambda: _try_chunks(stream, left), left)
+    try_chunks = _try_chunks if stream.backend.under_autocast else outside_autocast(_try_chunks)
+    return _chunks.of(stream.model, stream.version, lambda: try_chunks(stream, left), left)
 
 
-@outside_autocast
 def _try_chunks(stream: Stream, left: bool | None) -> bool:
     # Two rows, since one that is alone may be treated apart; where there is padding, one has it.
     prompt = short_prompt(stream, batch=2, length=17)

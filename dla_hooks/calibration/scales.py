@@ -22,11 +22,12 @@ from dla_hooks.backends import Backend
 from dla_hooks.calibration.prompt import short_prompt
 from dla_hooks.calibration.synthetic_run import SyntheticRun, refusal
 from dla_hooks.errors import HookError, NonFiniteError
+from dla_hooks.modules.autocast import autocast_is_on
 from dla_hooks.modules.compiled import eagerly
 from dla_hooks.modules.hooks import ONLY_USE, Use, count_firings
 from dla_hooks.modules.version import Remembered
 from dla_hooks.modules.weights import made_of
-from dla_hooks.residual.stream import Stream
+from dla_hooks.residual.stream import Stream, coarsest
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,12 @@ class Scales:
     positions_response: Tensor | None
     final_norm_use: Use
     stream_dtype: torch.dtype
+    write_dtype: torch.dtype
+    read_dtype: torch.dtype
     logit_scale: float
     softcap: float | None
     vocabulary: int
+    under_autocast: bool
 
 
 _known: Remembered[Scales] = Remembered()
@@ -81,7 +85,13 @@ def with_scales(stream: Stream) -> Stream:
         # A first run may change the weights itself, as RWKV's does.
         version = stream.backend.read_state().version
         _known.keep(stream.model, version, scales, stream.architecture)
-    return replace(_apply(stream, scales), version=version, remembered=remembered)
+    stream.backend.under_autocast = scales.under_autocast
+    try:
+        scaled = _apply(stream, scales)
+    except IndexError:  # the stack was longer when it was measured, in a way that left no trace
+        _known.drop(stream.model)
+        return with_scales(stream)
+    return replace(scaled, version=version, remembered=remembered)
 
 
 def _apply(stream: Stream, scales: Scales) -> Stream:
@@ -104,6 +114,8 @@ def _apply(stream: Stream, scales: Scales) -> Stream:
         positions_response=scales.positions_response,
         final_norm=stream.final_norm._replace(use=scales.final_norm_use),
         stream_dtype=scales.stream_dtype,
+        write_dtype=scales.write_dtype,
+        read_dtype=scales.read_dtype,
         logit_scale=scales.logit_scale,
         softcap=scales.softcap,
         vocabulary=scales.vocabulary,
@@ -112,7 +124,8 @@ def _apply(stream: Stream, scales: Scales) -> Stream:
 
 def _measure(stream: Stream) -> Scales:
     check_weights(stream.backend)
-    with eagerly(stream.backend.compiled):  # raises inside a compiled function
+    stream.backend.under_autocast = autocast_is_on() and not _runs_outside_autocast(stream)
+    with eagerly(stream.backend.compiled):  # or it is refused before any hook is put on
         synthetic, logits = _synthetic_run(stream)
     blocks = []
     for position, (index, writes) in enumerate(synthetic.live):
@@ -131,11 +144,24 @@ def _measure(stream: Stream) -> Scales:
         has_positions=has_positions,
         positions_response=response,
         final_norm_use=synthetic.norm_use,
-        stream_dtype=synthetic.stream_dtype,
+        stream_dtype=coarsest(synthetic.dtypes.stream),
+        write_dtype=coarsest(synthetic.dtypes.writes),
+        read_dtype=coarsest(synthetic.dtypes.read),
         logit_scale=scale,
         softcap=cap,
         vocabulary=logits.shape[-1],
+        under_autocast=stream.backend.under_autocast,
     )
+
+
+def _runs_outside_autocast(stream: Stream) -> bool:
+    """Whether a model runs at all where autocast does not make its dtypes one."""
+    try:
+        with torch.no_grad():
+            stream.backend.run_synthetic(short_prompt(stream, length=2), None)
+    except RuntimeError:  # "expected m1 and m2 to have the same dtype"
+        return False
+    return True
 
 
 def _synthetic_run(stream: Stream) -> tuple[SyntheticRun, Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.modules.hooks import Call, Edit, Place, Tap, Use, edited, tapped
 from dla_hooks.modules.linear import rows as rows_of
 from dla_hooks.modules.linear import value_at
-from dla_hooks.residual.stream import Block, Stream
+from dla_hooks.modules.vjp import dtype_of
+from dla_hooks.residual.stream import Block, Stream, coarsest
 
 _TOKENS = 64  # enough to recognise the map to the vocabulary
 
@@ -29,6 +31,32 @@ def refusal(stream: Stream, what: str) -> UnsupportedModelError:
         f"{type(stream.backend.root).__name__} (model type {stream.backend.model_type!r}) cannot "
         f"be attributed: {what}{instead}"
     )
+
+
+@dataclass(frozen=True)
+class Dtypes:
+    """The dtypes that were seen in a made-up run.
+
+    Attributes:
+        stream: of what enters the blocks and the final norm.
+        writes: of what the writes put out.
+        read: of the final norm's output, the unembedding and the logits.
+    """
+
+    stream: set[torch.dtype] = field(default_factory=set)
+    writes: set[torch.dtype] = field(default_factory=set)
+    read: set[torch.dtype] = field(default_factory=set)
+
+    def rounding(self) -> float:
+        """The rounding of the coarsest dtype in which the blocks are added up."""
+        return float(torch.finfo(coarsest(self.stream | self.writes)).eps)
+
+
+def _finest_that_holds(logits: Tensor) -> list[torch.dtype]:
+    """A 16-bit dtype that holds all logits: they were made in it, and handed on in another."""
+    finite = logits[torch.isfinite(logits)]
+    halves = torch.bfloat16, torch.float16
+    return [half for half in halves if torch.equal(finite.to(half).to(finite), finite)][:1]
 
 
 class SyntheticRun:
@@ -52,14 +80,14 @@ class SyntheticRun:
         d_model = stream.d_model
         self.signs = torch.ones(d_model, dtype=torch.float64)
         self.signs[torch.randperm(d_model, generator=generator)[: d_model // 2]] = -1
-        # Larger than the signs, or a norm would treat the two alike. Rounded, so that what is put
-        # in is what the model sees.
+        # Larger than the signs, or a norm would treat the two alike; rounded, so that what is put
+        # in is what the model sees, whichever dtype a place has.
         self.noise = 4 * torch.randn(d_model, generator=generator, dtype=torch.float64)
-        self.noise = self.noise.to(stream.dtype).double()
+        self.noise = self.noise.to(torch.bfloat16).double()
         together = torch.randn(self.n_slots, d_model, generator=generator, dtype=torch.float64)
-        self.together = together.to(stream.dtype).double()
+        self.together = together.to(torch.bfloat16).double()
         self.outputs: dict[int, Tensor] = {}
-        self.stream_dtype = stream.dtype
+        self.dtypes = Dtypes()
 
     def run(self) -> Tensor:
         """Logits [rows, vocabulary] at the last token."""
@@ -69,7 +97,7 @@ class SyntheticRun:
         taps = [Tap(block.input, self._keep(i - 1)) for i, block in enumerate(blocks) if i]
         norm = self.stream.final_norm._replace(use=self.norm_use)
         taps.append(Tap(norm.entered, self._keep(len(blocks) - 1)))
-        edits = [self._edit(norm, self._normed())]
+        edits = [self._edit(norm, self._normed(), self.dtypes.read)]
         if self.stream.positions is not None:
             # The input of block 0 for positions alone.
             taps.append(Tap(blocks[0].input, self._keep(-1)))
@@ -79,12 +107,16 @@ class SyntheticRun:
             start = self.stream.declared_start if block is blocks[0] else None
             edits.append(self._edit(start or block.input, self._slot(0)))
             for slot, j in enumerate(writes, start=1):
-                edits.append(self._edit(block.writes[j].place, self._slot(slot)))
-        # Taps first: they must read a block's input before it is replaced.
+                edits.append(
+                    self._edit(block.writes[j].place, self._slot(slot), self.dtypes.writes)
+                )
+        # Taps first: they must see what reaches a block before it is replaced.
         with tapped(taps), edited(edits):
             logits = self.stream.backend.run_synthetic(prompt, None)
         if logits.ndim != 3 or logits.shape[0] != self.n_rows:
             raise refusal(self.stream, f"its logits have the shape {list(logits.shape)}")
+        self.dtypes.read.update((logits.dtype, dtype_of(self.stream.unembed)))
+        self.dtypes.read.update(_finest_that_holds(logits))
         return logits[:, 0].double().cpu()
 
     def factor(self, position: int, slot: int, block: Block) -> Tensor | None:
@@ -95,8 +127,8 @@ class SyntheticRun:
         expected = factor * self.noise
         tolerance = self._tolerance()
         off = float((of_noise - expected).norm() / (expected.norm() + of_noise.norm() + 1e-30))
-        if slot == 0 and self.stream.dtype == torch.float64 and off > 1e-12:
-            self.stream_dtype = torch.float32  # as Mamba does, whatever the model's dtype
+        if slot == 0 and self.dtypes.stream == {torch.float64} and off > 1e-12:
+            self.dtypes.stream.add(torch.float32)  # as Mamba does, whatever the model's dtype
         if not off <= tolerance:
             what = "its input" if slot == 0 else block.writes[slot - 1].label
             raise refusal(
@@ -113,7 +145,7 @@ class SyntheticRun:
         if bool((factor == factor[0]).all()):
             # One number for all channels. In 16 bits noise gives it more precisely than +-1 does.
             fit = of_noise @ self.noise / self.noise.square().sum()
-            rounded = torch.finfo(self.stream.dtype).eps > 1e-6
+            rounded = self.dtypes.rounding() > 1e-6
             factor = fit if rounded and factor[0] != 1 else factor[0]
             return None if factor == 1 else factor
         return factor
@@ -151,7 +183,7 @@ class SyntheticRun:
         return True, factor
 
     def _tolerance(self) -> float:
-        return 1e-5 + 3 * torch.finfo(self.stream.dtype).eps
+        return 1e-5 + 3 * self.dtypes.rounding()
 
     def constant(self, position: int) -> Tensor:
         """The output of a block for zeros everywhere [d_model]."""
@@ -183,9 +215,15 @@ class SyntheticRun:
         seen = logits[row, ids] if cap is None else cap * torch.atanh(logits[row, ids] / cap)
         # The bias is scaled along with the rest: seen = k * (linear + b).
         ours = linear + b
+        if not bool(ours.any()):
+            raise refusal(
+                stream,
+                "its unembedding makes nothing of any stream, as one whose weights are all zero, "
+                "so that there is nothing to attribute; load weights for it",
+            )
         scale = float(ours @ seen / ours.square().sum())
         off = float((scale * ours - seen).norm() / seen.norm())
-        rounding = torch.finfo(stream.dtype).eps
+        rounding = torch.finfo(coarsest(self.dtypes.read)).eps
         if not off <= 1e-4 + 16 * rounding:
             raise refusal(
                 stream,
@@ -228,12 +266,18 @@ class SyntheticRun:
         new = rows[:, None, :].expand(-1, per_row, -1).reshape(like.shape)
         return new.to(like, copy=True)  # a model may go on to write into it
 
-    def _edit(self, place: Place, rows: Tensor) -> Edit:
-        return Edit(place.module, lambda x: self._fill(place.name, x, rows), place.before)
+    def _edit(self, place: Place, rows: Tensor, seen: set[torch.dtype] | None = None) -> Edit:
+        def change(x: Tensor) -> Tensor:
+            if seen is not None:
+                seen.add(x.dtype)
+            return self._fill(place.name, x, rows)
+
+        return Edit(place.module, change, place.before)
 
     def _keep(self, position: int) -> Callable[[Call], None]:
         def keep(call: Call) -> None:
             x = call.activation
+            self.dtypes.stream.add(x.dtype)
             rows = x.detach().double().cpu().reshape(self.n_rows, -1, x.shape[-1])
             self.outputs[position] = rows[:, 0].clone()
 

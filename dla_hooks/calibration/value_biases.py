@@ -43,7 +43,8 @@ def head_constants(stream: Stream, *, norm_bias: bool = True) -> dict[str, Tenso
     # are equal only if attention weights sum to one, since the second attends to both.
     prompt = short_prompt(stream, batch=3, length=2)
     prompt.input_ids.copy_(prompt.input_ids[:1, :1].expand_as(prompt.input_ids))
-    step = torch.randn(stream.d_model, generator=torch.Generator().manual_seed(2))
+    generator = torch.Generator().manual_seed(2)
+    step = torch.randn(stream.d_model, generator=generator, dtype=torch.float32)
     steps = torch.stack((torch.zeros_like(step), step, -step))[:, None]
 
     def remember(label: str) -> Callable[[Call], None]:
@@ -69,7 +70,7 @@ def head_constants(stream: Stream, *, norm_bias: bool = True) -> dict[str, Tenso
 
 
 def _check(stream: Stream, site: HeadSite, z: Tensor) -> None:
-    rounding = 1e-4 + 16 * torch.finfo(stream.dtype).eps
+    rounding = 1e-4 + 16 * torch.finfo(stream.product_dtype).eps
     first, second = z.unbind(1)
     if (first - second).norm() > rounding * first.norm():
         raise UnsupportedModelError(

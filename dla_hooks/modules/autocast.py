@@ -15,6 +15,11 @@ _Given = ParamSpec("_Given")
 _Result = TypeVar("_Result")
 
 
+def autocast_is_on() -> bool:
+    """Whether the caller has autocast on for any device."""
+    return any(torch.is_autocast_enabled(device) for device in _DEVICES)
+
+
 def outside_autocast(function: Callable[_Given, _Result]) -> Callable[_Given, _Result]:
     """Decorate a function so that it runs with autocast (16 bits) switched off."""
 

@@ -72,12 +72,13 @@ def probe(module: nn.Module, d_model: int, name: str, dtype: torch.dtype) -> Nor
     device = run_device(module)
     run_dtype = parameter.dtype if parameter is not None else dtype
 
-    signs = torch.ones(d_model, device=device)
+    signs = torch.ones(d_model, dtype=torch.float32, device=device)
     signs[1::2] = -1.0
     if d_model % 2:  # an odd width has no +-1 vector of mean zero: leave one channel out, in turn
         signs[-1] = 0.0
     other = signs.roll(1)
-    noise = torch.randn(d_model, generator=torch.Generator().manual_seed(0)).to(device)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(d_model, generator=generator, dtype=torch.float32).to(device)
     amplitude = _AMPLITUDE_HALF if run_dtype == torch.float16 else _AMPLITUDE
     large = (signs * amplitude, other * amplitude)
     made_up = torch.stack(

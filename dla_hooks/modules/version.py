@@ -36,15 +36,20 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
 _IDLE = (nn.Module.forward, nn.Sequential.forward, nn.Identity.forward)
 
 
+_PLAIN = frozenset({int, float, bool, str, type(None)})
+_LONGEST_TABLE = 16  # of labels, names: a model's own settings are shorter
+
+
 @dataclass(frozen=True)
 class State:
     """The state of a model's modules.
 
     Attributes:
-        version: a number that moves when a weight is changed in place or replaced, when a library's
-            hook comes or goes, when another PEFT adapter becomes the active one, or when a part is
-            compiled. Writing through ``.data`` escapes it; a call whose check then fails measures
-            again.
+        version: a number that moves when a weight is changed in place or replaced, when a module
+            is replaced, added, removed or used twice, when a plain value of a config or a number
+            that a module keeps (an epsilon, a multiplier) changes, when a library's hook comes or
+            goes, when another PEFT adapter becomes the active one, or when a part is compiled.
+            Writing through ``.data`` escapes it; a call whose check then fails measures again.
         training: whether a module is in training mode. Bare containers do not count: they compute
             nothing, and one made after ``model.eval()`` (``nn.ModuleList(layers[:4])``) is True.
         compiled: whether a module, or a function stored on a module, is compiled.
@@ -67,7 +72,9 @@ def state_of(model: nn.Module, *others: nn.Module) -> State:
     seen: list[Any] = []
     training = compiled = False
     adapters_off: list[bool] = []
-    adapted: dict[type, bool] = {}  # the classes of PEFT layers among those that were met
+    adapted: dict[type, bool] = {}  # of the classes that were met: those of PEFT's layers
+    numbers: dict[type, list[str]] = {}  # what modules of a class keep: epsilons, multipliers
+    configs: dict[int, Any] = {}
     for root in (model, *others):
         for module in modules_of(root):
             # `getattr` for a missing name goes through `nn.Module.__getattr__`, which is slow;
@@ -75,7 +82,18 @@ def state_of(model: nn.Module, *others: nn.Module) -> State:
             kept, kind = vars(module), type(module)
             if kind not in adapted:  # a model has many modules, and few classes of them
                 adapted[kind] = hasattr(kind, "_disable_adapters")
+                numbers[kind] = [k for k, value in kept.items() if value.__class__ is float]
                 compiled = compiled or class_has_compiled(kind)
+            if module._modules:  # with a module that is there twice, twice
+                seen += map(id, module._modules.values())
+            if "forward" in kept:
+                seen.append(id(kept["forward"]))
+            for name in numbers[kind]:
+                number = kept.get(name)
+                seen.append(number if number.__class__ in _PLAIN else id(number))
+            if "config" in kept:
+                config = kept["config"]
+                configs[id(config)] = config
             tensors: list[Tensor | None] = [*module._parameters.values()]
             if module._buffers:
                 # Tables that a model makes anew as it runs (rotary frequencies) are no weights.
@@ -95,7 +113,25 @@ def state_of(model: nn.Module, *others: nn.Module) -> State:
             if module.training and not training:
                 training = is_training(module)
             compiled = compiled or has_compiled(module)
+        config = vars(root).get("cfg")  # as TransformerLens has it
+        configs[id(config)] = config
+    for config in configs.values():
+        seen += _plain_values(config)
     return State(hash((compiled, *seen)), training, compiled, tuple(adapters_off))
+
+
+def _plain_values(config: Any) -> list[Any]:
+    """What can be hashed of a config: numbers, strings, and flat lists and mappings of these."""
+    found: list[Any] = []
+    for value in getattr(config, "__dict__", {}).values():
+        kind = value.__class__
+        if kind in _PLAIN:
+            found.append(value)
+        elif kind is list:
+            found += [one if one.__class__ in _PLAIN else repr(one) for one in value]
+        elif kind is dict and len(value) <= _LONGEST_TABLE:
+            found.append(repr(value))
+    return found
 
 
 def is_training(module: nn.Module) -> bool:

@@ -118,11 +118,17 @@ def _made_up(width: int) -> Tensor:
     it counts as an outlier.
     """
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(2, width, generator=generator).mul(8).round().div(8).clamp(-3, 3)
-    large = torch.zeros(width)
+    noise = (
+        torch.randn(2, width, generator=generator, dtype=torch.float32)
+        .mul(8)
+        .round()
+        .div(8)
+        .clamp(-3, 3)
+    )
+    large = torch.zeros(width, dtype=torch.float32)
     large[0] = _LARGE
     one, other = noise
-    return torch.stack((torch.zeros(width), one, other, large, one + other, one + large))
+    return torch.stack((torch.zeros_like(one), one, other, large, one + other, one + large))
 
 
 def _bend(seen: Tensor, eps: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,6 +14,11 @@ from dla_hooks.backends import Backend
 from dla_hooks.modules.hooks import ONLY_USE, Call, Place, Use
 from dla_hooks.modules.vjp import dtype_of
 from dla_hooks.residual.architecture import Architecture
+
+
+def coarsest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    """The dtype that rounds most."""
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 @dataclass(frozen=True)
@@ -151,10 +157,12 @@ class Stream:
         vocabulary: number of tokens that the unembedding scores.
         logit_scale: the factor of the logits.
         softcap: the cap on the logits, or None.
-        stream_dtype: the dtype in which the blocks are added up.
-        positions_response: the factor of positions at the stream's beginning; None is one.
-        version: the model's version when its scales were measured.
-        remembered: whether the scales come from an earlier call.
+        stream_dtype: in which the blocks are added up.
+        write_dtype: the coarsest in which a write leaves its module.
+        read_dtype: the coarsest of the final norm's output, the unembedding and the logits.
+        positions_response: what the stream's beginning multiplies positions by; None is one.
+        version: of the model, as its scales were measured.
+        remembered: whether the answers come from an earlier call.
         position_limit: the longest prompt that can run, or None where there is no fixed limit.
     """
 
@@ -170,6 +178,8 @@ class Stream:
     vocabulary: int
     position_limit: int | None
     stream_dtype: torch.dtype = torch.float64
+    write_dtype: torch.dtype = torch.float64
+    read_dtype: torch.dtype = torch.float64
     logit_scale: float = 1.0
     softcap: float | None = None
     positions_response: Tensor | None = None
@@ -217,8 +227,18 @@ class Stream:
 
     @cached_property
     def coarsest_dtype(self) -> torch.dtype:
-        """The coarser of the weights' and the stream's dtype (Mamba adds in float32)."""
-        return max(self.dtype, self.stream_dtype, key=lambda dtype: torch.finfo(dtype).eps)
+        """Of all that the stream is added up and read in, the dtype that rounds most."""
+        return coarsest((self.dtype, self.stream_dtype, self.read_dtype))
+
+    @cached_property
+    def product_dtype(self) -> torch.dtype:
+        """Of the stream, the writes and the products that make heads writes, the coarsest dtype.
+
+        A module may round its product to 16 bits and hand it on in 32, as those with weights in
+        four bits do.
+        """
+        products = [dtype_of(write.heads.linear) for write in self.writes if write.heads]
+        return coarsest((self.coarsest_dtype, self.write_dtype, *products))
 
     @cached_property
     def work_dtype(self) -> torch.dtype:

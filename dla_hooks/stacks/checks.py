@@ -174,7 +174,7 @@ def _hold(
         check_weights(stream.backend)
         raise NonFiniteError(f"the activations become NaN or infinite: see {what}")
     # The entries of a cache may have been converted.
-    dtypes = stream.coarsest_dtype, kept.inputs.source.dtype()
+    dtypes = stream.product_dtype, kept.inputs.source.dtype()
     dtype = max(dtypes, key=lambda one: torch.finfo(one).eps)
     relative = tolerance(dtype, len(stream.writes))[through_norm]
     gap_N = _norm(parts - whole)
@@ -186,7 +186,7 @@ def _hold(
 def failure(kept: Kept, what: str, gap: float, size: float, allowed: float) -> DecompositionError:
     """Say what does not add up, by how much, and where."""
     stream = kept.stream
-    dtype = str(stream.coarsest_dtype).removeprefix("torch.")
+    dtype = str(stream.product_dtype).removeprefix("torch.")
     if not kept.live:
         why = (
             "The cache does not hold what one run of this model wrote: its entries were changed, "

@@ -179,7 +179,7 @@ class Kept:
     def _hold_norms(self) -> None:
         for (name, *_), misfit in self._misfits.items():
             unexplained = norms.largest([misfit])
-            if not unexplained <= norms.misfit_tolerance(self.stream.dtype):
+            if not unexplained <= norms.misfit_tolerance(self.stream.product_dtype):
                 raise DecompositionError(
                     f"{name} did something else than gamma * (x - centre) / s + beta at one of the "
                     f"positions: {unexplained:.1e} of its output is unexplained. A hook that "

@@ -71,7 +71,7 @@ class OwnLogits:
         gap, spread = float((own - theirs).abs().max()), float(spread_of(rows[:, None]).mean())
         relative = tolerance(stream.coarsest_dtype, len(stream.writes))[1]
         # A logit itself is rounded to the model's dtype, and large ones coarsely.
-        coarse = 2 * torch.finfo(stream.dtype).eps * float(theirs.abs().max())
+        coarse = 2 * torch.finfo(stream.coarsest_dtype).eps * float(theirs.abs().max())
         if not gap <= relative * spread + coarse:
             raise failure(kept, "the last stream's logits", gap, spread, relative)
 

@@ -63,12 +63,20 @@ class Observed:
         """The mean logit over the vocabulary for each entry, in float64."""
         return self.logits_BSV.mean(-1, dtype=torch.float64)[self.row_E, self.column_E]
 
-    def spread(self) -> float:
+    def spread(self, cap: float | None = None) -> float:
         """Largest less smallest logit over the vocabulary, averaged over the entries.
 
         Masked tokens are left out: those of -inf, and those of a large finite number.
+
+        Args:
+            cap: the softcap on the logits, for the spread before it; None for the logits' own.
         """
-        return float(spread_of(self.logits_BSV)[self.row_E, self.column_E].mean())
+        logits_BSV = self.logits_BSV
+        if cap is not None:
+            most = 1 - 1e-3  # of a logit at the cap, all that is known is that it is large
+            capped = (logits_BSV.double() / cap).clamp(-most, most)
+            logits_BSV = torch.where(torch.isfinite(logits_BSV), cap * capped.atanh(), -torch.inf)
+        return float(spread_of(logits_BSV)[self.row_E, self.column_E].mean())
 
 
 def spread_of(logits_BSV: Tensor) -> Tensor:
@@ -153,6 +161,11 @@ class Target:
             Ours [n] and the model's [n], after any cap.
         """
         raise NotImplementedError(f"{type(self).__name__} must say how it is checked")
+
+    def largest(self, observed: Observed) -> float:
+        """The largest of the model's numbers, by whose rounding the comparison is limited."""
+        logits = observed.logits_BSV
+        return float(logits[torch.isfinite(logits)].abs().max()) if logits.numel() else 0.0
 
     def names(self, entries: Entries, tokenizer: Any) -> tuple[list[str], list[str] | None]:
         """The text of the answers and of the incorrect tokens: one, or one for every entry."""

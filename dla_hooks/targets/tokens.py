@@ -129,6 +129,13 @@ class TokenTarget(Target):
             ours = _capped(own(1), cap) - _capped(own(2), cap)
         return ours, theirs.to(ours.device)
 
+    def largest(self, observed: Observed) -> float:
+        """The largest of the logits that are compared: of both, where two are subtracted."""
+        pairs = self._pairs
+        asked = [ids for ids in (pairs.correct, pairs.incorrect) if ids is not None]
+        logits = [observed.of(ids[observed.target_E]).abs() for ids in asked]
+        return max((float(one.max()) for one in logits if one.numel()), default=0.0)
+
     def names(self, entries: Entries, tokenizer: Any) -> tuple[list[str], list[str] | None]:
         """The text of the one answer, or of every entry's answer; likewise of the incorrect."""
 

@@ -148,6 +148,8 @@ class _Trace:
         self.seen: dict[tuple[str, Any], tuple[Tensor, Tensor]] = {}
         rounding = torch.finfo(stream.coarsest_dtype).eps
         self.tolerance = max(4 * rounding, 1e-5 if rounding > 1e-9 else 1e-9)
+        products = torch.finfo(stream.product_dtype).eps
+        self.product_tolerance = max(4 * products, self.tolerance)
         self.logit_tolerance = max(16 * rounding, 1e-5)
         # A few random directions and tokens expose a wrong map as well as all of them do.
         generator = torch.Generator().manual_seed(3)
@@ -215,7 +217,7 @@ class _Trace:
                 continue
             split, whole = z @ u.T + self.directions @ bias, wrote @ self.directions.T
             gap = _relative(split - whole, whole)
-            ok = gap <= 4 * self.tolerance
+            ok = gap <= 4 * self.product_tolerance
             lines.append(Line(name, claim, gap, ok))
         return lines
 

@@ -1,0 +1,139 @@
+"""What was measured of a model follows the model, with and without the check."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from zoo import build, example_ids
+
+from dla_hooks import direct_logit_attribution
+from dla_hooks.backends import backend_of
+
+FAMILIES = ["llama", "qwen3_moe-mixed", "olmo2"]
+
+
+def own_logit(model, ids, token=5):
+    """The model's own logit at the last position, before any cap."""
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    with torch.no_grad():
+        logit = model(ids, use_cache=False).logits[:, -1, token]
+    return logit if cap is None else cap * torch.atanh(logit / cap)
+
+
+def holds(model, ids, **options):
+    result = direct_logit_attribution(model, ids, 5, check=False, **options)
+    summed = result.bias + (
+        result.attribution[-1] if result.unit == "layer" else result.attribution.sum(0)
+    )
+    torch.testing.assert_close(summed, own_logit(model, ids), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(result.logit, own_logit(model, ids), rtol=1e-5, atol=1e-5)
+    return result
+
+
+def restack(model, layers):
+    model.model.layers = nn.ModuleList(layers)
+    model.config.num_hidden_layers = len(layers)
+    model.eval()
+
+
+@pytest.mark.parametrize(("name", "field"), [("granite", "logits_scaling"), ("cohere", None)])
+def test_logit_scale_that_changes_after_a_call_is_followed_without_a_check(name, field):
+    model, ids = build(name), example_ids(name)
+    before = holds(model, ids)
+    if field is None:
+        model.logit_scale = 2.0  # a number that the module keeps
+    else:
+        setattr(model.config, field, 5.0)
+    after = holds(model, ids)
+    assert not torch.allclose(before.logit, after.logit)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text-cap"])
+def test_softcap_switched_off_after_a_call_is_followed(name):
+    model, ids = build(name), example_ids(name)
+    assert direct_logit_attribution(model, ids, 5).softcap is not None
+    model.config.final_logit_softcapping = None
+    assert holds(model, ids).softcap is None
+    model.config.final_logit_softcapping = 9.0
+    assert direct_logit_attribution(model, ids, 5).softcap == pytest.approx(9.0)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_layers_that_come_twice_or_go_are_followed_without_a_check(name):
+    model, ids = build(name), example_ids(name)
+    layers = list(model.model.layers)
+    n_rows = len(holds(model, ids).labels)
+    holds(model, ids, unit="layer")
+    restack(model, [*layers[:-1], layers[-2], layers[-1]])
+    doubled = holds(model, ids)
+    assert len(doubled.labels) == n_rows + 2
+    assert len(holds(model, ids, unit="layer").labels) == 2 * len(layers) + 3
+    restack(model, layers)
+    assert len(holds(model, ids).labels) == n_rows
+    restack(model, layers[:1])
+    assert len(holds(model, ids).labels) == 3
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_early_exit_by_config_is_followed_there_and_back(name):
+    model, ids = build(name), example_ids(name)
+    n_layers = model.config.num_hidden_layers
+    n_rows = len(holds(model, ids).labels)
+    model.config.num_hidden_layers = 1
+    assert len(holds(model, ids).labels) == 3
+    assert direct_logit_attribution(model, ids, 5).logit_gap < 1e-5
+    model.config.num_hidden_layers = n_layers
+    assert len(holds(model, ids).labels) == n_rows
+
+
+def test_blocks_made_parallel_after_a_call_lose_their_mid_streams():
+    model, ids = build("gpt_neox-sequential"), example_ids("gpt_neox-sequential")
+    assert "1_mid" in holds(model, ids, unit="layer").labels
+    for block in model.gpt_neox.layers:
+        block.use_parallel_residual = True
+    model.config.use_parallel_residual = True
+    assert "1_mid" not in holds(model, ids, unit="layer").labels
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model.config, "rms_norm_eps", 0.3),
+        lambda model: setattr(model.model.norm, "variance_epsilon", 0.3),
+        lambda model: setattr(model.model.layers[1].input_layernorm, "variance_epsilon", 0.3),
+        lambda model: model.set_attn_implementation("sdpa"),
+        lambda model: setattr(model.model.layers[0].mlp, "act_fn", nn.Tanh()),
+        lambda model: setattr(model.model.layers[0], "forward", lambda x, **_: x),
+        lambda model: setattr(model.config, "rope_parameters", {"rope_type": "default"}),
+    ],
+    ids=["config", "last-norm", "norm", "attention", "function", "forward", "table"],
+)
+def test_version_moves_with_what_is_no_weight(change):
+    model = build("llama", attn="eager")
+    before = backend_of(model).state.version
+    assert backend_of(model).state.version == before
+    change(model)
+    assert backend_of(model).state.version != before
+
+
+def test_version_stays_while_a_model_runs():
+    for name in ("gpt2", "phi3", "gemma3_text", "mixtral"):
+        model, ids = build(name), example_ids(name)
+        direct_logit_attribution(model, ids, 5, unit="head")
+        before = backend_of(model).state.version
+        direct_logit_attribution(model, ids.repeat(1, 4), 5, unit="layer")
+        assert backend_of(model).state.version == before
+
+
+@pytest.mark.parametrize("shrink", [100, 300, 1e5])
+@pytest.mark.parametrize("name", ["llama", "gpt2-untied", "gemma2", "granite"])
+def test_mid_streams_do_not_depend_on_the_size_of_the_embeddings(name, shrink):
+    ids = example_ids(name)
+    expected = direct_logit_attribution(build(name), ids, 5, unit="layer").labels
+    model = build(name)
+    with torch.no_grad():
+        model.get_input_embeddings().weight /= shrink
+        if name.startswith("gpt2"):
+            model.transformer.wpe.weight /= shrink
+    assert direct_logit_attribution(model, ids, 5, unit="layer", check=False).labels == expected
