@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from dla_hooks.calibration.logits import finest_that_holds, that_move
 from dla_hooks.calibration.prompt import short_prompt
 from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.modules.hooks import Call, Edit, Place, Tap, Use, edited, tapped
@@ -50,13 +51,6 @@ class Dtypes:
     def rounding(self) -> float:
         """The rounding of the coarsest dtype in which the blocks are added up."""
         return float(torch.finfo(coarsest(self.stream | self.writes)).eps)
-
-
-def _finest_that_holds(logits: Tensor) -> list[torch.dtype]:
-    """A 16-bit dtype that holds all logits: they were made in it, and handed on in another."""
-    finite = logits[torch.isfinite(logits)]
-    halves = torch.bfloat16, torch.float16
-    return [half for half in halves if torch.equal(finite.to(half).to(finite), finite)][:1]
 
 
 class SyntheticRun:
@@ -116,7 +110,7 @@ class SyntheticRun:
         if logits.ndim != 3 or logits.shape[0] != self.n_rows:
             raise refusal(self.stream, f"its logits have the shape {list(logits.shape)}")
         self.dtypes.read.update((logits.dtype, dtype_of(self.stream.unembed)))
-        self.dtypes.read.update(_finest_that_holds(logits))
+        self.dtypes.read.update(finest_that_holds(logits))
         return logits[:, 0].double().cpu()
 
     def factor(self, position: int, slot: int, block: Block) -> Tensor | None:
@@ -192,12 +186,12 @@ class SyntheticRun:
     def readout(self, logits: Tensor) -> tuple[float, float | None]:
         """The logit scale and the softcap."""
         stream = self.stream
-        moves = _that_move(logits)
+        moves = that_move(logits)
         if not bool(moves.any()):
             raise refusal(
                 stream,
-                "none of its logits depends on what the final norm puts out, so there is nothing "
-                "to attribute",
+                "none of its logits depends on what the final norm puts out, as where the "
+                "unembedding is zero, so there is nothing to attribute; load weights for it",
             )
         cap = self._cap(logits, moves)
         moving = moves.nonzero()[:, 0]
@@ -282,23 +276,3 @@ class SyntheticRun:
             self.outputs[position] = rows[:, 0].clone()
 
         return keep
-
-
-def _that_move(logits: Tensor) -> Tensor:
-    """The tokens whose logits follow what enters the unembedding [vocabulary].
-
-    Others are masked by the model itself, with -inf, with a large finite number, or with a bias of
-    that size. Zero rows of the unembedding do not move either.
-
-    Args:
-        logits: of rows with nothing, some noise, and a thousand times as much [rows, vocabulary].
-    """
-    nothing, noise, _, most = logits[:4]
-    finite: Tensor = torch.isfinite(logits[:4]).all(0)
-    if not bool(finite.any()):
-        return finite
-    moves: Tensor = finite & ((most - nothing).abs() > 1e-3 * nothing.abs())
-    # Rows of a large bias: noise of an ordinary size is nothing beside it.
-    apart = (nothing - nothing[finite].median()).abs()
-    ordinary: Tensor = moves & ((noise - nothing).abs() > 1e-3 * apart)
-    return ordinary if bool(ordinary.any()) else moves

@@ -82,7 +82,7 @@ def state_of(model: nn.Module, *others: nn.Module) -> State:
             kept, kind = vars(module), type(module)
             if kind not in adapted:  # a model has many modules, and few classes of them
                 adapted[kind] = hasattr(kind, "_disable_adapters")
-                numbers[kind] = [k for k, value in kept.items() if value.__class__ is float]
+                numbers[kind] = [k for k, value in kept.items() if type(value) is float]
                 compiled = compiled or class_has_compiled(kind)
             if module._modules:  # with a module that is there twice, twice
                 seen += map(id, module._modules.values())

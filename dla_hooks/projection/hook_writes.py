@@ -30,13 +30,13 @@ class HookWrites:
     def __init__(
         self, places: Sequence[tuple[Place, Directions]], n_entries: int, dtype: torch.dtype
     ) -> None:
-        self._places = places
+        self.places = places
         self._rows = FixedRows(2 * len(places), n_entries, dtype)
 
     def taps(self, view: View) -> list[Tap]:
         """Two taps for each place."""
         found = []
-        for number, (place, directions) in enumerate(self._places):
+        for number, (place, directions) in enumerate(self.places):
             for row, at in ((2 * number, place.ahead), (2 * number + 1, place)):
                 found.append(Tap(at, self._see(row, directions, view)))
         return found

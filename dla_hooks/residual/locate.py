@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
@@ -15,6 +14,7 @@ from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.modules.hooks import Place, Use
 from dla_hooks.modules.linear import input_width, output_width
 from dla_hooks.residual.architecture import Architecture, Write
+from dla_hooks.residual.look import child, descend, look
 from dla_hooks.residual.stream import Block, HeadSite, Stream, WriteSite
 
 
@@ -146,7 +146,7 @@ class _Finder:
     def unwrapped(self, block: nn.Module, name: str) -> tuple[nn.Module, str]:
         """The module that has a block's parts: the block, or the one that it is a wrapper of."""
         names = self.first_names()
-        inside = _descend(block, lambda one: any(_child(one, first) for first in names))
+        inside = descend(block, lambda one: any(child(one, first) for first in names))
         return (block, name) if inside is None else (inside[0], ".".join((name, *inside[1])))
 
     def with_uses(self, blocks: tuple[Block, ...]) -> tuple[Block, ...]:
@@ -230,67 +230,6 @@ class _Finder:
         if isinstance(said, bool) or not isinstance(said, int):
             said = self.backend.number(field)
         return said if isinstance(said, int) and not isinstance(said, bool) and said > 0 else 0
-
-
-class Found(NamedTuple):
-    """A module that was found by its path.
-
-    Attributes:
-        module: the module.
-        path: where it is, with the wrappers on the way.
-        holders: for each name of the declared path, the module that has it as a child.
-    """
-
-    module: nn.Module
-    path: str
-    holders: tuple[nn.Module, ...]
-
-
-_DEEPEST_WRAPPER = 3
-
-
-def look(root: nn.Module, path: str) -> Found | None:
-    """Find a module by its path, through wrappers behind the first name.
-
-    A wrapper lacks the next name of the path, and one of the modules in it has that.
-    """
-    first, *names = path.split(".")
-    module = _child(root, first)
-    if module is None:
-        return None
-    taken, holders = [first], [root]
-    for name in names:
-        inside = _descend(module, partial(_child, name=name))
-        if inside is None:
-            return None
-        holder, way = inside
-        module = getattr(holder, name)
-        taken += [*way, name]
-        holders.append(holder)
-    return Found(module, ".".join(taken), tuple(holders))
-
-
-def _descend(
-    module: nn.Module, has: Callable[[nn.Module], Any]
-) -> tuple[nn.Module, tuple[str, ...]] | None:
-    """The module if it has what is sought, or the only one in it that does, with the way there."""
-    level: list[tuple[nn.Module, tuple[str, ...]]] = [(module, ())]
-    for _ in range(1 + _DEEPEST_WRAPPER):
-        fits = [found for found in level if has(found[0])]
-        if fits:
-            return fits[0] if len({id(one) for one, _ in fits}) == 1 else None
-        level = [
-            (child, (*way, name))
-            for one, way in level
-            for name, child in one._modules.items()
-            if child is not None
-        ]
-    return None
-
-
-def _child(module: nn.Module, name: str) -> nn.Module | None:
-    found = getattr(module, name, None)
-    return found if isinstance(found, nn.Module) else None
 
 
 def _names(write: Write) -> tuple[str, ...]:

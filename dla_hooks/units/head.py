@@ -7,6 +7,7 @@ value. What no head wrote (embeddings, MLPs, output biases) is the ``remainder``
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -80,9 +81,8 @@ class Heads(Unit):
     def places(self, stream: Stream) -> list[Place]:
         """Every z, the post-norms behind them, and the last stream."""
         sites = [write.heads for write in stream.writes if write.heads is not None]
-        norms_behind = [site.post_norm_place for site in sites]
-        found = [place for place in norms_behind if place is not None]
-        return [*(site.place for site in sites), *found, stream.last]
+        found = [place for site in sites for place in (site.place, site.post_norm_place)]
+        return [*(place for place in found if place is not None), stream.last]
 
     def prepare(self, parts: PartsPlan, conventions: Conventions) -> UnitPlan:
         """Fold the directions through every output projection.
@@ -161,20 +161,16 @@ class _Layer:
             # slower (cold caches). An offloaded weight is at hand when the model has just read it.
             self.folded.prepare()
 
-    def way_to_stream(self) -> list[Place]:
-        """What is put out between z and the stream: by the projection, attention, the post-norm."""
+    def way_to_stream(self) -> list[tuple[Place, Directions]]:
+        """What the projection, attention and the post-norm put out, and what it is projected on."""
         site, found = self.site, []
         if site.linear is site.proj:
-            found.append(site.place)
+            found.append((site.place, self.at_output))
         if self.module.module is not site.proj:
-            found.append(self.module)
+            found.append((self.module, self.at_output))
         if site.post_norm_place is not None:
-            found.append(site.post_norm_place)
+            found.append((site.post_norm_place, self.in_stream))
         return found
-
-    def directions_at(self, place: Place) -> Directions:
-        """What is written at a place on that way is projected on these."""
-        return self.in_stream if place == self.site.post_norm_place else self.at_output
 
 
 class _HeadsRecorder(Recorder):
@@ -187,18 +183,17 @@ class _HeadsRecorder(Recorder):
         self._aside = FixedRows(2 * n_layers, len(view), plan.dtype)
         self._misfits: dict[str, list[Tensor]] = {}
         # What the caller's hooks write between z and the stream, by the number of the layer.
-        self._hooks: dict[int, tuple[list[Place], HookWrites]] = {}
+        self._hooks: dict[int, HookWrites] = {}
         for number, layer in enumerate(plan.layers):
-            hooked = [place for place in layer.way_to_stream() if is_hooked(place)]
-            if hooked:
-                writes = [(place, layer.directions_at(place)) for place in hooked]
-                self._hooks[number] = hooked, HookWrites(writes, len(view), plan.dtype)
+            writes = [(place, d) for place, d in layer.way_to_stream() if is_hooked(place)]
+            if writes:
+                self._hooks[number] = HookWrites(writes, len(view), plan.dtype)
 
     def taps(self, view: View) -> list[Tap]:
         """Every output projection, and every post-norm behind one."""
         layers = enumerate(self._plan.layers)
         taps = [tap for number, layer in layers for tap in self._taps(number, layer, view)]
-        for _, writes in self._hooks.values():
+        for writes in self._hooks.values():
             taps += writes.taps(view)
         return taps
 
@@ -222,8 +217,9 @@ class _HeadsRecorder(Recorder):
         whole_N = reading.value_N() - reading.bias_N
         torch.sub(whole_N, values_CN[:-1].sum(0), out=values_CN[-1])
         seen = [(name, norms.largest(misfits)) for name, misfits in self._misfits.items()]
-        claims = self._claims(values_CN, beside_LN, parts)
-        return Split(*self._with_hooks(values_CN, hooks), claims, seen)
+        return Split(
+            *self._with_hooks(values_CN, hooks), self._claims(values_CN, beside_LN, parts), seen
+        )
 
     def _taps(self, number: int, layer: _Layer, view: View) -> list[Tap]:
         norm, place = layer.post_norm, layer.site.post_norm_place
@@ -252,10 +248,10 @@ class _HeadsRecorder(Recorder):
     def _written(self, scale_LN: Tensor, parts: Parts) -> dict[int, Tensor]:
         """What the caller's hooks wrote between z and the stream, by the number of the layer."""
         final_N, found = parts.reading.scale_N, {}
-        for number, (places, writes) in self._hooks.items():
+        for number, writes in self._hooks.items():
             layer, written = self._plan.layers[number], writes.finish(final_N.device)
             if layer.post_norm is not None:  # what stands before it is divided by its scale, too
-                for place, row_N in zip(places, written, strict=True):
+                for (place, _), row_N in zip(writes.places, written, strict=True):
                     if place != layer.site.post_norm_place:
                         row_N /= scale_LN[number]
             found[number] = written.sum(0) / final_N
@@ -265,15 +261,13 @@ class _HeadsRecorder(Recorder):
         """The rows, with what hooks wrote beside the heads of their layer."""
         if not hooks:
             return self._plan.rows, values_CN
-        rows: list[Row] = []
-        values: list[Tensor] = []
+        rows, values = list[Row](), list[Tensor]()
         for number, layer in enumerate(self._plan.layers):
             rows += self._plan.rows[layer.rows]
             values += values_CN[layer.rows]
             if number in hooks:
-                first = self._plan.rows[layer.rows.start]
-                label = first.label.removesuffix("H0") + "hook"
-                rows.append(Row(label, "hook", first.layer, first.sub))
+                label = rows[-1].label.partition("H")[0] + "hook"
+                rows.append(replace(rows[-1], label=label, kind="hook", index=None))
                 values.append(hooks[number])
         rest_N = values_CN[-1] - torch.stack(list(hooks.values())).sum(0)
         return [*rows, self._plan.rows[-1]], torch.stack([*values, rest_N])
@@ -289,15 +283,11 @@ class _HeadsRecorder(Recorder):
                 and layer.label not in parts.missing
             ]
             if kept:
+                names = [f"the heads in {layer.site.name}" for _, layer in kept]
                 heads = [values_CN[layer.rows].sum(0) + beside_LN[number] for number, layer in kept]
-                claims.append(
-                    Claim(
-                        [f"the heads in {layer.site.name}" for _, layer in kept],
-                        torch.stack(heads),
-                        torch.stack([parts[layer.label] for _, layer in kept]),
-                        through_norm,
-                    )
-                )
+                wrote = [parts[layer.label] for _, layer in kept]
+                claim = Claim(names, torch.stack(heads), torch.stack(wrote), through_norm)
+                claims.append(claim)
         return claims
 
 
@@ -305,5 +295,5 @@ def _rows_of(write: WriteSite, sub: int) -> list[Row]:
     """The heads of a block's attention; those of a second one are L0.1H0, L0.1H1, …"""
     assert write.heads is not None
     layer = f"L{write.layer}.{sub}" if sub else f"L{write.layer}"
-    heads = range(write.heads.n_heads)
-    return [Row(f"{layer}H{head}", "head", write.layer, sub, head) for head in heads]
+    n_heads = write.heads.n_heads
+    return [Row(f"{layer}H{h}", "head", write.layer, sub, h) for h in range(n_heads)]

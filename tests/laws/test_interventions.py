@@ -174,9 +174,10 @@ def test_recording_hook_sees_the_callers_run_alone(unit):
 @pytest.mark.parametrize("unit", UNIT_NAMES)
 def test_new_hook_costs_no_further_run(unit):
     model, ids = build("llama"), example_ids("llama")
-    direct_logit_attribution(model, ids, 5, unit=unit)
     runs = []
     alter_output(model.get_input_embeddings(), lambda out: runs.append(1) or out)
+    direct_logit_attribution(model, ids, 5, unit=unit)
+    runs.clear()
     model.model.layers[1].register_forward_hook(adds(1.0))
     direct_logit_attribution(model, ids, 5, unit=unit)
     assert len(runs) == 1

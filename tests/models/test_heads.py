@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from alter import alter_output
 from mapping_zoo import build_any, example_ids_any
 from torch import nn
 
@@ -223,9 +224,8 @@ def test_wrapped_model_says_the_measured_heads():
 def test_heads_cost_one_run_more_and_only_once():
     model = build_any("llama")
     ids = example_ids_any(model)
-    direct_logit_attribution(model, ids, 5, 7)
     runs = []
-    hook = model.model.embed_tokens.register_forward_hook(lambda *_: runs.append(1))
+    alter_output(model.model.embed_tokens, lambda out: runs.append(1) or out)
     direct_logit_attribution(model, ids, 5, 7)
     runs.clear()
     direct_logit_attribution(model, ids, 5, 7, unit="head", fold_value_biases=False)
@@ -233,7 +233,6 @@ def test_heads_cost_one_run_more_and_only_once():
     runs.clear()
     direct_logit_attribution(model, ids, 5, 7, unit="head", fold_value_biases=False)
     assert len(runs) == 1
-    hook.remove()
 
 
 def test_missing_block_parts_are_named_first():

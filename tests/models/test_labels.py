@@ -178,6 +178,7 @@ def test_label_is_given_by_its_name():
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.filterwarnings("ignore")  # PEFT's own
 def test_adapted_classifier_gives_its_own_logits(family, merged):
     peft = pytest.importorskip("peft")
     model = _build(AutoModelForSequenceClassification, family)

@@ -49,18 +49,15 @@ class TestSeveralUnits:
 
     def test_the_model_runs_once(self):
         model, ids = build("llama"), example_ids("llama")
-        direct_logit_attribution(model, ids, 5, unit="layer")  # measured from now on
-        plan = prepare(model, 5, unit=UNIT_NAMES)
-        hooked = passes(model, lambda: plan(ids))[0]  # a new hook: the model is measured again
-        assert hooked >= 1
-        handle = model.register_forward_pre_hook(lambda *_: None)
-        direct_logit_attribution(model, ids, 5, unit=UNIT_NAMES)
         runs = []
-        forward = model.forward
-        model.forward = lambda *args, **kwargs: runs.append(1) or forward(*args, **kwargs)
+        alter_output(model.get_input_embeddings(), lambda out: runs.append(1) or out)
         direct_logit_attribution(model, ids, 5, unit=UNIT_NAMES)
-        del model.forward
-        handle.remove()
+        runs.clear()
+        direct_logit_attribution(model, ids, 5, unit=UNIT_NAMES)
+        assert len(runs) == 1
+        plan = prepare(model, 5, unit=UNIT_NAMES)
+        runs.clear()
+        plan(ids)
         assert len(runs) == 1
 
     def test_two_of_a_kind_need_keys_of_their_own(self):
