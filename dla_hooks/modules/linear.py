@@ -28,6 +28,9 @@ _TILE_ELEMENTS = 2**21
 _CAST_ELEMENTS = 2**19
 """Largest number of weight entries in memory in another dtype (2 MiB in float32)."""
 
+_CAST_ELEMENTS_ON_GPU = 2**24
+"""The same on a GPU, where each piece costs a launch: 64 MiB, before any activation is there."""
+
 _widths: WeakKeyDictionary[nn.Module, tuple[tuple[tuple[int, ...], ...], int]]
 _widths = WeakKeyDictionary()
 
@@ -68,7 +71,8 @@ def _product(d_KO: Tensor, weight_OI: Tensor) -> Tensor:
     if weight_OI.dtype == d_KO.dtype:
         return d_KO @ weight_OI
     product = d_KO.new_zeros(len(d_KO), weight_OI.shape[1])
-    step = max(1, _CAST_ELEMENTS // max(1, weight_OI.shape[1]))
+    elements = _CAST_ELEMENTS_ON_GPU if weight_OI.is_cuda else _CAST_ELEMENTS
+    step = max(1, elements // max(1, weight_OI.shape[1]))
     for d_KT, weight_TI in zip(d_KO.split(step, 1), weight_OI.split(step), strict=True):
         product += d_KT @ weight_TI.to(d_KO)
     return product

@@ -100,9 +100,9 @@ class _Finder:
         found: Any = root
         for name in filter(None, path.split(".")):
             inner = getattr(found, name, None)
-            if inner is None and found is self.model:
+            if inner is None and found is self.model and "." in path:
                 # LlamaForQuestionAnswering calls the decoder `transformer`, not `model`.
-                inner = getattr(found, getattr(found, "base_model_prefix", "") or name, None)
+                inner = getattr(found, getattr(type(found), "base_model_prefix", "") or name, None)
             found = inner
         return found if isinstance(found, nn.Module) else None
 
