@@ -13,7 +13,9 @@ from dla_hooks.completeness import (
     hold_against_model,
     identity_gap,
 )
+from dla_hooks.errors import ShapeMismatchError
 from dla_hooks.inputs.positions import Selection
+from dla_hooks.residual.hooked import changed_behind
 from dla_hooks.results.result import DirectLogitAttribution
 from dla_hooks.sources.base import Source
 from dla_hooks.units.plan import Measurement, Plan, Recording
@@ -25,9 +27,14 @@ def measure(
     """Let a source show its activations to a plan's taps, and check what they wrote."""
     prompt = source.prompt
     entries = plan.target.align(selection, prompt.shape, source.batched)
+    if not entries.batched and entries.shape[0] > 1:
+        raise ShapeMismatchError(
+            f"{entries.shape[0]} answers do not fit the one prompt of a cache without its batch "
+            "axis; give one token, or keep the axis"
+        )
     columns = columns_to_check(entries, prompt, plan.stream.vocabulary) if check else None
     recording = Recording(plan, entries, source.missing)
-    if recording.needs_all_logits:
+    if recording.needs_all_logits or (check and changed_behind(plan.stream)):
         columns = torch.arange(prompt.shape[1])  # hooks there see what they would see
     logits = source.show(recording.view, recording.taps, columns)
     measurement = recording.finish()

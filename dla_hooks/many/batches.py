@@ -149,8 +149,9 @@ class Runner:
         answer = answers.get("answer_tokens", nothing)
         incorrect = answers.get("incorrect_tokens", nothing)
         ids = short_prompt(self.stream).input_ids
-        # A failed check may be due to these tokens alone, so it is left to the prompts.
-        with contextlib.suppress(DecompositionError):
+        # A failed check may be due to these tokens alone, so it is left to the prompts. So are the
+        # caller's hooks.
+        with contextlib.suppress(DecompositionError), self._backend.without_user_hooks():
             self._plan(answer, incorrect)(ids, chunk_size=self._chunk_size)
 
     def outcomes(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from dla_hooks.modules.hooks import Place
-from dla_hooks.modules.user_hooks import FINAL_HOOK, is_hooked
+from dla_hooks.modules.user_hooks import FINAL_HOOK, has_callers, is_hooked
 from dla_hooks.residual.gains import constant_label, product
 from dla_hooks.residual.stream import Block, Stream
 
@@ -65,3 +65,20 @@ def hook_factor(hooked: Hooked, factors: Mapping[str, Tensor | None]) -> Tensor 
         return None
     later = factors[constant_label(block)]
     return product(block.gain, later) if hooked.at_input else later
+
+
+def changed_behind(stream: Stream) -> bool:
+    """Tell whether the caller may change activations behind the last stream, out of sight.
+
+    A hook on the output of the model or of its decoder does that, and so does a ``forward`` that
+    was replaced there or on the unembedding. No row shows it. The check must then see all logits.
+    """
+    root, name = stream.backend.root, stream.final_norm.name
+    around: list[nn.Module] = [stream.backend.model, root, stream.unembed]
+    for part in name.split(".")[:-1]:
+        around.append(getattr(around[-1] if len(around) > 3 else root, part))
+    return any(
+        has_callers(module._forward_hooks)
+        or ("forward" in vars(module) and not hasattr(module, "_hf_hook"))
+        for module in around
+    )

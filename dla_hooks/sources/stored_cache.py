@@ -150,8 +150,8 @@ class StoredCache(Source):
                     x = x + times(self._write(write.name), write.response)
                 if block.constant is not None:
                     x = x + block.constant.to(x)
-        except CacheEntryError:
-            raise self._missing(name) from None
+        except CacheEntryError as error:
+            raise CacheEntryError(f"{self._missing(name)}. Without it, {error}") from None
         return x
 
     def _write(self, name: str) -> Tensor:

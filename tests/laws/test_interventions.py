@@ -285,3 +285,57 @@ def test_bias_on_the_logits_is_a_row():
     row = result.attribution[result.labels.index("logit_hook")]
     torch.testing.assert_close(row, (bias[5] - bias[7]).expand_as(row))
     holds(model, ids, result)
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+@pytest.mark.parametrize("spec", ["llama", "gpt2"])
+def test_change_behind_the_stream_at_one_position_is_refused(spec, replaced):
+    """No row shows what is done to the decoder's output; the check looks at every position."""
+    model, ids = build(spec), example_ids(spec, batch=2, length=40)
+    decoder = model.base_model
+
+    def halve(module, args, out):
+        if out.last_hidden_state.shape[1] > 5:
+            out.last_hidden_state[:, 5] *= 0.5
+        return out
+
+    if replaced:
+        forward = decoder.forward
+        decoder.forward = lambda *args, **kwargs: halve(None, None, forward(*args, **kwargs))
+    else:
+        decoder.register_forward_hook(halve)
+    plan = dla_hooks.prepare(model, 7)
+    for pos in (None, slice(0, 30)):
+        with pytest.raises(dla_hooks.DecompositionError):
+            plan(ids, pos=pos)
+
+
+def test_hook_on_the_model_sees_all_its_logits():
+    model, ids = build("llama"), example_ids("llama", batch=2, length=12)
+    seen = []
+    model.register_forward_hook(lambda m, a, out: seen.append(tuple(out.logits.shape)))
+    result = direct_logit_attribution(model, ids, 5, 7, pos=None)
+    holds(model, ids, result)
+    assert seen[0][:2] == (2, 12)
+
+
+def test_many_prompts_leave_hooks_to_the_prompts():
+    model, ids = build("llama"), list(range(2, 14))
+    seen = []
+
+    def once(module, args, out):
+        seen.append(tuple(out.shape))
+        out = out.clone()
+        out[:, 8] = 0
+        handle.remove()
+        return out
+
+    mlp = model.model.layers[1].mlp
+    handle = mlp.register_forward_hook(once)
+    with torch.no_grad():
+        truth = model(torch.tensor([ids])).logits[0, -1, 7]
+    handle = mlp.register_forward_hook(once)
+    seen.clear()
+    (result,) = dla_hooks.attribute_many(model, [ids], 7)
+    torch.testing.assert_close(result.logit.squeeze(), truth, rtol=0, atol=1e-6)
+    assert seen == [(1, 12, model.config.hidden_size)]

@@ -47,7 +47,7 @@ SAME_CLASS = [
     case("unknown unit", unit="neuron"),
     case("unit in capitals", unit="Head"),
     case("unit None", unit=None),
-    case("unit in a list", unit=["head"]),
+    case("unit in a list of numbers", unit=[1]),
     case("no answer", answer=None),
     case("no answer but an incorrect", answer=None, incorrect=5),
     case("no input", input=None),
