@@ -75,8 +75,11 @@ def changed_behind(stream: Stream) -> bool:
     """
     root, name = stream.backend.root, stream.final_norm.name
     around: list[nn.Module] = [stream.backend.model, root, stream.unembed]
+    holder: object = root
     for part in name.split(".")[:-1]:
-        around.append(getattr(around[-1] if len(around) > 3 else root, part))
+        holder = getattr(holder, part, None) or getattr(holder, "base_model", None)
+        if isinstance(holder, nn.Module):
+            around.append(holder)
     return any(
         has_callers(module._forward_hooks)
         or ("forward" in vars(module) and not hasattr(module, "_hf_hook"))
