@@ -179,3 +179,9 @@ def test_wrong_examples_in_docstrings_fail():
     said: list[str] = []
     assert doctest.DocTestRunner().run(example, out=said.append).failed == 1
     assert "Expected" in "".join(said)
+
+
+def test_examples_of_interventions_run():
+    found = doctest.testfile(str(ROOT / "docs" / "interventions.md"), module_relative=False)
+    assert found.attempted > 10
+    assert found.failed == 0
