@@ -145,6 +145,10 @@ def several():
     return filled(model, 3).eval()
 
 
+@pytest.mark.skipif(
+    peft.__version__.startswith("0.18."),
+    reason="peft 0.18 cannot merge a module to save that the active adapter lacks",
+)
 @pytest.mark.parametrize("check", [True, False])
 def test_active_adapter_is_used(check):
     model, ids = several(), example_ids("llama")
