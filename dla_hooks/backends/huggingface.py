@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -286,4 +286,13 @@ def _accepted(model: nn.Module) -> Mapping[str, inspect.Parameter]:
 
 
 def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(function).parameters
+    method = getattr(function, "__func__", None)
+    if method is None:
+        return inspect.signature(function).parameters
+    return dict(_of_method(method)[1:])  # without `self`
+
+
+@lru_cache(maxsize=256)
+def _of_method(method: Any) -> tuple[tuple[str, inspect.Parameter], ...]:
+    """A method's parameters. Reading a signature takes longer than many a tap."""
+    return tuple(inspect.signature(method).parameters.items())
