@@ -103,8 +103,7 @@ def hooked(model: Any, folder: Path, fold_ln: bool = True, **processing: bool) -
         )
         state = loading.get_pretrained_state_dict(str(folder), config, model, dtype=dtype)
         config.tokenizer_name = None  # else it is looked up on the hub
-        tokenizer = AutoTokenizer.from_pretrained(folder)  # it wants one that knows its folder
-        reference = HookedTransformer(config, tokenizer=tokenizer, move_to_device=False)
+        reference = HookedTransformer(config, tokenizer=_tokenizer(folder), move_to_device=False)
         reference.load_and_process_state_dict(state, fold_ln=fold_ln, **processing)
     reference.eval()
     _check(reference, original)
@@ -116,17 +115,25 @@ def bridged(model: Any, folder: Path, compatible: bool = True, **processing: boo
 
     It works on the modules that it is given, so it is given copies.
     """
-    from transformer_lens.model_bridge import TransformerBridge
-
     original, model = model, copy.deepcopy(model)
-    _save(model, folder)
-    with _quietly():
-        reference = TransformerBridge.boot_transformers(str(folder), hf_model=model, device="cpu")
-        if compatible:
+    reference = booted(model, folder)
+    if compatible:
+        with _quietly():
             reference.enable_compatibility_mode(disable_warnings=True, **processing)
     reference.eval()
     _check(reference, original)
     return reference
+
+
+def booted(model: Any, folder: Path) -> Any:
+    """A ``TransformerBridge`` around the modules of a model, unchecked."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    _save(model, folder)
+    with _quietly():
+        return TransformerBridge.boot_transformers(
+            str(folder), hf_model=model, device="cpu", tokenizer=_tokenizer(folder)
+        )
 
 
 class References:
@@ -150,9 +157,18 @@ class References:
 
 
 def _save(model: Any, folder: Path) -> None:
-    """Both loaders read the config, the bridge the tokenizer too; the weights stay in memory."""
+    """Both loaders read the config; the weights stay in memory."""
     model.config.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+
+
+def _tokenizer(folder: Path) -> Any:
+    """A tokenizer that knows its folder, as both loaders want it: they load it again from there.
+
+    The folder has no config, which would make ``AutoTokenizer`` take the class of the model's type,
+    and that splits text in its own way.
+    """
+    tiny_tokenizer().save_pretrained(folder / "tokenizer")
+    return AutoTokenizer.from_pretrained(folder / "tokenizer")
 
 
 @contextlib.contextmanager

@@ -33,14 +33,10 @@ def unfaithful_bridge(model, folder):
     """A bridge without the check that it says what the raw model says."""
     from copy import deepcopy
 
-    from tl_models import _quietly, _save
-    from transformer_lens.model_bridge import TransformerBridge
+    from tl_models import booted
 
-    copied = deepcopy(model)
-    _save(copied, folder)
-    with _quietly():
-        bridge = TransformerBridge.boot_transformers(str(folder), hf_model=copied, device="cpu")
-        bridge.enable_compatibility_mode(disable_warnings=True)
+    bridge = booted(deepcopy(model), folder)
+    bridge.enable_compatibility_mode(disable_warnings=True)
     return bridge.eval()
 
 
