@@ -268,7 +268,7 @@ def check_length(stream: Stream, prompt: Prompt) -> None:
     Raises:
         InputError: with both lengths.
     """
-    longest = int(prompt.mask.sum(-1).max())
+    longest = int(prompt.mask.sum(-1).max()) if prompt.padded else prompt.shape[1]
     if stream.position_limit is not None and longest > stream.position_limit:
         raise InputError(
             f"the prompt has {longest} tokens, but {type(stream.backend.root).__name__} has "

@@ -25,6 +25,7 @@ from dla_hooks.errors import DecompositionError, NonFiniteError
 from dla_hooks.inputs.entries import Entries
 from dla_hooks.inputs.prompts import Prompt
 from dla_hooks.modules.norms import misfit_tolerance
+from dla_hooks.projection.ledger import all_finite
 from dla_hooks.residual.stream import coarsest
 from dla_hooks.targets.base import Observed
 from dla_hooks.units.base import Claim
@@ -67,9 +68,9 @@ def tolerance(dtype: torch.dtype, n_writes: int) -> tuple[float, float]:
 
 def columns_to_check(entries: Entries, prompt: Prompt, vocabulary: int) -> Tensor | None:
     """A few of the selected columns, the first and the last among them; None if there are none."""
-    columns: Tensor = entries.cols.unique()
-    if not len(columns):
+    if not len(entries):
         return None
+    columns: Tensor = entries.cols.unique() if len(entries) > 1 else entries.cols
     per_column = len(prompt.input_ids) * vocabulary
     most = max(1, min(_MOST_COLUMNS, len(columns), _MOST_LOGITS // per_column))
     if most == 1:
@@ -133,14 +134,14 @@ def hold_against_model(
             )
 
     own_E, theirs_E = measurement.plan.target.own_and_theirs(reading, observed)
-    if not bool(torch.isfinite(theirs_E).all()):
+    if not all_finite(theirs_E):
         raise NonFiniteError("the model's own logit of an answer is NaN or infinite")
     logit_gap = _largest(own_E - theirs_E)
     # A logit itself is rounded to its dtype, and large ones coarsely; so are two with a small
     # difference.
     rounded = torch.finfo(stream.coarsest_dtype).eps
     coarse = 2 * rounded * measurement.plan.target.largest(observed)
-    if not logit_gap <= allowed_logit * spread + coarse + float(rounding_N.max()):
+    if not logit_gap <= allowed_logit * spread + coarse + _largest(rounding_N):
         what = "the last stream's projection, compared with the model's own logits,"
         raise _failure(measurement, prompt, what, logit_gap, spread, allowed_logit)
     return Outcome(identity_gap(measurement), logit_gap)
@@ -219,29 +220,28 @@ def _rounding(measurement: Measurement, spread: float = 0.0) -> Tensor:
     parts = measurement.parts
     dtype = measurement.plan.stream.coarsest_dtype
     eps = torch.finfo(dtype).eps
-    running_SN = parts.steps_SN.cumsum(0).abs()
+    running_SN = parts.steps_SN.cumsum(0).abs_()
     if spread and _is_coarse(dtype):
-        beyond_N: Tensor = (
-            (parts.steps_SN.cumsum(0).abs() - spread).clamp(min=0).square().sum(0).sqrt()
-        )
+        beyond_N: Tensor = (running_SN - spread).clamp_(min=0).square_().sum(0).sqrt_()
         return beyond_N * eps
     largest_N: Tensor = running_SN.amax(0)
     return largest_N * (2 * eps * math.sqrt(len(parts.plan.rows)))
 
 
 def _largest(difference: Tensor) -> float:
-    return float(difference.abs().max()) if difference.numel() else 0.0
+    return float(torch.linalg.vector_norm(difference, torch.inf)) if difference.numel() else 0.0
 
 
 def _check_finite(measurement: Measurement) -> None:
     parts, stream = measurement.parts, measurement.plan.stream
     splits = measurement.splits.values()
     measured = (parts.raw_CN, measurement.reading.total_N, *(one.values_CN for one in splits))
-    if all(bool(torch.isfinite(values).all()) for values in measured):
+    if all(map(all_finite, measured)):
         return
     check_weights(stream.backend)
-    pairs = zip(parts.plan.rows, parts.finite_C.tolist(), strict=True)
-    first = next((row.label for row, finite in pairs if not finite), "the final norm")
+    finite = [True] * len(parts.plan.rows) if parts.finite_C is None else parts.finite_C.tolist()
+    pairs = zip(parts.plan.rows, finite, strict=True)
+    first = next((row.label for row, is_finite in pairs if not is_finite), "the final norm")
     away = any(weight.is_meta for _, weight in stream.backend.named_weights())
     looked_at = "every weight in memory is finite (those that are offloaded were not looked at)"
     message = (

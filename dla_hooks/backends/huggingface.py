@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -27,6 +27,8 @@ from dla_hooks.backends.readouts import (
 from dla_hooks.errors import InputError, UnsupportedModelError
 from dla_hooks.inputs.prompts import Prompt
 from dla_hooks.modules.outputs import tensor_in
+from dla_hooks.modules.signature import arguments_of
+from dla_hooks.modules.version import Remembered
 from dla_hooks.modules.weights import run_device
 
 _CACHES = {
@@ -58,7 +60,8 @@ _EXACT_LAYERS = {
 """Layers of transformers' caches that keep unchanged all that later tokens read."""
 
 
-_ANY = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+_decoders: Remembered[bool] = Remembered()
+"""Models that were found to be decoders with a linear head."""
 
 
 class HuggingFaceBackend(Backend):
@@ -84,6 +87,9 @@ class HuggingFaceBackend(Backend):
         """
         model = self.root
         is_module = isinstance(model, nn.Module)
+        # Configs take long to read, and nothing that is read here has changed.
+        if is_module and _decoders.find(model, self.state.version):
+            return
         has_head = is_module and (unembedding(model) is not None or self._labels is not None)
         if has_head and token_embedding(model) is None:
             has_head = hasattr(model, "config")
@@ -108,6 +114,7 @@ class HuggingFaceBackend(Backend):
                 f"{name} has no token embeddings that can be found; give it a method "
                 "get_input_embeddings() that returns the module"
             )
+        _decoders.keep(model, self.state.version, True)
 
     def check_prompt(self, prompt: Prompt) -> None:
         """Refuse a prompt whose last token is not the one that a classifier reads.
@@ -182,7 +189,7 @@ class HuggingFaceBackend(Backend):
     ) -> tuple[Tensor, Any]:
         logits, output = self._run(prompt, chunk, columns, {"use_cache": True, **(past or {})})
         # The model makes the cache that suits it: sliding windows, states, whatever it needs.
-        accepted = _accepted(self.root)
+        accepted = arguments_of(self.root)
         found: dict[str, Any] = {}
         for argument in (name for name in _CACHES if name in accepted):
             handed_on = (entry(output, name) for name in _CACHES[argument])
@@ -216,7 +223,7 @@ class HuggingFaceBackend(Backend):
             columns: as in :meth:`forward`, all within the chunk.
             options: further arguments of the model.
         """
-        accepted = _accepted(self.root)
+        accepted = arguments_of(self.root)
         device = run_device(self.embedding())
         here = slice(chunk.start, chunk.stop)
         arguments: dict[str, Any] = taken({**options, "return_dict": True}, accepted)
@@ -270,29 +277,3 @@ class HuggingFaceBackend(Backend):
                 )
             return output, logits
         return run_labels(self.model, self._labels, given, arguments)
-
-
-def _accepted(model: nn.Module) -> Mapping[str, inspect.Parameter]:
-    """The arguments that a model's forward pass takes.
-
-    A function put in its place may take anything and hand it on. The class then names them.
-    """
-    own = _parameters(model.forward)
-    for cls in type(model).__mro__:
-        if not all(parameter.kind in _ANY for parameter in own.values()):
-            break
-        own = _parameters(vars(cls)["forward"].__get__(model)) if "forward" in vars(cls) else own
-    return own
-
-
-def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
-    method = getattr(function, "__func__", None)
-    if method is None:
-        return inspect.signature(function).parameters
-    return dict(_of_method(method)[1:])  # without `self`
-
-
-@lru_cache(maxsize=256)
-def _of_method(method: Any) -> tuple[tuple[str, inspect.Parameter], ...]:
-    """A method's parameters. Reading a signature takes longer than many a tap."""
-    return tuple(inspect.signature(method).parameters.items())

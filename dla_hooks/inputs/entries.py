@@ -52,6 +52,12 @@ class Entries:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def of_target(self, numbers_K: Tensor) -> Tensor:
+        """Spread numbers [..., K] for targets to entries [..., N]; one target's stay [..., 1]."""
+        if numbers_K.shape[-1] == 1:
+            return numbers_K
+        return numbers_K.index_select(-1, self.target.to(numbers_K.device))
+
     def unfold(self, values: Tensor) -> Tensor:
         """Unfold scalars [..., N] to [..., *shape], with NaN where the prompt has no token."""
         lead = values.shape[:-1]
@@ -68,6 +74,8 @@ class Entries:
         Args:
             mask: True at the real tokens of the prompt [batch, pos].
         """
+        if self._valid is None and bool(mask.all()):
+            return self.unfold(self.cols)
         counted = (mask.cumsum(-1) - 1)[self.rows, self.cols]
         if self._valid is None:
             return self.unfold(counted)

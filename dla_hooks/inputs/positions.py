@@ -84,10 +84,21 @@ def select(pos: Any, mask: Tensor) -> Selection:
     if spec is None:
         rows, cols = torch.meshgrid(*map(torch.arange, mask.shape), indexing="ij")
         return Selection(rows, cols, mask)
-    picked = [_pick(spec, row, real.nonzero()[:, 0]) for row, real in enumerate(mask)]
+    full = bool(mask.all())  # then all rows are alike, and one is looked at for all
+    every = torch.arange(mask.shape[1])
     if isinstance(spec, int):
-        cols = torch.stack(picked)
-        return Selection(torch.arange(len(mask)), cols, torch.ones_like(cols, dtype=torch.bool))
+        if full:
+            cols = _pick(spec, 0, every).expand(len(mask))
+        else:
+            cols = torch.stack(
+                [_pick(spec, r, real.nonzero()[:, 0]) for r, real in enumerate(mask)]
+            )
+        return Selection(torch.arange(len(mask)), cols, torch.ones(len(mask), dtype=torch.bool))
+    if full:
+        cols = _pick(spec, 0, every).expand(len(mask), -1)
+        rows = torch.arange(len(mask))[:, None].expand_as(cols)
+        return Selection(rows, cols, torch.ones(cols.shape, dtype=torch.bool))
+    picked = [_pick(spec, row, real.nonzero()[:, 0]) for row, real in enumerate(mask)]
 
     # Rows of different lengths: fill up on the side on which the batch is padded.
     width = max(len(cols) for cols in picked)

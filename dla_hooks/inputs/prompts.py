@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ class Prompt:
         batch, width = self.input_ids.shape
         return batch, width
 
-    @property
+    @cached_property
     def padded(self) -> bool:
         """True if some row is shorter than the batch is wide."""
         return not bool(self.mask.all())
@@ -88,7 +89,7 @@ def read_prompt(
             "or [batch, pos] (from a tokenizer: return_tensors='pt'); "
             f"got {type(input).__name__}: {input!r:.80}"
         )
-    check_ids(ids[mask], vocabulary)
+    check_ids(ids, vocabulary)  # padding holds 0
     return Prompt(ids, mask)
 
 
@@ -211,8 +212,11 @@ def check_ids(ids: Tensor, vocabulary: int) -> None:
     Raises:
         TokenError: naming the first of them.
     """
-    bad = ids[(ids < 0) | (ids >= vocabulary)]
-    if len(bad):
+    if not ids.numel():
+        return
+    low, high = ids.aminmax()
+    if int(low) < 0 or int(high) >= vocabulary:
+        bad = ids[(ids < 0) | (ids >= vocabulary)]
         raise TokenError(
             f"token id {int(bad[0])} is outside the model's vocabulary (0 to {vocabulary - 1})"
         )

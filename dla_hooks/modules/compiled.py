@@ -17,6 +17,9 @@ from torch import nn
 
 from dla_hooks.errors import HookError
 
+COMPILED_CALL = "_compiled_call_impl"
+"""Where ``module.compile()`` keeps what it has compiled."""
+
 _lock = threading.Lock()
 _inside = 0  # how many `with` blocks are open, in all threads
 _stance: Any = None
@@ -69,20 +72,17 @@ def eagerly(needed: bool = True) -> Iterator[None]:
 
 def has_compiled(module: nn.Module) -> bool:
     """True if a module is compiled by itself, or keeps a compiled function."""
-    # `vars`, not `getattr`: this runs for every module in every call.
     kept = vars(module)
-    if kept.get("_compiled_call_impl") is not None:
+    if kept.get(COMPILED_CALL) is not None:
         return True
-    for value in kept.values():  # noqa: SIM110 (a generator for every module takes longer)
-        if type(value) is FunctionType and _is_compiled(value):
-            return True
-    return False
+    return any(is_compiled_function(f) for f in kept.values() if type(f) is FunctionType)
 
 
 def class_has_compiled(kind: type) -> bool:
     """True if the forward pass of all modules of a class is compiled."""
-    return _is_compiled(getattr(kind, "forward", None))
+    return is_compiled_function(getattr(kind, "forward", None))
 
 
-def _is_compiled(function: Any) -> bool:
+def is_compiled_function(function: Any) -> bool:
+    """True for a function that ``torch.compile`` made, or ``module.compile()`` keeps."""
     return getattr(function, "_torchdynamo_orig_callable", None) is not None

@@ -15,6 +15,7 @@ of it (:func:`frozen_scale`).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -150,12 +151,12 @@ def frozen_scale(norm: Norm, x_NM: Tensor, y_NM: Tensor) -> tuple[Tensor, Tensor
     y = y_NM - norm.beta.to(y_NM)
     size = torch.linalg.vector_norm(a, dim=-1).square()
     # For an input or a gamma of zeros every product is zero, whatever the scale.
-    s = torch.where(size == 0, torch.ones_like(size), size / torch.linalg.vecdot(a, y))
+    s = torch.where(size == 0, 1.0, size / torch.linalg.vecdot(a, y))
     if not len(s):
         return s, s.new_zeros(())
-    unexplained = y.addcdiv_(a, s[:, None], value=-1).abs_().amax(-1)
-    of_all = y_NM.abs().amax(-1)
-    return s, torch.where(unexplained == 0, unexplained, unexplained / of_all).max()
+    most = partial(torch.linalg.vector_norm, ord=torch.inf, dim=-1)
+    unexplained = most(y.addcdiv_(a, s[:, None], value=-1))
+    return s, torch.where(unexplained == 0, 0.0, unexplained / most(y_NM)).max()
 
 
 def largest(misfits: list[Tensor]) -> float:

@@ -7,13 +7,13 @@ import threading
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import lru_cache
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any, ClassVar, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from dla_hooks.modules.compiled import class_has_compiled, has_compiled
+from dla_hooks.modules.compiled import COMPILED_CALL, class_has_compiled, is_compiled_function
 from dla_hooks.modules.user_hooks import library_hooks
 
 _Answer = TypeVar("_Answer")
@@ -35,6 +35,10 @@ def modules_of(model: nn.Module) -> list[nn.Module]:
 # of their own (as `ModuleList`), run the children, or return their input.
 _IDLE = (nn.Module.forward, nn.Sequential.forward, nn.Identity.forward)
 
+
+_OF_TORCH = len(vars(nn.Module()))
+_LAST = [*vars(nn.Module())][-1:]
+"""How many things torch itself keeps on every module. They come first."""
 
 _PLAIN = frozenset({int, float, bool, str, type(None)})
 _LONGEST_TABLE = 16  # of labels, names: a model's own settings are shorter
@@ -73,7 +77,6 @@ def state_of(model: nn.Module, *others: nn.Module) -> State:
     training = compiled = False
     adapters_off: list[bool] = []
     adapted: dict[type, bool] = {}  # of the classes that were met: those of PEFT's layers
-    numbers: dict[type, list[str]] = {}  # what modules of a class keep: epsilons, multipliers
     configs: dict[int, Any] = {}
     for root in (model, *others):
         for module in modules_of(root):
@@ -82,18 +85,23 @@ def state_of(model: nn.Module, *others: nn.Module) -> State:
             kept, kind = vars(module), type(module)
             if kind not in adapted:  # a model has many modules, and few classes of them
                 adapted[kind] = hasattr(kind, "_disable_adapters")
-                numbers[kind] = [k for k, value in kept.items() if type(value) is float]
                 compiled = compiled or class_has_compiled(kind)
             if module._modules:  # with a module that is there twice, twice
                 seen += map(id, module._modules.values())
-            if "forward" in kept:
-                seen.append(id(kept["forward"]))
-            for name in numbers[kind]:
-                number = kept.get(name)
-                seen.append(number if number.__class__ in _PLAIN else id(number))
-            if "config" in kept:
-                config = kept["config"]
-                configs[id(config)] = config
+            names = [*kept]
+            for name in names[_OF_TORCH:] if names[_OF_TORCH - 1 : _OF_TORCH] == _LAST else names:
+                value = kept[name]
+                what = type(value)
+                if what is float:  # an epsilon, a multiplier
+                    seen.append(value)
+                elif name == "config":
+                    configs[id(value)] = value
+                elif what is FunctionType or name == "forward":
+                    compiled = compiled or is_compiled_function(value)
+                    if name == "forward":
+                        seen.append(id(value))
+                elif name == COMPILED_CALL:
+                    compiled = compiled or value is not None
             tensors: list[Tensor | None] = [*module._parameters.values()]
             if module._buffers:
                 # Tables that a model makes anew as it runs (rotary frequencies) are no weights.
@@ -112,7 +120,6 @@ def state_of(model: nn.Module, *others: nn.Module) -> State:
                 adapters_off.append(off)
             if module.training and not training:
                 training = is_training(module)
-            compiled = compiled or has_compiled(module)
         config = vars(root).get("cfg")  # as TransformerLens has it
         configs[id(config)] = config
     for config in configs.values():

@@ -8,13 +8,15 @@ time, from directions later in the model, and finally from rows of the unembeddi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from dla_hooks.modules.autocast import outside_autocast
 from dla_hooks.projection.tiles import Tile
 
+_AT_ONCE = 256
 _HELD_ELEMENTS = 2**21
 """Largest number of elements of directions that a call keeps (8 MiB in float32)."""
 
@@ -79,6 +81,32 @@ class Directions:
             self._on[device] = self.of(torch.zeros(1, dtype=torch.long)).to(device)
         return self._on[device]
 
+    @outside_autocast
+    def of_constant(self, constant_M: Tensor) -> Tensor:
+        """What a vector [width] that is the same at every position gives: one number per target.
+
+        No prompt changes these numbers, and they are few: they are kept, where directions may be
+        too many to be.
+        """
+        if self._held:
+            self.prepare()
+            d_KM = next(iter(self._on.values()))
+            return d_KM @ constant_M.to(d_KM)
+        found = []
+        for some in torch.arange(self._n_targets).split(_AT_ONCE):
+            d_KM = self.of(some)
+            found.append(d_KM @ constant_M.to(d_KM))
+        return torch.cat(found)
+
     def then(self, change: Callable[[Tensor], Tensor]) -> Directions:
         """Make directions earlier in the model from these, by ``change``."""
         return Directions(lambda targets: change(self.of(targets)), self._n_targets, self.dtype)
+
+
+def of_constants(constants: Sequence[tuple[Directions, Tensor | None]]) -> Tensor | None:
+    """What constants give for each target, one row each [L, K]; None where all are nothing."""
+    found = [None if c_M is None else directions.of_constant(c_M) for directions, c_M in constants]
+    some = next((of_K for of_K in found if of_K is not None), None)
+    if some is None:
+        return None
+    return torch.stack([torch.zeros_like(some) if of_K is None else of_K for of_K in found])

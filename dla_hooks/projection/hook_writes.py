@@ -49,6 +49,6 @@ class HookWrites:
     def _see(self, row: int, directions: Directions, view: View) -> Callable[[Call], None]:
         def see(call: Call) -> None:
             x = call.activation
-            project(x, view, directions, self._rows.on(x.device)[row])
+            project(x, view, directions, self._rows.row(row, x.device))
 
         return see

@@ -18,7 +18,6 @@ import torch
 from einops import reduce
 from torch import Tensor
 
-from dla_hooks.modules.autocast import outside_autocast
 from dla_hooks.modules.norms import Norm, frozen_scale
 from dla_hooks.projection.directions import Directions
 from dla_hooks.projection.tiles import Tile, View
@@ -34,7 +33,13 @@ def project(x: Tensor, view: View, directions: Directions, out_N: Tensor) -> Non
         out_N: one scalar per entry, written in place.
     """
     for x_TM, tile in tiles(x, view, directions.dtype):
-        out_N[tile.index] = _dot(x_TM, directions.at(tile, x.device), tile)
+        d_KM = directions.at(tile, x.device)
+        if len(d_KM) > 1:
+            out_N[tile.index] = torch.linalg.vecdot(x_TM, tile.spread(d_KM))
+        elif isinstance(tile.index, slice):  # at once to where it belongs
+            torch.mv(x_TM, d_KM.view(-1), out=out_N[tile.index])
+        else:
+            out_N[tile.index] = torch.mv(x_TM, d_KM.view(-1))
 
 
 def project_heads(
@@ -63,9 +68,12 @@ def project_heads(
             z_TI = z_TI - constant_I
             of_constant_N[tile.index] += tile.spread(u_KI @ constant_I)
         if len(u_KI) == 1:
-            z_HTD = z_TI.unflatten(-1, (n_heads, -1)).transpose(0, 1)
+            z_HTD = z_TI.view(tile.size, n_heads, -1).transpose(0, 1)
             u_HDK = u_KI.view(n_heads, -1, 1)
-            out_HN[:, tile.index] = torch.bmm(z_HTD, u_HDK)[..., 0]
+            if isinstance(tile.index, slice):  # at once to where it belongs
+                torch.bmm(z_HTD, u_HDK, out=out_HN[:, tile.index].unsqueeze(-1))
+            else:
+                out_HN[:, tile.index] = torch.bmm(z_HTD, u_HDK)[..., 0]
         else:
             products_TI = z_TI * tile.spread(u_KI)
             out_HN[:, tile.index] = reduce(products_TI, "t (h d) -> h t", "sum", h=n_heads)
@@ -92,26 +100,7 @@ def frozen_scales(norm: Norm, x: Tensor, y: Tensor, view: View, out_N: Tensor) -
     return misfits
 
 
-@outside_autocast
-def project_constant(constant_M: Tensor, view: View, directions: Directions, out_N: Tensor) -> None:
-    """out[n] += constant . d[target of n], for a vector [d_model] that is the same everywhere."""
-    if len(directions) == 1:
-        d_M = directions.on(out_N.device)[0]
-        out_N += d_M @ constant_M.to(d_M)
-        return
-    for _, tile in view.tiles(len(constant_M), out_N.device):
-        d_KM = directions.at(tile, out_N.device)
-        out_N[tile.index] += tile.spread(d_KM @ constant_M.to(d_KM))
-
-
 def tiles(x: Tensor, view: View, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tile]]:
     """Yield an activation at the entries in view by tiles [T, d], in the accumulation dtype."""
-    for place, tile in view.tiles(x.shape[-1], x.device):
-        yield view.take(x, place).to(dtype), tile
-
-
-def _dot(x_TM: Tensor, d_KM: Tensor, tile: Tile) -> Tensor:
-    if len(d_KM) == 1:
-        return x_TM @ d_KM[0]
-    products_T: Tensor = torch.linalg.vecdot(x_TM, tile.spread(d_KM))
-    return products_T
+    for tile in view.tiles(x.shape[-1], x.device):
+        yield view.take(x, tile.place).to(dtype), tile

@@ -6,10 +6,17 @@ holds the strongest rows of each entry, and separately the sum of all rows.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from dla_hooks.projection.tiles import Tile
+
+
+def all_finite(numbers: Tensor) -> bool:
+    """Whether no number is NaN or infinite: a sum of finite ones nearly always is finite."""
+    return math.isfinite(float(numbers.sum())) or bool(torch.isfinite(numbers).all())
 
 
 class FixedRows:
@@ -28,12 +35,20 @@ class FixedRows:
         self._shape = n_rows, n_entries
         self._dtype = dtype
         self._on: dict[torch.device, Tensor] = {}
+        self._each: dict[torch.device, tuple[Tensor, ...]] = {}
 
     def on(self, device: torch.device) -> Tensor:
         """The rows [C, N] to write to on a device; each row is for one device only."""
         if device not in self._on:
             self._on[device] = torch.zeros(self._shape, dtype=self._dtype, device=device)
         return self._on[device]
+
+    def row(self, number: int, device: torch.device) -> Tensor:
+        """One of the rows [N] to write to on a device."""
+        each = self._each.get(device)
+        if each is None:
+            each = self._each[device] = self.on(device).unbind()
+        return each[number]
 
     def gathered(self, device: torch.device | None = None) -> Tensor:
         """All rows [C, N] on one device (by default the first that was written on)."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -66,22 +67,23 @@ class Reading:
     misfit: float
     hooks_RN: Mapping[str, Tensor] = field(default_factory=dict)
 
-    @property
+    @cached_property
+    def _value_RN(self) -> Tensor:
+        return sum(self.hooks_RN.values(), self.total_RN + self.bias_RN)
+
+    @cached_property
     def total_N(self) -> Tensor:
         """Contribution of the whole stream to the attributed number [N]."""
         return self.total_RN[0]
 
-    @property
+    @cached_property
     def bias_N(self) -> Tensor:
         """Part of the attributed number that does not come from the stream [N]."""
         return self.bias_RN[0]
 
     def value_N(self, readout: int = 0) -> Tensor:
         """x . d / s + bias [N], and what hooks add: the logit (or difference) before any cap."""
-        value_N = self.total_RN[readout] + self.bias_RN[readout]
-        for added_RN in self.hooks_RN.values():
-            value_N = value_N + added_RN[readout]
-        return value_N
+        return self._value_RN[readout]
 
 
 class PointRecorder:
@@ -118,8 +120,8 @@ class PointRecorder:
 
         def see_stream(call: Call) -> None:
             x = call.activation
-            for readout, out_N in zip(self._readouts, self._rows.on(x.device)[1:], strict=True):
-                project(x, view, readout.directions, out_N)
+            for number, readout in enumerate(self._readouts, start=1):
+                project(x, view, readout.directions, self._rows.row(number, x.device))
 
         taps = [Tap(self._point.stream, see_stream)]
         if self._logits is not None:
@@ -131,10 +133,10 @@ class PointRecorder:
 
         def see_norm(call: Call) -> None:
             x, y = call.entered, call.left
-            self._misfits += frozen_scales(norm, x, y, view, self._rows.on(x.device)[0])
+            self._misfits += frozen_scales(norm, x, y, view, self._rows.row(0, x.device))
 
         def see_scale(scale: Tensor) -> None:
-            self._rows.on(scale.device)[0].copy_(view.take(scale)[:, 0])
+            self._rows.row(0, scale.device).copy_(view.take(scale)[:, 0])
 
         return [*taps, Tap(place.ahead, see_norm, see_scale)]
 

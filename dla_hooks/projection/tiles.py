@@ -25,6 +25,7 @@ class Tile:
     """Some of the entries in view, read together.
 
     Attributes:
+        place: which of the entries in view, or None for all of them.
         index: their places among all entries: a slice, or indices on the device.
         size: their number.
         targets: their targets, on the CPU: one for all [1], one for each [size], or the distinct
@@ -32,6 +33,7 @@ class Tile:
         which: for every entry its place in ``targets`` [size] on the device, or None.
     """
 
+    place: slice | None
     index: slice | Tensor
     size: int
     targets: Tensor
@@ -60,19 +62,19 @@ class View:
         stop = width if stop is None else stop
         self._entries, self.columns = entries, range(start, stop)
         self._batch, self._width = batch, stop - start
-        cols = entries.cols
-        if start == 0 and stop == width:
-            self.inside = torch.arange(len(cols))
-        else:
+        rows, cols, n = entries.rows, entries.cols, len(entries)
+        self._run: slice | None = slice(0, n)  # of the entries in view, where they are neighbours
+        self.inside = torch.arange(n)
+        if (start, stop) != (0, width):
             self.inside = ((cols >= start) & (cols < stop)).nonzero()[:, 0]
-            cols = cols[self.inside]
-        cols = cols - start
-        flat = entries.rows[self.inside] * self._width + cols
-        self._contiguous = _run_of(self.inside) is not None
+            rows, cols = rows[self.inside], cols[self.inside] - start
+            self._run = _run_of(self.inside)
+        flat = rows * self._width + cols if batch > 1 else cols
         # Neighbours can be read as a slice of the activation, without gathering.
-        self._flat_run, self._cols_run = _run_of(flat), _run_of(cols)
+        self._cols_run = _run_of(cols)
+        self._flat_run = _run_of(flat) if batch > 1 else self._cols_run
         self._on: dict[torch.device, tuple[Tensor, Tensor]] = {torch.device("cpu"): (flat, cols)}
-        self._tiles: dict[tuple[int, torch.device], list[tuple[slice, Tile]]] = {}
+        self._tiles: dict[tuple[int, torch.device], list[Tile]] = {}
 
     def __len__(self) -> int:
         return len(self.inside)
@@ -83,63 +85,66 @@ class View:
             return self
         return View(self._entries, start, stop)
 
-    def take(self, x: Tensor, tile: slice = slice(None)) -> Tensor:
+    def take(self, x: Tensor, place: slice | None = None) -> Tensor:
         """Read the activations [tile, d] at the entries in view, or at some of them.
 
         Args:
             x: [batch, pos, d]; or [1, pos, d], shared by the rows; or [batch * pos, d], as
                 modules that flatten their input see it; or [batch, more + pos, d], where the
                 model puts positions of its own before the prompt.
-            tile: which of the entries in view.
+            place: which of the entries in view; None is all.
         """
         batch, width = self._batch, self._width
         if x.ndim == 3 and x.shape[0] == batch and x.shape[1] > width:
             x = x[:, x.shape[1] - width :]
         flat_x = x.reshape(-1, x.shape[-1])
-        if flat_x.shape[0] == batch * width:
-            run, place = self._flat_run, 0
-        elif flat_x.shape[0] == width:
-            run, place = self._cols_run, 1
+        n = len(flat_x)
+        if n == batch * width:
+            run, axes = self._flat_run, 0
+        elif n == width:
+            run, axes = self._cols_run, 1
         else:
             raise UnsupportedModelError(
                 f"an activation of shape {tuple(x.shape)} does not line up with a prompt of "
                 f"shape {(batch, width)}"
             )
         if run is not None:
-            return flat_x[run][tile]
-        return flat_x.index_select(0, self._indices(x.device)[place][tile])
+            return flat_x[run] if place is None else flat_x[run][place]
+        indices = self._indices(x.device)[axes]
+        return flat_x.index_select(0, indices if place is None else indices[place])
 
-    def tiles(self, width: int, device: torch.device) -> list[tuple[slice, Tile]]:
-        """Cut the entries in view into tiles: the place of each among them, and the tile.
+    def tiles(self, width: int, device: torch.device) -> list[Tile]:
+        """Cut the entries in view into tiles.
 
         Args:
             width: of the activations.
             device: of the activations.
         """
         key = width, device
-        if key not in self._tiles:
-            self._tiles[key] = self._cut(*key)
-        return self._tiles[key]
+        found = self._tiles.get(key)
+        if found is None:
+            found = self._tiles[key] = self._cut(*key)
+        return found
 
-    def _cut(self, width: int, device: torch.device) -> list[tuple[slice, Tile]]:
+    def _cut(self, width: int, device: torch.device) -> list[Tile]:
         elements = _TILE_ELEMENTS.get(device.type, _TILE_ELEMENTS_ELSEWHERE)
         size = max(1, elements // max(1, width))
-        tiles = []
-        for start in range(0, len(self), size):
-            place = slice(start, min(start + size, len(self)))
-            here = self.inside[place]
+        n, run, tiles = len(self), self._run, []
+        for start in range(0, n, size):
+            stop = min(start + size, n)
+            place = None if (start, stop) == (0, n) else slice(start, stop)
+            here = self.inside[start:stop]
             index: slice | Tensor = here.to(device)
-            if self._contiguous:
-                index = slice(int(here[0]), int(here[-1]) + 1)
-            targets = self._entries.target[here]
-            distinct, which = targets.unique(return_inverse=True)
-            if len(distinct) == 1:
-                tile = Tile(index, len(here), distinct, None)
-            elif 2 * len(distinct) > len(here):  # most entries have a target of their own
-                tile = Tile(index, len(here), targets, None)
-            else:
-                tile = Tile(index, len(here), distinct, which.to(device))
-            tiles.append((place, tile))
+            if run is not None:
+                index = slice(run.start + start, run.start + stop)
+            targets, which = self._entries.target[index if run is not None else here], None
+            if len(targets) > 1:
+                distinct, which_T = targets.unique(return_inverse=True)
+                if len(distinct) == 1:
+                    targets = distinct
+                elif 2 * len(distinct) <= len(targets):  # few entries have a target of their own
+                    targets, which = distinct, which_T.to(device)
+            tiles.append(Tile(place, index, stop - start, targets, which))
         return tiles
 
     def _indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -154,5 +159,7 @@ def _run_of(numbers: Tensor) -> slice | None:
     if not len(numbers):
         return slice(0, 0)
     first = int(numbers[0])
+    if len(numbers) == 1:
+        return slice(first, first + 1)
     run = torch.arange(first, first + len(numbers))
     return slice(first, first + len(numbers)) if torch.equal(numbers, run) else None

@@ -7,6 +7,7 @@ or a :class:`Request` for any other target. A new target is one file with both.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,9 +48,8 @@ class Observed:
     @classmethod
     def at(cls, entries: Entries, columns: Tensor, logits_BSV: Tensor) -> Observed:
         """The entries whose columns the model's logits were kept for."""
-        hit = entries.cols[:, None] == columns[None, :]
-        entries_E = hit.any(-1).nonzero()[:, 0]
-        column_E = hit[entries_E].long().argmax(-1)
+        hit = entries.cols[:, None] == columns  # in each row once at most
+        entries_E, column_E = hit.nonzero().unbind(-1)
         row_E, device = entries.rows[entries_E], logits_BSV.device
         target_E = entries.target[entries_E]
         return cls(logits_BSV, row_E.to(device), column_E.to(device), entries_E, target_E)
@@ -87,26 +87,30 @@ def spread_of(logits_BSV: Tensor) -> Tensor:
     """
     # Apart: `aminmax` along an axis is ten times slower than both.
     low_BS, high_BS = logits_BSV.amin(-1).double(), logits_BSV.amax(-1).double()
-    if not bool(torch.isfinite(high_BS - low_BS).all()):
+    spread_BS = high_BS - low_BS
+    if not math.isfinite(float(spread_BS.sum())):
         # Some models mask the end of their vocabulary with -inf.
         finite = torch.isfinite(logits_BSV)
         high_BS = logits_BSV.masked_fill(~finite, -torch.inf).amax(-1).double()
         low_BS = logits_BSV.masked_fill(~finite, torch.inf).amin(-1).double()
-    return _without_masks(logits_BSV, low_BS, high_BS)
+        spread_BS = high_BS - low_BS
+    return _without_masks(logits_BSV, low_BS, high_BS, spread_BS)
 
 
-def _without_masks(logits_BSV: Tensor, low_BS: Tensor, high_BS: Tensor) -> Tensor:
+def _without_masks(
+    logits_BSV: Tensor, low_BS: Tensor, high_BS: Tensor, spread_BS: Tensor
+) -> Tensor:
     """The spread of the logits that no large finite mask holds down, in float64 [batch, columns].
 
     A mask shows as a gap: some logits lie far down, the others within a hundredth of that below the
     largest one, and none between.
     """
     step = max(1, logits_BSV.shape[-1] // _SAMPLE)
-    if bool(_lies_between(logits_BSV[..., ::step], low_BS, high_BS).all()):
-        return high_BS - low_BS  # no gap: nearly every call ends here
-    spread_BS, values_BSV = high_BS - low_BS, logits_BSV.double()
+    if bool(_lies_between(logits_BSV[..., ::step], high_BS, spread_BS).all()):
+        return spread_BS  # no gap: nearly every call ends here
+    values_BSV = logits_BSV.double()
     for _ in range(_KINDS_OF_MASKS):
-        gap_BS = ~_lies_between(values_BSV, low_BS, high_BS)
+        gap_BS = ~_lies_between(values_BSV, high_BS, high_BS - low_BS)
         if not bool(gap_BS.any()):
             break
         top_BSV = values_BSV >= (high_BS - (high_BS - low_BS) / _GAP)[..., None]
@@ -119,12 +123,10 @@ def _without_masks(logits_BSV: Tensor, low_BS: Tensor, high_BS: Tensor) -> Tenso
     return spread_BS
 
 
-def _lies_between(logits_BSV: Tensor, low_BS: Tensor, high_BS: Tensor) -> Tensor:
+def _lies_between(logits_BSV: Tensor, high_BS: Tensor, spread_BS: Tensor) -> Tensor:
     """Whether some logit lies between the largest ones and the lower half [batch, columns]."""
-    spread_BS = high_BS - low_BS
-    under = logits_BSV < (high_BS - spread_BS / _GAP)[..., None]
-    above = logits_BSV > (high_BS - spread_BS / 2)[..., None]
-    return (under & above).any(-1) | (spread_BS <= 0)
+    below = (high_BS[..., None] - logits_BSV) / spread_BS[..., None]
+    return ((below > 1 / _GAP) & (below < 1 / 2)).any(-1) | (spread_BS <= 0)
 
 
 class Target:

@@ -22,9 +22,9 @@ from dla_hooks.modules import norms
 from dla_hooks.modules.hooks import Call, Place, Tap
 from dla_hooks.modules.linear import at_hand, bias_of, check_readable, pull_back
 from dla_hooks.modules.user_hooks import is_hooked
-from dla_hooks.projection.directions import Directions
+from dla_hooks.projection.directions import Directions, of_constants
 from dla_hooks.projection.hook_writes import HookWrites
-from dla_hooks.projection.kernels import frozen_scales, project_constant, project_heads
+from dla_hooks.projection.kernels import frozen_scales, project_heads
 from dla_hooks.projection.ledger import FixedRows
 from dla_hooks.projection.tiles import View
 from dla_hooks.residual import architecture
@@ -118,6 +118,10 @@ class _HeadsPlan(UnitPlan):
                 f"{type(stream.backend.root).__name__} has no attention heads with a direct path "
                 "to the stream; use unit='component' or 'layer'"
             )
+        # What a layer writes besides its heads: the projection's bias, and the post-norm's beta.
+        biases = [(layer.at_output, layer.bias_M) for layer in self.layers]
+        betas = [(layer.in_stream, layer.beta_M) for layer in self.layers]
+        self.constants = of_constants(biases), of_constants(betas)
         remainder = unit.words.remainder
         self.rows.append(Row(remainder, remainder))
         self.dtype = stream.work_dtype
@@ -142,6 +146,7 @@ class _Layer:
         assert write.heads is not None
         stream = parts.stream
         self.label, self.site, self.rows = write.label, write.heads, rows
+        self.n_heads = write.heads.n_heads
         self.module = Place(write.module, write.name, write.use)
         self.constant_I = constant_I
         self.in_stream = self.at_output = parts.directions(write.label)
@@ -193,33 +198,32 @@ class _HeadsRecorder(Recorder):
         """Every output projection, and every post-norm behind one."""
         layers = enumerate(self._plan.layers)
         taps = [tap for number, layer in layers for tap in self._taps(number, layer, view)]
-        for writes in self._hooks.values():
-            taps += writes.taps(view)
-        return taps
+        return taps + [tap for writes in self._hooks.values() for tap in writes.taps(view)]
 
     def finish(self, parts: Parts) -> Split:
         reading, layers = parts.reading, self._plan.layers
         values_CN = self._values.gathered(reading.scale_N.device)
+        heads_CN, rest_N = values_CN.split([len(values_CN) - 1, 1])
         beside_LN, scale_LN = self._aside.gathered(values_CN.device).split(len(layers))
+        (biases_LK, betas_LK), of_target = self._plan.constants, parts.entries.of_target
+        if biases_LK is not None:
+            beside_LN += of_target(biases_LK.to(beside_LN.device))
         for number, layer in enumerate(layers):
-            if layer.bias_M is not None:
-                project_constant(layer.bias_M, parts.view, layer.at_output, beside_LN[number])
             if layer.post_norm is not None:
                 values_CN[layer.rows] /= scale_LN[number]
                 beside_LN[number] /= scale_LN[number]
-            if layer.beta_M is not None:
-                project_constant(layer.beta_M, parts.view, layer.in_stream, beside_LN[number])
-        values_CN[:-1] /= reading.scale_N
+        if betas_LK is not None:
+            beside_LN += of_target(betas_LK.to(beside_LN.device))
+        heads_CN /= reading.scale_N
         beside_LN /= reading.scale_N
         hooks = self._written(scale_LN, parts)
         for number, written_N in hooks.items():
             beside_LN[number] += written_N
         whole_N = reading.value_N() - reading.bias_N
-        torch.sub(whole_N, values_CN[:-1].sum(0), out=values_CN[-1])
+        torch.sub(whole_N, heads_CN.sum(0), out=rest_N[0])
         seen = [(name, norms.largest(misfits)) for name, misfits in self._misfits.items()]
-        return Split(
-            *self._with_hooks(values_CN, hooks), self._claims(values_CN, beside_LN, parts), seen
-        )
+        claims = self._claims(values_CN, beside_LN, parts)
+        return Split(*self._with_hooks(values_CN, hooks), claims, seen)
 
     def _taps(self, number: int, layer: _Layer, view: View) -> list[Tap]:
         norm, place = layer.post_norm, layer.site.post_norm_place
@@ -228,7 +232,7 @@ class _HeadsRecorder(Recorder):
         def see_z(call: Call) -> None:
             z = layer.site.z(call)
             heads_HN = self._values.on(z.device)[layer.rows]
-            off_N = None if layer.constant_I is None else self._aside.on(z.device)[number]
+            off_N = None if layer.constant_I is None else self._aside.row(number, z.device)
             project_heads(z, view, layer.folded, heads_HN, layer.constant_I, off_N)
 
         taps = [Tap(layer.site.place, see_z)]
@@ -237,11 +241,11 @@ class _HeadsRecorder(Recorder):
 
         def see_post_norm(call: Call) -> None:
             x, y = call.entered, call.left
-            misfits = frozen_scales(norm, x, y, view, self._aside.on(x.device)[scale_row])
+            misfits = frozen_scales(norm, x, y, view, self._aside.row(scale_row, x.device))
             self._misfits.setdefault(layer.site.post_norm_name, []).extend(misfits)
 
         def see_post_scale(scale: Tensor) -> None:
-            self._aside.on(scale.device)[scale_row].copy_(view.take(scale)[:, 0])
+            self._aside.row(scale_row, scale.device).copy_(view.take(scale)[:, 0])
 
         return [*taps, Tap(place.ahead, see_post_norm, see_post_scale)]
 
@@ -274,26 +278,22 @@ class _HeadsRecorder(Recorder):
 
     def _claims(self, values_CN: Tensor, beside_LN: Tensor, parts: Parts) -> list[Claim]:
         """Each layer's heads, with the biases, make up what that layer's attention wrote."""
-        claims = []
+        claims, layers = [], self._plan.layers
+        each_HN = values_CN.split([layer.n_heads for layer in layers] + [1])[:-1]
+        wrote_LN = beside_LN + torch.stack([heads_HN.sum(0) for heads_HN in each_HN])
+        seen = [n for n, layer in enumerate(layers) if layer.label not in parts.missing]
         for through_norm in (False, True):
-            kept = [
-                (number, layer)
-                for number, layer in enumerate(self._plan.layers)
-                if (layer.post_norm is not None) == through_norm
-                and layer.label not in parts.missing
-            ]
+            kept = [n for n in seen if (layers[n].post_norm is not None) == through_norm]
             if kept:
-                names = [f"the heads in {layer.site.name}" for _, layer in kept]
-                heads = [values_CN[layer.rows].sum(0) + beside_LN[number] for number, layer in kept]
-                wrote = [parts[layer.label] for _, layer in kept]
-                claim = Claim(names, torch.stack(heads), torch.stack(wrote), through_norm)
-                claims.append(claim)
+                names = [f"the heads in {layers[n].site.name}" for n in kept]
+                whole_LN = parts.of([layers[n].label for n in kept])
+                heads_LN = wrote_LN if len(kept) == len(layers) else wrote_LN[kept]
+                claims.append(Claim(names, heads_LN, whole_LN, through_norm))
         return claims
 
 
 def _rows_of(write: WriteSite, sub: int) -> list[Row]:
     """The heads of a block's attention; those of a second one are L0.1H0, L0.1H1, …"""
     assert write.heads is not None
-    layer = f"L{write.layer}.{sub}" if sub else f"L{write.layer}"
-    n_heads = write.heads.n_heads
+    layer, n_heads = f"L{write.layer}.{sub}" if sub else f"L{write.layer}", write.heads.n_heads
     return [Row(f"{layer}H{h}", "head", write.layer, sub, h) for h in range(n_heads)]

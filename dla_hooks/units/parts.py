@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from dla_hooks.errors import CacheEntryError
+from dla_hooks.inputs.entries import Entries
 from dla_hooks.modules.hooks import Call, Place, Tap
 from dla_hooks.modules.user_hooks import FINAL_HOOK
 from dla_hooks.projection.directions import Directions
 from dla_hooks.projection.hook_writes import HookWrites
-from dla_hooks.projection.kernels import project, project_constant
-from dla_hooks.projection.ledger import FixedRows
+from dla_hooks.projection.kernels import project
+from dla_hooks.projection.ledger import FixedRows, all_finite
 from dla_hooks.projection.reading_point import Reading
 from dla_hooks.projection.tiles import View
 from dla_hooks.residual.gains import constant_label, path_factors, times
@@ -62,6 +63,13 @@ class PartsPlan:
         self._target = directions
         directions.prepare()
         self._directions = {row.label: self._times(self._factors[row.label]) for row in self.rows}
+        # What a block adds besides its writes, by its row; no run has to show it.
+        self.constants_K: dict[int, Tensor] = {}
+        for block in stream.blocks:
+            if block.constant is not None:
+                label = constant_label(block)
+                of_K = self._directions[label].of_constant(block.constant)
+                self.constants_K[self.row_of[label]] = of_K
 
     def directions(self, label: str) -> Directions:
         """What one part is projected on: the target's directions, through all later gains."""
@@ -71,14 +79,14 @@ class PartsPlan:
         """What the caller's hooks write at a place is projected on these."""
         return self._times(hook_factor(hooked, self._factors))
 
-    def recorder(self, view: View, missing: Missing) -> PartsRecorder:
+    def recorder(self, entries: Entries, missing: Missing) -> PartsRecorder:
         """A recorder for one prompt.
 
         Args:
-            view: all entries that are read.
+            entries: all that are read.
             missing: why the source of activations does not have a place; None where it has it.
         """
-        return PartsRecorder(self, view, missing)
+        return PartsRecorder(self, entries, missing)
 
     def _times(self, factor: Tensor | None) -> Directions:
         if factor is None:
@@ -91,16 +99,16 @@ class PartsRecorder:
 
     Args:
         plan: the parts.
-        view: all entries that are read.
+        entries: all that are read.
         missing: why the source of activations does not have a place, or None. Parts at such
             places are left out; only a unit that needs them says so.
     """
 
-    def __init__(self, plan: PartsPlan, view: View, missing: Missing) -> None:
+    def __init__(self, plan: PartsPlan, entries: Entries, missing: Missing) -> None:
         self._plan = plan
         stream, dtype = plan.stream, plan.stream.work_dtype
-        self._rows = FixedRows(len(plan.rows), len(view), dtype)
-        self._view = view
+        self._rows = FixedRows(len(plan.rows), len(entries), dtype)
+        self._entries = entries
         places = {EMBED: stream.beginning}
         if stream.positions is not None:
             places[POSITIONS] = stream.positions
@@ -110,7 +118,7 @@ class PartsRecorder:
         self._places = {k: place for k, place in places.items() if k not in self._missing}
         self._hooked = list(hooked_places(stream))
         writes = [(hooked.place, plan.of_hooks(hooked)) for hooked in self._hooked]
-        self._hooks = HookWrites(writes, len(view), dtype) if writes else None
+        self._hooks = HookWrites(writes, len(entries), dtype) if writes else None
 
     def taps(self, view: View) -> list[Tap]:
         """What to watch while the entries in view are run."""
@@ -121,26 +129,22 @@ class PartsRecorder:
         """The parts, after the run."""
         plan, device = self._plan, reading.scale_N.device
         values_CN = self._rows.gathered(device)
-        view = self._view
-        for block in plan.stream.blocks:
-            if block.constant is not None:
-                label = constant_label(block)
-                row_N = values_CN[plan.row_of[label]]
-                project_constant(block.constant, view, plan.directions(label), row_N)
-        finite_C = torch.isfinite(values_CN).all(-1)
+        for row, of_K in plan.constants_K.items():
+            values_CN[row] = self._entries.of_target(of_K.to(device))
+        finite_C = None if all_finite(values_CN) else torch.isfinite(values_CN).all(-1)
         values_CN /= reading.scale_N
         hooks: dict[tuple[int, bool], Tensor] = {}
         if self._hooks is not None:
             written = self._hooks.finish(device) / reading.scale_N
             hooks = {(h.number, h.at_input): w for h, w in zip(self._hooked, written, strict=True)}
-        return Parts(plan, values_CN, self._missing, finite_C, reading, view, hooks)
+        return Parts(plan, values_CN, self._missing, finite_C, reading, self._entries, hooks)
 
     def _tap(self, label: str, place: Place, view: View) -> Tap:
         row, directions = self._plan.row_of[label], self._plan.directions(label)
 
         def see(call: Call) -> None:
             x = call.activation
-            project(x, view, directions, self._rows.on(x.device)[row])
+            project(x, view, directions, self._rows.row(row, x.device))
 
         return Tap(place, see)
 
@@ -154,9 +158,10 @@ class Parts:
         raw_CN: what stood at each part's place, in logits. The first row is the whole beginning
             of the stream, positions included; rows of missing parts are zero.
         missing: labels of the parts that the source of activations did not show, and why.
-        finite_C: whether each part was finite before the division by the final scale.
+        finite_C: whether each part was finite before the division by the final scale; None if all
+            were.
         reading: what the final norm saw: the whole stream, measured apart.
-        view: all entries, for what is the same at every position.
+        entries: where.
         hooks: what the caller's hooks wrote to the input (True) or output (False) of a block, by
             its place in the stack; the number of blocks stands for the last stream.
     """
@@ -164,9 +169,9 @@ class Parts:
     plan: PartsPlan
     raw_CN: Tensor
     missing: Mapping[str, CacheEntryError]
-    finite_C: Tensor
+    finite_C: Tensor | None
     reading: Reading
-    view: View
+    entries: Entries
     hooks: Mapping[tuple[int, bool], Tensor]
 
     @property
@@ -224,18 +229,20 @@ class Parts:
         last = end + ((len(found), True) in self.hooks)
         return [*found, (last, last)]
 
-    @property
+    @cached_property
     def sum_N(self) -> Tensor:
         """The sum of all parts [N]."""
         n = self.plan.n_embeddings
-        sum_N = self.raw_CN[0] + self.raw_CN[n:].sum(0)
+        sum_N = self.raw_CN.sum(0)
+        if n > 1:  # the first is the sum of these
+            sum_N = self.raw_CN[0] + self.raw_CN[n:].sum(0)
         for written_N in self.hooks.values():
             sum_N = sum_N + written_N
         return sum_N
 
-    def __getitem__(self, label: str) -> Tensor:
-        """What one write contributed [N]."""
-        return self.raw_CN[self.plan.row_of[label]]
+    def of(self, labels: Sequence[str]) -> Tensor:
+        """What some writes contributed [labels, N]."""
+        return self.raw_CN[[self.plan.row_of[label] for label in labels]]
 
     def _labelled(self) -> Sequence[tuple[Row, Tensor]]:
         """Every row with its values: what hooks wrote around a block is one row behind it."""

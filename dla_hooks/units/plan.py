@@ -92,7 +92,7 @@ class Recording:
         self.view = view = View(entries)
         target = plan.target
         self._point = PointRecorder(target.point, target.readouts, entries)
-        self._parts = plan.parts.recorder(view, missing)
+        self._parts = plan.parts.recorder(entries, missing)
         self._units = {key: unit.recorder(view) for key, unit in plan.units.items()}
 
     @property

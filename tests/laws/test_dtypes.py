@@ -132,8 +132,9 @@ def test_write_off_by_a_hundredth_of_the_spread_is_seen_in_bfloat16(name, seed, 
 
     def off(self, reading):
         parts = finish(self, reading)
-        parts.raw_CN[-1] += 0.01 * spread * torch.sign(parts.sum_N - reading.total_N)
-        return parts
+        raw_CN = parts.raw_CN.clone()
+        raw_CN[-1] += 0.01 * spread * torch.sign(parts.sum_N - reading.total_N)
+        return dataclasses.replace(parts, raw_CN=raw_CN)
 
     monkeypatch.setattr(PartsRecorder, "finish", off)
     with pytest.raises(DecompositionError):

@@ -232,7 +232,7 @@ class TestTopRows:
         for rows in order.split(at_once):
             for start in range(0, n_entries, tile):
                 place = slice(start, min(start + tile, n_entries))
-                piece = Tile(place, place.stop - place.start, torch.zeros(1), None)
+                piece = Tile(place, place, place.stop - place.start, torch.zeros(1), None)
                 ledger.add(values[rows][:, place], rows, piece)
         top, index, total, row_sums = ledger.gathered()
         assert top.shape == (min(k, n_rows), n_entries)
@@ -245,7 +245,7 @@ class TestTopRows:
 
     def test_everything_is_kept_where_no_number_is_given(self):
         ledger = TopRows(None, 3, 2, torch.float32)
-        piece = Tile(slice(0, 2), 2, torch.zeros(1), None)
+        piece = Tile(None, slice(0, 2), 2, torch.zeros(1), None)
         ledger.add(torch.tensor([[1.0, 0.0], [-3.0, 2.0], [0.0, 0.0]]), torch.arange(3), piece)
         top, index, _, _ = ledger.gathered()
         assert top[:, 0].tolist() == [-3.0, 1.0, 0.0]

@@ -1,0 +1,44 @@
+"""The arguments that a model's forward pass takes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Any
+
+from torch import nn
+
+_ANY = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+
+Arguments = Mapping[str, inspect.Parameter]
+
+
+def arguments_of(model: nn.Module) -> Arguments:
+    """The arguments that a model's forward pass takes, by their names.
+
+    A function put in its place may take anything and hand it on. The class then names them.
+    """
+    own = _of_function(model.forward)
+    for cls in type(model).__mro__:
+        if not _takes_anything(own):
+            break
+        own = _of_method(vars(cls)["forward"]) if "forward" in vars(cls) else own
+    return own
+
+
+def _of_function(function: Any) -> Arguments:
+    method = getattr(function, "__func__", None)
+    return inspect.signature(function).parameters if method is None else _of_method(method)
+
+
+@lru_cache(maxsize=256)
+def _of_method(method: Any) -> Arguments:
+    """A method's arguments without `self`. Reading them takes longer than many a tap."""
+    found = list(inspect.signature(method).parameters.items())
+    return MappingProxyType(dict(found[1:]))
+
+
+def _takes_anything(arguments: Arguments) -> bool:
+    return all(one.kind in _ANY for one in arguments.values())
