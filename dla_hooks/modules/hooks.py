@@ -74,12 +74,13 @@ class Call:
         output: what it returned; None ahead of the module.
     """
 
-    __slots__ = ("_before", "args", "kwargs", "output")
+    __slots__ = ("_activation", "_before", "args", "kwargs", "output")
 
     def __init__(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None, before: bool = True
     ) -> None:
         self.args, self.kwargs, self.output, self._before = args, kwargs, output, before
+        self._activation: Tensor | None = None
 
     @classmethod
     def of(cls, activation: Tensor) -> Call:
@@ -99,7 +100,10 @@ class Call:
     @property
     def activation(self) -> Tensor:
         """The hidden states at the watched place: the input or the output."""
-        return self.entered if self._before else self.left
+        found = self._activation
+        if found is None:
+            found = self._activation = self.entered if self._before else self.left
+        return found
 
 
 @dataclass

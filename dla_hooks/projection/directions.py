@@ -43,6 +43,7 @@ class Directions:
         self.dtype = dtype
         self._held = n_targets == 1
         self._on: dict[torch.device, Tensor] = {}
+        self._only_on: dict[torch.device, Tensor] = {}
 
     @classmethod
     def held(cls, d_KM: Tensor) -> Directions:
@@ -97,6 +98,13 @@ class Directions:
             d_KM = self.of(some)
             found.append(d_KM @ constant_M.to(d_KM))
         return torch.cat(found)
+
+    def only(self, device: torch.device) -> Tensor:
+        """Return the direction [width] of the only target, on a device."""
+        found = self._only_on.get(device)
+        if found is None:
+            found = self._only_on[device] = self.on(device)[0]
+        return found
 
     def then(self, change: Callable[[Tensor], Tensor]) -> Directions:
         """Make directions earlier in the model from these, by ``change``."""

@@ -32,14 +32,17 @@ def project(x: Tensor, view: View, directions: Directions, out_N: Tensor) -> Non
         directions: one per target [d_model].
         out_N: one scalar per entry, written in place.
     """
-    for x_TM, tile in tiles(x, view, directions.dtype):
-        d_KM = directions.at(tile, x.device)
-        if len(d_KM) > 1:
-            out_N[tile.index] = torch.linalg.vecdot(x_TM, tile.spread(d_KM))
+    device = x.device
+    d_M = directions.only(device) if len(directions) == 1 else None
+    for tile in view.tiles(x.shape[-1], device):
+        x_TM = view.take(x, tile.place).to(directions.dtype)
+        if d_M is None:
+            d_KM = tile.spread(directions.at(tile, device))
+            out_N[tile.index] = torch.linalg.vecdot(x_TM, d_KM)
         elif isinstance(tile.index, slice):  # at once to where it belongs
-            torch.mv(x_TM, d_KM.view(-1), out=out_N[tile.index])
+            torch.mv(x_TM, d_M, out=out_N if tile.size == len(out_N) else out_N[tile.index])
         else:
-            out_N[tile.index] = torch.mv(x_TM, d_KM.view(-1))
+            out_N[tile.index] = torch.mv(x_TM, d_M)
 
 
 def project_heads(

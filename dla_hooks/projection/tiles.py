@@ -94,10 +94,10 @@ class View:
                 model puts positions of its own before the prompt.
             place: which of the entries in view; None is all.
         """
-        batch, width = self._batch, self._width
-        if x.ndim == 3 and x.shape[0] == batch and x.shape[1] > width:
-            x = x[:, x.shape[1] - width :]
-        flat_x = x.reshape(-1, x.shape[-1])
+        batch, width, shape = self._batch, self._width, x.shape
+        if len(shape) == 3 and shape[0] == batch and shape[1] > width:
+            x = x[:, shape[1] - width :]
+        flat_x = x.reshape(-1, shape[-1])
         n = len(flat_x)
         if n == batch * width:
             run, axes = self._flat_run, 0
