@@ -27,8 +27,9 @@ from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.modules.hooks import Place, is_ours
 
 _LIBRARIES = ("torch", "transformers", "accelerate", "peft", "deepspeed")
-FINAL_HOOK, LOGIT_HOOK = "final_hook", "logit_hook"
-"""Rows of what hooks write at the last stream and the final norm's output, and at the logits."""
+EMBED_HOOK, FINAL_HOOK, LOGIT_HOOK = "embed_hook", "final_hook", "logit_hook"
+"""Rows of what hooks write to the token embeddings, at the last stream and the final norm's output,
+and at the logits."""
 
 _lock = threading.RLock()
 

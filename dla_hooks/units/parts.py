@@ -14,17 +14,18 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from dla_hooks.calibration.embedding_factor import embeddings_enter
 from dla_hooks.errors import CacheEntryError
 from dla_hooks.inputs.entries import Entries
 from dla_hooks.modules.hooks import Call, Place, Tap
-from dla_hooks.modules.user_hooks import FINAL_HOOK
+from dla_hooks.modules.user_hooks import EMBED_HOOK, FINAL_HOOK, is_hooked
 from dla_hooks.projection.directions import Directions
 from dla_hooks.projection.hook_writes import HookWrites
 from dla_hooks.projection.kernels import project
 from dla_hooks.projection.ledger import FixedRows, all_finite
 from dla_hooks.projection.reading_point import Reading
 from dla_hooks.projection.tiles import View
-from dla_hooks.residual.gains import constant_label, path_factors, times
+from dla_hooks.residual.gains import constant_label, path_factors, product, times
 from dla_hooks.residual.hooked import Hooked, hook_factor, hook_label, hooked_places
 from dla_hooks.residual.stream import Block, Stream
 from dla_hooks.results.rows import Row
@@ -64,12 +65,11 @@ class PartsPlan:
         directions.prepare()
         self._directions = {row.label: self._times(self._factors[row.label]) for row in self.rows}
         # What a block adds besides its writes, by its row; no run has to show it.
-        self.constants_K: dict[int, Tensor] = {}
-        for block in stream.blocks:
-            if block.constant is not None:
-                label = constant_label(block)
-                of_K = self._directions[label].of_constant(block.constant)
-                self.constants_K[self.row_of[label]] = of_K
+        self.constants_K = {
+            self.row_of[label]: self._directions[label].of_constant(block.constant)
+            for label, block in ((constant_label(block), block) for block in stream.blocks)
+            if block.constant is not None
+        }
 
     def directions(self, label: str) -> Directions:
         """What one part is projected on: the target's directions, through all later gains."""
@@ -78,6 +78,11 @@ class PartsPlan:
     def of_hooks(self, hooked: Hooked) -> Directions:
         """What the caller's hooks write at a place is projected on these."""
         return self._times(hook_factor(hooked, self._factors))
+
+    def of_embeddings(self) -> Directions | None:
+        """The same for the token embeddings; None where these are no term, as behind a norm."""
+        is_linear, factor = embeddings_enter(self.stream)
+        return self._times(product(factor, self._factors[EMBED])) if is_linear else None
 
     def recorder(self, entries: Entries, missing: Missing) -> PartsRecorder:
         """A recorder for one prompt.
@@ -118,6 +123,10 @@ class PartsRecorder:
         self._places = {k: place for k, place in places.items() if k not in self._missing}
         self._hooked = list(hooked_places(stream))
         writes = [(hooked.place, plan.of_hooks(hooked)) for hooked in self._hooked]
+        if is_hooked(stream.embedding):
+            directions = plan.of_embeddings()
+            if directions is not None:
+                writes.append((stream.embedding, directions))
         self._hooks = HookWrites(writes, len(entries), dtype) if writes else None
 
     def taps(self, view: View) -> list[Tap]:
@@ -133,11 +142,14 @@ class PartsRecorder:
             values_CN[row] = self._entries.of_target(of_K.to(device))
         finite_C = None if all_finite(values_CN) else torch.isfinite(values_CN).all(-1)
         values_CN /= reading.scale_N
-        hooks: dict[tuple[int, bool], Tensor] = {}
+        hooks, of_embeddings = dict[tuple[int, bool], Tensor](), None
         if self._hooks is not None:
             written = self._hooks.finish(device) / reading.scale_N
-            hooks = {(h.number, h.at_input): w for h, w in zip(self._hooked, written, strict=True)}
-        return Parts(plan, values_CN, self._missing, finite_C, reading, self._entries, hooks)
+            hooks = {(h.number, h.at_input): w for h, w in zip(self._hooked, written, strict=False)}
+            of_embeddings = written[-1] if len(written) > len(hooks) else None
+        return Parts(
+            plan, values_CN, self._missing, finite_C, reading, self._entries, hooks, of_embeddings
+        )
 
     def _tap(self, label: str, place: Place, view: View) -> Tap:
         row, directions = self._plan.row_of[label], self._plan.directions(label)
@@ -164,6 +176,8 @@ class Parts:
         entries: where.
         hooks: what the caller's hooks wrote to the input (True) or output (False) of a block, by
             its place in the stack; the number of blocks stands for the last stream.
+        hook_of_embeddings_N: what they wrote to the token embeddings, or None. The first of
+            ``raw_CN`` holds it, too.
     """
 
     plan: PartsPlan
@@ -173,6 +187,7 @@ class Parts:
     reading: Reading
     entries: Entries
     hooks: Mapping[tuple[int, bool], Tensor]
+    hook_of_embeddings_N: Tensor | None = None
 
     @property
     def complete(self) -> bool:
@@ -192,7 +207,8 @@ class Parts:
             CacheEntryError: when a part was not shown.
         """
         self._require(self.missing)
-        if self.plan.n_embeddings == 1 and not self.hooks and not self.reading.hooks_RN:
+        hooked = self.hooks or self.reading.hooks_RN or self.hook_of_embeddings_N is not None
+        if self.plan.n_embeddings == 1 and not hooked:
             return self.raw_CN
         return torch.stack([value for _, value in self._labelled()])
 
@@ -251,6 +267,9 @@ class Parts:
         # What begins the stream is the sum of the embeddings. The tokens' part is what positions
         # leave of it, with whatever scaling, norm or projection the model puts on it.
         found = [(rows[EMBED], raw[0] if plan.n_embeddings == 1 else raw[0] - raw[1])]
+        if self.hook_of_embeddings_N is not None:
+            found[0] = (rows[EMBED], found[0][1] - self.hook_of_embeddings_N)
+            found.append((Row(EMBED_HOOK, "hook"), self.hook_of_embeddings_N))
         found += [(row, raw[1]) for row in plan.rows[1 : plan.n_embeddings]]
         for number, block in enumerate(plan.stream.blocks):
             found += [(rows[label], raw[plan.row_of[label]]) for label in _labels(block)]

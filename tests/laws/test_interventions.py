@@ -74,7 +74,7 @@ def places(stream):
         "norm input": (stream.final_norm.module, True, "final_hook"),
         "norm output": (stream.final_norm.module, False, "final_hook"),
         "unembedding input": (stream.unembed, True, "logit_hook"),
-        "embedding output": (stream.backend.embedding(), False, None),
+        "embedding output": (stream.backend.embedding(), False, "embed_hook"),
     }
 
 
@@ -111,6 +111,24 @@ def test_vector_added_at_some_positions_is_attributed(spec, place, unit):
         assert row[..., :3].abs().max() < 1e-12
     if unit == "head" and place in ("attention output", "projection output"):
         assert "L1hook" in result.labels
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("name", ["gemma", "granite", "opt", "gpt2"])
+def test_hook_on_embeddings_has_what_it_adds_to_them(name, seed):
+    model, ids = build(name, seed=seed), example_ids(name)
+    model.get_input_embeddings().register_forward_hook(lambda module, args, out: 3 * out)
+    result = direct_logit_attribution(model, ids, 5, pos=None)
+    holds(model, ids, result)
+    torch.testing.assert_close(result["embed_hook"], 2 * result["embed"], rtol=1e-5, atol=1e-7)
+
+
+def test_hook_on_embeddings_before_a_norm_is_within_embed():
+    model, ids = build("bloom"), example_ids("bloom")
+    model.get_input_embeddings().register_forward_hook(lambda module, args, out: out.abs())
+    result = direct_logit_attribution(model, ids, 5)
+    assert "embed_hook" not in result.labels
+    holds(model, ids, result)
 
 
 @pytest.mark.parametrize("spec", SPECS)
