@@ -170,7 +170,7 @@ def source_of(
     cache: Any = None,
     attention_mask: Any = None,
     chunk_size: Any = None,
-    purpose: Any = "component",
+    purpose: Any,
     each_write: bool = True,
 ) -> Source:
     """Where a call's activations come from: a run on a prompt, or a cache.

@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 
 import dla_hooks
 from dla_hooks.cli.options import (
-    DEFAULT_UNIT,
+    UNIT,
     ChunkSize,
     Device,
     DeviceMap,
@@ -32,6 +32,7 @@ from dla_hooks.cli.options import (
     parse_pos,
 )
 from dla_hooks.errors import DLAError, TokenizerMissingError
+from dla_hooks.units import unit_names
 
 
 class _Commands(TyperGroup):
@@ -83,6 +84,7 @@ def demo() -> None:
     from dla_hooks.cli import views as cli_views
     from dla_hooks.demo import examples
 
+    units = [name for name in ("component", "head") if name in unit_names()]
     model, tokenizer = _load("demo")
     out = _out()
     out.print(cli_views.demo_opening(model))
@@ -100,10 +102,10 @@ def demo() -> None:
                 unit=unit,
                 tokenizer=tokenizer,
             )
-            for unit in ("component", "head")
+            for unit in units
         ]
         out.print(cli_views.demo_example(example.task, example.prompt, *results), crop=False)
-    out.print(cli_views.demo_closing(examples()[0]), crop=False)
+    out.print(cli_views.demo_closing(examples()[0], units[-1]), crop=False)
 
 
 @app.command()
@@ -121,7 +123,7 @@ def attribute(
         str | None,
         typer.Option(help="Attribute the answer's logit minus this token's.", show_default=False),
     ] = None,
-    unit: UnitOption = DEFAULT_UNIT,
+    unit: UnitOption = UNIT,
     pos: Annotated[
         str, typer.Option(help="Position: an int, a slice like 2:5, or 'all' (shown as means).")
     ] = "-1",

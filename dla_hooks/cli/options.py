@@ -10,11 +10,12 @@ from typing import Annotated
 import typer
 
 from dla_hooks.errors import InputError
-from dla_hooks.units import unit_names
+from dla_hooks.units import DEFAULT_UNIT, unit_names
 
 Unit = StrEnum("Unit", [(name, name) for name in unit_names()])  # type: ignore[misc]
 """What ``--unit`` takes: the names of the units."""
-DEFAULT_UNIT = Unit("component")
+UNIT = Unit(DEFAULT_UNIT if DEFAULT_UNIT in unit_names() else unit_names()[0])
+"""What ``--unit`` is by default."""
 
 
 _INT = re.compile(r"\s*[-+]?[0-9]+\s*")

@@ -116,7 +116,7 @@ class _HeadsPlan(UnitPlan):
         if not self.layers:
             raise UnsupportedModelError(
                 f"{type(stream.backend.root).__name__} has no attention heads with a direct path "
-                "to the stream; use unit='component' or 'layer'"
+                "to the stream; attribute whole sublayers instead (leave out unit=)"
             )
         remainder = unit.words.remainder
         self.rows.append(Row(remainder, remainder))

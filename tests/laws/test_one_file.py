@@ -3,12 +3,16 @@ every mention of it is gone."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from units import UNIT_NAMES
+
+from dla_hooks.units import unit_class
 
 ROOT = Path(__file__).parents[2]
 
@@ -86,7 +90,7 @@ class BoxBackend(HuggingFaceBackend):
 @pytest.fixture
 def copy(tmp_path):
     """A copy of the library, without what Python compiled of it."""
-    for folder in ("dla_hooks", "adapters"):
+    for folder in ("dla_hooks", "adapters", "scripts"):
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignored)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
@@ -100,11 +104,6 @@ def run(folder, code):
     return done.stdout
 
 
-HELP = """
-from dla_hooks.cli import main
-sys.argv = ["dla-hooks", "attribute", "--help"]
-main()
-"""
 PRELUDE = """
 import sys, torch
 sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
@@ -114,7 +113,25 @@ PROMPT = "The keys near the cabinet"
 def attribute(answer=" are", model=model, **options):
     return dla_hooks.direct_logit_attribution(
         model, PROMPT, answer, tokenizer=tokenizer, **options)
+def shown(*arguments):
+    "What a command prints, without frames and line breaks."
+    from typer.testing import CliRunner
+    from dla_hooks.cli import app
+    done = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    return " ".join(done.output.replace("│", " ").split())
+def reference_page():
+    sys.path.insert(0, "scripts")
+    import reference
+    return reference.page()
 """
+
+
+def mentions(text, name, class_name):
+    """The lines that name a unit or its class; examples may use one."""
+    named = re.compile(rf"""unit=.*["']{name}["']|`"{name}"`|dla_hooks\.{class_name}\b""")
+    lines = [line.strip() for line in text.splitlines()]
+    return [line for line in lines if named.search(line) and not line.startswith((">>>", "..."))]
 
 
 def test_a_new_unit_is_one_file(copy):
@@ -137,6 +154,11 @@ result.plot()
 summary = dla_hooks.summarize(dla_hooks.attribute_many(
     model, [PROMPT], " are", unit="toy", tokenizer=tokenizer))
 assert "halves" in repr(summary)
+assert "component, head, layer, toy" in shown("attribute", "--help")
+assert " llama component head layer toy " in shown("list")
+assert "halves: the embeddings" in shown(
+    "attribute", "demo", PROMPT, "--answer", " are", "--unit", "toy")
+assert '| `"toy"`, `dla_hooks.Halves` |' in reference_page()
 try:
     attribute(unit="nothing")
 except dla_hooks.InputError as error:
@@ -144,26 +166,58 @@ except dla_hooks.InputError as error:
 """,
     )
     assert "'toy'" in out
-    shown = run(copy, HELP)
-    assert "toy" in " ".join(shown.replace("│", " ").split())
 
 
-def test_a_deleted_unit_is_mentioned_no_more(copy):
-    (copy / "dla_hooks" / "units" / "layer.py").unlink()
+@pytest.mark.parametrize("name", UNIT_NAMES)
+def test_a_deleted_unit_is_mentioned_no_more(copy, name):
+    (copy / "dla_hooks" / "units" / f"{name}.py").unlink()
+    others = tuple(other for other in UNIT_NAMES if other != name)
     out = run(
         copy,
-        """
-attribute(unit=("component", "head"))
-assert "Layers" not in dir(dla_hooks)
-try:
-    attribute(unit="layer")
-except dla_hooks.InputError as error:
-    print(error)
+        f"""
+others, deleted = {others}, {name!r}
+found = attribute(unit=others)
+assert tuple(found) == others
+for result in found.values():
+    assert torch.allclose(result.total() + result.bias, result.logit, atol=1e-3)
+assert {unit_class(name).__name__!r} not in dir(dla_hooks)
+for make in (lambda: attribute(unit=deleted), lambda: attribute(unit=(deleted, others[0]))):
+    try:
+        make()
+    except dla_hooks.InputError as error:
+        assert f"unit must be one of {{others}}, got {{deleted!r}}" in str(error)
+    else:
+        raise AssertionError("the unit is still there")
+assert ", ".join(others) + ". [default: " in shown("attribute", "--help")
+assert " llama " + " ".join(others) + " " in shown("list")
+assert shown("demo").startswith("A small GPT-2")
+shown("attribute", "demo", PROMPT, "--answer", " are", "--unit", others[-1])
+print(reference_page())
 """,
     )
-    assert "unit must be one of ('component', 'head'), got 'layer'" in out
-    shown = run(copy, HELP)
-    assert "component, head" in " ".join(shown.replace("│", " ").split())
+    assert mentions(out, name, unit_class(name).__name__) == []
+
+
+@pytest.mark.parametrize("name", UNIT_NAMES)
+def test_no_other_module_names_a_unit(name):
+    found = {}
+    for path in sorted((ROOT / "dla_hooks").rglob("*.py")):
+        place = path.relative_to(ROOT / "dla_hooks").as_posix()
+        lines = mentions(path.read_text(encoding="utf-8"), name, unit_class(name).__name__)
+        if lines and place != f"units/{name}.py":
+            found[place] = lines
+    assert found == {}
+
+
+def test_mentions_of_a_unit_are_found():
+    text = """
+    use unit='component' or 'layer'
+    ``"layer"`` or a unit's object
+    cell["layer"]
+    >>> attribute(unit="layer")
+    unit=dla_hooks.Layers()
+    """
+    assert len(mentions(text, "layer", "Layers")) == 3
 
 
 def test_a_new_target_is_one_file(copy):

@@ -140,7 +140,7 @@ def test_a_model_in_training_mode_is_refused():
 
 
 def test_unknown_units_are_listed():
-    with pytest.raises(InputError, match=r"\('component', 'layer', 'head'\), got 'neuron'"):
+    with pytest.raises(InputError, match=r"\('component', 'head', 'layer'\), got 'neuron'"):
         direct_logit_attribution(build("gpt2"), IDS, 5, unit="neuron")
     with pytest.raises(InputError, match="got None"):
         direct_logit_attribution(build("gpt2"), IDS, 5, unit=None)
