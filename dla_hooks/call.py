@@ -84,7 +84,7 @@ def read_call(
     tokenizer: Any,
     attention_mask: Any,
     prepend_bos: bool | None,
-    purpose: str,
+    purpose: str | None,
 ) -> Inputs:
     """Check a model and read its input, or take a cache's.
 

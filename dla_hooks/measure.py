@@ -41,7 +41,9 @@ def measure(
     if not check:
         return measurement, Outcome(identity_gap(measurement))
     if not source.has_logits:
-        return measurement, hold_against_cache(measurement, source.dtype())
+        return measurement, hold_against_cache(
+            measurement, source.dtype(), source.own_scale(recording.view)
+        )
     return measurement, hold_against_model(measurement, prompt, columns, logits)
 
 
