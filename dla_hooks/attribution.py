@@ -11,10 +11,10 @@ from typing import Any
 
 from dla_hooks.backends import Backend, Conventions
 from dla_hooks.call import ReadModel, check_given, checked, model_of, source_of, target_of
-from dla_hooks.completeness import norms_hold
 from dla_hooks.errors import DecompositionError, HookError, InputError
 from dla_hooks.inputs import positions
-from dla_hooks.measure import measure, results
+from dla_hooks.measure.completeness import norms_hold
+from dla_hooks.measure.one_prompt import measure, results
 from dla_hooks.modules.version import forget
 from dla_hooks.residual.stream import Stream
 from dla_hooks.sources.base import Source

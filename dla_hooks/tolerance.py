@@ -1,8 +1,8 @@
 """How far the numbers of a call may be off, by dtype: what rounding may explain, and no more.
 
-A call's own check (:mod:`dla_hooks.completeness`), that of the stacks and that of every norm take
-their tolerance from here. What is measured of a model once (:mod:`dla_hooks.calibration`) says
-beside each measurement how exact it has to be.
+A call's own check (:mod:`dla_hooks.measure.completeness`), that of the stacks and that of every
+norm take their tolerance from here. What is measured of a model once
+(:mod:`dla_hooks.calibration`) says beside each measurement how exact it has to be.
 """
 
 from __future__ import annotations

@@ -296,7 +296,7 @@ def test_mixers_are_no_mlps():
     model = build_any("mamba")
     ids = example_ids_any(model)
     options = {"incl_embeds": False, "return_labels": True}
-    stack, labels = dla_hooks.decompose_resid(model, ids, mode="all", **options)
+    _, labels = dla_hooks.decompose_resid(model, ids, mode="all", **options)
     assert labels
     assert {label.partition("_")[2] for label in labels} == {"mixer_out"}
     for mode in ("mlp", "attn"):

@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 
-from dla_hooks.completeness import (
+from dla_hooks.errors import ShapeMismatchError
+from dla_hooks.inputs.positions import Selection
+from dla_hooks.measure.completeness import (
     Outcome,
     columns_to_check,
     hold_against_cache,
     hold_against_model,
     identity_gap,
 )
-from dla_hooks.errors import ShapeMismatchError
-from dla_hooks.inputs.positions import Selection
 from dla_hooks.residual.hooked import changed_behind
 from dla_hooks.results.result import DirectLogitAttribution
 from dla_hooks.sources.base import Source
