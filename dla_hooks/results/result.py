@@ -205,7 +205,7 @@ class DirectLogitAttribution(ResultData):
         return text if path is None else files.write_text(path, text)
 
     def plot(self) -> altair.Chart:
-        """A picture (extra ``plot``): a layer x head heatmap, bars of components, a line of layers.
+        """A picture (extra ``plot``): a heatmap of layers, bars, or a line, as its unit says.
 
         Returns:
             An Altair chart; it draws itself in a notebook, and ``chart.save("plot.png")`` writes
