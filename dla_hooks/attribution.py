@@ -11,15 +11,15 @@ from typing import Any
 
 from dla_hooks.backends import Backend, Conventions
 from dla_hooks.call import ReadModel, check_given, checked, model_of, source_of, target_of
-from dla_hooks.completeness import norms_hold
 from dla_hooks.errors import DecompositionError, HookError, InputError
 from dla_hooks.inputs import positions
-from dla_hooks.measure import measure, results
+from dla_hooks.measure.completeness import norms_hold
+from dla_hooks.measure.one_prompt import measure, results
 from dla_hooks.modules.version import forget
 from dla_hooks.residual.stream import Stream
 from dla_hooks.sources.base import Source
 from dla_hooks.targets.base import Target
-from dla_hooks.units import UnitName, read_units
+from dla_hooks.units import DEFAULT_UNIT, UnitName, read_units
 from dla_hooks.units.base import Unit
 from dla_hooks.units.plan import Plan as PlanData
 from dla_hooks.units.plan import make_plan
@@ -32,7 +32,7 @@ def direct_logit_attribution(
     answer_tokens: Any = None,
     incorrect_tokens: Any = None,
     *,
-    unit: UnitName | Unit | tuple[UnitName | Unit, ...] | Mapping[str, Any] = "component",
+    unit: UnitName | Unit | tuple[UnitName | Unit, ...] | Mapping[str, Any] = DEFAULT_UNIT,
     pos: Any = -1,
     cache: Any = None,
     tokenizer: Any = None,
@@ -63,10 +63,9 @@ def direct_logit_attribution(
             with the positions that ``pos`` has selected.
         incorrect_tokens: the same form and shape; the result is then the attribution of
             ``logit[answer] - logit[incorrect]``.
-        unit: ``"component"`` (embeddings and each sublayer), ``"layer"`` (the running sum of
-            components, as in a logit lens), ``"head"`` (each attention head, and a remainder), or
-            an object with a unit's options, as ``Heads(fold_value_biases=True)``. Several in a
-            tuple, or in a mapping with keys of your own, are measured in one run of the model.
+        unit: into which rows: the name of a unit (docs/reference.md lists them under "Units"), or
+            an object of its class, which takes the unit's own options. Several in a tuple, or in a
+            mapping with keys of your own, are measured in one run of the model.
         pos: which positions: an int (no position axis in the result), None (all), a tuple meaning
             ``slice(*pos)``, a slice, a list, or a 1-d array or tensor of ints or bools. Counted
             among a row's real tokens, so -1 is the last one whichever side is padded.
@@ -127,7 +126,7 @@ def prepare(
     answer_tokens: Any,
     incorrect_tokens: Any = None,
     *,
-    unit: UnitName | Unit | tuple[UnitName | Unit, ...] | Mapping[str, Any] = "component",
+    unit: UnitName | Unit | tuple[UnitName | Unit, ...] | Mapping[str, Any] = DEFAULT_UNIT,
     tokenizer: Any = None,
     prepend_bos: bool | None = None,
     center_unembed: bool | None = None,
@@ -156,7 +155,7 @@ def prepare(
 
     >>> import dla_hooks
     >>> model, tokenizer = dla_hooks.demo.load()
-    >>> plan = dla_hooks.prepare(model, " are", " is", unit="head", tokenizer=tokenizer)
+    >>> plan = dla_hooks.prepare(model, " are", " is", tokenizer=tokenizer)
     >>> for prompt in ("The keys near the cabinet", "The dogs near the car"):
     ...     result = plan(prompt)
     """

@@ -84,7 +84,7 @@ def read_call(
     tokenizer: Any,
     attention_mask: Any,
     prepend_bos: bool | None,
-    purpose: str,
+    purpose: str | None,
 ) -> Inputs:
     """Check a model and read its input, or take a cache's.
 
@@ -170,7 +170,7 @@ def source_of(
     cache: Any = None,
     attention_mask: Any = None,
     chunk_size: Any = None,
-    purpose: Any = "component",
+    purpose: Any,
     each_write: bool = True,
 ) -> Source:
     """Where a call's activations come from: a run on a prompt, or a cache.

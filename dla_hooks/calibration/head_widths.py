@@ -29,7 +29,7 @@ from dla_hooks.residual.stream import HeadSite, Stream, WriteSite
 _LENGTH = 3
 _DIGITS = 5  # base four: enough for 1024 heads
 _ANY_USE = Use(0, 0)
-_INSTEAD = "unit='component' and unit='layer' do not need that"
+_INSTEAD = "whole sublayers do not need that (leave out unit=)"
 
 
 @dataclass(frozen=True)

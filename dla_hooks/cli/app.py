@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 
 import dla_hooks
 from dla_hooks.cli.options import (
-    DEFAULT_UNIT,
+    UNIT,
     ChunkSize,
     Device,
     DeviceMap,
@@ -28,8 +28,11 @@ from dla_hooks.cli.options import (
     Model,
     TrustRemoteCode,
     UnitOption,
+    check_outputs,
+    parse_pos,
 )
-from dla_hooks.errors import DLAError, InputError, TokenizerMissingError
+from dla_hooks.errors import DLAError, TokenizerMissingError
+from dla_hooks.units import unit_names
 
 
 class _Commands(TyperGroup):
@@ -81,6 +84,7 @@ def demo() -> None:
     from dla_hooks.cli import views as cli_views
     from dla_hooks.demo import examples
 
+    units = [name for name in ("component", "head") if name in unit_names()]
     model, tokenizer = _load("demo")
     out = _out()
     out.print(cli_views.demo_opening(model))
@@ -98,10 +102,10 @@ def demo() -> None:
                 unit=unit,
                 tokenizer=tokenizer,
             )
-            for unit in ("component", "head")
+            for unit in units
         ]
         out.print(cli_views.demo_example(example.task, example.prompt, *results), crop=False)
-    out.print(cli_views.demo_closing(examples()[0]), crop=False)
+    out.print(cli_views.demo_closing(examples()[0], units[-1]), crop=False)
 
 
 @app.command()
@@ -119,7 +123,7 @@ def attribute(
         str | None,
         typer.Option(help="Attribute the answer's logit minus this token's.", show_default=False),
     ] = None,
-    unit: UnitOption = DEFAULT_UNIT,
+    unit: UnitOption = UNIT,
     pos: Annotated[
         str, typer.Option(help="Position: an int, a slice like 2:5, or 'all' (shown as means).")
     ] = "-1",
@@ -151,8 +155,8 @@ def attribute(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Split a logit, or the difference of two, into what each part of a model wrote."""
-    where = _parse_pos(pos)
-    _check_outputs(json, csv, plot)
+    where = parse_pos(pos)
+    check_outputs(json, csv, plot)
     loaded, tokenizer = _load(
         model, dtype, device, trust_remote_code, device_map=device_map, max_memory=max_memory
     )
@@ -278,31 +282,3 @@ def _load(
         if not with_tokenizer:
             return loaded, None
         return loaded, checkpoint.load_tokenizer(source, trust_remote_code)
-
-
-def _parse_pos(text: str) -> int | slice | None:
-    if text == "all":
-        return None
-    parts = text.split(":")
-    try:
-        numbers = [int(part) if part.strip() else None for part in parts]
-        if len(parts) > 1:
-            return slice(*numbers)
-        if numbers[0] is not None:
-            return numbers[0]
-    except (ValueError, TypeError):
-        pass
-    raise typer.BadParameter(
-        f"{text!r} is none of: an int, 'all', a slice like 2:5", param_hint="'--pos'"
-    )
-
-
-def _check_outputs(json: Path | None, csv: Path | None, plot: Path | None) -> None:
-    """Refuse what cannot be written before a model is loaded for it."""
-    for path in (json, csv, plot):
-        if path is not None and not path.parent.is_dir():
-            raise InputError(f"cannot write {path}: there is no folder {path.parent}")
-    if plot is not None:
-        from dla_hooks.results.chart import check_plot_path
-
-        check_plot_path(plot)

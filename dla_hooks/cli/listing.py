@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dla_hooks.residual.architecture import Architecture
+from dla_hooks.units import units_of
 
 
 def architectures(known: Sequence[Architecture]) -> RenderableType:
@@ -19,10 +20,7 @@ def architectures(known: Sequence[Architecture]) -> RenderableType:
     table.add_column("besides blocks, norm and unembedding", overflow="fold")
     by_type = {name: architecture for architecture in known for name in architecture.model_types}
     for name in sorted(by_type):
-        units = "component layer"
-        if any(write.heads is not None for write in by_type[name].writes):
-            units += " head"
-        table.add_row(name, units, "; ".join(_special(by_type[name])))
+        table.add_row(name, " ".join(units_of(by_type[name])), "; ".join(_special(by_type[name])))
     return Group(
         table,
         "",

@@ -1,17 +1,25 @@
-"""What the commands take: values that are one of a few, and options that several share."""
+"""What commands take: values that are one of a few, shared options, and what is checked first."""
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dla_hooks.units import unit_names
+from dla_hooks.errors import InputError
+from dla_hooks.units import DEFAULT_UNIT, unit_names
 
 Unit = StrEnum("Unit", [(name, name) for name in unit_names()])  # type: ignore[misc]
 """What ``--unit`` takes: the names of the units."""
-DEFAULT_UNIT = Unit("component")
+UNIT = Unit(DEFAULT_UNIT if DEFAULT_UNIT in unit_names() else unit_names()[0])
+"""What ``--unit`` is by default."""
+
+
+_INT = re.compile(r"\s*[-+]?[0-9]+\s*")
+_SLICE = re.compile(r"\s*([-+]?[0-9]+)?\s*(:\s*([-+]?[0-9]+)?\s*){1,2}")
 
 
 class Dtype(StrEnum):
@@ -87,3 +95,27 @@ ChunkSize = Annotated[
         show_default=False,
     ),
 ]
+
+
+def parse_pos(text: str) -> int | slice | None:
+    """What ``--pos`` says, as ``pos=`` takes it."""
+    if text == "all":
+        return None
+    if _INT.fullmatch(text):
+        return int(text)
+    if _SLICE.fullmatch(text):
+        return slice(*(int(part) if part.strip() else None for part in text.split(":")))
+    raise typer.BadParameter(
+        f"{text!r} is none of: an int, 'all', a slice like 2:5", param_hint="'--pos'"
+    )
+
+
+def check_outputs(json: Path | None, csv: Path | None, plot: Path | None) -> None:
+    """Refuse what cannot be written before a model is loaded for it."""
+    for path in (json, csv, plot):
+        if path is not None and not path.parent.is_dir():
+            raise InputError(f"cannot write {path}: there is no folder {path.parent}")
+    if plot is not None:
+        from dla_hooks.results.chart import check_plot_path
+
+        check_plot_path(plot)

@@ -56,32 +56,30 @@ def demo_opening(model: Any) -> RenderableType:
 def demo_example(
     task: str,
     prompt: str,
-    components: ResultData,
-    heads: ResultData,
+    whole: ResultData,
+    *others: ResultData,
 ) -> RenderableType:
-    """One prompt: its components in the order of the stream, next to its strongest heads."""
-    rows = in_order(components)
+    """One prompt: one unit's rows in the order of the stream, next to the others' strongest."""
+    rows = in_order(whole)
+    columns = [_lines(rows, half=6, title=whole.words.title.lower())]
+    for other in others:
+        shown = strongest(other, len(rows.rows) - 2)
+        columns.append(_lines(shown, half=6, title=f"strongest {other.words.title.lower()}"))
     # Columns, and no table: where the terminal is narrow they go below each other, uncut.
-    side_by_side = Columns(
-        [
-            _lines(rows, half=6, title="components"),
-            _lines(strongest(heads, len(rows.rows) - 2), half=6, title="strongest heads"),
-        ],
-        padding=(0, 3),
-    )
+    side_by_side = Columns(columns, padding=(0, 3))
     return Group(
         Text(_TASKS.get(task, task), "bold"),
         Text(prompt, "italic"),
-        Text(question(components)),
+        Text(question(whole)),
         "",
         Padding(side_by_side, (0, 0, 0, 2)),
         "",
-        *[Text(line, _FAINT) for line in closing(components)],
+        *[Text(line, _FAINT) for line in closing(whole)],
         "",
     )
 
 
-def demo_closing(example: Example) -> RenderableType:
+def demo_closing(example: Example, unit: str) -> RenderableType:
     """The same from Python."""
     return Group(
         Text("In Python:", "bold"),
@@ -95,7 +93,7 @@ def demo_closing(example: Example) -> RenderableType:
         {_literal(example.prompt)},
         {_literal(example.answer)},
         {_literal(example.incorrect)},
-        unit="head",
+        unit="{unit}",
         tokenizer=tokenizer,
     )
     result.top(3)

@@ -1,4 +1,7 @@
-"""Read prompts as token ids; for answers see :mod:`dla_hooks.inputs.answers`."""
+"""Read prompts as token ids; for answers see :mod:`dla_hooks.inputs.answers`.
+
+Decided here: which forms of input are taken, and whether a BOS is put before a string.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Batches of many prompts: their composition, their padding, and their results."""
+"""Batches of many prompts: their composition, their padding, and their results.
+
+Decided here: which prompts run together, and what happens when a batch fails or memory runs out.
+"""
 
 from __future__ import annotations
 

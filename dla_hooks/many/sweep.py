@@ -22,7 +22,7 @@ from dla_hooks.many.prompts import Names, Reader, Row, Rows
 from dla_hooks.many.store import Shards
 from dla_hooks.modules.user_hooks import callers_hooks
 from dla_hooks.results.result import DirectLogitAttribution
-from dla_hooks.units import UnitName, read_units
+from dla_hooks.units import DEFAULT_UNIT, UnitName, read_units
 from dla_hooks.units.base import Unit
 
 
@@ -32,7 +32,7 @@ def attribute_many(
     answer_tokens: Any,
     incorrect_tokens: Any = None,
     *,
-    unit: UnitName | Unit = "component",
+    unit: UnitName | Unit = DEFAULT_UNIT,
     pos: Any = -1,
     tokenizer: Any = None,
     prepend_bos: bool | None = None,
@@ -65,7 +65,7 @@ def attribute_many(
             of one id for each selected position.
         incorrect_tokens: the same, or None; the results are then of
             ``logit[answer] - logit[incorrect]``.
-        unit: ``"component"``, ``"layer"`` or ``"head"``.
+        unit: into which rows, as for :func:`direct_logit_attribution`; one unit only.
         pos: which positions of each prompt, as for :func:`direct_logit_attribution`.
         tokenizer: for strings, unless the model carries one.
         prepend_bos: for strings, as for :func:`direct_logit_attribution`; so are the next three.

@@ -35,7 +35,7 @@ _widths: WeakKeyDictionary[nn.Module, tuple[tuple[tuple[int, ...], ...], int]]
 _widths = WeakKeyDictionary()
 
 _NO_HEADS = (
-    "unit='component' and unit='layer' do not need that; for heads dequantise this module, "
+    "whole sublayers do not need that (leave out unit=); for heads dequantise this module, "
     "quantise its weights alone and in a form that can be trained through, or merge its adapter"
 )
 _UNEMBED = "the unembedding"
@@ -87,7 +87,8 @@ def check_readable(module: nn.Module, name: str) -> None:
     if is_sharded(getattr(module, "weight", None)) and "forward" in vars(module):
         raise UnsupportedModelError(
             f"{name} reads a part of the heads in each process (tensor parallelism), so none sees "
-            "all of them; use unit='component' or 'layer', or load the model without tp_plan"
+            "all of them; load the model without tp_plan, or attribute whole sublayers (leave out "
+            "unit=)"
         )
     if _out_axis(module) is None:
         nothing = torch.zeros(0, output_width(module), device=run_device(module))

@@ -24,6 +24,7 @@ from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.modules.autocast import outside_autocast
 from dla_hooks.modules.vjp import past_hooks
 from dla_hooks.modules.weights import run_device
+from dla_hooks.tolerance import misfit_tolerance
 
 _AMPLITUDE = 2.0**12
 _AMPLITUDE_HALF = 2.0**7
@@ -162,8 +163,3 @@ def frozen_scale(norm: Norm, x_NM: Tensor, y_NM: Tensor) -> tuple[Tensor, Tensor
 def largest(misfits: list[Tensor]) -> float:
     """The largest of several misfits; NaN if any is."""
     return float(torch.stack([misfit.cpu() for misfit in misfits]).max()) if misfits else 0.0
-
-
-def misfit_tolerance(dtype: torch.dtype) -> float:
-    """How much of a norm's output rounding may leave unexplained, for a model in ``dtype``."""
-    return 4 * torch.finfo(dtype).eps + 1e-5

@@ -1,4 +1,7 @@
-"""The state of a model, and measurements that are kept until its version changes."""
+"""The state of a model, and measurements that are kept until its version changes.
+
+Decided here: which changes of a model are noticed, so that it is measured again.
+"""
 
 from __future__ import annotations
 

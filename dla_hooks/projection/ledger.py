@@ -36,6 +36,7 @@ class FixedRows:
         self._dtype = dtype
         self._on: dict[torch.device, Tensor] = {}
         self._each: dict[torch.device, tuple[Tensor, ...]] = {}
+        self._given_away = False
 
     def on(self, device: torch.device) -> Tensor:
         """The rows [C, N] to write to on a device; each row is for one device only."""
@@ -51,7 +52,14 @@ class FixedRows:
         return each[number]
 
     def gathered(self, device: torch.device | None = None) -> Tensor:
-        """All rows [C, N] on one device (by default the first that was written on)."""
+        """All rows [C, N] on one device (by default the first that was written on), once.
+
+        Whoever gathers them may write to them. A second time they would no longer be what was
+        written by the taps.
+        """
+        if self._given_away:
+            raise RuntimeError("the rows of a run are gathered once")
+        self._given_away = True
         device = device or next(iter(self._on), torch.device("cpu"))
         whole = self.on(device)
         for other, rows in self._on.items():

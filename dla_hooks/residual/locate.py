@@ -1,4 +1,7 @@
-"""From a model and its declaration to the modules themselves."""
+"""From a model and its declaration to the modules themselves.
+
+Decided here: which module a declared name stands for, and each write's label (``3_mlp_out``).
+"""
 
 from __future__ import annotations
 

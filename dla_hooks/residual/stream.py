@@ -1,4 +1,7 @@
-"""A located residual stream: the modules that a declaration names, found in one model."""
+"""A located residual stream: the modules that a declaration names, found in one model.
+
+Decided here: the dtype of each place and of all contractions (``work_dtype``).
+"""
 
 from __future__ import annotations
 

@@ -96,8 +96,8 @@ def head_grid(data: ResultData) -> Tensor:
             places.append((row.layer, row.index, (row.sub, row.kind)))
     if data.words.index != "head" or not numbers:
         raise InputError(
-            f"this result has no rows that are heads: its unit is {data.unit!r}. Attribute with "
-            "unit='head'."
+            f"this result has no rows that are heads: its unit is {data.unit!r}. Attribute to "
+            "heads."
         )
     counts: dict[tuple[int, tuple[int | None, str]], int] = {}
     for layer, head, attention in places:

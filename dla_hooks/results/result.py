@@ -24,9 +24,8 @@ if TYPE_CHECKING:
 class DirectLogitAttribution(ResultData):
     """Who wrote a logit, or a difference of logits.
 
-    ``total() + bias == logit``, to within ``gap``. For units whose rows are parts (``component``,
-    ``head``) the total is ``attribution.sum(0)``; for ``layer``, whose rows are running sums, it
-    is ``attribution[-1]``.
+    ``total() + bias == logit``, to within ``gap``. The total is ``attribution.sum(0)``, or
+    for a unit whose rows are running sums (``words.cumulative``) ``attribution[-1]``.
 
     ``result["L3H0"]`` is one row [*batch_and_pos], ``len(result)`` counts the rows, and a loop
     over the result gives pairs of a :class:`Row` record and that row's numbers.
@@ -52,7 +51,7 @@ class DirectLogitAttribution(ResultData):
     Attributes:
         attribution: [row, *batch_and_pos], aligned with ``labels``; NaN at padding.
         labels: the name of each row.
-        unit: the name of the unit: ``component``, ``layer``, ``head``, …
+        unit: the name of the unit that made the rows.
         bias: what the logit has besides the stream [*batch_and_pos].
         logit: the logit (or difference), before any softcap [*batch_and_pos].
         gap: the largest difference between the parts' sum and the stream's own projection.
@@ -206,7 +205,7 @@ class DirectLogitAttribution(ResultData):
         return text if path is None else files.write_text(path, text)
 
     def plot(self) -> altair.Chart:
-        """A picture (extra ``plot``): a layer x head heatmap, bars of components, a line of layers.
+        """A picture (extra ``plot``): a heatmap of layers, bars, or a line, as its unit says.
 
         Returns:
             An Altair chart; it draws itself in a notebook, and ``chart.save("plot.png")`` writes

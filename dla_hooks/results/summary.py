@@ -46,14 +46,14 @@ class Subject:
 class Summary:
     """What many prompts have in common: each row's mean over prompts, and how sure it is.
 
-    As in a single result the rows and the bias sum to the logit (for ``layer`` the last row and
-    the bias do), each now a mean over prompts.
+    As in a single result the rows and the bias sum to the logit (where rows are running sums
+    the last row and the bias do), each now a mean over prompts.
 
     Summaries of parts of a data set make up that of the whole: ``one.merge(other)``.
 
     Attributes:
         labels: the name of each row.
-        unit: the name of the unit: ``component``, ``layer``, ``head``, …
+        unit: the name of the unit that made the rows.
         mean: over prompts, in float64 [row].
         standard_error: of that mean: the samples' standard deviation over the root of ``n``
             [row]; NaN where there is one sample only.

@@ -59,6 +59,18 @@ class Source:
         """The coarsest dtype of what it shows, where that may be another than the model's."""
         return torch.float64
 
+    def own_scale(self, view: View) -> tuple[Tensor, Tensor] | None:
+        """Compute the final norm's scale from the last stream, where both are merely stored.
+
+        Args:
+            view: the entries.
+
+        Returns:
+            The scale at each entry [N], and which part of it rounding may be [N]; None where the
+            norm itself is seen at work, or the source has not both.
+        """
+        return None
+
     def texts(self, tokenizer: Any) -> list[list[str]]:
         """The tokens of every row, as text."""
         raise NotImplementedError(f"{type(self).__name__} must name its tokens")

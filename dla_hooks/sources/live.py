@@ -3,6 +3,8 @@
 A long prompt may be run in pieces, each against the model's own cache of what came before it.
 Activation memory then grows with the piece, and only the cache with the prompt. The numbers are
 those of one whole run where the model computes the same either way; a short run measures that.
+
+Decided here: how long a piece is (:func:`chunk_size_for`).
 """
 
 from __future__ import annotations

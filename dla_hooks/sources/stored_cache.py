@@ -14,12 +14,16 @@ import torch
 from torch import Tensor
 
 from dla_hooks.calibration.mid_streams import mid_streams
+from dla_hooks.calibration.norm_constants import norm_at
 from dla_hooks.errors import CacheEntryError, InputError
 from dla_hooks.inputs.prompts import Prompt
 from dla_hooks.modules.hooks import Call, Place, Tap
+from dla_hooks.modules.norms import frozen_scale
+from dla_hooks.modules.vjp import dtype_of, past_hooks
+from dla_hooks.projection.kernels import tiles
 from dla_hooks.projection.tiles import View
 from dla_hooks.residual.gains import times
-from dla_hooks.residual.stream import Block, Stream
+from dla_hooks.residual.stream import Block, Stream, coarsest
 from dla_hooks.sources.base import Source
 
 
@@ -47,7 +51,8 @@ class StoredCache(Source):
     Args:
         cache: the ``ActivationCache``; never written to.
         stream: the located model.
-        purpose: what reads it, for messages: the name of a unit, or several in a tuple.
+        purpose: what reads it, for messages: the name of a unit, or several in a tuple; None is
+            a stack.
         each_write: whether every write is needed by itself; otherwise all that a block added may
             be shown as its last write.
     """
@@ -97,6 +102,26 @@ class StoredCache(Source):
                 else:
                     tap.on_activation(Call.of(self._read(place)))
 
+    def own_scale(self, view: View) -> tuple[Tensor, Tensor] | None:
+        """The scale that the final norm gives the last stream, as the entries have it."""
+        stream, place = self._stream, self._stream.final_norm
+        if not hasattr(place.module, "hook_scale"):  # a model may have no final norm
+            return None
+        x, norm = self._last(), norm_at(stream, place)
+        dtype = dtype_of(place.module)
+        scale_N = torch.empty(len(view), dtype=stream.work_dtype, device=x.device)
+        rounding_N = torch.zeros_like(scale_N)
+        terms = [] if self._keeps_last() else [self._write(name) for name in self._writes]
+        eps = torch.finfo(coarsest((x.dtype, stream.stream_dtype))).eps * len(terms) ** 0.5
+        with torch.no_grad(), stream.backend.without_user_hooks(), past_hooks(place.module):
+            for x_TM, tile in tiles(x, view, stream.work_dtype):
+                y_TM = place.module.forward(x_TM[None].to(dtype))[0].to(x_TM)
+                scale_N[tile.index], _ = frozen_scale(norm, x_TM.to(dtype).to(x_TM), y_TM)
+        for term in terms:  # large terms may cancel
+            size_N = view.take(term.norm(dim=-1, keepdim=True))[:, 0].to(rounding_N)
+            rounding_N = torch.maximum(rounding_N, size_N * eps)
+        return scale_N, rounding_N / stream.d_model**0.5
+
     def texts(self, tokenizer: Any) -> list[list[str]]:
         """A question mark for each token: a cache does not say which tokens it had."""
         batch, width = self.prompt.shape
@@ -137,10 +162,13 @@ class StoredCache(Source):
             start = start + times(positions, self._stream.positions_response)
         return start
 
+    def _keeps_last(self) -> bool:
+        return f"{self._stream.blocks[-1].name}.hook_resid_post" in self._cache.cache_dict
+
     def _last(self) -> Tensor:
         stream = self._stream
         name = f"{stream.blocks[-1].name}.hook_resid_post"
-        if name in self._cache.cache_dict:
+        if self._keeps_last():
             return self._entry(name)
         try:
             x = self._before(stream.blocks[0])
@@ -195,6 +223,11 @@ class StoredCache(Source):
         return value if self.batched else value[None]
 
     def _missing(self, name: str) -> CacheEntryError:
+        if self._purpose is None:
+            return CacheEntryError(
+                f"the cache has no {name!r}, which this stack reads. Keep it: "
+                "model.run_with_cache(tokens) without a names_filter, or with one that names it"
+            )
         return CacheEntryError(
             f"the cache has no {name!r}, which unit={self._purpose!r} reads. Keep it: "
             "model.run_with_cache(tokens, names_filter="

@@ -26,7 +26,7 @@ def inputs_of(model: Any, input: Any, options: dict[str, Any]) -> Inputs:
     unknown = set(options) - set(known)
     if unknown:
         raise TypeError(f"unexpected keyword arguments: {', '.join(sorted(unknown))}")
-    return read_call(model, input, **{**known, **options}, purpose="a stack")
+    return read_call(model, input, **{**known, **options}, purpose=None)
 
 
 def measured(

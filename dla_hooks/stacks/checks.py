@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from dla_hooks.calibration.scales import check_weights
-from dla_hooks.completeness import tolerance
 from dla_hooks.errors import DecompositionError, NonFiniteError
 from dla_hooks.modules.autocast import outside_autocast
 from dla_hooks.modules.hooks import Call, Tap
@@ -21,6 +20,7 @@ from dla_hooks.residual.gains import constant_label, path_factors, times
 from dla_hooks.residual.hooked import hook_factor, hooked_places
 from dla_hooks.residual.stream import Stream, WriteSite
 from dla_hooks.stacks.kept import Kept
+from dla_hooks.tolerance import tolerance
 from dla_hooks.verification.trace import trace_report
 
 _DIRECTIONS = 16

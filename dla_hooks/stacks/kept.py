@@ -17,6 +17,7 @@ from dla_hooks.modules import norms
 from dla_hooks.modules.hooks import Call, Place, Tap
 from dla_hooks.projection.tiles import View
 from dla_hooks.residual.stream import Block, HeadSite, Stream, WriteSite
+from dla_hooks.tolerance import misfit_tolerance
 
 
 @dataclass
@@ -179,7 +180,7 @@ class Kept:
     def _hold_norms(self) -> None:
         for (name, *_), misfit in self._misfits.items():
             unexplained = norms.largest([misfit])
-            if not unexplained <= norms.misfit_tolerance(self.stream.product_dtype):
+            if not unexplained <= misfit_tolerance(self.stream.product_dtype):
                 raise DecompositionError(
                     f"{name} did something else than gamma * (x - centre) / s + beta at one of the "
                     f"positions: {unexplained:.1e} of its output is unexplained. A hook that "

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dla_hooks.completeness import tolerance
 from dla_hooks.errors import NonFiniteError
 from dla_hooks.modules.autocast import outside_autocast
 from dla_hooks.stacks.checks import failure
 from dla_hooks.stacks.kept import Kept
 from dla_hooks.targets.base import spread_of
 from dla_hooks.targets.tokens import TokenPairs, read_out
+from dla_hooks.tolerance import tolerance
 
 _MOST_COLUMNS = 4
 _MOST_LOGITS = 2**22

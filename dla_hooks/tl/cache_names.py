@@ -7,11 +7,11 @@ from typing import Any
 from dla_hooks.backends import backend_of
 from dla_hooks.modules.hooks import Place
 from dla_hooks.residual.stream import Stream
-from dla_hooks.units import read_units
+from dla_hooks.units import DEFAULT_UNIT, read_units
 from dla_hooks.verification.recognise import stream_of
 
 
-def cache_names(model: Any, unit: Any = "component") -> list[str]:
+def cache_names(model: Any, unit: Any = DEFAULT_UNIT) -> list[str]:
     """The fewest activations that a cache needs for a unit, as a ``names_filter``.
 
     >>> _, cache = model.run_with_cache(tokens, names_filter=cache_names(model, "head"))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dla_hooks.errors import InputError, ShapeMismatchError, TokenError, TokenizerMissingError
 from dla_hooks.inputs.answers import single_token
-from dla_hooks.tl.arguments import check_bos, check_flag
+from dla_hooks.tl.arguments import check_bos, check_flag, is_int, one_row, read_ids
 from dla_hooks.tl.config import Config, prepends_bos
 
 
@@ -100,7 +100,7 @@ class TokenMethods:
         tokenizer = self._needed("to_str_tokens")
         self._side(padding_side)
         check_bos(prepend_bos)
-        if isinstance(input, list) and not all(_is_int(item) for item in input):
+        if isinstance(input, list) and not all(is_int(item) for item in input):
             return [self.to_str_tokens(item, prepend_bos, padding_side) for item in input]
         if isinstance(input, str):
             (row,) = self._encode(input, prepend_bos, truncate=True)
@@ -110,7 +110,7 @@ class TokenMethods:
                     "input must be a string, token ids [pos] or [1, pos], or a list of these; "
                     f"got {type(input).__name__}: {input!r:.80}"
                 )
-            row = _one_row(self._ids(input, "input"), "input").tolist()
+            row = one_row(self._ids(input, "input"), "input").tolist()
         return [_decode(tokenizer, [i]) for i in row]
 
     def to_single_token(self, string: str) -> int:
@@ -133,7 +133,7 @@ class TokenMethods:
             TokenError: for an id outside the vocabulary.
         """
         tokenizer = self._needed("to_single_str_token")
-        if not _is_int(int_token):
+        if not is_int(int_token):
             raise InputError(
                 f"int_token must be an int, got {type(int_token).__name__}: {int_token!r:.80}"
             )
@@ -168,7 +168,7 @@ class TokenMethods:
         if isinstance(input, str):
             (row,) = self._encode(input, prepend_bos, truncate=True)
         else:
-            row = _one_row(self._ids(input, "input"), "input").tolist()
+            row = one_row(self._ids(input, "input"), "input").tolist()
         if isinstance(single_token, str):
             token = self.to_single_token(single_token)
         else:
@@ -253,27 +253,10 @@ class TokenMethods:
 
     def _ids(self, value: Any, name: str, vocabulary: int | None = None) -> Tensor:
         """Ids of any shape, on the CPU, checked against what model or tokenizer knows."""
-        try:
-            ids = torch.as_tensor(value).detach().cpu()
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise InputError(
-                f"{name} must hold token ids, got {type(value).__name__}: {value!r:.80}"
-            ) from error
-        if ids.numel() == 0:
-            return ids.long()
-        if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-            raise InputError(f"{name} must hold integer token ids, got {ids.dtype}: {value!r:.80}")
-        ids = ids.long()
         if vocabulary is None:  # a tokenizer may know fewer tokens than the model, or more
             known = 0 if self.tokenizer is None else len(self.tokenizer)
             vocabulary = max(self.cfg.d_vocab, known)
-        bad = ids[(ids < 0) | (ids >= vocabulary)]
-        if bad.numel():
-            raise TokenError(
-                f"{name} holds token id {int(bad[0])}, which is outside the vocabulary "
-                f"(0 to {vocabulary - 1})"
-            )
-        return ids
+        return read_ids(value, name, vocabulary)
 
 
 def _bos(tokenizer: Any) -> int:
@@ -287,15 +270,3 @@ def _bos(tokenizer: Any) -> int:
 def _decode(tokenizer: Any, ids: list[int]) -> str:
     # Cleaning up spaces would make the text another one.
     return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-
-
-def _one_row(ids: Tensor, name: str) -> Tensor:
-    if ids.ndim > 1 and ids.numel() != ids.shape[-1]:
-        raise ShapeMismatchError(
-            f"{name} must be one row of tokens, [pos] or [1, pos]; got {list(ids.shape)}"
-        )
-    return ids.reshape(-1)
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -28,8 +28,8 @@ from dla_hooks.verification.recognise import stream_of
 
 _NO_CACHE = (
     "no activation is cached here. For logits split into parts call "
-    "dla_hooks.direct_logit_attribution(wrapped, prompt, answer, unit='component' | 'layer' | "
-    "'head'), which keeps one number per part"
+    "dla_hooks.direct_logit_attribution(wrapped, prompt, answer, unit=...), which keeps one number "
+    "per part"
 )
 _NO_HOOKS = "no hook points are added to the model; put PyTorch hooks on the modules of"
 _ABSENT = {

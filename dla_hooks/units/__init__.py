@@ -3,16 +3,21 @@
 A unit is found by its file: ``head.py`` holds the unit ``head``, the one class of that file whose
 ``words.name`` is ``head``. Nothing else names it. Names are known without loading any of them, so
 that ``dla-hooks --help`` need not wait for torch.
+
+Decided here: which names ``unit=`` takes, which unit is the default, and which units a declared
+architecture has.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import pkgutil
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 from dla_hooks.errors import InputError
+from dla_hooks.residual.architecture import Architecture, Write
 from dla_hooks.results.rows import Words
 
 if TYPE_CHECKING:
@@ -21,24 +26,35 @@ if TYPE_CHECKING:
 _SHARED = {"base", "parts", "plan"}
 """Files of this folder that hold no unit."""
 
-_Listed = Literal["component", "layer", "head"]
-UnitName = _Listed | str
-"""The names of units, for editors; any file of this folder adds one."""
+UnitName = str
+"""The name of a unit: that of its file."""
 
+DEFAULT_UNIT = "component"
+"""The unit of a call that names none."""
 
-def _find_names() -> tuple[str, ...]:
-    found = {entry.name for entry in pkgutil.iter_modules(__path__)} - _SHARED
-    first = [name for name in get_args(_Listed) if name in found]
-    return (*first, *sorted(found.difference(first)))
-
-
-_NAMES = _find_names()
+_NAMES = tuple(sorted({entry.name for entry in pkgutil.iter_modules(__path__)} - _SHARED))
+_DECLARED = {field.name for field in dataclasses.fields(Write)}
 _classes: dict[str, type[Unit]] = {}
 
 
 def unit_names() -> tuple[str, ...]:
     """The names that ``unit=`` takes."""
     return _NAMES
+
+
+def units_of(architecture: Architecture) -> tuple[str, ...]:
+    """The names of the units that models of a declared architecture can be split into.
+
+    A unit may need a part of the declaration, which is the field of :class:`dla_hooks.Write` that
+    is called as the unit in the plural: ``heads`` for ``head``. All others need none.
+    """
+
+    def has(name: str) -> bool:
+        needs = f"{name}s"
+        writes = architecture.writes
+        return needs not in _DECLARED or any(getattr(write, needs) is not None for write in writes)
+
+    return tuple(filter(has, _NAMES))
 
 
 def unit_class(name: str) -> type[Unit]:

@@ -116,7 +116,7 @@ class _HeadsPlan(UnitPlan):
         if not self.layers:
             raise UnsupportedModelError(
                 f"{type(stream.backend.root).__name__} has no attention heads with a direct path "
-                "to the stream; use unit='component' or 'layer'"
+                "to the stream; attribute whole sublayers instead (leave out unit=)"
             )
         # What a layer writes besides its heads: the projection's bias, and the post-norm's beta.
         biases = [(layer.at_output, layer.bias_M) for layer in self.layers]

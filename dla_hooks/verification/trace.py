@@ -125,7 +125,7 @@ def trace_report(stream: Stream, prompt: Prompt | None = None) -> Verification:
 def _unseen_heads(stream: Stream) -> list[Line]:
     """The layers whose heads cannot be seen, or told apart; their components add up all the same.
 
-    unit='head' refuses these.
+    An attribution to heads refuses these.
     """
     found = head_widths(stream)
     names = {write.label: write.name for write in stream.writes}

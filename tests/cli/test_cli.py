@@ -303,7 +303,7 @@ class TestList:
     def test_every_model_type_in_alphabetical_order(self):
         done = call("list")
         assert done.exit_code == 0
-        named = re.findall(r"^(\w+) +component layer", done.stdout, re.MULTILINE)
+        named = re.findall(r"^(\w+) +component ", done.stdout, re.MULTILINE)
         known = {name for arch in dla_hooks.architectures() for name in arch.model_types}
         assert named == sorted(known)
 
@@ -312,7 +312,20 @@ class TestList:
         lines = {line.split()[0]: line for line in text.splitlines() if line.strip()}
         assert "a norm after each sublayer" in lines["gemma2"]
         assert "learned positions" in lines["gpt2"]
-        assert lines["llama"].rstrip().endswith("head")
+        assert lines["llama"].split() == ["llama", *UNIT_NAMES]
+
+    def test_list_names_the_units_that_a_declaration_has(self):
+        lines = {
+            line.split()[0]: line
+            for line in call("list", COLUMNS="160").stdout.splitlines()
+            if line.strip()
+        }
+        for architecture in dla_hooks.architectures():
+            with_heads = any(write.heads is not None for write in architecture.writes)
+            for name in architecture.model_types:
+                words = lines[name].split()
+                assert {"component", "layer"} <= set(words)
+                assert ("head" in words) == with_heads
 
 
 class TestDemo:

@@ -16,15 +16,14 @@ ROOT = Path(__file__).parents[2]
 # From the ground up. A module imports from lower floors, from its own room, and from nothing else;
 # rooms of one floor do not know each other. CONTRIBUTING.md says what each room is for.
 FLOORS = (
-    ("errors", "_version"),
+    ("errors", "_version", "tolerance"),
     ("inputs", "modules", "results"),
     ("backends",),
     ("residual",),
     ("adapters", "projection", "calibration"),
     ("targets", "sources"),
     ("units", "verification"),
-    ("completeness", "call", "tl"),
-    ("measure",),
+    ("measure", "call", "tl"),
     ("attribution", "stacks", "questions"),
     ("many",),
     ("__init__",),
@@ -41,8 +40,10 @@ ALLOWED = {("__init__", "demo")}
 # is gone fails the test.
 KNOWN: set[tuple[str, str]] = set()  # (importing module, imported room)
 KNOWN_IN_CIRCLES: set[str] = set()
-KNOWN_LONG = {"dla_hooks.cli.app", "dla_hooks.tl.tokens"}
+KNOWN_LONG: set[str] = set()
 LONGEST = 300
+HIGHEST = 12
+"""Rooms that stand on each other; FLOORS has more lines, to say who may import whom."""
 
 
 def _modules() -> dict[str, Path]:
@@ -142,6 +143,28 @@ def test_imports_between_rooms_run_down():
     assert sorted(KNOWN - found) == [], "these are gone: take them out of KNOWN"
 
 
+def heights(arrows: dict[str, set[str]]) -> dict[str, int]:
+    """How many rooms stand on each other from the ground to each room, itself counted."""
+    below: dict[str, set[str]] = {}
+    for name, targets in arrows.items():
+        if not name.startswith("benchmarks"):
+            here = room_of(name)
+            below.setdefault(here, set()).update(
+                there
+                for there in map(room_of, targets)
+                if there != here and (here, there) not in ALLOWED
+            )
+    found: dict[str, int] = {}
+    for room in sorted(below, key=FLOOR.__getitem__):
+        found[room] = 1 + max((found[other] for other in below[room]), default=0)
+    return found
+
+
+def test_rooms_stand_on_few_floors():
+    """With ``scripts/``, which import the command line, one more."""
+    assert max(heights(ARROWS).values()) <= HIGHEST
+
+
 def test_modules_do_not_import_each_other_in_a_circle():
     found = set().union(*circles(ARROWS))
     assert sorted(found - KNOWN_IN_CIRCLES) == [], "these modules import each other in a circle"
@@ -198,5 +221,7 @@ def test_upward_import_and_circle_are_found():
     assert against_the_order(up) == {("errors", "units")}
     beside = {"dla_hooks.inputs.a": {"dla_hooks.results.b"}, "dla_hooks.results.b": set()}
     assert against_the_order(beside) == {("inputs.a", "results")}
+    chain = {"dla_hooks.call": {"dla_hooks.errors"}, "dla_hooks.errors": set()}
+    assert heights({**chain, "dla_hooks.many.x": {"dla_hooks.call"}})["many"] == 3
     round_trip = {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}
     assert circles(round_trip) == {frozenset("abc")}

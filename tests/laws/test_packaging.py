@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 import dla_hooks
+from dla_hooks.targets import request_classes
+from dla_hooks.units import unit_classes
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,8 +21,9 @@ def test_public_names_are_the_listed_ones_and_all_exist():
     assert dla_hooks.__all__ == sorted(dla_hooks.__all__)
     for name in dla_hooks.__all__:
         assert getattr(dla_hooks, name) is not None
-    units = {"Components", "Heads", "Layers"}
-    assert set(dla_hooks.__all__) == {"__version__", "demo", *dla_hooks._HOME, *units}
+    found = {*unit_classes(), *request_classes()}
+    assert {"Components", "Heads", "Layers"} <= found
+    assert set(dla_hooks.__all__) == {"__version__", "demo", *dla_hooks._HOME, *found}
     assert set(dla_hooks.__all__) <= set(dir(dla_hooks))
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         dla_hooks.nonsense  # noqa: B018

@@ -11,7 +11,7 @@ import weakref
 import pytest
 import torch
 import transformers
-from many_prompts import RECURRENT, assert_same, batches_seen, made, random_prompts
+from many_prompts import RECURRENT, assert_same, made, random_prompts
 from zoo import tiny_tokenizer
 
 from dla_hooks import (
@@ -33,17 +33,6 @@ from dla_hooks import (
 from dla_hooks.many.batches import batches_of
 
 pytestmark = pytest.mark.lowest
-
-
-@pytest.fixture(scope="module")
-def model():
-    return made("gpt2")
-
-
-@pytest.fixture
-def ran(model):
-    with batches_seen(model) as shapes:
-        yield shapes
 
 
 # Attention that pads well in float64, that turns padding into NaN there, and layers that read it.

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import safetensors
 import torch
-from many_prompts import assert_same, batches_seen, made, random_prompts
+from many_prompts import assert_same, made, random_prompts
 from safetensors.torch import load_file, save_file
 from zoo import tiny_tokenizer
 
@@ -21,17 +21,6 @@ from dla_hooks import (
     attribute_many,
     direct_logit_attribution,
 )
-
-
-@pytest.fixture(scope="module")
-def model():
-    return made("gpt2")
-
-
-@pytest.fixture
-def ran(model):
-    with batches_seen(model) as shapes:
-        yield shapes
 
 
 def test_stored_results_come_back_without_running_the_model(ran, model, tmp_path):

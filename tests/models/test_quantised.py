@@ -89,7 +89,7 @@ def test_activations_in_8_bits_have_components_but_no_heads(config):
         total = result.attribution[-1] if unit == "layer" else result.attribution.sum(0)
         torch.testing.assert_close(total + result.bias, logits, rtol=1e-4, atol=1e-5)
     for check in (True, False):
-        with pytest.raises(UnsupportedModelError, match=r"not linear.*unit='component'"):
+        with pytest.raises(UnsupportedModelError, match=r"not linear.*leave out unit="):
             direct_logit_attribution(model, ids, 5, unit="head", check=check)
     report = verify(model, show=False)
     assert report.ok
@@ -169,7 +169,7 @@ def test_kernels_without_backward_have_components_but_no_heads(make):
     if not packs:
         pytest.skip("this CPU does not pack weights of four bits")
     with pytest.raises(
-        UnsupportedModelError, match=r"(not linear|no usable backward).*unit='component'"
+        UnsupportedModelError, match=r"(not linear|no usable backward).*leave out unit="
     ):
         direct_logit_attribution(model, ids, 5, unit="head")
 
@@ -215,7 +215,7 @@ def test_kernel_error_is_quoted_in_refusal(function, said):
         layer.self_attn.o_proj.__class__ = Fused
     found = direct_logit_attribution(model, ids, 5)
     torch.testing.assert_close(found.attribution, expected.attribution)
-    with pytest.raises(UnsupportedModelError, match=f"Fused.*{said}.*unit='component'"):
+    with pytest.raises(UnsupportedModelError, match=f"Fused.*{said}.*leave out unit="):
         direct_logit_attribution(model, ids, 5, unit="head")
     model.lm_head.__class__ = Fused
     with pytest.raises(UnsupportedModelError, match=f"the unembedding .*Fused.*{said}"):

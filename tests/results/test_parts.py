@@ -192,7 +192,7 @@ class TestHeads:
         assert bool(grid[1, 2:].isnan().all())
 
     def test_other_rows_are_refused(self, attribute):
-        with pytest.raises(InputError, match="unit is 'component'.*unit='head'"):
+        with pytest.raises(InputError, match="unit is 'component'.*Attribute to heads"):
             attribute().heads  # noqa: B018
 
 

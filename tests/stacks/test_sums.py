@@ -292,6 +292,18 @@ def test_heads_of_two_attentions_in_a_block_have_labels_of_their_own():
 # --- neurons ---------------------------------------------------------------------------------
 
 
+def test_mixers_are_no_mlps():
+    model = build_any("mamba")
+    ids = example_ids_any(model)
+    options = {"incl_embeds": False, "return_labels": True}
+    _, labels = dla_hooks.decompose_resid(model, ids, mode="all", **options)
+    assert labels
+    assert {label.partition("_")[2] for label in labels} == {"mixer_out"}
+    for mode in ("mlp", "attn"):
+        with pytest.raises(InputError, match=f"nothing of mode='{mode}' was written"):
+            dla_hooks.decompose_resid(model, ids, mode=mode, **options)
+
+
 def test_a_model_without_mlps_has_no_neurons_to_stack():
     model = build_any("mamba")
     with pytest.raises(UnsupportedModelError, match="no MLP neurons"):

@@ -121,6 +121,49 @@ def test_changed_cache_is_refused(model, ids):
         direct_logit_attribution(model, answer_tokens=5, cache=cache)
 
 
+def small_caches(model, ids):
+    """Caches that hold little more than unit "layer" reads, which add up whatever they hold."""
+    blocks, last = range(model.cfg.n_layers), f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
+    streams = [f"blocks.{layer}.hook_resid_{at}" for layer in blocks for at in ("pre", "mid")]
+    least = dla_hooks.cache_names(model, "layer")
+    for names in (least, [*least, last], [*streams, last, "ln_final.hook_scale"]):
+        yield names, lambda names=names: model.run_with_cache(ids, names_filter=names)[1]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_changed_entry_of_a_small_layer_cache_is_refused(model, ids, seed):
+    run = direct_logit_attribution(model, ids, 5, unit="layer")
+    for names, kept in small_caches(model, ids):
+        stored = direct_logit_attribution(model, answer_tokens=5, unit="layer", cache=kept())
+        torch.testing.assert_close(stored.attribution, run.attribution, rtol=1e-5, atol=1e-5)
+        for name in names:
+            if "resid" in name and not name.endswith("post"):
+                continue  # a stream between two writes: what it ends begins the next
+            cache = kept()
+            entry = cache.cache_dict[name]
+            noise = torch.randn(entry.shape, generator=torch.Generator().manual_seed(seed))
+            cache.cache_dict[name] = entry + noise
+            with pytest.raises(DecompositionError, match="its entries were changed"):
+                direct_logit_attribution(model, answer_tokens=5, unit="layer", cache=cache)
+
+
+def test_changed_minimal_cache_can_be_read_without_the_check(model, ids):
+    _, cache = model.run_with_cache(ids, names_filter=dla_hooks.cache_names(model, "layer"))
+    cache.cache_dict["ln_final.hook_scale"] = 2 * cache.cache_dict["ln_final.hook_scale"]
+    options = {"answer_tokens": 5, "unit": "layer", "cache": cache}
+    with pytest.raises(DecompositionError, match="or a hook set the scale"):
+        direct_logit_attribution(model, **options)
+    halved = direct_logit_attribution(model, check=False, **options)
+    run = direct_logit_attribution(model, ids, 5, unit="layer")
+    torch.testing.assert_close(2 * halved.attribution, run.attribution, rtol=1e-5, atol=1e-5)
+
+
+def test_missing_entry_of_a_stack_says_how_to_keep_it(model, ids):
+    _, cache = model.run_with_cache(ids, names_filter=["ln_final.hook_scale"])
+    with pytest.raises(CacheEntryError, match="which this stack reads.*without a names_filter"):
+        dla_hooks.decompose_resid(model, cache=cache)
+
+
 def test_unusable_caches_are_refused(model, ids, references):
     _, cache = model.run_with_cache(ids)
     with pytest.raises(InputError, match="ActivationCache"):

@@ -25,6 +25,7 @@ from dla_hooks import (
     UnsupportedModelError,
     wrap,
 )
+from dla_hooks.modules import norms
 from dla_hooks.modules.linear import matrix
 from dla_hooks.residual import registry
 from dla_hooks.residual.registry import begins_with_bos
@@ -740,3 +741,18 @@ def test_gradients_reach_the_weights(gpt2):
     loss = gpt2(example_ids("gpt2"), return_type="loss")
     (gradient,) = torch.autograd.grad(loss, gpt2.model.get_input_embeddings().weight)
     assert gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ["W_O", "b_O"])
+def test_final_norm_is_measured_once_for_all_layers(monkeypatch, name):
+    wrapped, probed, probe = wrap(build("gpt2")), [], norms.probe
+
+    def counted(module, *rest):
+        probed.append(module)
+        return probe(module, *rest)
+
+    assert wrapped.cfg.n_layers > 1
+    getattr(wrapped, name)  # what is measured once of a model
+    monkeypatch.setattr(norms, "probe", counted)
+    getattr(wrapped, name)
+    assert len(probed) <= 1

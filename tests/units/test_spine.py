@@ -14,6 +14,7 @@ import dla_hooks
 from dla_hooks import DecompositionError, InputError, direct_logit_attribution, prepare
 from dla_hooks.projection.ledger import TopRows
 from dla_hooks.projection.tiles import Tile
+from dla_hooks.units.plan import Recording
 
 SPECS = ["gpt2", "gemma2", "granite", "olmo2-bias-tied", "gpt_neox-parallel"]
 
@@ -250,3 +251,23 @@ class TestTopRows:
         top, index, _, _ = ledger.gathered()
         assert top[:, 0].tolist() == [-3.0, 1.0, 0.0]
         assert sorted(index[:, 1].tolist()) == [0, 1, 2]
+
+
+def test_a_recording_is_finished_once(monkeypatch):
+    """Its numbers are divided by the final scale in place; twice would be twice too often."""
+    finish, told = Recording.finish, []
+
+    def twice(recording):
+        found = finish(recording)
+        with pytest.raises(RuntimeError, match="gathered once"):
+            finish(recording)
+        told.append(recording)
+        return found
+
+    model, ids = build("gpt2"), example_ids("gpt2")
+    expected = direct_logit_attribution(model, ids, 5, unit=UNIT_NAMES)
+    monkeypatch.setattr(Recording, "finish", twice)
+    found = direct_logit_attribution(model, ids, 5, unit=UNIT_NAMES)
+    assert len(told) == 1
+    for unit in UNIT_NAMES:
+        assert torch.equal(found[unit].attribution, expected[unit].attribution)

@@ -6,9 +6,9 @@ Three things must hold, each measured apart from the others:
 2. what each unit claims of its own rows (heads make up what attention wrote);
 3. at a few columns, projection and bias give the model's own logits.
 
-The tolerances follow the dtype, since the stream itself is rounded after every addition. They are
-relative to the spread of the model's logits over its vocabulary. A stored cache has no logits:
-there they are relative to the largest part, and the third does not apply.
+:mod:`dla_hooks.tolerance` says by how much they may differ, relative to the spread of the model's
+logits over its vocabulary. A stored cache has no logits: there it is relative to the largest part,
+and instead of the third the final norm's scale is held against the last stream.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from dla_hooks.calibration.scales import check_weights
 from dla_hooks.errors import DecompositionError, NonFiniteError
 from dla_hooks.inputs.entries import Entries
 from dla_hooks.inputs.prompts import Prompt
-from dla_hooks.modules.norms import misfit_tolerance
 from dla_hooks.projection.ledger import all_finite
 from dla_hooks.residual.stream import coarsest
 from dla_hooks.targets.base import Observed
+from dla_hooks.tolerance import misfit_tolerance, tolerance
 from dla_hooks.units.base import Claim
 from dla_hooks.units.plan import Measurement
 from dla_hooks.verification.trace import trace_report
@@ -49,21 +49,6 @@ class Outcome:
 
     gap: float
     logit_gap: float = math.nan
-
-
-def tolerance(dtype: torch.dtype, n_writes: int) -> tuple[float, float]:
-    """Allowed gaps over the logits' spread: (parts against stream, stream against logits).
-
-    In float64 the parts are exact to 1e-9, but transformers computes norms, softmax and rotary
-    tables in float32, so its logits are good to 1e-5 only. In the 16-bit types each of the
-    ``n_writes`` additions rounds the stream, and independent roundings add up as a square root.
-    """
-    if dtype == torch.float64:
-        return 1e-9, 1e-5
-    if dtype == torch.float32:
-        return 1e-4, 1e-4
-    rounding = torch.finfo(dtype).eps * max(1, n_writes) ** 0.5
-    return rounding, rounding
 
 
 def columns_to_check(entries: Entries, prompt: Prompt, vocabulary: int) -> Tensor | None:
@@ -147,12 +132,15 @@ def hold_against_model(
     return Outcome(identity_gap(measurement), logit_gap)
 
 
-def hold_against_cache(measurement: Measurement, dtype: torch.dtype) -> Outcome:
+def hold_against_cache(
+    measurement: Measurement, dtype: torch.dtype, own_scale: tuple[Tensor, Tensor] | None
+) -> Outcome:
     """Hold a stored cache's scalars against each other, as far as it has the parts.
 
     Args:
         measurement: what was measured.
         dtype: the coarsest of the cache's entries, which may have been converted.
+        own_scale: from :meth:`Source.own_scale`.
 
     Raises:
         NonFiniteError: when anything is NaN or infinite.
@@ -160,6 +148,8 @@ def hold_against_cache(measurement: Measurement, dtype: torch.dtype) -> Outcome:
     """
     stream, parts = measurement.plan.stream, measurement.parts
     _check_finite(measurement)
+    if own_scale is not None:
+        _check_scale(measurement, dtype, *own_scale)
     if not parts.complete:
         return Outcome(math.nan)
     largest_N = parts.raw_CN.abs().amax(0) + measurement.reading.total_N.abs()
@@ -174,6 +164,28 @@ def hold_against_cache(measurement: Measurement, dtype: torch.dtype) -> Outcome:
                 "run of this model wrote (its entries were changed, or its weights were)"
             )
     return Outcome(identity_gap(measurement))
+
+
+def _check_scale(
+    measurement: Measurement, dtype: torch.dtype, own_N: Tensor, rounding_N: Tensor
+) -> None:
+    """Hold the stored scale of the final norm against the last stream.
+
+    A cache with little more than its unit reads adds up whatever it holds; the scale does not.
+    """
+    stream = measurement.plan.stream
+    stored_N = measurement.reading.scale_N.to(own_N)
+    seen = coarsest((dtype, stream.stream_dtype, stream.product_dtype))
+    relative = tolerance(seen, len(stream.writes))[1]
+    off_N = (stored_N - own_N).abs() - rounding_N
+    if not bool((off_N <= relative * own_N.abs()).all()):
+        raise DecompositionError(
+            f"the scale of {stream.final_norm.name} in the cache is not that of its last stream; "
+            f"they differ by up to {float((off_N / own_N.abs()).max()):.1e} of it, and "
+            f"{relative:.0e} is allowed. The cache does not hold what one run of this model wrote: "
+            "its entries were changed, or its weights were, or a hook set the scale. Run the model "
+            "instead (without cache=)"
+        )
 
 
 def _claims(measurement: Measurement) -> Iterator[tuple[Claim, torch.dtype]]:

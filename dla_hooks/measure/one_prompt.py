@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 
-from dla_hooks.completeness import (
+from dla_hooks.errors import ShapeMismatchError
+from dla_hooks.inputs.positions import Selection
+from dla_hooks.measure.completeness import (
     Outcome,
     columns_to_check,
     hold_against_cache,
     hold_against_model,
     identity_gap,
 )
-from dla_hooks.errors import ShapeMismatchError
-from dla_hooks.inputs.positions import Selection
 from dla_hooks.residual.hooked import changed_behind
 from dla_hooks.results.result import DirectLogitAttribution
 from dla_hooks.sources.base import Source
@@ -41,7 +41,9 @@ def measure(
     if not check:
         return measurement, Outcome(identity_gap(measurement))
     if not source.has_logits:
-        return measurement, hold_against_cache(measurement, source.dtype())
+        return measurement, hold_against_cache(
+            measurement, source.dtype(), source.own_scale(recording.view)
+        )
     return measurement, hold_against_model(measurement, prompt, columns, logits)
 
 

@@ -1,0 +1,1 @@
+"""One prompt, from a plan and a source to results, and whether the parts add up."""
