@@ -88,8 +88,8 @@ def direct_logit_attribution(
         chunk_size: run the prompt so many tokens at a time, against the model's own cache of what
             came before, so that activation memory grows with the chunk and not with the prompt.
             The numbers are the same; a model whose numbers would not be is refused. Hooks of your
-            own see each chunk by itself. None runs prompts of more than 8,192 tokens in chunks of
-            2,048, where the model allows it and has no such hooks.
+            own see each chunk by itself, and a warning says so. None runs prompts of more than
+            8,192 tokens in chunks of 2,048, where the model allows it and has no such hooks.
 
     Returns:
         A :class:`DirectLogitAttribution`, whose ``attribution`` is [component, batch] for a

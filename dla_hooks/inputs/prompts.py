@@ -214,5 +214,6 @@ def check_ids(ids: Tensor, vocabulary: int) -> None:
     bad = ids[(ids < 0) | (ids >= vocabulary)]
     if len(bad):
         raise TokenError(
-            f"token id {int(bad[0])} is outside the model's vocabulary (0 to {vocabulary - 1})"
+            f"token id {int(bad[0])} is outside the model's vocabulary (0 to {vocabulary - 1}); "
+            "if it is padding, pass attention_mask"
         )

@@ -32,6 +32,7 @@ class Item:
         correct: its answer [], or one for each selected position [pos'].
         incorrect: the same for the incorrect tokens, or None.
         n_entries: how many positions are selected; 1 for a single one.
+        given_as_ids: whether it was given as ids without a mask.
     """
 
     index: int
@@ -39,6 +40,7 @@ class Item:
     correct: Tensor
     incorrect: Tensor | None
     n_entries: int = 1
+    given_as_ids: bool = False
 
 
 def batches_of(

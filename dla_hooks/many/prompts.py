@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from dla_hooks.backends import Backend
-from dla_hooks.call import check_length
 from dla_hooks.errors import InputError, ShapeMismatchError, TokenError
 from dla_hooks.inputs import positions
 from dla_hooks.inputs.answers import check_answers, read_ids
@@ -19,6 +18,8 @@ from dla_hooks.inputs.prompts import Prompt, read_prompt, to_strings, tokenizer_
 from dla_hooks.many.batches import Item
 from dla_hooks.residual.stream import Stream
 from dla_hooks.results.result import DirectLogitAttribution
+from dla_hooks.sources.cautions import warn_of_padding
+from dla_hooks.sources.prompt import check_length
 
 _END = object()
 _UNORDERED = (set, frozenset)
@@ -130,7 +131,10 @@ class Reader:
             )
         found = {name: self.read_answer(name, value) for name, value in row.answers.items()}
         correct, incorrect = found["answer_tokens"], found.get("incorrect_tokens")
-        return Item(row.index, read.input_ids[read.mask], correct, incorrect)
+        given_as_ids = not isinstance(row.prompt, (str, Mapping))
+        return Item(
+            row.index, read.input_ids[read.mask], correct, incorrect, given_as_ids=given_as_ids
+        )
 
     def read_answer(self, name: str, value: Any) -> Tensor:
         """One prompt's answer as ids, [] where it is one token."""
@@ -149,6 +153,8 @@ class Reader:
         prompt = Prompt(ids, torch.ones_like(ids, dtype=torch.bool))
         check_length(stream, prompt)
         self.backend.check_prompt(prompt)
+        if item.given_as_ids:
+            warn_of_padding(stream, ids, self.tokenizer)
         selection = positions.select(positions.parse(self.pos, len(item.ids)), prompt.mask)
         n_entries = selection.cols.numel()
         given = {"answer_tokens": item.correct, "incorrect_tokens": item.incorrect}

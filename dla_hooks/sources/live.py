@@ -8,8 +8,6 @@ those of one whole run where the model computes the same either way; a short run
 from __future__ import annotations
 
 import operator
-import sys
-import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -19,7 +17,7 @@ from torch import Tensor
 
 from dla_hooks.backends import Backend
 from dla_hooks.calibration.invariance import chunks_are_ignored, has_hole
-from dla_hooks.errors import DLAWarning, InputError, UnsupportedModelError
+from dla_hooks.errors import InputError, UnsupportedModelError, warn
 from dla_hooks.inputs.prompts import Prompt, to_strings
 from dla_hooks.modules.hooks import Tap, tapped
 from dla_hooks.modules.user_hooks import callers_hooks
@@ -124,12 +122,10 @@ def chunk_size_for(stream: Stream, prompt: Prompt, chunk_size: Any) -> int | Non
         reason = _is_hooked(stream.model) or _why_not(stream, prompt)
         if reason is None:
             return AUTOMATIC_CHUNK
-        warnings.warn(
+        warn(
             f"this prompt of {width} tokens runs at once instead of in chunks of "
             f"{AUTOMATIC_CHUNK}, so activation memory grows with it: {reason}. Pass "
-            f"chunk_size={width} to run it so without this warning.",
-            DLAWarning,
-            stacklevel=_callers_level(),
+            f"chunk_size={width} to run it so without this warning."
         )
         return None
     size = _as_size(chunk_size)
@@ -140,6 +136,12 @@ def chunk_size_for(stream: Stream, prompt: Prompt, chunk_size: Any) -> int | Non
         raise UnsupportedModelError(
             f"{stream.backend.name} cannot be run in chunks of a prompt: {reason}. Leave "
             "chunk_size out, or give one that is no smaller than the prompt, to run it all at once."
+        )
+    if _is_hooked(stream.model) is not None:
+        warn(
+            "with chunk_size a hook of yours sees each chunk by itself: a position that it names "
+            "is counted anew in each one. The numbers are those of the model as it then runs. "
+            "Leave chunk_size out for a hook that names a position."
         )
     return size
 
@@ -155,14 +157,6 @@ def _as_size(chunk_size: Any) -> int:
             f"length; got {chunk_size!r}"
         )
     return size
-
-
-def _callers_level() -> int:
-    """The ``stacklevel``, for a warning by the function that calls this, of the caller's line."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals["__name__"].startswith("dla_hooks."):
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 def _why_not(stream: Stream, prompt: Prompt) -> str | None:

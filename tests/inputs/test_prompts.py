@@ -8,6 +8,7 @@ from units import UNIT_NAMES
 from zoo import ZOO, Spec, build, supports, tiny_tokenizer
 
 from dla_hooks import (
+    DLAWarning,
     InputError,
     ShapeMismatchError,
     TokenError,
@@ -171,7 +172,8 @@ def test_padding_may_hold_any_id(model):
 def test_rotary_models_may_run_past_their_configured_length():
     model = build("llama")
     limit = model.config.max_position_embeddings
-    result = direct_logit_attribution(model, torch.zeros(1, limit + 3, dtype=torch.long), 5)
+    with pytest.warns(DLAWarning, match="longer than the model's max_position_embeddings"):
+        result = direct_logit_attribution(model, torch.zeros(1, limit + 3, dtype=torch.long), 5)
     assert result.gap < 1e-9
 
 
