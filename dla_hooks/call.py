@@ -195,7 +195,7 @@ def source_of(
     prompt = prompt_for(
         model.stream, model.tokenizer, model.prepend_bos, input, attention_mask=attention_mask
     )
-    return Live(model.backend, prompt, chunk_size_for(model.stream, prompt, chunk_size))
+    return Live(model.stream, prompt, chunk_size_for(model.stream, prompt, chunk_size))
 
 
 def target_of(

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dla_hooks.backends.arguments import (
+    accepted_by,
+    check_extras,
+    extra_arguments,
+    no_mask,
+    refusing,
+    takes_any,
+)
 from dla_hooks.backends.base import Backend
 from dla_hooks.backends.readouts import (
     LabelHead,
@@ -56,9 +64,6 @@ _EXACT_LAYERS = {
     "DummyLayer",
 }
 """Layers of transformers' caches that keep unchanged all that later tokens read."""
-
-
-_ANY = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
 
 
 class HuggingFaceBackend(Backend):
@@ -110,13 +115,17 @@ class HuggingFaceBackend(Backend):
             )
 
     def check_prompt(self, prompt: Prompt) -> None:
-        """Refuse a prompt whose last token is not the one that a classifier reads.
+        """Refuse arguments that the forward does not take, and a classifier's prompt whose last
+        token is not the one that it reads.
 
         Raises:
-            InputError: for a row that ends with the model's pad token.
+            InputError: for such an argument, or a row that ends with the model's pad token.
         """
-        pad = self.number("pad_token_id")
-        if self._labels is None or not isinstance(pad, int):
+        if prompt.extras:
+            attention = self.number("_attn_implementation")
+            check_extras(self.root, prompt, self.n_tokens(), attention)
+        pad = self.number("pad_token_id") if self._labels is not None else None
+        if not isinstance(pad, int) or prompt.embedded:
             return
         columns = torch.arange(prompt.shape[1])
         last = (columns * prompt.mask).amax(-1)
@@ -182,7 +191,7 @@ class HuggingFaceBackend(Backend):
     ) -> tuple[Tensor, Any]:
         logits, output = self._run(prompt, chunk, columns, {"use_cache": True, **(past or {})})
         # The model makes the cache that suits it: sliding windows, states, whatever it needs.
-        accepted = _accepted(self.root)
+        accepted = accepted_by(self.root)
         found: dict[str, Any] = {}
         for argument in (name for name in _CACHES if name in accepted):
             handed_on = (entry(output, name) for name in _CACHES[argument])
@@ -216,40 +225,38 @@ class HuggingFaceBackend(Backend):
             columns: as in :meth:`forward`, all within the chunk.
             options: further arguments of the model.
         """
-        accepted = _accepted(self.root)
+        accepted = accepted_by(self.root)
         device = run_device(self.embedding())
-        here = slice(chunk.start, chunk.stop)
         arguments: dict[str, Any] = taken({**options, "return_dict": True}, accepted)
-        if prompt.padded:
-            if "attention_mask" not in accepted:
-                raise UnsupportedModelError(
-                    f"{type(self.root).__name__} takes no attention mask, so that padding would "
-                    "change its logits; run prompts of different lengths one at a time"
-                )
-            arguments["attention_mask"] = prompt.mask[:, : chunk.stop].long().to(device)
-            if "position_ids" in accepted:
-                arguments["position_ids"] = prompt.position_ids()[:, here].to(device)
+        if prompt.padded and "attention_mask" not in accepted and not takes_any(self.root):
+            raise no_mask(self.root)
+        arguments |= extra_arguments(prompt, chunk, accepted, device)
         if columns is None:
             columns = torch.tensor([chunk.stop - 1])
         wanted = columns - chunk.start
-        ids = prompt.input_ids[:, here].to(device)
+        ids = None
+        if not prompt.embedded:
+            ids = prompt.input_ids[:, chunk.start : chunk.stop].to(device)
         if "logits_to_keep" in accepted:
             # Remote code for older versions takes a count from the end only.
             takes_tensor = "Tensor" in str(accepted["logits_to_keep"].annotation)
             count = len(chunk) - int(wanted.min())
             arguments["logits_to_keep"] = wanted.to(device) if takes_tensor else count
-        output, logits = self._call(ids, arguments, accepted)
+        with refusing(self.root, prompt):
+            output, logits = self._call(ids, arguments, accepted)
         if not ("logits_to_keep" in accepted and logits.shape[1] == len(wanted)):
             logits = at_columns(logits, wanted, len(chunk), type(self.root).__name__)
         return logits, output
 
     def _call(
-        self, ids: Tensor, arguments: dict[str, Any], accepted: Mapping[str, Any]
+        self, ids: Tensor | None, arguments: dict[str, Any], accepted: Mapping[str, Any]
     ) -> tuple[Any, Tensor]:
         """Run the model: its output, and the logits [batch, n, vocabulary] in it."""
         given: tuple[Tensor, ...] = ()
         first = next(iter(accepted.values()), None)
-        if (
+        if ids is None:
+            pass  # embeddings stand among the arguments
+        elif (
             "input_ids" in accepted
             or first is None
             or first.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -270,29 +277,3 @@ class HuggingFaceBackend(Backend):
                 )
             return output, logits
         return run_labels(self.model, self._labels, given, arguments)
-
-
-def _accepted(model: nn.Module) -> Mapping[str, inspect.Parameter]:
-    """The arguments that a model's forward pass takes.
-
-    A function put in its place may take anything and hand it on. The class then names them.
-    """
-    own = _parameters(model.forward)
-    for cls in type(model).__mro__:
-        if not all(parameter.kind in _ANY for parameter in own.values()):
-            break
-        own = _parameters(vars(cls)["forward"].__get__(model)) if "forward" in vars(cls) else own
-    return own
-
-
-def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
-    method = getattr(function, "__func__", None)
-    if method is None:
-        return inspect.signature(function).parameters
-    return dict(_of_method(method)[1:])  # without `self`
-
-
-@lru_cache(maxsize=256)
-def _of_method(method: Any) -> tuple[tuple[str, inspect.Parameter], ...]:
-    """A method's parameters. Reading a signature takes longer than many a tap."""
-    return tuple(inspect.signature(method).parameters.items())

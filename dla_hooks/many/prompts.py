@@ -125,13 +125,19 @@ class Reader:
             vocabulary=self.backend.n_tokens(),
             encode=lambda text: self._encode(text, tokenizer),
         )
+        if read.extras:
+            raise InputError(
+                f"a prompt holds {', '.join(read.extras)}, and attribute_many takes texts and "
+                "token ids only; leave it out, or call a plan of prepare(...) for each prompt"
+            )
         if len(read.input_ids) != 1:
             raise InputError(
                 f"a prompt must be one row of token ids, got shape {list(read.input_ids.shape)}"
             )
         found = {name: self.read_answer(name, value) for name, value in row.answers.items()}
         correct, incorrect = found["answer_tokens"], found.get("incorrect_tokens")
-        given_as_ids = not isinstance(row.prompt, (str, Mapping))
+        mask = row.prompt.get("attention_mask") if isinstance(row.prompt, Mapping) else None
+        given_as_ids = not isinstance(row.prompt, str) and mask is None
         return Item(
             row.index, read.input_ids[read.mask], correct, incorrect, given_as_ids=given_as_ids
         )

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from dla_hooks.errors import warn
+from dla_hooks.inputs.extras import POSITIONS
 from dla_hooks.inputs.prompts import Prompt
 from dla_hooks.modules.version import Remembered
 from dla_hooks.residual.stream import Stream
@@ -63,8 +64,12 @@ def warn_of(stream: Stream, prompt: Prompt, tokenizer: Any, *, given_as_ids: boo
         given_as_ids: whether it was given as ids without a mask.
     """
     known = _known_of(stream)
+    if prompt.embedded:
+        given_as_ids = False
     if not (given_as_ids and warn_of_padding(stream, prompt.input_ids, tokenizer)):
         _warn_of_bos(prompt, _both(known.bos, tokenizer, "bos_token_id"))
+    if POSITIONS in prompt.extras:
+        return
     if known.longest is not None and prompt.shape[1] > known.longest:
         longest = int(prompt.mask.sum(-1).max()) if prompt.padded else prompt.shape[1]
         if longest > known.longest:
@@ -105,6 +110,8 @@ def _runs(ids: Tensor, pad: int) -> list[int]:
 
 def _warn_of_bos(prompt: Prompt, all_bos: set[int]) -> None:
     ids, padded = prompt.input_ids, prompt.padded
+    if prompt.embedded:
+        return
     if not all_bos or ids.shape[1] < 2 or (not padded and all_bos.isdisjoint(ids[:, 0].tolist())):
         return
     for row, mask in zip(ids, prompt.mask, strict=True):

@@ -18,8 +18,9 @@ from torch import Tensor
 from dla_hooks.backends import Backend
 from dla_hooks.calibration.invariance import chunks_are_ignored, has_hole
 from dla_hooks.errors import InputError, UnsupportedModelError, warn
+from dla_hooks.inputs.extras import EMBEDS
 from dla_hooks.inputs.prompts import Prompt, to_strings
-from dla_hooks.modules.hooks import Tap, tapped
+from dla_hooks.modules.hooks import Call, Tap, tapped
 from dla_hooks.modules.user_hooks import callers_hooks
 from dla_hooks.projection.tiles import View
 from dla_hooks.residual.stream import Stream
@@ -35,31 +36,54 @@ class Live(Source):
     """One forward pass of a model.
 
     Args:
-        backend: how the model is run.
+        stream: the located model.
         prompt: the batch.
         chunk_size: columns that are run together; None is all at once.
     """
 
-    def __init__(self, backend: Backend, prompt: Prompt, chunk_size: int | None = None) -> None:
+    def __init__(self, stream: Stream, prompt: Prompt, chunk_size: int | None = None) -> None:
         self.prompt = prompt
-        self._backend, self._chunk_size = backend, chunk_size
+        self._stream, self._chunk_size = stream, chunk_size
+
+    def on(self, stream: Stream) -> Live:
+        """The same run, of a model that was measured anew."""
+        return Live(stream, self.prompt, self._chunk_size)
 
     def show(
         self, view: View, taps: Callable[[View], list[Tap]], columns: Tensor | None
     ) -> Tensor | None:
         """Run the model with taps on it. Pieces without an entry are run without."""
         logits = []
-        for chunk, run in chunks(self._backend, self.prompt, columns, self._chunk_size):
+        for chunk, run in chunks(self._stream.backend, self.prompt, columns, self._chunk_size):
             piece = view.part(chunk.start, chunk.stop)
-            with tapped(taps(piece) if piece is view or len(piece) else []):
+            looks = taps(piece) if piece is view or len(piece) else []
+            if self.prompt.extras:
+                looks = [Tap(self._stream.last, partial(self._check_width, chunk)), *looks]
+            with tapped(looks):
                 logits.append(run())
         if columns is None:
             return None
         return logits[0] if len(logits) == 1 else torch.cat(logits, dim=1)
 
+    def _check_width(self, chunk: range, call: Call) -> None:
+        """Refuse a stream of other positions than the prompt's, as where one token is an image.
+
+        Raises:
+            UnsupportedModelError: with both numbers.
+        """
+        shape = call.activation.shape
+        if shape[:-1].numel() != self.prompt.shape[0] * len(chunk):
+            raise UnsupportedModelError(
+                f"{self._stream.backend.name} makes other positions of this input than its ids "
+                f"have: a stream of shape {list(shape)} for {list(self.prompt.shape)} ids. Which "
+                "position is which cannot be told; give one placeholder id for each position"
+            )
+
     def texts(self, tokenizer: Any) -> list[list[str]]:
-        """The tokens of every row, as text; padding left out."""
+        """The tokens of every row, as text; padding left out. Embeddings are question marks."""
         ids, mask = self.prompt.input_ids, self.prompt.mask
+        if self.prompt.embedded:
+            return [["?"] * int(real.sum()) for real in mask]
         rows = zip(ids, mask, strict=True)
         return [to_strings(row[real].tolist(), tokenizer) for row, real in rows]
 
@@ -161,6 +185,9 @@ def _as_size(chunk_size: Any) -> int:
 
 def _why_not(stream: Stream, prompt: Prompt) -> str | None:
     """The reason why chunks would give other numbers than the whole prompt, or None."""
+    uncut = sorted(set(prompt.extras) - {EMBEDS})
+    if uncut:
+        return f"its input holds {', '.join(uncut)}, which cannot be cut into chunks"
     rotary = _length_dependent(stream.model, prompt.shape[1])
     if rotary is not None:
         return (

@@ -7,7 +7,8 @@ from typing import Any
 
 from dla_hooks.calibration.invariance import holes_are_ignored, padding_is_ignored
 from dla_hooks.errors import InputError, UnsupportedModelError
-from dla_hooks.inputs.prompts import Prompt, read_prompt, tokenizer_for
+from dla_hooks.inputs.extras import POSITIONS
+from dla_hooks.inputs.prompts import Prompt, is_text, read_prompt, tokenizer_for
 from dla_hooks.residual.stream import Stream
 from dla_hooks.sources.cautions import warn_of
 
@@ -34,7 +35,7 @@ def prompt_for(
         UnsupportedModelError: for padding that would change the model's logits.
     """
     backend = stream.backend
-    if _holds_string(input):
+    if is_text(input):
         tokenizer = tokenizer_for(backend.model, tokenizer, "input")
     prompt = read_prompt(
         input,
@@ -49,13 +50,8 @@ def prompt_for(
     masked = attention_mask is not None or (
         isinstance(input, Mapping) and "attention_mask" in input
     )
-    warn_of(stream, prompt, tokenizer, given_as_ids=not (masked or _holds_string(input)))
+    warn_of(stream, prompt, tokenizer, given_as_ids=not (masked or is_text(input)))
     return prompt
-
-
-def _holds_string(input: Any) -> bool:
-    texts = input if isinstance(input, list) else [input]
-    return any(isinstance(text, str) for text in texts)
 
 
 def check_length(stream: Stream, prompt: Prompt) -> None:
@@ -65,9 +61,15 @@ def check_length(stream: Stream, prompt: Prompt) -> None:
         InputError: with both lengths.
     """
     longest = int(prompt.mask.sum(-1).max())
+    positions = prompt.extras.get(POSITIONS)
+    if positions is not None:
+        if bool((positions < 0).any()):
+            raise InputError("position_ids holds a negative position")
+        longest = int(positions.max()) + 1
     if stream.position_limit is not None and longest > stream.position_limit:
         raise InputError(
-            f"the prompt has {longest} tokens, but {type(stream.backend.root).__name__} has "
+            f"the prompt has {longest} {'tokens' if positions is None else 'positions'}, but "
+            f"{type(stream.backend.root).__name__} has "
             f"positions for {stream.position_limit} only; shorten it"
         )
 
