@@ -21,6 +21,7 @@ Parameters = Mapping[str, inspect.Parameter]
 _ANY = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
 _OF_TEXT = {EMBEDS, "token_type_ids"}
 """Arguments beside which positions are counted as for ids alone."""
+_OFFSET = "rope_deltas"
 _PLACEHOLDER = re.compile(r"(image|video|audio|vision|speech|media)\w*_token_(id|index)")
 
 
@@ -126,6 +127,28 @@ def refusing(model: nn.Module, prompt: Prompt) -> Iterator[None]:
             f"the forward of {type(model).__name__} fails on this input (ids {list(prompt.shape)}, "
             f"{described(prompt.extras)}): {type(error).__name__}: {error}"
         ) from error
+
+
+@contextmanager
+def without_traces(model: nn.Module, *, in_chunks: bool) -> Iterator[None]:
+    """Leave a model without what a run with images keeps for the tokens that it generates next.
+
+    It is an offset of positions, which later runs against a cache would add.
+
+    Args:
+        model: the model.
+        in_chunks: whether the run goes on from an earlier chunk: then an offset that is there
+            belongs to another prompt, and is put aside.
+    """
+    places = [vars(one) for one in (model, model._modules.get("model")) if one is not None]
+    kept = [(place, place[_OFFSET]) for place in places if _OFFSET in place]
+    for place, _ in kept if in_chunks else ():
+        place[_OFFSET] = None
+    try:
+        yield
+    finally:
+        for place, offset in kept:
+            place[_OFFSET] = offset
 
 
 def no_mask(model: nn.Module) -> UnsupportedModelError:

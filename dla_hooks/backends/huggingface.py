@@ -17,6 +17,7 @@ from dla_hooks.backends.arguments import (
     no_mask,
     refusing,
     takes_any,
+    without_traces,
 )
 from dla_hooks.backends.base import Backend
 from dla_hooks.backends.readouts import (
@@ -242,7 +243,8 @@ class HuggingFaceBackend(Backend):
             takes_tensor = "Tensor" in str(accepted["logits_to_keep"].annotation)
             count = len(chunk) - int(wanted.min())
             arguments["logits_to_keep"] = wanted.to(device) if takes_tensor else count
-        with refusing(self.root, prompt):
+        in_chunks = len(chunk) < prompt.shape[1]
+        with refusing(self.root, prompt), without_traces(self.root, in_chunks=in_chunks):
             output, logits = self._call(ids, arguments, accepted)
         if not ("logits_to_keep" in accepted and logits.shape[1] == len(wanted)):
             logits = at_columns(logits, wanted, len(chunk), type(self.root).__name__)

@@ -16,23 +16,24 @@ def is_array(value: Any) -> bool:
     return isinstance(value, (Tensor, list, tuple)) or hasattr(value, "__array__")
 
 
-def as_tensor(value: Any, name: str) -> Tensor:
+def as_tensor(value: Any, name: str, what: str = "one tensor") -> Tensor:
     """Numbers as a tensor.
 
     Args:
         value: a tensor, an array, or a (nested) list or tuple of numbers.
         name: of the argument, for messages.
+        what: the numbers are, for messages.
 
     Raises:
         InputError: for what does not become one tensor.
     """
     try:
         if isinstance(value, (list, tuple)) and any(hasattr(one, "__array__") for one in value):
-            return torch.stack([as_tensor(one, name) for one in value])
+            return torch.stack([as_tensor(one, name, what) for one in value])
         # `torch.as_tensor` would warn of an array that cannot be written to.
         found = value if isinstance(value, Tensor) else torch.tensor(value)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise InputError(f"{name} cannot be read as one tensor: {error}") from None
+        raise InputError(f"{name} cannot be read as {what}: {error}") from None
     return found.detach()
 
 
@@ -51,8 +52,8 @@ def as_ids(value: Any, attention_mask: Any, name: str = "input") -> tuple[Tensor
         ShapeMismatchError: for a mask of other lengths.
     """
     if not isinstance(value, (list, tuple)) or not any(map(is_array, value)):
-        return as_tensor(value, name), attention_mask
-    rows = [as_tensor(row, f"row {i} of {name}") for i, row in enumerate(value)]
+        return as_tensor(value, name, "token ids"), attention_mask
+    rows = [as_tensor(row, f"row {i} of {name}", "token ids") for i, row in enumerate(value)]
     for i, row in enumerate(rows):
         if row.ndim != 1:
             raise InputError(

@@ -14,6 +14,7 @@ from dla_hooks.backends import Backend
 from dla_hooks.errors import InputError, ShapeMismatchError, TokenError
 from dla_hooks.inputs import positions
 from dla_hooks.inputs.answers import check_answers, read_ids
+from dla_hooks.inputs.forms import as_tensor
 from dla_hooks.inputs.prompts import Prompt, read_prompt, to_strings, tokenizer_for
 from dla_hooks.many.batches import Item
 from dla_hooks.residual.stream import Stream
@@ -231,10 +232,7 @@ def _as_ids(prompt: Any) -> Any:
         )
     if not len(prompt):
         raise InputError("the prompt is empty: there is no position to attribute")
-    try:
-        return torch.as_tensor(prompt)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"a prompt cannot be read as token ids: {error}") from None
+    return as_tensor(prompt, "a prompt", "token ids")
 
 
 def _check_prompts(prompts: Any) -> None:

@@ -63,17 +63,17 @@ def warn_of(stream: Stream, prompt: Prompt, tokenizer: Any, *, given_as_ids: boo
         tokenizer: the caller's or the model's, or None.
         given_as_ids: whether it was given as ids without a mask.
     """
-    known = _known_of(stream)
-    if prompt.embedded:
-        given_as_ids = False
-    if not (given_as_ids and warn_of_padding(stream, prompt.input_ids, tokenizer)):
-        _warn_of_bos(prompt, _both(known.bos, tokenizer, "bos_token_id"))
-    if POSITIONS in prompt.extras:
+    known, ids = _known_of(stream), prompt.input_ids
+    padded = not given_as_ids and prompt.padded
+    if not prompt.embedded and not (given_as_ids and warn_of_padding(stream, ids, tokenizer)):
+        all_bos = _both(known.bos, tokenizer, "bos_token_id")
+        if padded or not all_bos.isdisjoint(ids[:, 0].tolist()):
+            _warn_of_bos(ids, prompt.mask if padded else None, all_bos)
+    longest, width = known.longest, ids.shape[1]
+    if longest is None or width <= longest or POSITIONS in prompt.extras:
         return
-    if known.longest is not None and prompt.shape[1] > known.longest:
-        longest = int(prompt.mask.sum(-1).max()) if prompt.padded else prompt.shape[1]
-        if longest > known.longest:
-            warn(_LONG)
+    if not padded or int(prompt.mask.sum(-1).max()) > longest:
+        warn(_LONG)
 
 
 def warn_of_padding(stream: Stream, ids: Tensor, tokenizer: Any) -> bool:
@@ -89,12 +89,12 @@ def warn_of_padding(stream: Stream, ids: Tensor, tokenizer: Any) -> bool:
     bos, eos = _both(known.bos, tokenizer, "bos_token_id"), known.eos
     if not pads:  # then the end of text is what prompts are padded with
         pads = set(eos)
-    firsts, lasts = set(ids[:, 0].tolist()), set(ids[:, -1].tolist())
+    firsts, lasts = ids[:, 0].tolist(), ids[:, -1].tolist()
     for pad in pads:
-        # A text may begin with a BOS and end with an EOS, but not with several.
-        fewest = 2 if pad in bos or pad in eos else 1
         left = _runs(ids, pad) if pad in firsts else [0]
         right = _runs(ids.flip(-1), pad) if pad in lasts else [0]
+        # A text may begin with a BOS and end with an EOS, but not with several.
+        fewest = 2 if pad in bos or pad in eos else 1
         two_bos = pad in bos and set(left) == {2}  # that is another warning
         if max(right) >= fewest or (max(left) >= fewest and not two_bos):
             warn(_PADDED)
@@ -108,15 +108,11 @@ def _runs(ids: Tensor, pad: int) -> list[int]:
     return found
 
 
-def _warn_of_bos(prompt: Prompt, all_bos: set[int]) -> None:
-    ids, padded = prompt.input_ids, prompt.padded
-    if prompt.embedded:
-        return
-    if not all_bos or ids.shape[1] < 2 or (not padded and all_bos.isdisjoint(ids[:, 0].tolist())):
-        return
-    for row, mask in zip(ids, prompt.mask, strict=True):
-        real = (row[mask] if padded else row).tolist()
-        if real[0] in all_bos and real[:2] == real[:1] * 2 and len(set(real)) > 1:
+def _warn_of_bos(ids: Tensor, mask: Tensor | None, all_bos: set[int]) -> None:
+    for i, row in enumerate(ids):
+        real = row if mask is None else row[mask[i]]
+        first, *second = real[:2].tolist()
+        if first in all_bos and second == [first] and bool((real != first).any()):
             warn(_TWO_BOS)
             return
 

@@ -50,7 +50,8 @@ def prompt_for(
     masked = attention_mask is not None or (
         isinstance(input, Mapping) and "attention_mask" in input
     )
-    warn_of(stream, prompt, tokenizer, given_as_ids=not (masked or is_text(input)))
+    as_ids = not (masked or is_text(input) or prompt.padded)  # rows of lists are padded here
+    warn_of(stream, prompt, tokenizer, given_as_ids=as_ids)
     return prompt
 
 

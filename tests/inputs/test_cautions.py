@@ -82,6 +82,11 @@ def test_pad_token_of_a_given_tokenizer_counts():
     assert warned(lambda: direct_logit_attribution(model, ids, 5)) == []
 
 
+def test_rows_that_are_padded_here_do_not_warn():
+    model = model_with(pad=0, bos=None)
+    assert warned(lambda: direct_logit_attribution(model, [[4, 5, 9], [8]], 5)) == []
+
+
 def test_plans_and_sweeps_warn_of_padding():
     model, ids = model_with(), torch.tensor([[0, 5, 9, 7]])
     plan = prepare(model, 5)

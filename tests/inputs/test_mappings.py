@@ -5,6 +5,8 @@ The truth is the model itself, called with the same arguments.
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,8 @@ from transformers import (
     LlavaForConditionalGeneration,
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
     SiglipVisionConfig,
 )
 from units import UNIT_NAMES
@@ -324,6 +328,75 @@ def test_padded_rows_with_images_are_as_the_model_reads_them(seed):
     mask[0, 0] = 0
     inputs |= {"input_ids": ids, "attention_mask": mask}
     assert_right(model, inputs, truth(model, -1, **inputs), pos=-1)
+
+
+def qwen2_vl(seed):
+    config = Qwen2VLConfig(
+        text_config=dict(
+            vocab_size=101,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [1, 1, 2],
+            },
+        ),
+        vision_config=dict(
+            depth=2,
+            embed_dim=32,
+            hidden_size=32,
+            num_heads=4,
+            patch_size=4,
+            mlp_ratio=2,
+            spatial_merge_size=2,
+            temporal_patch_size=2,
+        ),
+        image_token_id=100,
+        video_token_id=99,
+        vision_start_token_id=98,
+        vision_end_token_id=97,
+    )
+    model = _random(Qwen2VLForConditionalGeneration(config), seed)
+    ids = torch.tensor([[0, 1, 98, *[100] * 4, 97, 5, 17], [1, 7, 98, *[100] * 4, 97, 8, 9]])
+    mask = torch.ones_like(ids)
+    mask[0, 0] = 0
+    patches = torch.randn(32, 96, generator=torch.Generator().manual_seed(seed))
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "pixel_values": patches,
+        "image_grid_thw": torch.tensor([[1, 4, 4]] * 2),
+    }
+    if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
+        inputs["mm_token_type_ids"] = (ids == 100).int()
+    return model, inputs
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_positions_are_counted_by_the_model_where_there_are_images(seed):
+    model, inputs = qwen2_vl(seed)
+    expected = truth(model, -1, **inputs)
+    model.model.rope_deltas = None
+    assert_right(model, inputs, expected, pos=-1)
+    assert model.model.rope_deltas is None  # as it was found
+
+
+def test_chunks_after_a_run_with_images_are_those_of_the_text():
+    model, inputs = qwen2_vl(0)
+    text = torch.tensor([[5, 6, 7, 8], [9, 8, 7, 6]]).repeat(1, 4)
+    whole = direct_logit_attribution(model, text, ANSWER, pos=None)
+    before = direct_logit_attribution(model, text, ANSWER, pos=None, chunk_size=5)
+    truth(model, **inputs)  # of the caller's: it leaves an offset for tokens to be generated
+    offset = model.model.rope_deltas
+    assert offset is not None
+    after = direct_logit_attribution(model, text, ANSWER, pos=None, chunk_size=5)
+    torch.testing.assert_close(before.logit, whole.logit, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(after.logit, whole.logit, rtol=1e-4, atol=1e-5)
+    assert model.model.rope_deltas is offset
 
 
 def test_arrays_and_lists_of_images_are_taken():
