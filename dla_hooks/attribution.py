@@ -57,7 +57,10 @@ def direct_logit_attribution(
         model: a Hugging Face causal language model in evaluation mode, or TransformerLens'
             ``HookedTransformer`` or ``TransformerBridge`` (in compatibility mode), or what
             :func:`wrap` made of a Hugging Face model.
-        input: a string, a list of strings, or token ids [pos] or [batch, pos].
+        input: a string, a list of strings, or token ids [pos] or [batch, pos] as a tensor, an array
+            or lists (rows of different lengths are padded on the left); or a mapping of arguments
+            of the model's forward, as tokenizers and processors return: ``input_ids`` or
+            ``inputs_embeds``, ``position_ids``, ``pixel_values`` and whatever else it takes.
         answer_tokens: whose logit: a string of one token, an id, a list of these, or an integer
             tensor of shape [], [batch], [pos'], [1, pos'], [batch, 1] or [batch, pos'], aligned
             with the positions that ``pos`` has selected.
@@ -73,7 +76,8 @@ def direct_logit_attribution(
             to take activations from instead of running the model; ``input`` is then ignored.
             :func:`cache_names` says what it must hold.
         tokenizer: needed for strings, unless the model carries one as ``model.tokenizer``.
-        attention_mask: 1 at real tokens [batch, pos], for ids that are padded on either side.
+        attention_mask: 1 at real tokens [batch, pos], for ids that are padded on either side; or
+            a mask [batch, 1, pos, pos] of bools, or of floats that are added to attention scores.
         prepend_bos: for strings: True puts one BOS first, False none, None leaves it to the
             tokenizer, or for a TransformerLens model to its ``cfg.default_prepend_bos``.
         center_unembed: take the vocabulary's mean off every row of W_U, as TransformerLens does
@@ -87,8 +91,8 @@ def direct_logit_attribution(
         chunk_size: run the prompt so many tokens at a time, against the model's own cache of what
             came before, so that activation memory grows with the chunk and not with the prompt.
             The numbers are the same; a model whose numbers would not be is refused. Hooks of your
-            own see each chunk by itself. None runs prompts of more than 8,192 tokens in chunks of
-            2,048, where the model allows it and has no such hooks.
+            own see each chunk by itself, and a warning says so. None runs prompts of more than
+            8,192 tokens in chunks of 2,048, where the model allows it and has no such hooks.
 
     Returns:
         A :class:`DirectLogitAttribution`, whose ``attribution`` is [component, batch] for a

@@ -11,14 +11,14 @@ from collections.abc import Callable
 from typing import Any
 
 from dla_hooks.backends import Backend, Conventions, backend_of
-from dla_hooks.calibration.invariance import holes_are_ignored, padding_is_ignored
-from dla_hooks.errors import InputError, UnsupportedModelError
+from dla_hooks.errors import InputError
 from dla_hooks.inputs.answers import read_answers
-from dla_hooks.inputs.prompts import Prompt, check_tokenizer, read_prompt, tokenizer_for
+from dla_hooks.inputs.prompts import check_tokenizer
 from dla_hooks.modules.user_hooks import check_global_hooks
 from dla_hooks.residual.stream import Stream
 from dla_hooks.sources.base import Source
 from dla_hooks.sources.live import Live, chunk_size_for
+from dla_hooks.sources.prompt import prompt_for
 from dla_hooks.sources.stored_cache import StoredCache, check_cache
 from dla_hooks.targets.base import Request, Target
 from dla_hooks.targets.tokens import TokenTarget
@@ -192,8 +192,10 @@ def source_of(
         if chunk_size is not None:
             raise InputError("chunk_size goes with a run of the model; a cache is read as it is")
         return StoredCache(cache, model.stream, purpose, each_write)
-    prompt = prompt_of(model, input, attention_mask=attention_mask)
-    return Live(model.backend, prompt, chunk_size_for(model.stream, prompt, chunk_size))
+    prompt = prompt_for(
+        model.stream, model.tokenizer, model.prepend_bos, input, attention_mask=attention_mask
+    )
+    return Live(model.stream, prompt, chunk_size_for(model.stream, prompt, chunk_size))
 
 
 def target_of(
@@ -227,71 +229,3 @@ def target_of(
     )
     centred = conventions.center_unembed
     return lambda stream: TokenTarget(stream, answers, center_unembed=centred)
-
-
-def prompt_of(model: ReadModel, input: Any, *, attention_mask: Any = None) -> Prompt:
-    """Read a prompt for a model, and check that the model can run it.
-
-    Args:
-        model: from :func:`model_of`.
-        input: see :func:`dla_hooks.direct_logit_attribution`.
-        attention_mask: for padded ids.
-
-    Raises:
-        InputError: for an input that cannot be read, or is longer than the model's positions.
-        UnsupportedModelError: for padding that would change the model's logits.
-    """
-    stream, backend, tokenizer = model.stream, model.backend, model.tokenizer
-    if _holds_string(input):
-        tokenizer = tokenizer_for(backend.model, tokenizer, "input")
-    prompt = read_prompt(
-        input,
-        tokenizer=tokenizer,
-        attention_mask=attention_mask,
-        vocabulary=backend.n_tokens(),
-        encode=lambda text: backend.encode(text, tokenizer, model.prepend_bos),
-    )
-    check_length(stream, prompt)
-    backend.check_prompt(prompt)
-    _check_padding(stream, prompt)
-    return prompt
-
-
-def _holds_string(input: Any) -> bool:
-    texts = input if isinstance(input, list) else [input]
-    return any(isinstance(text, str) for text in texts)
-
-
-def check_length(stream: Stream, prompt: Prompt) -> None:
-    """Refuse a prompt that is longer than the model has positions for.
-
-    Raises:
-        InputError: with both lengths.
-    """
-    longest = int(prompt.mask.sum(-1).max()) if prompt.padded else prompt.shape[1]
-    if stream.position_limit is not None and longest > stream.position_limit:
-        raise InputError(
-            f"the prompt has {longest} tokens, but {type(stream.backend.root).__name__} has "
-            f"positions for {stream.position_limit} only; shorten it"
-        )
-
-
-def _check_padding(stream: Stream, prompt: Prompt) -> None:
-    if not prompt.padded:
-        return
-    for left in (True, False):
-        outermost = prompt.mask[:, 0 if left else -1]
-        if not bool(outermost.all()) and not padding_is_ignored(stream, left=left):
-            side = "left" if left else "right"
-            raise UnsupportedModelError(
-                f"{stream.backend.name} gives a prompt other logits when it is padded on the "
-                f"{side} ({stream.dtype}, its attention implementation as it is set): recurrent "
-                "layers and position tables read the padding. Run prompts of different lengths "
-                "one at a time, or pad the other side."
-            )
-    if not holes_are_ignored(stream, prompt.mask):
-        raise UnsupportedModelError(
-            f"{stream.backend.name} gives a prompt other logits when tokens in its middle are "
-            "masked than when they are left out: sliding windows, recurrent layers and position "
-            "tables count them. Leave these tokens out of the prompt."
-        )

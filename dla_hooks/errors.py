@@ -19,13 +19,17 @@
     ├── CheckpointError (OSError)               a checkpoint that is missing or cannot be read
     └── MissingExtraError (ImportError)         an optional package is not installed
 
-    DLAWarning (UserWarning)                    right numbers that cost more than they need to
+    DLAWarning (UserWarning)                    right numbers that may not be those that were meant,
+                                                or that cost more than they need to
 
 Wherever the reference implementation raises a builtin error, ours is one too, so that code which
 catches the builtin goes on working.
 """
 
 from __future__ import annotations
+
+import sys
+import warnings
 
 
 class DLAError(Exception):
@@ -40,7 +44,10 @@ class DLAError(Exception):
 
 
 class DLAWarning(UserWarning):
-    """The numbers are right, but something is not done that makes them cheaper.
+    """The numbers are right for what was given.
+
+    But it may not be what was meant (padding without a mask, two BOS), or something is not done
+    that makes the numbers cheaper.
 
     ``warnings.simplefilter("ignore", DLAWarning)`` switches these off.
     """
@@ -114,3 +121,15 @@ class MissingExtraError(DLAError, ImportError):
             f"{feature} needs packages that are not installed. "
             f"Install them with: pip install 'dla-hooks[{extra}]'"
         )
+
+
+def warn(message: str) -> None:
+    """Give a :class:`DLAWarning` at the line of the caller, outside of this library.
+
+    Args:
+        message: the same text each time, so that Python shows it once for each line.
+    """
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith("dla_hooks."):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, DLAWarning, stacklevel=level)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dla_hooks.backends.base import Backend
-from dla_hooks.errors import UnsupportedModelError
+from dla_hooks.errors import InputError, UnsupportedModelError
 from dla_hooks.inputs.prompts import Prompt, encode
 from dla_hooks.modules.hooks import Edit, edited
 from dla_hooks.modules.weights import run_device
@@ -46,6 +46,19 @@ class HookedTransformerBackend(Backend):
 
     def unembed(self) -> nn.Module:
         return as_linear(self.model.W_U.T, self.model.b_U)
+
+    def check_prompt(self, prompt: Prompt) -> None:
+        """Refuse further arguments of a forward: this one takes ids and a mask.
+
+        Raises:
+            InputError: naming them.
+        """
+        if prompt.extras:
+            raise InputError(
+                f"input holds {', '.join(prompt.extras)}, and a model of TransformerLens is run on "
+                "token ids and a mask [batch, pos] only; leave it out, or pass the Hugging Face "
+                "model itself"
+            )
 
     def number(self, field: str) -> Any:
         return getattr(self.model.cfg, field, None)

@@ -10,6 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dla_hooks.backends.arguments import (
+    check_extras,
+    extra_arguments,
+    no_mask,
+    refusing,
+    takes_any,
+    without_traces,
+)
 from dla_hooks.backends.base import Backend
 from dla_hooks.backends.readouts import (
     LabelHead,
@@ -117,13 +125,17 @@ class HuggingFaceBackend(Backend):
         _decoders.keep(model, self.state.version, True)
 
     def check_prompt(self, prompt: Prompt) -> None:
-        """Refuse a prompt whose last token is not the one that a classifier reads.
+        """Refuse arguments that the forward does not take, and a classifier's prompt whose last
+        token is not the one that it reads.
 
         Raises:
-            InputError: for a row that ends with the model's pad token.
+            InputError: for such an argument, or a row that ends with the model's pad token.
         """
-        pad = self.number("pad_token_id")
-        if self._labels is None or not isinstance(pad, int):
+        if prompt.extras:
+            attention = self.number("_attn_implementation")
+            check_extras(self.root, prompt, self.n_tokens(), attention)
+        pad = self.number("pad_token_id") if self._labels is not None else None
+        if not isinstance(pad, int) or prompt.embedded:
             return
         columns = torch.arange(prompt.shape[1])
         last = (columns * prompt.mask).amax(-1)
@@ -225,38 +237,37 @@ class HuggingFaceBackend(Backend):
         """
         accepted = arguments_of(self.root)
         device = run_device(self.embedding())
-        here = slice(chunk.start, chunk.stop)
         arguments: dict[str, Any] = taken({**options, "return_dict": True}, accepted)
-        if prompt.padded:
-            if "attention_mask" not in accepted:
-                raise UnsupportedModelError(
-                    f"{type(self.root).__name__} takes no attention mask, so that padding would "
-                    "change its logits; run prompts of different lengths one at a time"
-                )
-            arguments["attention_mask"] = prompt.mask[:, : chunk.stop].long().to(device)
-            if "position_ids" in accepted:
-                arguments["position_ids"] = prompt.position_ids()[:, here].to(device)
+        if prompt.padded and "attention_mask" not in accepted and not takes_any(self.root):
+            raise no_mask(self.root)
+        arguments |= extra_arguments(prompt, chunk, accepted, device)
         if columns is None:
             columns = torch.tensor([chunk.stop - 1])
         wanted = columns - chunk.start
-        ids = prompt.input_ids[:, here].to(device)
+        ids = None
+        if not prompt.embedded:
+            ids = prompt.input_ids[:, chunk.start : chunk.stop].to(device)
         if "logits_to_keep" in accepted:
             # Remote code for older versions takes a count from the end only.
             takes_tensor = "Tensor" in str(accepted["logits_to_keep"].annotation)
             count = len(chunk) - int(wanted.min())
             arguments["logits_to_keep"] = wanted.to(device) if takes_tensor else count
-        output, logits = self._call(ids, arguments, accepted)
+        in_chunks = len(chunk) < prompt.shape[1]
+        with refusing(self.root, prompt), without_traces(self.root, in_chunks=in_chunks):
+            output, logits = self._call(ids, arguments, accepted)
         if not ("logits_to_keep" in accepted and logits.shape[1] == len(wanted)):
             logits = at_columns(logits, wanted, len(chunk), type(self.root).__name__)
         return logits, output
 
     def _call(
-        self, ids: Tensor, arguments: dict[str, Any], accepted: Mapping[str, Any]
+        self, ids: Tensor | None, arguments: dict[str, Any], accepted: Mapping[str, Any]
     ) -> tuple[Any, Tensor]:
         """Run the model: its output, and the logits [batch, n, vocabulary] in it."""
         given: tuple[Tensor, ...] = ()
         first = next(iter(accepted.values()), None)
-        if (
+        if ids is None:
+            pass  # embeddings stand among the arguments
+        elif (
             "input_ids" in accepted
             or first is None
             or first.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD

@@ -6,7 +6,7 @@ Decided here: which forms of input are taken, and whether a BOS is put before a 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from dla_hooks.errors import InputError, ShapeMismatchError, TokenError, TokenizerMissingError
+from dla_hooks.inputs.extras import EMBEDS, MASK, embeddings, is_whole_mask, sized, split_mapping
+from dla_hooks.inputs.forms import as_ids, check_integers, is_array, pad_left
 
 
 @dataclass(frozen=True)
@@ -21,12 +23,14 @@ class Prompt:
     """A batch of prompts.
 
     Attributes:
-        input_ids: [batch, pos], on the CPU.
+        input_ids: [batch, pos], on the CPU; zeros where embeddings were given in their place.
         mask: True at the real tokens [batch, pos], on the CPU.
+        extras: further arguments of the model's forward, for the real run only.
     """
 
     input_ids: Tensor
     mask: Tensor
+    extras: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -38,6 +42,11 @@ class Prompt:
     def padded(self) -> bool:
         """True if some row is shorter than the batch is wide."""
         return not bool(self.mask.all())
+
+    @property
+    def embedded(self) -> bool:
+        """True if embeddings were given in the place of ids."""
+        return EMBEDS in self.extras
 
     def position_ids(self) -> Tensor:
         """Positions counted among each row's real tokens; 0 on the padding before them."""
@@ -55,45 +64,54 @@ def read_prompt(
     """Read the ``input`` argument.
 
     Args:
-        input: a string, a list of strings, token ids [pos] or [batch, pos], or what a tokenizer
-            returns for ``return_tensors="pt"``.
+        input: a string, a list of strings; token ids [pos] or [batch, pos] as a tensor, an array
+            or lists; or a mapping of the forward's arguments, as tokenizers and processors return.
         tokenizer: gives the padding token for strings.
-        attention_mask: 1 at real tokens, for ids that are padded on either side.
+        attention_mask: 1 at real tokens, for ids that are padded on either side; or a mask with 4
+            axes, which goes to the forward as it is.
         vocabulary: number of tokens that the model embeds.
         encode: token ids of a string. Token ids are taken as they are.
 
     Raises:
         InputError: for an input that is neither, is empty, or whose mask does not fit.
-        TokenError: for ids outside the vocabulary.
+        TokenError: for ids outside the vocabulary. Beside further arguments they are left to the
+            backend: placeholders of images may have no embedding.
     """
+    extras: dict[str, Any] = {}
     if isinstance(input, Mapping):
-        if "input_ids" not in input:
-            raise InputError(f"input is a mapping without 'input_ids'; it has {sorted(input)}")
-        unread = set(input) - {"input_ids", "attention_mask"}
-        if unread:  # GPT-2, for one, adds token_type_ids to the stream
-            raise InputError(
-                f"input holds {', '.join(sorted(unread))} besides input_ids and attention_mask, "
-                "which may change the model's logits and cannot be passed on; leave them out"
-            )
-        if attention_mask is None:
-            attention_mask = input.get("attention_mask")
-        input = input["input_ids"]
-    if isinstance(input, str):
-        input = [input]
-    if isinstance(input, list) and input and all(isinstance(text, str) for text in input):
-        if attention_mask is not None:
+        input, own_mask, extras = split_mapping(input)
+        attention_mask = own_mask if attention_mask is None else attention_mask
+        if is_text(input):
+            raise InputError("input_ids must hold token ids; give a string as input itself")
+    if is_whole_mask(attention_mask):
+        extras[MASK], attention_mask = attention_mask, None
+    if EMBEDS in extras:
+        extras[EMBEDS] = embeddings(extras[EMBEDS])
+        ids = torch.zeros(extras[EMBEDS].shape[:2], dtype=torch.long)
+        ids, mask = _as_batch(ids, attention_mask)
+    elif is_text(input):
+        if attention_mask is not None or extras:
             raise InputError("attention_mask goes with token ids; strings are padded for you")
-        ids, mask = _encode_all(input, encode)
-    elif isinstance(input, Tensor):
-        ids, mask = _as_batch(input, attention_mask)
+        ids, mask = _encode_all([input] if isinstance(input, str) else input, encode)
+    elif is_array(input) and not (isinstance(input, (list, tuple)) and not input):
+        ids, mask = _as_batch(*as_ids(input, attention_mask))
     else:
         raise InputError(
-            "input must be a string, a non-empty list of strings, or a tensor of token ids [pos] "
-            "or [batch, pos] (from a tokenizer: return_tensors='pt'); "
-            f"got {type(input).__name__}: {input!r:.80}"
+            "input must be a string, a non-empty list of strings, token ids [pos] or [batch, pos] "
+            "(a tensor, an array or lists), or a mapping of the forward's arguments, as a "
+            f"tokenizer returns it; got {type(input).__name__}: {input!r:.80}"
         )
+    if extras:
+        return Prompt(ids, mask, sized(extras, (len(ids), ids.shape[1])))
     check_ids(ids, vocabulary)  # padding holds 0
     return Prompt(ids, mask)
+
+
+def is_text(input: Any) -> bool:
+    """Whether an input is a string, or a list of nothing else."""
+    if isinstance(input, list):
+        return bool(input) and all(isinstance(text, str) for text in input)
+    return isinstance(input, str)
 
 
 def to_strings(ids: Sequence[int], tokenizer: Any) -> list[str]:
@@ -147,17 +165,11 @@ def check_tokenizer(tokenizer: Any) -> None:
 def _encode_all(texts: list[str], encode: Callable[[str], list[int]]) -> tuple[Tensor, Tensor]:
     rows = []
     for text in texts:
-        rows.append(encode(text) if text else [])
-        if not rows[-1]:
+        rows.append(torch.tensor(encode(text) if text else [], dtype=torch.long))
+        if not len(rows[-1]):
             raise InputError(f"the prompt {text!r} is empty: there is no position to attribute")
-    width = max(map(len, rows))
     # Masked positions hold 0: a tokenizer's own pad token may have no embedding.
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    for row, tokens in enumerate(rows):
-        ids[row, width - len(tokens) :] = torch.tensor(tokens)
-        mask[row, width - len(tokens) :] = True
-    return ids, mask
+    return pad_left(rows)
 
 
 def encode(text: str, tokenizer: Any, prepend_bos: bool | None) -> list[int]:
@@ -179,8 +191,7 @@ def encode(text: str, tokenizer: Any, prepend_bos: bool | None) -> list[int]:
 
 
 def _as_batch(ids: Tensor, attention_mask: Any) -> tuple[Tensor, Tensor]:
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise InputError(f"token ids must be integers, got a tensor of {ids.dtype}")
+    check_integers(ids)
     if ids.ndim not in (1, 2):
         raise InputError(f"token ids must have shape [pos] or [batch, pos], got {list(ids.shape)}")
     if ids.numel() == 0:
@@ -221,5 +232,6 @@ def check_ids(ids: Tensor, vocabulary: int) -> None:
     if int(low) < 0 or int(high) >= vocabulary:
         bad = ids[(ids < 0) | (ids >= vocabulary)]
         raise TokenError(
-            f"token id {int(bad[0])} is outside the model's vocabulary (0 to {vocabulary - 1})"
+            f"token id {int(bad[0])} is outside the model's vocabulary (0 to {vocabulary - 1}); "
+            "if it is padding, pass attention_mask"
         )

@@ -20,6 +20,7 @@ from dla_hooks.backends import Backend
 from dla_hooks.calibration.invariance import padding_is_ignored
 from dla_hooks.calibration.prompt import short_prompt
 from dla_hooks.errors import DecompositionError, DLAError
+from dla_hooks.inputs.forms import pad_left
 from dla_hooks.residual.stream import Stream
 from dla_hooks.results.result import DirectLogitAttribution
 from dla_hooks.verification.recognise import stream_of
@@ -35,6 +36,7 @@ class Item:
         correct: its answer [], or one for each selected position [pos'].
         incorrect: the same for the incorrect tokens, or None.
         n_entries: how many positions are selected; 1 for a single one.
+        given_as_ids: whether it was given as ids without a mask.
     """
 
     index: int
@@ -42,6 +44,7 @@ class Item:
     correct: Tensor
     incorrect: Tensor | None
     n_entries: int = 1
+    given_as_ids: bool = False
 
 
 def batches_of(
@@ -67,21 +70,6 @@ def batches_of(
             batches.append([])
         batches[-1].append(index)
     return batches
-
-
-def pad_left(rows: Sequence[Tensor], filler: int = 0) -> tuple[Tensor, Tensor]:
-    """Lay rows of ids [pos] side by side, right ends aligned.
-
-    Returns:
-        Ids [batch, pos], and a mask of that shape that is True at the real ones.
-    """
-    width = max(map(len, rows))
-    ids = torch.full((len(rows), width), filler, dtype=torch.long)
-    mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    for row, own in enumerate(rows):
-        ids[row, width - len(own) :] = own
-        mask[row, width - len(own) :] = True
-    return ids, mask
 
 
 def side_by_side(answers: Sequence[Tensor], items: Sequence[Item], *, one_position: bool) -> Tensor:

@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 
 from dla_hooks.backends import Backend
-from dla_hooks.call import check_length
 from dla_hooks.errors import InputError, ShapeMismatchError, TokenError
 from dla_hooks.inputs import positions
 from dla_hooks.inputs.answers import check_answers, read_ids
+from dla_hooks.inputs.forms import as_tensor
 from dla_hooks.inputs.prompts import Prompt, read_prompt, to_strings, tokenizer_for
 from dla_hooks.many.batches import Item
 from dla_hooks.residual.stream import Stream
 from dla_hooks.results.result import DirectLogitAttribution
+from dla_hooks.sources.cautions import warn_of_padding
+from dla_hooks.sources.prompt import check_length
 
 _END = object()
 _UNORDERED = (set, frozenset)
@@ -124,13 +126,22 @@ class Reader:
             vocabulary=self.backend.n_tokens(),
             encode=lambda text: self._encode(text, tokenizer),
         )
+        if read.extras:
+            raise InputError(
+                f"a prompt holds {', '.join(read.extras)}, and attribute_many takes texts and "
+                "token ids only; leave it out, or call a plan of prepare(...) for each prompt"
+            )
         if len(read.input_ids) != 1:
             raise InputError(
                 f"a prompt must be one row of token ids, got shape {list(read.input_ids.shape)}"
             )
         found = {name: self.read_answer(name, value) for name, value in row.answers.items()}
         correct, incorrect = found["answer_tokens"], found.get("incorrect_tokens")
-        return Item(row.index, read.input_ids[read.mask], correct, incorrect)
+        mask = row.prompt.get("attention_mask") if isinstance(row.prompt, Mapping) else None
+        given_as_ids = not isinstance(row.prompt, str) and mask is None
+        return Item(
+            row.index, read.input_ids[read.mask], correct, incorrect, given_as_ids=given_as_ids
+        )
 
     def read_answer(self, name: str, value: Any) -> Tensor:
         """One prompt's answer as ids, [] where it is one token."""
@@ -149,6 +160,8 @@ class Reader:
         prompt = Prompt(ids, torch.ones_like(ids, dtype=torch.bool))
         check_length(stream, prompt)
         self.backend.check_prompt(prompt)
+        if item.given_as_ids:
+            warn_of_padding(stream, ids, self.tokenizer)
         selection = positions.select(positions.parse(self.pos, len(item.ids)), prompt.mask)
         n_entries = selection.cols.numel()
         given = {"answer_tokens": item.correct, "incorrect_tokens": item.incorrect}
@@ -219,10 +232,7 @@ def _as_ids(prompt: Any) -> Any:
         )
     if not len(prompt):
         raise InputError("the prompt is empty: there is no position to attribute")
-    try:
-        return torch.as_tensor(prompt)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"a prompt cannot be read as token ids: {error}") from None
+    return as_tensor(prompt, "a prompt", "token ids")
 
 
 def _check_prompts(prompts: Any) -> None:

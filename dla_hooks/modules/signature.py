@@ -20,7 +20,7 @@ def arguments_of(model: nn.Module) -> Arguments:
 
     A function put in its place may take anything and hand it on. The class then names them.
     """
-    own = _of_function(model.forward)
+    own = own_arguments(model)
     for cls in type(model).__mro__:
         if not _takes_anything(own):
             break
@@ -28,9 +28,10 @@ def arguments_of(model: nn.Module) -> Arguments:
     return own
 
 
-def _of_function(function: Any) -> Arguments:
-    method = getattr(function, "__func__", None)
-    return inspect.signature(function).parameters if method is None else _of_method(method)
+def own_arguments(model: nn.Module) -> Arguments:
+    """The arguments that the function itself takes which stands as a model's forward."""
+    method = getattr(model.forward, "__func__", None)
+    return inspect.signature(model.forward).parameters if method is None else _of_method(method)
 
 
 @lru_cache(maxsize=256)

@@ -10,8 +10,6 @@ Decided here: how long a piece is (:func:`chunk_size_for`).
 from __future__ import annotations
 
 import operator
-import sys
-import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -21,9 +19,10 @@ from torch import Tensor
 
 from dla_hooks.backends import Backend
 from dla_hooks.calibration.invariance import chunks_are_ignored, has_hole
-from dla_hooks.errors import DLAWarning, InputError, UnsupportedModelError
+from dla_hooks.errors import InputError, UnsupportedModelError, warn
+from dla_hooks.inputs.extras import EMBEDS
 from dla_hooks.inputs.prompts import Prompt, to_strings
-from dla_hooks.modules.hooks import Tap, tapped
+from dla_hooks.modules.hooks import Call, Tap, tapped
 from dla_hooks.modules.user_hooks import callers_hooks
 from dla_hooks.projection.tiles import View
 from dla_hooks.residual.stream import Stream
@@ -39,31 +38,54 @@ class Live(Source):
     """One forward pass of a model.
 
     Args:
-        backend: how the model is run.
+        stream: the located model.
         prompt: the batch.
         chunk_size: columns that are run together; None is all at once.
     """
 
-    def __init__(self, backend: Backend, prompt: Prompt, chunk_size: int | None = None) -> None:
+    def __init__(self, stream: Stream, prompt: Prompt, chunk_size: int | None = None) -> None:
         self.prompt = prompt
-        self._backend, self._chunk_size = backend, chunk_size
+        self._stream, self._chunk_size = stream, chunk_size
+
+    def on(self, stream: Stream) -> Live:
+        """The same run, of a model that was measured anew."""
+        return Live(stream, self.prompt, self._chunk_size)
 
     def show(
         self, view: View, taps: Callable[[View], list[Tap]], columns: Tensor | None
     ) -> Tensor | None:
         """Run the model with taps on it. Pieces without an entry are run without."""
         logits = []
-        for chunk, run in chunks(self._backend, self.prompt, columns, self._chunk_size):
+        for chunk, run in chunks(self._stream.backend, self.prompt, columns, self._chunk_size):
             piece = view.part(chunk.start, chunk.stop)
-            with tapped(taps(piece) if piece is view or len(piece) else []):
+            looks = taps(piece) if piece is view or len(piece) else []
+            if self.prompt.extras:
+                looks = [Tap(self._stream.last, partial(self._check_width, chunk)), *looks]
+            with tapped(looks):
                 logits.append(run())
         if columns is None:
             return None
         return logits[0] if len(logits) == 1 else torch.cat(logits, dim=1)
 
+    def _check_width(self, chunk: range, call: Call) -> None:
+        """Refuse a stream of other positions than the prompt's, as where one token is an image.
+
+        Raises:
+            UnsupportedModelError: with both numbers.
+        """
+        shape = call.activation.shape
+        if shape[:-1].numel() != self.prompt.shape[0] * len(chunk):
+            raise UnsupportedModelError(
+                f"{self._stream.backend.name} makes other positions of this input than its ids "
+                f"have: a stream of shape {list(shape)} for {list(self.prompt.shape)} ids. Which "
+                "position is which cannot be told; give one placeholder id for each position"
+            )
+
     def texts(self, tokenizer: Any) -> list[list[str]]:
-        """The tokens of every row, as text; padding left out."""
+        """The tokens of every row, as text; padding left out. Embeddings are question marks."""
         ids, mask = self.prompt.input_ids, self.prompt.mask
+        if self.prompt.embedded:
+            return [["?"] * int(real.sum()) for real in mask]
         rows = zip(ids, mask, strict=True)
         return [to_strings(row[real].tolist(), tokenizer) for row, real in rows]
 
@@ -126,12 +148,10 @@ def chunk_size_for(stream: Stream, prompt: Prompt, chunk_size: Any) -> int | Non
         reason = _is_hooked(stream.model) or _why_not(stream, prompt)
         if reason is None:
             return AUTOMATIC_CHUNK
-        warnings.warn(
+        warn(
             f"this prompt of {width} tokens runs at once instead of in chunks of "
             f"{AUTOMATIC_CHUNK}, so activation memory grows with it: {reason}. Pass "
-            f"chunk_size={width} to run it so without this warning.",
-            DLAWarning,
-            stacklevel=_callers_level(),
+            f"chunk_size={width} to run it so without this warning."
         )
         return None
     size = _as_size(chunk_size)
@@ -142,6 +162,12 @@ def chunk_size_for(stream: Stream, prompt: Prompt, chunk_size: Any) -> int | Non
         raise UnsupportedModelError(
             f"{stream.backend.name} cannot be run in chunks of a prompt: {reason}. Leave "
             "chunk_size out, or give one that is no smaller than the prompt, to run it all at once."
+        )
+    if _is_hooked(stream.model) is not None:
+        warn(
+            "with chunk_size a hook of yours sees each chunk by itself: a position that it names "
+            "is counted anew in each one. The numbers are those of the model as it then runs. "
+            "Leave chunk_size out for a hook that names a position."
         )
     return size
 
@@ -159,16 +185,11 @@ def _as_size(chunk_size: Any) -> int:
     return size
 
 
-def _callers_level() -> int:
-    """The ``stacklevel``, for a warning by the function that calls this, of the caller's line."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_globals["__name__"].startswith("dla_hooks."):
-        frame, level = frame.f_back, level + 1
-    return level
-
-
 def _why_not(stream: Stream, prompt: Prompt) -> str | None:
     """The reason why chunks would give other numbers than the whole prompt, or None."""
+    uncut = sorted(set(prompt.extras) - {EMBEDS})
+    if uncut:
+        return f"its input holds {', '.join(uncut)}, which cannot be cut into chunks"
     rotary = _length_dependent(stream.model, prompt.shape[1])
     if rotary is not None:
         return (

@@ -101,6 +101,11 @@ class ForwardMethods(TokenMethods):
             vocabulary=self.cfg.d_vocab,
             encode=lambda text: encode(text, self.tokenizer, None),
         )
+        if prompt.extras:
+            raise InputError(
+                f"input holds {', '.join(prompt.extras)}; a wrapped model runs on ids and a mask "
+                "[batch, pos]. Call the model inside it, .model, with further arguments"
+            )
         if attention_mask is None and side == "left" and self.tokenizer is not None:
             return Prompt(prompt.input_ids, self._leading_pads_out(prompt.input_ids, prepend_bos))
         return prompt

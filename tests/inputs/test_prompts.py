@@ -8,6 +8,7 @@ from units import UNIT_NAMES
 from zoo import ZOO, Spec, build, supports, tiny_tokenizer
 
 from dla_hooks import (
+    DLAWarning,
     InputError,
     ShapeMismatchError,
     TokenError,
@@ -123,7 +124,13 @@ IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
     [
         (None, None, InputError, "either `input`"),
         ([], None, InputError, "non-empty list of strings"),
-        ([[1, 2]], None, InputError, "list"),
+        ([[1, 2], []], None, InputError, "row 1 of input is empty"),
+        ([[1, 2], [1.5]], None, InputError, "float32"),
+        ([[1, 2], "text"], None, InputError, "row 1 of input cannot be read"),
+        ([1, "text"], None, InputError, "cannot be read"),
+        ([[1, 2], [3]], [[1, 1], [0]], ShapeMismatchError, "leave it out"),
+        ([[[1, 2]]], None, InputError, "row 0 of input must be a list"),
+        ([2**70], None, InputError, "cannot be read"),
         (5, None, InputError, "int"),
         (IDS.float(), None, InputError, "float32"),
         (IDS > 2, None, InputError, "bool"),
@@ -137,7 +144,6 @@ IDS = torch.tensor([[1, 2, 3], [4, 5, 6]])
         (IDS, torch.tensor([[1, 1, 2], [1, 1, 1]]), InputError, "1 at real tokens"),
         (IDS, torch.tensor([[1, 1, 1], [0, 0, 0]]), InputError, "row 1 .* all padding"),
         ({"ids": IDS}, None, InputError, "without 'input_ids'"),
-        ({"input_ids": IDS, "token_type_ids": IDS}, None, InputError, "token_type_ids"),
         ("some text", None, TokenizerMissingError, "input is a string"),
         (["some", "text"], None, TokenizerMissingError, "AutoTokenizer"),
     ],
@@ -171,7 +177,8 @@ def test_padding_may_hold_any_id(model):
 def test_rotary_models_may_run_past_their_configured_length():
     model = build("llama")
     limit = model.config.max_position_embeddings
-    result = direct_logit_attribution(model, torch.zeros(1, limit + 3, dtype=torch.long), 5)
+    with pytest.warns(DLAWarning, match="longer than the model's max_position_embeddings"):
+        result = direct_logit_attribution(model, torch.zeros(1, limit + 3, dtype=torch.long), 5)
     assert result.gap < 1e-9
 
 

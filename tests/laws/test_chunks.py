@@ -183,7 +183,7 @@ def test_hooks_are_removed_when_a_later_chunk_fails():
 
     handle = model.transformer.h[1].register_forward_hook(fail)
     try:
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt), pytest.warns(DLAWarning, match="a hook of yours"):
             direct_logit_attribution(model, ids, 5, pos=None, chunk_size=6)
     finally:
         handle.remove()

@@ -181,7 +181,8 @@ def test_wrong_examples_in_docstrings_fail():
     assert "Expected" in "".join(said)
 
 
-def test_examples_of_interventions_run():
-    found = doctest.testfile(str(ROOT / "docs" / "interventions.md"), module_relative=False)
+@pytest.mark.parametrize("page", ["inputs", "interventions"])
+def test_examples_of_pages_run(page):
+    found = doctest.testfile(str(ROOT / "docs" / f"{page}.md"), module_relative=False)
     assert found.attempted > 10
     assert found.failed == 0

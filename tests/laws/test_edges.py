@@ -110,7 +110,8 @@ def test_check_with_infinite_logits_still_runs():
 def test_stream_of_zeros_gives_zero_parts(unit):
     model = default_model("llama", pad_token_id=0)
     ids = torch.tensor([[0, 0, 5, 6]])  # transformers leaves the padding's embedding at zero
-    result = direct_logit_attribution(model, ids, 3, unit=unit, pos=None)
+    mask = torch.ones_like(ids)
+    result = direct_logit_attribution(model, ids, 3, unit=unit, pos=None, attention_mask=mask)
     assert result.attribution[:, 0, 0].abs().max() == 0
     with torch.no_grad():
         torch.testing.assert_close(result.logit[0], model(ids).logits[0, :, 3])

@@ -1,0 +1,155 @@
+"""The arguments of a model's forward pass: which it takes, and those that a prompt brings along."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dla_hooks.errors import DLAError, InputError, UnsupportedModelError
+from dla_hooks.inputs.extras import EMBEDS, MASK, NEVER, POSITIONS, described, moved
+from dla_hooks.inputs.prompts import Prompt, check_ids
+from dla_hooks.modules.signature import Arguments, arguments_of, own_arguments
+
+_ANY = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+_OF_TEXT = {EMBEDS, "token_type_ids"}
+"""Arguments beside which positions are counted as for ids alone."""
+_OFFSET = "rope_deltas"
+_PLACEHOLDER = re.compile(r"(image|video|audio|vision|speech|media)\w*_token_(id|index)")
+
+
+def takes_any(model: nn.Module) -> bool:
+    """Whether a forward names none of its arguments, and hands on whatever it is given."""
+    kinds = [parameter.kind for parameter in own_arguments(model).values()]
+    named = any(True for _ in _names(arguments_of(model)))
+    return not named and inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def check_extras(model: nn.Module, prompt: Prompt, n_tokens: int, attention: Any) -> None:
+    """Refuse further arguments that a model does not take.
+
+    Args:
+        model: the model.
+        prompt: with further arguments.
+        n_tokens: the number of tokens that it embeds.
+        attention: the name of its attention implementation, where it has one.
+
+    Raises:
+        InputError: naming what it does take.
+        TokenError: for ids that are neither tokens nor placeholders of images and the like.
+    """
+    accepted = arguments_of(model)
+    names = set(_names(accepted))
+    if any(parameter.kind is _ANY[1] for parameter in accepted.values()):
+        # What it does not name it hands on to the decoder inside.
+        inside = getattr(model, "model", None)
+        names.update(_names(arguments_of(inside)) if isinstance(inside, nn.Module) else ())
+    unknown = sorted(set(prompt.extras) - names)
+    if unknown and not takes_any(model):
+        known = sorted(names - set(NEVER) - {"input_ids"})
+        raise InputError(
+            f"input holds {', '.join(unknown)}, which the forward of {type(model).__name__} does "
+            f"not take; leave it out. It takes {', '.join(known) or 'nothing besides ids'}"
+        )
+    masks = prompt.extras.get(MASK)
+    for mask in masks.values() if isinstance(masks, Mapping) else [masks]:
+        if attention == "eager" and isinstance(mask, Tensor) and mask.dtype == torch.bool:
+            raise InputError(
+                "eager attention adds a mask with 4 axes to its scores, so that bools would add "
+                "their ones; give floats: 0 where a position is read, a large negative number else"
+            )
+    if not prompt.embedded:
+        ids = prompt.input_ids[prompt.mask]
+        check_ids(ids[~torch.isin(ids, torch.tensor(_placeholders(model)))], n_tokens)
+
+
+def extra_arguments(
+    prompt: Prompt, chunk: range, accepted: Arguments, device: torch.device
+) -> dict[str, Any]:
+    """The arguments of a run besides ids: mask, positions, and what the prompt brings along.
+
+    Args:
+        prompt: the whole batch.
+        chunk: the columns that are run; those before are in the model's cache.
+        accepted: the arguments that the forward takes.
+        device: where they go.
+    """
+    found: dict[str, Any] = {}
+    here = slice(chunk.start, chunk.stop)
+    if prompt.padded:
+        found[MASK] = prompt.mask[:, : chunk.stop].long().to(device)
+        # A model that reads images counts positions itself, by where they are.
+        if POSITIONS in accepted and set(prompt.extras) <= _OF_TEXT:
+            found[POSITIONS] = prompt.position_ids()[:, here].to(device)
+    for name, value in prompt.extras.items():
+        found[name] = moved(value[:, here] if name == EMBEDS else value, device)
+    return found
+
+
+@contextmanager
+def refusing(model: nn.Module, prompt: Prompt) -> Iterator[None]:
+    """Turn what a forward raises, because of arguments that it may not take, into a refusal.
+
+    Raises:
+        InputError: where the prompt brings arguments along.
+        UnsupportedModelError: where a forward that names none does not take a mask.
+    """
+    try:
+        yield
+    except (DLAError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if not prompt.extras:
+            if isinstance(error, TypeError) and prompt.padded and takes_any(model):
+                raise no_mask(model) from error
+            raise
+        raise InputError(
+            f"the forward of {type(model).__name__} fails on this input (ids {list(prompt.shape)}, "
+            f"{described(prompt.extras)}): {type(error).__name__}: {error}"
+        ) from error
+
+
+@contextmanager
+def without_traces(model: nn.Module, *, in_chunks: bool) -> Iterator[None]:
+    """Leave a model without what a run with images keeps for the tokens that it generates next.
+
+    It is an offset of positions, which later runs against a cache would add.
+
+    Args:
+        model: the model.
+        in_chunks: whether the run goes on from an earlier chunk: then an offset that is there
+            belongs to another prompt, and is put aside.
+    """
+    places = [vars(one) for one in (model, model._modules.get("model")) if one is not None]
+    kept = [(place, place[_OFFSET]) for place in places if _OFFSET in place]
+    for place, _ in kept if in_chunks else ():
+        place[_OFFSET] = None
+    try:
+        yield
+    finally:
+        for place, offset in kept:
+            place[_OFFSET] = offset
+
+
+def no_mask(model: nn.Module) -> UnsupportedModelError:
+    """The refusal of padding, for a model that takes no mask."""
+    return UnsupportedModelError(
+        f"{type(model).__name__} takes no attention mask, so that padding would change its logits; "
+        "run prompts of different lengths one at a time"
+    )
+
+
+def _names(accepted: Arguments) -> Iterator[str]:
+    return (name for name, parameter in accepted.items() if parameter.kind not in _ANY)
+
+
+def _placeholders(model: nn.Module) -> list[int]:
+    """Ids that stand for images and the like; they need no embedding."""
+    settings: Any = getattr(model, "config", None)
+    named = vars(settings).items() if hasattr(settings, "__dict__") else ()
+    return [v for name, v in named if isinstance(v, int) and _PLACEHOLDER.fullmatch(name)]

@@ -1,0 +1,96 @@
+"""A prompt, read for a model and checked against what the model can run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dla_hooks.calibration.invariance import holes_are_ignored, padding_is_ignored
+from dla_hooks.errors import InputError, UnsupportedModelError
+from dla_hooks.inputs.extras import POSITIONS
+from dla_hooks.inputs.prompts import Prompt, is_text, read_prompt, tokenizer_for
+from dla_hooks.residual.stream import Stream
+from dla_hooks.sources.cautions import warn_of
+
+
+def prompt_for(
+    stream: Stream,
+    tokenizer: Any,
+    prepend_bos: bool | None,
+    input: Any,
+    *,
+    attention_mask: Any = None,
+) -> Prompt:
+    """Read a prompt for a model, and check that the model can run it.
+
+    Args:
+        stream: the located model.
+        tokenizer: for strings, or None.
+        prepend_bos: for strings.
+        input: see :func:`dla_hooks.direct_logit_attribution`.
+        attention_mask: for padded ids.
+
+    Raises:
+        InputError: for an input that cannot be read, or is longer than the model's positions.
+        UnsupportedModelError: for padding that would change the model's logits.
+    """
+    backend = stream.backend
+    if is_text(input):
+        tokenizer = tokenizer_for(backend.model, tokenizer, "input")
+    prompt = read_prompt(
+        input,
+        tokenizer=tokenizer,
+        attention_mask=attention_mask,
+        vocabulary=backend.n_tokens(),
+        encode=lambda text: backend.encode(text, tokenizer, prepend_bos),
+    )
+    check_length(stream, prompt)
+    backend.check_prompt(prompt)
+    _check_padding(stream, prompt)
+    masked = attention_mask is not None or (
+        isinstance(input, Mapping) and "attention_mask" in input
+    )
+    as_ids = not (masked or is_text(input) or prompt.padded)  # rows of lists are padded here
+    warn_of(stream, prompt, tokenizer, given_as_ids=as_ids)
+    return prompt
+
+
+def check_length(stream: Stream, prompt: Prompt) -> None:
+    """Refuse a prompt that is longer than the model has positions for.
+
+    Raises:
+        InputError: with both lengths.
+    """
+    longest = int(prompt.mask.sum(-1).max()) if prompt.padded else prompt.shape[1]
+    positions = prompt.extras.get(POSITIONS)
+    if positions is not None:
+        if bool((positions < 0).any()):
+            raise InputError("position_ids holds a negative position")
+        longest = int(positions.max()) + 1
+    if stream.position_limit is not None and longest > stream.position_limit:
+        raise InputError(
+            f"the prompt has {longest} {'tokens' if positions is None else 'positions'}, but "
+            f"{type(stream.backend.root).__name__} has "
+            f"positions for {stream.position_limit} only; shorten it"
+        )
+
+
+def _check_padding(stream: Stream, prompt: Prompt) -> None:
+    if not prompt.padded:
+        return
+    for left in (True, False):
+        outermost = prompt.mask[:, 0 if left else -1]
+        if not bool(outermost.all()) and not padding_is_ignored(stream, left=left):
+            side = "left" if left else "right"
+            raise UnsupportedModelError(
+                f"{stream.backend.name} gives a prompt other logits when it is padded on the "
+                f"{side} ({stream.dtype}, its attention implementation as it is set): recurrent "
+                "layers and position tables read the padding. Run prompts of different lengths "
+                "one at a time, or pad the other side."
+            )
+    if not holes_are_ignored(stream, prompt.mask):
+        raise UnsupportedModelError(
+            f"{stream.backend.name} gives a prompt other logits when tokens in its middle are "
+            "masked than when they are left out: sliding windows, recurrent layers and position "
+            "tables count them. Leave these tokens out of the prompt."
+        )
