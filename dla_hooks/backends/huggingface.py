@@ -118,9 +118,9 @@ class HuggingFaceBackend(Backend):
         pad = self.number("pad_token_id")
         if self._labels is None or not isinstance(pad, int):
             return
-        columns = torch.arange(prompt.shape[1])
+        columns = torch.arange(prompt.shape[1], device="cpu")
         last = (columns * prompt.mask).amax(-1)
-        ends = prompt.input_ids[torch.arange(len(last)), last]
+        ends = prompt.input_ids[torch.arange(len(last), device="cpu"), last]
         if bool((ends == pad).any()):
             raise InputError(
                 f"row {int((ends == pad).nonzero()[0])} of the input ends with the model's pad "
@@ -230,7 +230,7 @@ class HuggingFaceBackend(Backend):
             if "position_ids" in accepted:
                 arguments["position_ids"] = prompt.position_ids()[:, here].to(device)
         if columns is None:
-            columns = torch.tensor([chunk.stop - 1])
+            columns = torch.tensor([chunk.stop - 1], device="cpu")
         wanted = columns - chunk.start
         ids = prompt.input_ids[:, here].to(device)
         if "logits_to_keep" in accepted:

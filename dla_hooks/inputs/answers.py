@@ -134,9 +134,11 @@ def read_ids(value: Any, name: str, model: Any, tokenizer: Any) -> Tensor:
     elif isinstance(value, list):
         if not value:
             raise InputError(f"{name} is empty")
-        ids = torch.tensor([_read_one(item, name, model, tokenizer) for item in value])
+        ids = torch.tensor(
+            [_read_one(item, name, model, tokenizer) for item in value], device="cpu"
+        )
     else:
-        ids = torch.tensor(_read_one(value, name, model, tokenizer))
+        ids = torch.tensor(_read_one(value, name, model, tokenizer), device="cpu")
     return ids
 
 

@@ -82,29 +82,39 @@ def select(pos: Any, mask: Tensor) -> Selection:
     """
     spec = parse(pos, mask.shape[1])
     if spec is None:
-        rows, cols = torch.meshgrid(*map(torch.arange, mask.shape), indexing="ij")
+        rows, cols = torch.meshgrid(
+            *(torch.arange(n, device="cpu") for n in mask.shape), indexing="ij"
+        )
         return Selection(rows, cols, mask)
     picked = [_pick(spec, row, real.nonzero()[:, 0]) for row, real in enumerate(mask)]
     if isinstance(spec, int):
         cols = torch.stack(picked)
-        return Selection(torch.arange(len(mask)), cols, torch.ones_like(cols, dtype=torch.bool))
+        return Selection(
+            torch.arange(len(mask), device="cpu"), cols, torch.ones_like(cols, dtype=torch.bool)
+        )
 
     # Rows of different lengths: fill up on the side on which the batch is padded.
     width = max(len(cols) for cols in picked)
     on_the_left = not bool(mask[:, 0].all())
-    cols = torch.zeros(len(mask), width, dtype=torch.long)
-    valid = torch.zeros(len(mask), width, dtype=torch.bool)
+    cols = torch.zeros(len(mask), width, dtype=torch.long, device="cpu")
+    valid = torch.zeros(len(mask), width, dtype=torch.bool, device="cpu")
     for row, found in enumerate(picked):
         place = slice(width - len(found), width) if on_the_left else slice(0, len(found))
         cols[row, place] = found
         valid[row, place] = True
-    return Selection(torch.arange(len(mask))[:, None].expand_as(cols), cols, valid)
+    return Selection(torch.arange(len(mask), device="cpu")[:, None].expand_as(cols), cols, valid)
+
+
+def spread_over(count: int, most: int) -> Tensor:
+    """At most so many of the first ``count`` integers, evenly spread; both ends are among them."""
+    ends = torch.linspace(0, count - 1, min(count, most), dtype=torch.float64, device="cpu")
+    return ends.round().long()
 
 
 def _pick(spec: int | slice | list[int], row: int, real: Tensor) -> Tensor:
     """Columns of one row: an int, a slice or a list, counted among its real tokens."""
     if isinstance(spec, slice):
-        return torch.tensor(real.tolist()[spec], dtype=torch.long)
+        return torch.tensor(real.tolist()[spec], dtype=torch.long, device="cpu")
     for position in [spec] if isinstance(spec, int) else spec:
         if not -len(real) <= position < len(real):
             raise PositionError(
@@ -113,7 +123,7 @@ def _pick(spec: int | slice | list[int], row: int, real: Tensor) -> Tensor:
             )
     if isinstance(spec, int):
         return real[spec]
-    return real[torch.tensor(spec, dtype=torch.long)]
+    return real[torch.tensor(spec, dtype=torch.long, device="cpu")]
 
 
 def _as_int(item: Any, pos: Any) -> int:

@@ -148,10 +148,10 @@ def _encode_all(texts: list[str], encode: Callable[[str], list[int]]) -> tuple[T
             raise InputError(f"the prompt {text!r} is empty: there is no position to attribute")
     width = max(map(len, rows))
     # Masked positions hold 0: a tokenizer's own pad token may have no embedding.
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    ids = torch.zeros(len(rows), width, dtype=torch.long, device="cpu")
+    mask = torch.zeros(len(rows), width, dtype=torch.bool, device="cpu")
     for row, tokens in enumerate(rows):
-        ids[row, width - len(tokens) :] = torch.tensor(tokens)
+        ids[row, width - len(tokens) :] = torch.tensor(tokens, device="cpu")
         mask[row, width - len(tokens) :] = True
     return ids, mask
 
@@ -185,7 +185,7 @@ def _as_batch(ids: Tensor, attention_mask: Any) -> tuple[Tensor, Tensor]:
     if attention_mask is None:
         return ids, torch.ones_like(ids, dtype=torch.bool)
     try:
-        mask = torch.as_tensor(attention_mask).detach().cpu()
+        mask = torch.as_tensor(attention_mask, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError):
         raise InputError(
             f"attention_mask must be a tensor of 0 and 1, got {attention_mask!r:.80}"

@@ -73,8 +73,8 @@ def pad_left(rows: Sequence[Tensor], filler: int = 0) -> tuple[Tensor, Tensor]:
         Ids [batch, pos], and a mask of that shape that is True at the real ones.
     """
     width = max(map(len, rows))
-    ids = torch.full((len(rows), width), filler, dtype=torch.long)
-    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    ids = torch.full((len(rows), width), filler, dtype=torch.long, device="cpu")
+    mask = torch.zeros(len(rows), width, dtype=torch.bool, device="cpu")
     for row, own in enumerate(rows):
         ids[row, width - len(own) :] = own
         mask[row, width - len(own) :] = True
@@ -145,7 +145,7 @@ class Runner:
 
     def try_out(self, answers: dict[str, Any]) -> None:
         """Run a few synthetic tokens, so that errors of every prompt show at once."""
-        nothing = torch.tensor(0)
+        nothing = torch.tensor(0, device="cpu")
         answer = answers.get("answer_tokens", nothing)
         incorrect = answers.get("incorrect_tokens", nothing)
         ids = short_prompt(self.stream).input_ids

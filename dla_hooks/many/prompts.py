@@ -22,7 +22,7 @@ from dla_hooks.results.result import DirectLogitAttribution
 
 _END = object()
 _UNORDERED = (set, frozenset)
-_REAL = torch.ones((), dtype=torch.bool)  # a prompt alone has no padding
+_REAL = torch.ones((), dtype=torch.bool, device="cpu")  # a prompt alone has no padding
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ def _as_ids(prompt: Any) -> Any:
     if not len(prompt):
         raise InputError("the prompt is empty: there is no position to attribute")
     try:
-        return torch.as_tensor(prompt)
+        return torch.as_tensor(prompt, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"a prompt cannot be read as token ids: {error}") from None
 

@@ -90,7 +90,9 @@ def check_readable(module: nn.Module, name: str) -> None:
             "all of them; use unit='component' or 'layer', or load the model without tp_plan"
         )
     if _out_axis(module) is None:
-        nothing = torch.zeros(0, output_width(module), device=run_device(module))
+        nothing = torch.zeros(
+            0, output_width(module), dtype=torch.float32, device=run_device(module)
+        )
         vjp.pull_back(module, nothing, input_width(module), name, _NO_HEADS)
 
 
@@ -103,7 +105,7 @@ def matrix(module: nn.Module) -> Tensor:
     weight = _weight_out_in(module)
     if weight is not None:
         return weight
-    out = value_at(module, torch.zeros(input_width(module)))
+    out = _biases(module)
     made = out.new_empty(len(out), input_width(module))
     for tile in torch.arange(len(out), device=out.device).split(_TILE):
         identity = out.new_zeros(len(tile), len(out))
@@ -116,7 +118,7 @@ def bias_of(module: nn.Module) -> Tensor | None:
     """The output [d_out] of an affine module for an input of zeros; None is zero."""
     if _out_axis(module) is not None:
         return stored(module, "bias")
-    return value_at(module, torch.zeros(input_width(module)))
+    return _biases(module)
 
 
 def at_hand(module: nn.Module) -> bool:
@@ -173,7 +175,7 @@ def _width_by_trying(module: nn.Module, shapes: tuple[tuple[int, ...], ...]) -> 
     fits = []
     for width in sorted({size for shape in shapes for size in shape if size > 1}):
         try:
-            out = value_at(module, torch.zeros(width))
+            out = value_at(module, _zeros(width))
         except torch.OutOfMemoryError:
             raise
         except Exception:  # another width is refused in as many ways as there are modules
@@ -242,16 +244,20 @@ def _pulled_back_rows(module: nn.Module, ids: Tensor, dtype: torch.dtype) -> tup
     b_V, width = _biases(module), input_width(module)
     ids = ids.to(b_V.device)
     W = torch.empty(len(ids), width, dtype=dtype, device=b_V.device)
-    for tile in torch.arange(len(ids)).split(max(1, _TILE_ELEMENTS // len(b_V))):
+    for tile in torch.arange(len(ids), device="cpu").split(max(1, _TILE_ELEMENTS // len(b_V))):
         one_hot = torch.zeros(len(tile), len(b_V), dtype=dtype, device=b_V.device)
-        one_hot[torch.arange(len(tile)), ids[tile]] = 1
+        one_hot[torch.arange(len(tile), device="cpu"), ids[tile]] = 1
         W[tile] = vjp.pull_back(module, one_hot, width, _UNEMBED, _NO_ROWS)
     return W, b_V.index_select(0, ids).to(dtype)
 
 
 def _biases(module: nn.Module) -> Tensor:
     """The output [d_out] of a linear module for an input of zeros."""
-    return value_at(module, torch.zeros(input_width(module)))
+    return value_at(module, _zeros(input_width(module)))
+
+
+def _zeros(width: int) -> Tensor:
+    return torch.zeros(width, dtype=torch.float32, device="cpu")
 
 
 def _weight_out_in(module: nn.Module) -> Tensor | None:

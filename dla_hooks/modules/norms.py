@@ -78,7 +78,7 @@ def probe(module: nn.Module, d_model: int, name: str, dtype: torch.dtype) -> Nor
         signs[-1] = 0.0
     other = signs.roll(1)
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(d_model, generator=generator, dtype=torch.float32).to(device)
+    noise = torch.randn(d_model, generator=generator, dtype=torch.float32, device="cpu").to(device)
     amplitude = _AMPLITUDE_HALF if run_dtype == torch.float16 else _AMPLITUDE
     large = (signs * amplitude, other * amplitude)
     made_up = torch.stack(

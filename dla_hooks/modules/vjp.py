@@ -119,13 +119,13 @@ def _made_up(width: int) -> Tensor:
     """
     generator = torch.Generator().manual_seed(0)
     noise = (
-        torch.randn(2, width, generator=generator, dtype=torch.float32)
+        torch.randn(2, width, generator=generator, dtype=torch.float32, device="cpu")
         .mul(8)
         .round()
         .div(8)
         .clamp(-3, 3)
     )
-    large = torch.zeros(width, dtype=torch.float32)
+    large = torch.zeros(width, dtype=torch.float32, device="cpu")
     large[0] = _LARGE
     one, other = noise
     return torch.stack((torch.zeros_like(one), one, other, large, one + other, one + large))

@@ -64,7 +64,7 @@ class Directions:
     def prepare(self) -> None:
         """Make all directions now, if they are few enough to be kept."""
         if self._held and not self._on:
-            made = self._make(torch.arange(self._n_targets))
+            made = self._make(torch.arange(self._n_targets, device="cpu"))
             self._on[made.device] = made
 
     def at(self, tile: Tile, device: torch.device) -> Tensor:
@@ -76,7 +76,7 @@ class Directions:
     def on(self, device: torch.device) -> Tensor:
         """Return the direction [1, width] of the only target, on a device."""
         if device not in self._on:
-            self._on[device] = self.of(torch.zeros(1, dtype=torch.long)).to(device)
+            self._on[device] = self.of(torch.zeros(1, dtype=torch.long, device="cpu")).to(device)
         return self._on[device]
 
     def then(self, change: Callable[[Tensor], Tensor]) -> Directions:

@@ -62,7 +62,7 @@ class View:
         self._batch, self._width = batch, stop - start
         cols = entries.cols
         if start == 0 and stop == width:
-            self.inside = torch.arange(len(cols))
+            self.inside = torch.arange(len(cols), device="cpu")
         else:
             self.inside = ((cols >= start) & (cols < stop)).nonzero()[:, 0]
             cols = cols[self.inside]
@@ -154,5 +154,5 @@ def _run_of(numbers: Tensor) -> slice | None:
     if not len(numbers):
         return slice(0, 0)
     first = int(numbers[0])
-    run = torch.arange(first, first + len(numbers))
+    run = torch.arange(first, first + len(numbers), device="cpu")
     return slice(first, first + len(numbers)) if torch.equal(numbers, run) else None

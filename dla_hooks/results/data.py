@@ -30,7 +30,9 @@ class ResultData:
     logit: Tensor  # [*batch_and_pos]
     gap: float
     logit_gap: float = float("nan")
-    positions: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    positions: Tensor = field(
+        default_factory=lambda: torch.zeros(0, dtype=torch.long, device="cpu")
+    )
     tokens: list[list[str]] = field(default_factory=list)
     answer: list[str] = field(default_factory=list)
     incorrect: list[str] | None = None
@@ -121,14 +123,14 @@ def _laid_out(n_names: int, shape: torch.Size) -> Tensor | None:
     is one for each entry of the first axis that has as many: rows come before positions.
     """
     if n_names == 1:
-        return torch.zeros(shape, dtype=torch.long)
+        return torch.zeros(shape, dtype=torch.long, device="cpu")
     if n_names == shape.numel():
-        return torch.arange(n_names).reshape(shape)
+        return torch.arange(n_names, device="cpu").reshape(shape)
     for axis, size in enumerate(shape):
         if size == n_names:
             own = [1] * len(shape)
             own[axis] = size
-            return torch.arange(n_names).reshape(own).expand(shape)
+            return torch.arange(n_names, device="cpu").reshape(own).expand(shape)
     return None
 
 

@@ -219,13 +219,13 @@ class TokenMethods:
         """Rows of ids as [batch, pos], and True at the real ones."""
         side = self._side(padding_side)
         width = max(map(len, rows))
-        ids = torch.zeros(len(rows), width, dtype=torch.long)
-        mask = torch.zeros(len(rows), width, dtype=torch.bool)
+        ids = torch.zeros(len(rows), width, dtype=torch.long, device="cpu")
+        mask = torch.zeros(len(rows), width, dtype=torch.bool, device="cpu")
         if any(len(row) < width for row in rows):
             ids.fill_(self._pad_id())
         for i, row in enumerate(rows):
             place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-            ids[i, place] = torch.tensor(row, dtype=torch.long)
+            ids[i, place] = torch.tensor(row, dtype=torch.long, device="cpu")
             mask[i, place] = True
         return ids, mask
 
@@ -254,7 +254,7 @@ class TokenMethods:
     def _ids(self, value: Any, name: str, vocabulary: int | None = None) -> Tensor:
         """Ids of any shape, on the CPU, checked against what model or tokenizer knows."""
         try:
-            ids = torch.as_tensor(value).detach().cpu()
+            ids = torch.as_tensor(value, device="cpu").detach()
         except (TypeError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"{name} must hold token ids, got {type(value).__name__}: {value!r:.80}"

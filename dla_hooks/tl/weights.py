@@ -54,7 +54,7 @@ def unembedding(stream: Stream, processing: Processing) -> Tensor:
         return weight[: stream.vocabulary].T
     reader = UnembedReader(stream, processing)
     W_VM: Tensor | None = None
-    for tile in torch.arange(stream.vocabulary).split(_TILE):
+    for tile in torch.arange(stream.vocabulary, device="cpu").split(_TILE):
         W_KM, _ = reader.read(tile)
         if W_VM is None:
             W_VM = W_KM.new_empty(stream.vocabulary, W_KM.shape[1], dtype=stream.dtype)
@@ -66,7 +66,7 @@ def unembedding(stream: Stream, processing: Processing) -> Tensor:
 def unembedding_bias(stream: Stream, processing: Processing) -> Tensor:
     """b_U [V] in the model's dtype; zeros where there is none."""
     reader = UnembedReader(stream, processing)
-    tiles = torch.arange(stream.vocabulary).split(_TILE)
+    tiles = torch.arange(stream.vocabulary, device="cpu").split(_TILE)
     return torch.cat([reader.read(tile)[1] for tile in tiles]).to(stream.dtype)
 
 
@@ -223,7 +223,7 @@ def output_biases(stream: Stream, processing: Processing, layers: list[int]) -> 
         constants = head_constants(stream, norm_bias=processing.fold_ln)
     biases = []
     for (write, site), centre in zip(sites, centres, strict=True):
-        nothing = torch.zeros(input_width(site.linear))
+        nothing = torch.zeros(input_width(site.linear), dtype=torch.float32, device="cpu")
         bias = value_at(site.linear, constants.get(write.label, nothing))
         biases.append(_centred(bias) if centre else bias)
     return torch.stack([bias.to(biases[0]) for bias in biases])
