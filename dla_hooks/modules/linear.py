@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from dla_hooks.errors import InputError, UnsupportedModelError
 from dla_hooks.modules import vjp
 from dla_hooks.modules.autocast import outside_autocast
+from dla_hooks.modules.faults import as_refusal
 from dla_hooks.modules.weights import described, is_sharded, run_device, selected, stored, tiles
 
 _TILE = 256
@@ -128,9 +129,16 @@ def at_hand(module: nn.Module) -> bool:
 
 
 def value_at(module: nn.Module, z: Tensor) -> Tensor:
-    """The module's output [d_out] for one input [d_in], past any hooks on it."""
-    with vjp.past_hooks(module), torch.no_grad():
-        out: Tensor = module.forward(z.to(run_device(module), vjp.dtype_of(module))[None])[0]
+    """The module's output [d_out] for one input [d_in], past any hooks on it; or a refusal."""
+    what = f"{vjp.describe(module)} cannot be run on one made-up vector of width {len(z)}"
+    with (
+        as_refusal(what, "; let it take any batch and length"),
+        vjp.past_hooks(module),
+        torch.no_grad(),
+    ):
+        # With the axes that a module of a model is given: [batch, pos, d_in].
+        given = z.to(run_device(module), vjp.dtype_of(module))[None, None]
+        out: Tensor = module.forward(given)[0, 0]
     return out
 
 
@@ -175,10 +183,8 @@ def _width_by_trying(module: nn.Module, shapes: tuple[tuple[int, ...], ...]) -> 
     fits = []
     for width in sorted({size for shape in shapes for size in shape if size > 1}):
         try:
-            out = value_at(module, _zeros(width))
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:  # another width is refused in as many ways as there are modules
+            out = value_at(module, torch.zeros(width, dtype=torch.float32, device="cpu"))
+        except UnsupportedModelError:
             continue
         if isinstance(out, Tensor) and out.ndim == 1:
             fits.append(width)
@@ -253,11 +259,7 @@ def _pulled_back_rows(module: nn.Module, ids: Tensor, dtype: torch.dtype) -> tup
 
 def _biases(module: nn.Module) -> Tensor:
     """The output [d_out] of a linear module for an input of zeros."""
-    return value_at(module, _zeros(input_width(module)))
-
-
-def _zeros(width: int) -> Tensor:
-    return torch.zeros(width, dtype=torch.float32, device="cpu")
+    return value_at(module, torch.zeros(input_width(module), dtype=torch.float32, device="cpu"))
 
 
 def _weight_out_in(module: nn.Module) -> Tensor | None:

@@ -19,6 +19,7 @@ from dla_hooks.calibration.prompt import short_prompt
 from dla_hooks.calibration.value_biases import head_constants
 from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.modules import norms
+from dla_hooks.modules.faults import as_refusal
 from dla_hooks.modules.hooks import Call, Tap, tapped
 from dla_hooks.modules.linear import input_width, matrix, mean_row, rows, value_at
 from dla_hooks.modules.vjp import past_hooks
@@ -117,7 +118,8 @@ def embedding(stream: Stream, processing: Processing) -> Tensor:
     W_VM = stored(module, "weight") if "weight" in module._parameters else None
     if W_VM is None and isinstance(getattr(module, "weight", None), Tensor):
         # A wrapper, as an adapter puts one around the module: its weight is not the whole of it.
-        with past_hooks(module), torch.no_grad():
+        what = f"W_E: {type(module).__name__} cannot be run on all tokens at once"
+        with as_refusal(what), past_hooks(module), torch.no_grad():
             W_VM = module.forward(
                 torch.arange(stream.backend.n_tokens(), device=run_device(module))
             )
