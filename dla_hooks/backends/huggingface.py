@@ -27,6 +27,7 @@ from dla_hooks.backends.readouts import (
 from dla_hooks.errors import InputError, UnsupportedModelError
 from dla_hooks.inputs.prompts import Prompt
 from dla_hooks.modules.outputs import tensor_in
+from dla_hooks.modules.recurrent import from_the_start
 from dla_hooks.modules.weights import run_device
 
 _CACHES = {
@@ -238,7 +239,8 @@ class HuggingFaceBackend(Backend):
             takes_tensor = "Tensor" in str(accepted["logits_to_keep"].annotation)
             count = len(chunk) - int(wanted.min())
             arguments["logits_to_keep"] = wanted.to(device) if takes_tensor else count
-        output, logits = self._call(ids, arguments, accepted)
+        with from_the_start(self.root):
+            output, logits = self._call(ids, arguments, accepted)
         if not ("logits_to_keep" in accepted and logits.shape[1] == len(wanted)):
             logits = at_columns(logits, wanted, len(chunk), type(self.root).__name__)
         return logits, output

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dla_hooks.errors import ArgumentTypeError, InputError, PositionError
+from dla_hooks.inputs.plain import check_dense
 
 PositionSpec = int | slice | list[int] | None
 
@@ -49,6 +50,7 @@ def parse(pos: Any, width: int) -> PositionSpec:
     if pos is None or isinstance(pos, slice):
         _check_slice(pos)
         return pos
+    check_dense(pos, "pos")
     if isinstance(pos, tuple):
         if not 1 <= len(pos) <= 3:
             raise ArgumentTypeError(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dla_hooks.errors import InputError, ShapeMismatchError, TokenError, TokenizerMissingError
+from dla_hooks.inputs.plain import check_dense, check_text
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,7 @@ def check_tokenizer(tokenizer: Any) -> None:
 def _encode_all(texts: list[str], encode: Callable[[str], list[int]]) -> tuple[Tensor, Tensor]:
     rows = []
     for text in texts:
+        check_text(text, "the prompt")
         rows.append(encode(text) if text else [])
         if not rows[-1]:
             raise InputError(f"the prompt {text!r} is empty: there is no position to attribute")
@@ -175,6 +177,8 @@ def encode(text: str, tokenizer: Any, prepend_bos: bool | None) -> list[int]:
 
 
 def _as_batch(ids: Tensor, attention_mask: Any) -> tuple[Tensor, Tensor]:
+    check_dense(ids, "input")
+    check_dense(attention_mask, "attention_mask")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise InputError(f"token ids must be integers, got a tensor of {ids.dtype}")
     if ids.ndim not in (1, 2):

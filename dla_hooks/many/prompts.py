@@ -15,6 +15,7 @@ from dla_hooks.call import check_length
 from dla_hooks.errors import InputError, ShapeMismatchError, TokenError
 from dla_hooks.inputs import positions
 from dla_hooks.inputs.answers import check_answers, read_ids
+from dla_hooks.inputs.plain import check_dense
 from dla_hooks.inputs.prompts import Prompt, read_prompt, to_strings, tokenizer_for
 from dla_hooks.many.batches import Item
 from dla_hooks.residual.stream import Stream
@@ -226,6 +227,7 @@ def _as_ids(prompt: Any) -> Any:
 
 
 def _check_prompts(prompts: Any) -> None:
+    check_dense(prompts, "prompts")
     what = ""
     if isinstance(prompts, (str, bytes)):
         what = "one string; put it in a list"

@@ -154,7 +154,8 @@ class Shards:
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(str(path), framework="pt") as file:
+            # Older versions of safetensors read to the caller's default device.
+            with torch.device("cpu"), safe_open(str(path), framework="pt") as file:
                 header = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if header.get("sha256") != _checksum(tensors, header.get("results", "")):

@@ -294,6 +294,7 @@ def _out_axis(module: nn.Module) -> int | None:
     replaced = own is not None and getattr(own, "__func__", None) is not type(module).forward
     if replaced and not hasattr(module, "_hf_hook"):
         return None
-    if type(getattr(module, "weight", None)) not in (Tensor, nn.Parameter):
+    weight: Any = getattr(module, "weight", None)
+    if type(weight) not in (Tensor, nn.Parameter) or weight.layout != torch.strided:
         return None
     return {nn.Linear: 0, Conv1D: 1}.get(type(module))

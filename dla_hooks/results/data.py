@@ -6,6 +6,7 @@ off this class. What they mean stands at :class:`dla_hooks.DirectLogitAttributio
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
 
 import torch
@@ -140,10 +141,11 @@ def ranked(labels: list[str], means: Tensor, k: int, *, largest: bool) -> list[t
     Raises:
         InputError: when ``k`` is no int, or negative.
     """
-    if isinstance(k, bool) or not isinstance(k, int) or k < 0:
+    count = operator.index(k) if hasattr(k, "__index__") and not isinstance(k, bool) else -1
+    if count < 0:
         raise InputError(f"k must be an int that is not negative, got {k!r}")
     last = -torch.inf if largest else torch.inf  # what has no value is ranked behind all else
     order = means.nan_to_num(nan=last, posinf=torch.inf, neginf=-torch.inf)
-    rows = order.topk(min(k, len(labels)), largest=largest).indices
+    rows = order.topk(min(count, len(labels)), largest=largest).indices
     values = means[rows]
     return [(labels[row], value) for row, value in zip(rows.tolist(), values.tolist(), strict=True)]

