@@ -131,7 +131,7 @@ def _usable(device: str) -> Any:
 
     try:
         target = torch.device(device)
-        torch.zeros((), device=target)
+        torch.zeros((), dtype=torch.float32, device=target)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"device {device!r} cannot be used: {first_line(error)}") from None
     return target

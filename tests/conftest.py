@@ -17,8 +17,6 @@ torch.set_num_threads(1)
 # What older versions of other libraries cannot run: a piece of a test's name, the library, the
 # newest version that is known to fail, and why.
 _TOO_OLD = (
-    ("recurrent_gemma", "transformers", (4,), "it keeps its state from one run to the next"),
-    ("padding_would_be_read", "transformers", (4,), "recurrent_gemma keeps its state"),
     ("saved_attention", "peft", (0, 18), "it cannot run a saved attention module"),
     ("one_that_counts", "peft", (0, 18), "it cannot merge where one adapter of two was deleted"),
 )

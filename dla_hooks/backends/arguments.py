@@ -65,7 +65,7 @@ def check_extras(model: nn.Module, prompt: Prompt, n_tokens: int, attention: Any
             )
     if not prompt.embedded:
         ids = prompt.input_ids[prompt.mask]
-        check_ids(ids[~torch.isin(ids, torch.tensor(_placeholders(model)))], n_tokens)
+        check_ids(ids[~torch.isin(ids, torch.tensor(_placeholders(model), device="cpu"))], n_tokens)
 
 
 def extra_arguments(

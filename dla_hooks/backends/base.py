@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
-from weakref import WeakSet
 
 from torch import Tensor, nn
 
@@ -15,11 +14,9 @@ from dla_hooks.errors import InputError, TrainingModeError, UnsupportedModelErro
 from dla_hooks.inputs.prompts import Prompt, encode
 from dla_hooks.modules.autocast import outside_autocast
 from dla_hooks.modules.compiled import eagerly
-from dla_hooks.modules.user_hooks import hooked_modules, silenced
+from dla_hooks.modules.faults import synthetic_run
+from dla_hooks.modules.user_hooks import needs_hooks, silenced
 from dla_hooks.modules.version import State, is_training, modules_of, state_of
-
-_need_hooks: WeakSet[nn.Module] = WeakSet()
-"""Models that run only with a hook of their caller's, as one that casts before the unembedding."""
 
 
 class Backend:
@@ -224,22 +221,9 @@ class Backend:
 
         Where a model was found to run with them only, they stay on.
         """
-        modules = () if self.model in _need_hooks else self.hookable()
+        modules = () if needs_hooks(self.model) else self.hookable()
         with eagerly(self.compiled), silenced(modules):
             yield
-
-    def try_with_hooks(self) -> str | None:
-        """Let synthetic runs have the caller's hooks, since the model does not run without.
-
-        Returns:
-            What they are on; None where there are none, or it has been tried.
-        """
-        hooked = hooked_modules(self.hookable())
-        if not hooked or self.model in _need_hooks:
-            return None
-        _need_hooks.add(self.model)
-        names: dict[nn.Module, str] = {one: name for name, one in self.model.named_modules()}
-        return names[hooked[0]]
 
     def hookable(self) -> Iterable[nn.Module]:
         """The modules whose hooks may be the caller's."""
@@ -249,10 +233,12 @@ class Backend:
         """Run the model on made-up activations, to measure something; see :meth:`forward`.
 
         A caller's autocast is switched off: the measurement also serves calls outside of it. A
-        model that cannot run without keeps it (``under_autocast``).
+        model that cannot run without keeps it (``under_autocast``). Whatever fails in it is raised
+        as a SyntheticRunError, an UnsupportedModelError that names the module.
         """
         forward = self.forward if self.under_autocast else outside_autocast(self.forward)
-        with self.without_user_hooks():
+        fails = synthetic_run(self.model, self.name, prompt.shape)
+        with self.without_user_hooks(), fails:
             return forward(prompt, columns)
 
     def forward(self, prompt: Prompt, columns: Tensor | None) -> Tensor:

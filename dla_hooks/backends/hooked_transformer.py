@@ -103,7 +103,7 @@ class HookedTransformerBackend(Backend):
     def run(self, prompt: Prompt, columns: Tensor | None) -> Tensor:
         device = run_device(self.model.embed)
         if columns is None:
-            columns = torch.tensor([prompt.input_ids.shape[1] - 1])
+            columns = torch.tensor([prompt.input_ids.shape[1] - 1], device="cpu")
         # There is no `logits_to_keep`: let the unembedding see the wanted columns only.
         narrow = Edit(self.model.unembed, lambda x: x[:, columns.to(x.device)], at_input=True)
         with edited([narrow]):

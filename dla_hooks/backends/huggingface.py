@@ -35,6 +35,7 @@ from dla_hooks.backends.readouts import (
 from dla_hooks.errors import InputError, UnsupportedModelError
 from dla_hooks.inputs.prompts import Prompt
 from dla_hooks.modules.outputs import tensor_in
+from dla_hooks.modules.recurrent import from_the_start
 from dla_hooks.modules.signature import arguments_of
 from dla_hooks.modules.version import Remembered
 from dla_hooks.modules.weights import run_device
@@ -137,9 +138,9 @@ class HuggingFaceBackend(Backend):
         pad = self.number("pad_token_id") if self._labels is not None else None
         if not isinstance(pad, int) or prompt.embedded:
             return
-        columns = torch.arange(prompt.shape[1])
+        columns = torch.arange(prompt.shape[1], device="cpu")
         last = (columns * prompt.mask).amax(-1)
-        ends = prompt.input_ids[torch.arange(len(last)), last]
+        ends = prompt.input_ids[torch.arange(len(last), device="cpu"), last]
         if bool((ends == pad).any()):
             raise InputError(
                 f"row {int((ends == pad).nonzero()[0])} of the input ends with the model's pad "
@@ -242,7 +243,7 @@ class HuggingFaceBackend(Backend):
             raise no_mask(self.root)
         arguments |= extra_arguments(prompt, chunk, accepted, device)
         if columns is None:
-            columns = torch.tensor([chunk.stop - 1])
+            columns = torch.tensor([chunk.stop - 1], device="cpu")
         wanted = columns - chunk.start
         ids = None
         if not prompt.embedded:
@@ -253,7 +254,8 @@ class HuggingFaceBackend(Backend):
             count = len(chunk) - int(wanted.min())
             arguments["logits_to_keep"] = wanted.to(device) if takes_tensor else count
         in_chunks = len(chunk) < prompt.shape[1]
-        with refusing(self.root, prompt), without_traces(self.root, in_chunks=in_chunks):
+        traces = without_traces(self.root, in_chunks=in_chunks)
+        with refusing(self.root, prompt), traces, from_the_start(self.root):
             output, logits = self._call(ids, arguments, accepted)
         if not ("logits_to_keep" in accepted and logits.shape[1] == len(wanted)):
             logits = at_columns(logits, wanted, len(chunk), type(self.root).__name__)

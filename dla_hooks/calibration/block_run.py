@@ -32,7 +32,7 @@ class SeenCall:
 class BlockRun:
     """What a short run shows of one block: its input, its writes by label, all calls in order."""
 
-    input: Tensor = field(default_factory=lambda: torch.empty(0))
+    input: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float32, device="cpu"))
     writes: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     calls: list[SeenCall] = field(default_factory=list)
 

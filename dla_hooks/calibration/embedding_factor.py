@@ -40,8 +40,8 @@ def embeddings_enter(stream: Stream) -> Entering:
 def _measure(stream: Stream) -> Entering:
     prompt = short_prompt(stream, batch=3, length=2)
     prompt.input_ids.copy_(prompt.input_ids[:1, :1].expand_as(prompt.input_ids))
-    generator = torch.Generator().manual_seed(6)
-    noise = torch.randn(stream.d_model, generator=generator, dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(6)
+    noise = torch.randn(stream.d_model, generator=generator, dtype=torch.float64, device="cpu")
     noise = noise.to(torch.bfloat16).double()
     signs = noise.sign()
     given = torch.stack((torch.zeros_like(noise), signs, noise))[:, None]

@@ -123,7 +123,7 @@ def _measure(stream: Stream) -> HeadWidths:
 
 def _codes(n_heads: int) -> Tensor:
     """Row 0 is one; row r holds two to minus the r-th digit, in base four, of every head."""
-    heads = torch.arange(n_heads)
+    heads = torch.arange(n_heads, device="cpu")
     digits = [heads // 4**place % 4 for place in range(_DIGITS)]
     return torch.stack([torch.zeros_like(heads), *digits]).double().neg().exp2()
 
@@ -141,7 +141,7 @@ def _reads_one_by_one(z_RI: Tensor, n_heads: int) -> bool:
     digits = moved.round()
     if bool(((moved - digits).abs() > 0.1).any()):
         return False
-    owner = torch.arange(z_RI.shape[-1]) // (z_RI.shape[-1] // n_heads)
+    owner = torch.arange(z_RI.shape[-1], device="cpu") // (z_RI.shape[-1] // n_heads)
     owner = owner[live_I.cpu()]
     codes = set()
     slices = owner.unique().tolist()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dla_hooks.calibration.prompt import short_prompt
+from dla_hooks.inputs.positions import spread_over
 from dla_hooks.inputs.prompts import Prompt
 from dla_hooks.modules.autocast import outside_autocast
 from dla_hooks.modules.version import Remembered
@@ -57,12 +58,12 @@ def has_hole(mask: Tensor) -> Tensor:
 def _try_hole(stream: Stream, row: Tensor) -> bool:
     columns = row.nonzero()[:, 0]
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(stream.backend.n_tokens(), (1, len(row)), generator=generator)
+    ids = torch.randint(stream.backend.n_tokens(), (1, len(row)), generator=generator, device="cpu")
     holed = Prompt(ids.masked_fill(~row, 0), row[None])
-    alone = Prompt(ids[:, row], torch.ones(1, len(columns), dtype=torch.bool))
+    alone = Prompt(ids[:, row], torch.ones(1, len(columns), dtype=torch.bool, device="cpu"))
     # The last token, those right behind a hole, and some of all others.
     behind = 1 + (columns[1:] > columns[:-1] + 1).nonzero()[:, 0]
-    some = torch.linspace(0, len(columns) - 1, min(len(columns), _MOST_COLUMNS)).round().long()
+    some = spread_over(len(columns), _MOST_COLUMNS)
     seen = torch.cat((some, behind[-_MOST_COLUMNS:])).unique()
     with torch.no_grad():
         expected = stream.backend.run_synthetic(alone, seen).double()
@@ -74,13 +75,14 @@ def _try_padding(stream: Stream, left: bool) -> bool:
     alone = short_prompt(stream, length=3)
     padded = _padded(alone, left)
     with torch.no_grad():
-        expected = stream.backend.run_synthetic(alone, torch.tensor([2])).double()
-        found = stream.backend.run_synthetic(padded, torch.tensor([4 if left else 2])).double()
+        expected = stream.backend.run_synthetic(alone, torch.tensor([2], device="cpu")).double()
+        last = torch.tensor([4 if left else 2], device="cpu")
+        found = stream.backend.run_synthetic(padded, last).double()
     return _alike(stream, expected, found)
 
 
 def _padded(prompt: Prompt, left: bool) -> Prompt:
-    padding = torch.zeros(len(prompt.input_ids), 2, dtype=torch.long)
+    padding = torch.zeros(len(prompt.input_ids), 2, dtype=torch.long, device="cpu")
     ids = [padding, prompt.input_ids] if left else [prompt.input_ids, padding]
     real = [padding.bool(), prompt.mask] if left else [prompt.mask, padding.bool()]
     return Prompt(torch.cat(ids, 1), torch.cat(real, 1))
@@ -122,14 +124,14 @@ def _try_chunks(stream: Stream, left: bool | None) -> bool:
             for stop in ends:
                 if start >= stop:
                     return False  # a model for prompts so short has no use for chunks
-                column = torch.tensor([last]) if start <= last < stop else None
+                column = torch.tensor([last], device="cpu") if start <= last < stop else None
                 chunk = range(start, stop)
                 logits, past = stream.backend.forward_chunk(prompt, chunk, column, past)
                 if column is not None:
                     found = logits.double()
                 start = stop
         finally:  # the last run, for models that keep a state of their own until the next
-            expected = stream.backend.forward(prompt, torch.tensor([last])).double()
+            expected = stream.backend.forward(prompt, torch.tensor([last], device="cpu")).double()
     assert found is not None
     return _alike(stream, expected, found)
 

@@ -55,7 +55,9 @@ def _ask_mid_streams(stream: Stream) -> list[int | None]:
     noises: dict[nn.Module, list[Tensor]] = {}
     for block in stream.blocks:
         as_before = inputs[block.name]
-        noise = torch.randn(as_before.shape, generator=generator).double()
+        noise = torch.randn(
+            as_before.shape, generator=generator, dtype=torch.float32, device="cpu"
+        ).double()
         noise *= max(_size(as_before) / _factor(block.writes[0]), written[block.name])
         given.setdefault(block.module, []).append(as_before)
         noises.setdefault(block.writes[0].written_by, []).append(noise)

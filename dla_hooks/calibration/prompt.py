@@ -13,5 +13,5 @@ def short_prompt(stream: Stream, batch: int = 1, length: int = 4) -> Prompt:
     length = min(length, stream.position_limit or length)
     generator = torch.Generator().manual_seed(0)
     vocabulary = stream.backend.n_tokens()
-    ids = torch.randint(vocabulary, (batch, length), generator=generator)
+    ids = torch.randint(vocabulary, (batch, length), generator=generator, device="cpu")
     return Prompt(ids, torch.ones_like(ids, dtype=torch.bool))

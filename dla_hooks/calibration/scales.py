@@ -24,6 +24,7 @@ from dla_hooks.calibration.synthetic_run import SyntheticRun, refusal
 from dla_hooks.errors import HookError, NonFiniteError
 from dla_hooks.modules.autocast import autocast_is_on
 from dla_hooks.modules.compiled import eagerly
+from dla_hooks.modules.faults import SyntheticRunError
 from dla_hooks.modules.hooks import ONLY_USE, Use, count_firings
 from dla_hooks.modules.version import Remembered
 from dla_hooks.modules.weights import made_of
@@ -159,7 +160,7 @@ def _runs_outside_autocast(stream: Stream) -> bool:
     try:
         with torch.no_grad():
             stream.backend.run_synthetic(short_prompt(stream, length=2), None)
-    except RuntimeError:  # "expected m1 and m2 to have the same dtype"
+    except SyntheticRunError:  # "expected m1 and m2 to have the same dtype"
         return False
     return True
 

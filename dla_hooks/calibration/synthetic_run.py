@@ -72,13 +72,17 @@ class SyntheticRun:
         self.n_rows = 1 + 2 * self.n_slots + 1
         generator = torch.Generator().manual_seed(4)
         d_model = stream.d_model
-        self.signs = torch.ones(d_model, dtype=torch.float64)
-        self.signs[torch.randperm(d_model, generator=generator)[: d_model // 2]] = -1
+        self.signs = torch.ones(d_model, dtype=torch.float64, device="cpu")
+        self.signs[torch.randperm(d_model, generator=generator, device="cpu")[: d_model // 2]] = -1
         # Larger than the signs, or a norm would treat the two alike; rounded, so that what is put
         # in is what the model sees, whichever dtype a place has.
-        self.noise = 4 * torch.randn(d_model, generator=generator, dtype=torch.float64)
+        self.noise = 4 * torch.randn(
+            d_model, generator=generator, dtype=torch.float64, device="cpu"
+        )
         self.noise = self.noise.to(torch.bfloat16).double()
-        together = torch.randn(self.n_slots, d_model, generator=generator, dtype=torch.float64)
+        together = torch.randn(
+            self.n_slots, d_model, generator=generator, dtype=torch.float64, device="cpu"
+        )
         self.together = together.to(torch.bfloat16).double()
         self.outputs: dict[int, Tensor] = {}
         self.dtypes = Dtypes()
@@ -195,7 +199,9 @@ class SyntheticRun:
             )
         cap = self._cap(logits, moves)
         moving = moves.nonzero()[:, 0]
-        shuffled = torch.randperm(len(moving), generator=torch.Generator().manual_seed(5))
+        shuffled = torch.randperm(
+            len(moving), generator=torch.Generator().manual_seed(5), device="cpu"
+        )
         ids = moving[shuffled[:_TOKENS]]
         W, b = (t.double().cpu() for t in rows_of(stream.unembed, ids, torch.float64))
         # The largest of the small rows that a cap does not bend.
@@ -236,14 +242,14 @@ class SyntheticRun:
         return None
 
     def _slot(self, slot: int) -> Tensor:
-        rows = torch.zeros(self.n_rows, self.stream.d_model, dtype=torch.float64)
+        rows = torch.zeros(self.n_rows, self.stream.d_model, dtype=torch.float64, device="cpu")
         rows[1 + 2 * slot], rows[2 + 2 * slot] = self.signs, self.noise
         rows[-1] = self.together[slot]
         return rows
 
     def _normed(self) -> Tensor:
         """Rows for the final norm's output: zeros, small noise, and noise that reaches a cap."""
-        sizes = torch.zeros(self.n_rows, 1, dtype=torch.float64)
+        sizes = torch.zeros(self.n_rows, 1, dtype=torch.float64, device="cpu")
         sizes[1], sizes[2], sizes[3], sizes[4], sizes[5] = 0.25, 1e3, 2e3, 0.02, 0.001
         return sizes * self.noise
 

@@ -44,7 +44,7 @@ def head_constants(stream: Stream, *, norm_bias: bool = True) -> dict[str, Tenso
     prompt = short_prompt(stream, batch=3, length=2)
     prompt.input_ids.copy_(prompt.input_ids[:1, :1].expand_as(prompt.input_ids))
     generator = torch.Generator().manual_seed(2)
-    step = torch.randn(stream.d_model, generator=generator, dtype=torch.float32)
+    step = torch.randn(stream.d_model, generator=generator, dtype=torch.float32, device="cpu")
     steps = torch.stack((torch.zeros_like(step), step, -step))[:, None]
 
     def remember(label: str) -> Callable[[Call], None]:

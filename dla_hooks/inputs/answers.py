@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dla_hooks.errors import InputError, ShapeMismatchError, TokenError
+from dla_hooks.inputs.plain import check_dense, check_text
 from dla_hooks.inputs.prompts import tokenizer_for
 
 
@@ -125,6 +126,7 @@ def read_ids(value: Any, name: str, model: Any, tokenizer: Any) -> Tensor:
         InputError: for any other type.
         TokenError: for a string that is not one token.
     """
+    check_dense(value, name)
     if isinstance(value, Tensor):
         if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
             raise InputError(f"{name} must hold integer token ids, got a tensor of {value.dtype}")
@@ -134,9 +136,11 @@ def read_ids(value: Any, name: str, model: Any, tokenizer: Any) -> Tensor:
     elif isinstance(value, list):
         if not value:
             raise InputError(f"{name} is empty")
-        ids = torch.tensor([_read_one(item, name, model, tokenizer) for item in value])
+        ids = torch.tensor(
+            [_read_one(item, name, model, tokenizer) for item in value], device="cpu"
+        )
     else:
-        ids = torch.tensor(_read_one(value, name, model, tokenizer))
+        ids = torch.tensor(_read_one(value, name, model, tokenizer), device="cpu")
     return ids
 
 
@@ -161,6 +165,7 @@ def single_token(text: str, name: str, tokenizer: Any) -> int:
     Raises:
         TokenError: when it is none, several (shows the pieces), or unknown.
     """
+    check_text(text, name)
     ids = list(tokenizer.encode(text, add_special_tokens=False))
     unknown = getattr(tokenizer, "unk_token_id", None)
     if len(ids) == 1 and (ids[0] != unknown or text == getattr(tokenizer, "unk_token", None)):

@@ -31,7 +31,7 @@ def as_tensor(value: Any, name: str, what: str = "one tensor") -> Tensor:
         if isinstance(value, (list, tuple)) and any(hasattr(one, "__array__") for one in value):
             return torch.stack([as_tensor(one, name, what) for one in value])
         # `torch.as_tensor` would warn of an array that cannot be written to.
-        found = value if isinstance(value, Tensor) else torch.tensor(value)
+        found = value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise InputError(f"{name} cannot be read as {what}: {error}") from None
     return found.detach()
@@ -88,8 +88,8 @@ def pad_left(rows: Sequence[Tensor], filler: int = 0) -> tuple[Tensor, Tensor]:
         Ids [batch, pos], and a mask of that shape that is True at the real ones.
     """
     width = max(map(len, rows))
-    ids = torch.full((len(rows), width), filler, dtype=torch.long)
-    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    ids = torch.full((len(rows), width), filler, dtype=torch.long, device="cpu")
+    mask = torch.zeros(len(rows), width, dtype=torch.bool, device="cpu")
     for row, own in enumerate(rows):
         ids[row, width - len(own) :] = own
         mask[row, width - len(own) :] = True

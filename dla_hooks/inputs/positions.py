@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dla_hooks.errors import ArgumentTypeError, InputError, PositionError
+from dla_hooks.inputs.plain import check_dense
 
 PositionSpec = int | slice | list[int] | None
 
@@ -49,6 +50,7 @@ def parse(pos: Any, width: int) -> PositionSpec:
     if pos is None or isinstance(pos, slice):
         _check_slice(pos)
         return pos
+    check_dense(pos, "pos")
     if isinstance(pos, tuple):
         if not 1 <= len(pos) <= 3:
             raise ArgumentTypeError(
@@ -82,10 +84,12 @@ def select(pos: Any, mask: Tensor) -> Selection:
     """
     spec = parse(pos, mask.shape[1])
     if spec is None:
-        rows, cols = torch.meshgrid(*map(torch.arange, mask.shape), indexing="ij")
+        rows, cols = torch.meshgrid(
+            *(torch.arange(n, device="cpu") for n in mask.shape), indexing="ij"
+        )
         return Selection(rows, cols, mask)
     full = bool(mask.all())  # then all rows are alike, and one is looked at for all
-    every = torch.arange(mask.shape[1])
+    every = torch.arange(mask.shape[1], device="cpu")
     if isinstance(spec, int):
         if full:
             cols = _pick(spec, 0, every).expand(len(mask))
@@ -93,29 +97,39 @@ def select(pos: Any, mask: Tensor) -> Selection:
             cols = torch.stack(
                 [_pick(spec, r, real.nonzero()[:, 0]) for r, real in enumerate(mask)]
             )
-        return Selection(torch.arange(len(mask)), cols, torch.ones(len(mask), dtype=torch.bool))
+        return Selection(torch.arange(len(mask), device="cpu"), cols, _all_true(cols))
     if full:
         cols = _pick(spec, 0, every).expand(len(mask), -1)
-        rows = torch.arange(len(mask))[:, None].expand_as(cols)
-        return Selection(rows, cols, torch.ones(cols.shape, dtype=torch.bool))
+        rows = torch.arange(len(mask), device="cpu")[:, None].expand_as(cols)
+        return Selection(rows, cols, _all_true(cols))
     picked = [_pick(spec, row, real.nonzero()[:, 0]) for row, real in enumerate(mask)]
 
     # Rows of different lengths: fill up on the side on which the batch is padded.
     width = max(len(cols) for cols in picked)
     on_the_left = not bool(mask[:, 0].all())
-    cols = torch.zeros(len(mask), width, dtype=torch.long)
-    valid = torch.zeros(len(mask), width, dtype=torch.bool)
+    cols = torch.zeros(len(mask), width, dtype=torch.long, device="cpu")
+    valid = torch.zeros(len(mask), width, dtype=torch.bool, device="cpu")
     for row, found in enumerate(picked):
         place = slice(width - len(found), width) if on_the_left else slice(0, len(found))
         cols[row, place] = found
         valid[row, place] = True
-    return Selection(torch.arange(len(mask))[:, None].expand_as(cols), cols, valid)
+    return Selection(torch.arange(len(mask), device="cpu")[:, None].expand_as(cols), cols, valid)
+
+
+def spread_over(count: int, most: int) -> Tensor:
+    """At most so many of the first ``count`` integers, evenly spread; both ends are among them."""
+    ends = torch.linspace(0, count - 1, min(count, most), dtype=torch.float64, device="cpu")
+    return ends.round().long()
+
+
+def _all_true(cols: Tensor) -> Tensor:
+    return torch.ones(cols.shape, dtype=torch.bool, device="cpu")
 
 
 def _pick(spec: int | slice | list[int], row: int, real: Tensor) -> Tensor:
     """Columns of one row: an int, a slice or a list, counted among its real tokens."""
     if isinstance(spec, slice):
-        return torch.tensor(real.tolist()[spec], dtype=torch.long)
+        return torch.tensor(real.tolist()[spec], dtype=torch.long, device="cpu")
     for position in [spec] if isinstance(spec, int) else spec:
         if not -len(real) <= position < len(real):
             raise PositionError(
@@ -124,7 +138,7 @@ def _pick(spec: int | slice | list[int], row: int, real: Tensor) -> Tensor:
             )
     if isinstance(spec, int):
         return real[spec]
-    return real[torch.tensor(spec, dtype=torch.long)]
+    return real[torch.tensor(spec, dtype=torch.long, device="cpu")]
 
 
 def _as_int(item: Any, pos: Any) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor
 from dla_hooks.errors import InputError, ShapeMismatchError, TokenError, TokenizerMissingError
 from dla_hooks.inputs.extras import EMBEDS, MASK, embeddings, is_whole_mask, sized, split_mapping
 from dla_hooks.inputs.forms import as_ids, check_integers, is_array, pad_left
+from dla_hooks.inputs.plain import check_dense, check_text
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def read_prompt(
         extras[MASK], attention_mask = attention_mask, None
     if EMBEDS in extras:
         extras[EMBEDS] = embeddings(extras[EMBEDS])
-        ids = torch.zeros(extras[EMBEDS].shape[:2], dtype=torch.long)
+        ids = torch.zeros(extras[EMBEDS].shape[:2], dtype=torch.long, device="cpu")
         ids, mask = _as_batch(ids, attention_mask)
     elif is_text(input):
         if attention_mask is not None or extras:
@@ -165,7 +166,8 @@ def check_tokenizer(tokenizer: Any) -> None:
 def _encode_all(texts: list[str], encode: Callable[[str], list[int]]) -> tuple[Tensor, Tensor]:
     rows = []
     for text in texts:
-        rows.append(torch.tensor(encode(text) if text else [], dtype=torch.long))
+        check_text(text, "the prompt")
+        rows.append(torch.tensor(encode(text) if text else [], dtype=torch.long, device="cpu"))
         if not len(rows[-1]):
             raise InputError(f"the prompt {text!r} is empty: there is no position to attribute")
     # Masked positions hold 0: a tokenizer's own pad token may have no embedding.
@@ -191,6 +193,8 @@ def encode(text: str, tokenizer: Any, prepend_bos: bool | None) -> list[int]:
 
 
 def _as_batch(ids: Tensor, attention_mask: Any) -> tuple[Tensor, Tensor]:
+    check_dense(ids, "input")
+    check_dense(attention_mask, "attention_mask")
     check_integers(ids)
     if ids.ndim not in (1, 2):
         raise InputError(f"token ids must have shape [pos] or [batch, pos], got {list(ids.shape)}")
@@ -200,7 +204,7 @@ def _as_batch(ids: Tensor, attention_mask: Any) -> tuple[Tensor, Tensor]:
     if attention_mask is None:
         return ids, torch.ones_like(ids, dtype=torch.bool)
     try:
-        mask = torch.as_tensor(attention_mask).detach().cpu()
+        mask = torch.as_tensor(attention_mask, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError):
         raise InputError(
             f"attention_mask must be a tensor of 0 and 1, got {attention_mask!r:.80}"

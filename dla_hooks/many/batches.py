@@ -136,7 +136,7 @@ class Runner:
 
     def try_out(self, answers: dict[str, Any]) -> None:
         """Run a few synthetic tokens, so that errors of every prompt show at once."""
-        nothing = torch.tensor(0)
+        nothing = torch.tensor(0, device="cpu")
         answer = answers.get("answer_tokens", nothing)
         incorrect = answers.get("incorrect_tokens", nothing)
         ids = short_prompt(self.stream).input_ids

@@ -15,6 +15,7 @@ from dla_hooks.errors import InputError, ShapeMismatchError, TokenError
 from dla_hooks.inputs import positions
 from dla_hooks.inputs.answers import check_answers, read_ids
 from dla_hooks.inputs.forms import as_tensor
+from dla_hooks.inputs.plain import check_dense
 from dla_hooks.inputs.prompts import Prompt, read_prompt, to_strings, tokenizer_for
 from dla_hooks.many.batches import Item
 from dla_hooks.residual.stream import Stream
@@ -24,7 +25,7 @@ from dla_hooks.sources.prompt import check_length
 
 _END = object()
 _UNORDERED = (set, frozenset)
-_REAL = torch.ones((), dtype=torch.bool)  # a prompt alone has no padding
+_REAL = torch.ones((), dtype=torch.bool, device="cpu")  # a prompt alone has no padding
 
 
 @dataclass(frozen=True)
@@ -236,6 +237,7 @@ def _as_ids(prompt: Any) -> Any:
 
 
 def _check_prompts(prompts: Any) -> None:
+    check_dense(prompts, "prompts")
     what = ""
     if isinstance(prompts, (str, bytes)):
         what = "one string; put it in a list"

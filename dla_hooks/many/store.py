@@ -121,11 +121,17 @@ class Shards:
         done = sorted(done, key=lambda one: one[0])
         results = [result for _, _, result in done]
         tensors = {
-            "index": torch.tensor([index for index, _, _ in done]),
-            "digest": torch.tensor([list(digest) for _, digest, _ in done], dtype=torch.uint8),
-            "n_entries": torch.tensor([result.logit.numel() for result in results]),
-            "gap": torch.tensor([result.gap for result in results], dtype=torch.float64),
-            "logit_gap": torch.tensor([r.logit_gap for r in results], dtype=torch.float64),
+            "index": torch.tensor([index for index, _, _ in done], device="cpu"),
+            "digest": torch.tensor(
+                [list(digest) for _, digest, _ in done], dtype=torch.uint8, device="cpu"
+            ),
+            "n_entries": torch.tensor([result.logit.numel() for result in results], device="cpu"),
+            "gap": torch.tensor(
+                [result.gap for result in results], dtype=torch.float64, device="cpu"
+            ),
+            "logit_gap": torch.tensor(
+                [r.logit_gap for r in results], dtype=torch.float64, device="cpu"
+            ),
             "attribution": torch.cat([r.attribution.flatten(1) for r in results], dim=1),
             "bias": torch.cat([result.bias.flatten() for result in results]),
             "logit": torch.cat([result.logit.flatten() for result in results]),
@@ -148,7 +154,8 @@ class Shards:
         from safetensors import SafetensorError, safe_open
 
         try:
-            with safe_open(str(path), framework="pt") as file:
+            # Older versions of safetensors read to the caller's default device.
+            with torch.device("cpu"), safe_open(str(path), framework="pt") as file:
                 header = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if header.get("sha256") != _checksum(tensors, header.get("results", "")):

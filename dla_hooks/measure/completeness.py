@@ -23,6 +23,7 @@ from torch import Tensor
 from dla_hooks.calibration.scales import check_weights
 from dla_hooks.errors import DecompositionError, NonFiniteError
 from dla_hooks.inputs.entries import Entries
+from dla_hooks.inputs.positions import spread_over
 from dla_hooks.inputs.prompts import Prompt
 from dla_hooks.projection.ledger import all_finite
 from dla_hooks.residual.stream import coarsest
@@ -57,10 +58,10 @@ def columns_to_check(entries: Entries, prompt: Prompt, vocabulary: int) -> Tenso
         return None
     columns: Tensor = entries.cols.unique() if len(entries) > 1 else entries.cols
     per_column = len(prompt.input_ids) * vocabulary
-    most = max(1, min(_MOST_COLUMNS, len(columns), _MOST_LOGITS // per_column))
+    most = max(1, min(_MOST_COLUMNS, _MOST_LOGITS // per_column))
     if most == 1:
         return columns[-1:]
-    return columns[torch.linspace(0, len(columns) - 1, most).round().long()]
+    return columns[spread_over(len(columns), most)]
 
 
 def identity_gap(measurement: Measurement) -> float:

@@ -35,7 +35,7 @@ def measure(
     columns = columns_to_check(entries, prompt, plan.stream.vocabulary) if check else None
     recording = Recording(plan, entries, source.missing)
     if recording.needs_all_logits or (check and changed_behind(plan.stream)):
-        columns = torch.arange(prompt.shape[1])  # hooks there see what they would see
+        columns = torch.arange(prompt.shape[1], device="cpu")  # hooks there see what they would see
     logits = source.show(recording.view, recording.taps, columns)
     measurement = recording.finish()
     if not check:

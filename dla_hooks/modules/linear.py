@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from dla_hooks.errors import InputError, UnsupportedModelError
 from dla_hooks.modules import vjp
 from dla_hooks.modules.autocast import outside_autocast
+from dla_hooks.modules.faults import as_refusal
 from dla_hooks.modules.weights import described, is_sharded, run_device, selected, stored, tiles
 
 _TILE = 256
@@ -91,7 +92,8 @@ def check_readable(module: nn.Module, name: str) -> None:
             "unit=)"
         )
     if _out_axis(module) is None:
-        nothing = torch.zeros(0, output_width(module), device=run_device(module))
+        home = run_device(module)
+        nothing = torch.zeros(0, output_width(module), dtype=torch.float32, device=home)
         vjp.pull_back(module, nothing, input_width(module), name, _NO_HEADS)
 
 
@@ -104,7 +106,7 @@ def matrix(module: nn.Module) -> Tensor:
     weight = _weight_out_in(module)
     if weight is not None:
         return weight
-    out = value_at(module, torch.zeros(input_width(module)))
+    out = _biases(module)
     made = out.new_empty(len(out), input_width(module))
     for tile in torch.arange(len(out), device=out.device).split(_TILE):
         identity = out.new_zeros(len(tile), len(out))
@@ -117,7 +119,7 @@ def bias_of(module: nn.Module) -> Tensor | None:
     """The output [d_out] of an affine module for an input of zeros; None is zero."""
     if _out_axis(module) is not None:
         return stored(module, "bias")
-    return value_at(module, torch.zeros(input_width(module)))
+    return _biases(module)
 
 
 def at_hand(module: nn.Module) -> bool:
@@ -127,9 +129,16 @@ def at_hand(module: nn.Module) -> bool:
 
 
 def value_at(module: nn.Module, z: Tensor) -> Tensor:
-    """The module's output [d_out] for one input [d_in], past any hooks on it."""
-    with vjp.past_hooks(module), torch.no_grad():
-        out: Tensor = module.forward(z.to(run_device(module), vjp.dtype_of(module))[None])[0]
+    """The module's output [d_out] for one input [d_in], past any hooks on it; or a refusal."""
+    what = f"{vjp.describe(module)} cannot be run on one made-up vector of width {len(z)}"
+    with (
+        as_refusal(what, "; let it take any batch and length"),
+        vjp.past_hooks(module),
+        torch.no_grad(),
+    ):
+        # With the axes that a module of a model is given: [batch, pos, d_in].
+        given = z.to(run_device(module), vjp.dtype_of(module))[None, None]
+        out: Tensor = module.forward(given)[0, 0]
     return out
 
 
@@ -174,10 +183,8 @@ def _width_by_trying(module: nn.Module, shapes: tuple[tuple[int, ...], ...]) -> 
     fits = []
     for width in sorted({size for shape in shapes for size in shape if size > 1}):
         try:
-            out = value_at(module, torch.zeros(width))
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:  # another width is refused in as many ways as there are modules
+            out = value_at(module, torch.zeros(width, dtype=torch.float32, device="cpu"))
+        except UnsupportedModelError:
             continue
         if isinstance(out, Tensor) and out.ndim == 1:
             fits.append(width)
@@ -243,16 +250,16 @@ def _pulled_back_rows(module: nn.Module, ids: Tensor, dtype: torch.dtype) -> tup
     b_V, width = _biases(module), input_width(module)
     ids = ids.to(b_V.device)
     W = torch.empty(len(ids), width, dtype=dtype, device=b_V.device)
-    for tile in torch.arange(len(ids)).split(max(1, _TILE_ELEMENTS // len(b_V))):
+    for tile in torch.arange(len(ids), device="cpu").split(max(1, _TILE_ELEMENTS // len(b_V))):
         one_hot = torch.zeros(len(tile), len(b_V), dtype=dtype, device=b_V.device)
-        one_hot[torch.arange(len(tile)), ids[tile]] = 1
+        one_hot[torch.arange(len(tile), device="cpu"), ids[tile]] = 1
         W[tile] = vjp.pull_back(module, one_hot, width, _UNEMBED, _NO_ROWS)
     return W, b_V.index_select(0, ids).to(dtype)
 
 
 def _biases(module: nn.Module) -> Tensor:
     """The output [d_out] of a linear module for an input of zeros."""
-    return value_at(module, torch.zeros(input_width(module)))
+    return value_at(module, torch.zeros(input_width(module), dtype=torch.float32, device="cpu"))
 
 
 def _weight_out_in(module: nn.Module) -> Tensor | None:
@@ -287,6 +294,7 @@ def _out_axis(module: nn.Module) -> int | None:
     replaced = own is not None and getattr(own, "__func__", None) is not type(module).forward
     if replaced and not hasattr(module, "_hf_hook"):
         return None
-    if type(getattr(module, "weight", None)) not in (Tensor, nn.Parameter):
+    weight: Any = getattr(module, "weight", None)
+    if type(weight) not in (Tensor, nn.Parameter) or weight.layout != torch.strided:
         return None
     return {nn.Linear: 0, Conv1D: 1}.get(type(module))

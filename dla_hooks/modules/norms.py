@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.modules.autocast import outside_autocast
+from dla_hooks.modules.faults import as_refusal
 from dla_hooks.modules.vjp import past_hooks
 from dla_hooks.modules.weights import run_device
 from dla_hooks.tolerance import misfit_tolerance
@@ -80,20 +81,16 @@ def probe(module: nn.Module, d_model: int, name: str, dtype: torch.dtype) -> Nor
         signs[-1] = 0.0
     other = signs.roll(1)
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(d_model, generator=generator, dtype=torch.float32).to(device)
+    noise = torch.randn(d_model, generator=generator, dtype=torch.float32, device="cpu").to(device)
     amplitude = _AMPLITUDE_HALF if run_dtype == torch.float16 else _AMPLITUDE
     large = (signs * amplitude, other * amplitude)
     made_up = torch.stack(
         (torch.zeros_like(signs), *large, -large[0], -large[1], noise, noise + 2.0)
     )
-    try:
-        with past_hooks(module), torch.no_grad():
-            out = module.forward(made_up[None].to(run_dtype))[0]
-            answers = out.to(dtype)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise UnsupportedModelError(
-            f"{name} ({type(module).__name__}) cannot be run on vectors of width {d_model}: {error}"
-        ) from error
+    what = f"{name} ({type(module).__name__}) cannot be run on made-up vectors of width {d_model}"
+    with as_refusal(what), past_hooks(module), torch.no_grad():
+        out = module.forward(made_up[None].to(run_dtype))[0]
+        answers = out.to(dtype)
     # The dtype of a norm without parameters shows only in its output.
     run_dtype = max(run_dtype, out.dtype, key=lambda one: torch.finfo(one).eps)
     if answers.shape != made_up.shape:

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 from torch import nn
 from torch.nn.modules import module as torch_module
@@ -32,6 +33,9 @@ EMBED_HOOK, FINAL_HOOK, LOGIT_HOOK = "embed_hook", "final_hook", "logit_hook"
 and at the logits."""
 
 _lock = threading.RLock()
+
+_need_hooks: WeakSet[nn.Module] = WeakSet()
+"""Models that run only with a hook of their caller's, as one that casts before the unembedding."""
 
 _Table = MutableMapping[Any, Any]
 
@@ -102,6 +106,32 @@ def hooked_modules(modules: Iterable[nn.Module]) -> list[nn.Module]:
         if (module._forward_hooks or module._forward_pre_hooks)
         and (has_callers(module._forward_hooks) or has_callers(module._forward_pre_hooks))
     ]
+
+
+def needs_hooks(model: nn.Module) -> bool:
+    """True for a model that was found to run with its caller's hooks only."""
+    return model in _need_hooks
+
+
+def switch_hooks(model: nn.Module, modules: Iterable[nn.Module]) -> str | None:
+    """Let synthetic runs have the caller's hooks, or no longer: the model does not run as it is.
+
+    Args:
+        model: the model.
+        modules: those of its modules whose hooks may be the caller's.
+
+    Returns:
+        How it runs from now on, in words; None where there are no hooks to switch.
+    """
+    if model in _need_hooks:
+        _need_hooks.discard(model)
+        return "without your hooks"
+    hooked = hooked_modules(modules)
+    if not hooked:
+        return None
+    _need_hooks.add(model)
+    path = next(path for path, one in model.named_modules() if one is hooked[0])
+    return f"with your hooks ({path or 'the model'} has one)"
 
 
 def callers_hooks(model: nn.Module) -> Iterator[str]:

@@ -112,7 +112,11 @@ def state_of(model: nn.Module, *others: nn.Module) -> State:
                 tensors += [t for name, t in module._buffers.items() if name not in passing]
             for tensor in tensors:
                 if tensor is not None and not tensor.is_meta:
-                    seen += tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+                    version = 0 if tensor.is_inference() else tensor._version
+                    try:
+                        seen += tensor.data_ptr(), version
+                    except RuntimeError:  # a sparse weight has no storage of its own
+                        seen += id(tensor), version
             # The caller's hooks are no part of the model: synthetic runs go past them.
             if kept["_forward_hooks"] or kept["_forward_pre_hooks"]:
                 seen += library_hooks(module)

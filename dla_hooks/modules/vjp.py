@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.modules.compiled import eagerly, is_compiled
+from dla_hooks.modules.faults import as_refusal
 from dla_hooks.modules.weights import gathered, run_device
 
 _LARGE = 64.0
@@ -42,11 +43,12 @@ def pull_back(module: nn.Module, d_KM: Tensor, width: int, name: str, instead: s
     rows = _made_up(width).to(device, dtype)
     what = f"{name} ({describe(module)})" if name else describe(module)
     wide = torch.promote_types(dtype, torch.float32)
+    unusable = f"{what} has no usable backward pass, through which alone it could be read"
     with past_hooks(module), torch.inference_mode(False), torch.enable_grad():
         z = torch.cat((torch.zeros(n, width, dtype=dtype, device=device), rows))
         z.requires_grad_()
-        with _as_refusal(what, instead):
-            out = module.forward(z)
+        with as_refusal(unusable, f". {instead}"):
+            out = module.forward(z[:, None])[:, 0]  # [batch, pos, d_in], as in a model
         seen = out.detach()[n:].to(wide)
         eps = _coarsest(module, out.dtype)
         bend = _bend(seen, eps)
@@ -56,7 +58,7 @@ def pull_back(module: nn.Module, d_KM: Tensor, width: int, name: str, instead: s
                 f"in {str(dtype).removeprefix('torch.')} explains, as where activations are "
                 f"quantised too, so that nothing can be read through it exactly. {instead}"
             )
-        with _as_refusal(what, instead):
+        with as_refusal(unusable, f". {instead}"):
             at_output = torch.zeros_like(out)
             at_output[:n] = d_KM.to(out)
             (u,) = torch.autograd.grad(out, z, at_output)
@@ -67,20 +69,6 @@ def pull_back(module: nn.Module, d_KM: Tensor, width: int, name: str, instead: s
             f"misses by {mismatch:.0f} times what rounding explains. {instead}"
         )
     return u[:n].to(d_KM)
-
-
-@contextmanager
-def _as_refusal(what: str, instead: str) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # kernels raise errors of many kinds
-        reason = str(error).strip().partition("\n")[0]
-        raise UnsupportedModelError(
-            f"{what} has no usable backward pass, through which alone it could be read "
-            f"({type(error).__name__}: {reason}). {instead}"
-        ) from error
 
 
 @contextmanager
@@ -119,13 +107,13 @@ def _made_up(width: int) -> Tensor:
     """
     generator = torch.Generator().manual_seed(0)
     noise = (
-        torch.randn(2, width, generator=generator, dtype=torch.float32)
+        torch.randn(2, width, generator=generator, dtype=torch.float32, device="cpu")
         .mul(8)
         .round()
         .div(8)
         .clamp(-3, 3)
     )
-    large = torch.zeros(width, dtype=torch.float32)
+    large = torch.zeros(width, dtype=torch.float32, device="cpu")
     large[0] = _LARGE
     one, other = noise
     return torch.stack((torch.zeros_like(one), one, other, large, one + other, one + large))

@@ -67,7 +67,7 @@ class Directions:
     def prepare(self) -> None:
         """Make all directions now, if they are few enough to be kept."""
         if self._held and not self._on:
-            made = self._make(torch.arange(self._n_targets))
+            made = self._make(torch.arange(self._n_targets, device="cpu"))
             self._on[made.device] = made
 
     def at(self, tile: Tile, device: torch.device) -> Tensor:
@@ -79,7 +79,7 @@ class Directions:
     def on(self, device: torch.device) -> Tensor:
         """Return the direction [1, width] of the only target, on a device."""
         if device not in self._on:
-            self._on[device] = self.of(torch.zeros(1, dtype=torch.long)).to(device)
+            self._on[device] = self.of(torch.zeros(1, dtype=torch.long, device="cpu")).to(device)
         return self._on[device]
 
     @outside_autocast
@@ -94,7 +94,7 @@ class Directions:
             d_KM = next(iter(self._on.values()))
             return d_KM @ constant_M.to(d_KM)
         found = []
-        for some in torch.arange(self._n_targets).split(_AT_ONCE):
+        for some in torch.arange(self._n_targets, device="cpu").split(_AT_ONCE):
             d_KM = self.of(some)
             found.append(d_KM @ constant_M.to(d_KM))
         return torch.cat(found)

@@ -72,7 +72,7 @@ class LogitHooks:
         entries, inside = self._entries, view.inside
         column = entries.cols[inside] - view.columns.start
         out_RN = self._rows.on(logits_BSV.device)[place]
-        for some in torch.arange(len(inside)).split(_AT_ONCE):
+        for some in torch.arange(len(inside), device="cpu").split(_AT_ONCE):
             here = inside[some]
             logits_EV = logits_BSV[entries.rows[here], column[some]]
             for readout, out_N in zip(self._readouts, out_RN, strict=True):

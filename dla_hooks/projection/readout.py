@@ -33,4 +33,4 @@ class Readout:
     @property
     def d_KM(self) -> Tensor:
         """All directions at once [n_targets, d_model]."""
-        return self.directions.of(torch.arange(len(self.directions)))
+        return self.directions.of(torch.arange(len(self.directions), device="cpu"))

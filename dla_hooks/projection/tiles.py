@@ -64,7 +64,7 @@ class View:
         self._batch, self._width = batch, stop - start
         rows, cols, n = entries.rows, entries.cols, len(entries)
         self._run: slice | None = slice(0, n)  # of the entries in view, where they are neighbours
-        self.inside = torch.arange(n)
+        self.inside = torch.arange(n, device="cpu")
         if (start, stop) != (0, width):
             self.inside = ((cols >= start) & (cols < stop)).nonzero()[:, 0]
             rows, cols = rows[self.inside], cols[self.inside] - start
@@ -161,5 +161,5 @@ def _run_of(numbers: Tensor) -> slice | None:
     first = int(numbers[0])
     if len(numbers) == 1:
         return slice(first, first + 1)
-    run = torch.arange(first, first + len(numbers))
+    run = torch.arange(first, first + len(numbers), device="cpu")
     return slice(first, first + len(numbers)) if torch.equal(numbers, run) else None

@@ -6,6 +6,7 @@ off this class. What they mean stands at :class:`dla_hooks.DirectLogitAttributio
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
 
 import torch
@@ -30,7 +31,9 @@ class ResultData:
     logit: Tensor  # [*batch_and_pos]
     gap: float
     logit_gap: float = float("nan")
-    positions: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    positions: Tensor = field(
+        default_factory=lambda: torch.zeros(0, dtype=torch.long, device="cpu")
+    )
     tokens: list[list[str]] = field(default_factory=list)
     answer: list[str] = field(default_factory=list)
     incorrect: list[str] | None = None
@@ -121,14 +124,14 @@ def _laid_out(n_names: int, shape: torch.Size) -> Tensor | None:
     is one for each entry of the first axis that has as many: rows come before positions.
     """
     if n_names == 1:
-        return torch.zeros(shape, dtype=torch.long)
+        return torch.zeros(shape, dtype=torch.long, device="cpu")
     if n_names == shape.numel():
-        return torch.arange(n_names).reshape(shape)
+        return torch.arange(n_names, device="cpu").reshape(shape)
     for axis, size in enumerate(shape):
         if size == n_names:
             own = [1] * len(shape)
             own[axis] = size
-            return torch.arange(n_names).reshape(own).expand(shape)
+            return torch.arange(n_names, device="cpu").reshape(own).expand(shape)
     return None
 
 
@@ -138,10 +141,11 @@ def ranked(labels: list[str], means: Tensor, k: int, *, largest: bool) -> list[t
     Raises:
         InputError: when ``k`` is no int, or negative.
     """
-    if isinstance(k, bool) or not isinstance(k, int) or k < 0:
+    count = operator.index(k) if hasattr(k, "__index__") and not isinstance(k, bool) else -1
+    if count < 0:
         raise InputError(f"k must be an int that is not negative, got {k!r}")
     last = -torch.inf if largest else torch.inf  # what has no value is ranked behind all else
     order = means.nan_to_num(nan=last, posinf=torch.inf, neginf=-torch.inf)
-    rows = order.topk(min(k, len(labels)), largest=largest).indices
+    rows = order.topk(min(count, len(labels)), largest=largest).indices
     values = means[rows]
     return [(labels[row], value) for row, value in zip(rows.tolist(), values.tolist(), strict=True)]

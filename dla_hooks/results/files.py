@@ -47,8 +47,9 @@ def write(path: Any, form: str, tensors: dict[str, Tensor], plain: dict[str, Any
     # Copies: safetensors refuses tensors that share memory.
     own = {name: _copy(tensor) for name, tensor in tensors.items()}
     try:
+        str(place).encode()
         save_file(own, str(place), metadata=header)
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{place} cannot be written: {error}") from None
     return place
 
@@ -68,10 +69,12 @@ def read(path: Any, kinds: Mapping[str, Callable[..., _T]]) -> _T:
 
     path = checked(path)
     try:
-        with safe_open(str(path), framework="pt") as file:
+        str(path).encode()  # older versions of safetensors panic
+        # Older versions of safetensors read to the caller's default device.
+        with torch.device("cpu"), safe_open(str(path), framework="pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read as a saved result: {error}") from None
     form = header.get("format", "")
     if form not in kinds:
@@ -97,8 +100,9 @@ def write_text(path: Any, text: str) -> Path:
     try:
         with place.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
             file.write(text)
-    except OSError as error:
-        raise InputError(f"cannot write {place}: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:  # a ValueError: no file can have such a name
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot write {place}: {why}") from None
     return place
 
 

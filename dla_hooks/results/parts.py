@@ -109,15 +109,17 @@ def head_grid(data: ResultData) -> Tensor:
         widths[layer] = starts[layer, attention] + n_heads
     shape = (max(widths) + 1, max(widths.values()), *data.shape)
     grid = data.attribution.new_full(shape, torch.nan)
-    layers = torch.tensor([layer for layer, _, _ in places])
-    heads = torch.tensor([starts[layer, attention] + head for layer, head, attention in places])
-    grid[layers, heads] = data.attribution[torch.tensor(numbers)]
+    layers = torch.tensor([layer for layer, _, _ in places], device="cpu")
+    heads = torch.tensor(
+        [starts[layer, attention] + head for layer, head, attention in places], device="cpu"
+    )
+    grid[layers, heads] = data.attribution[torch.tensor(numbers, device="cpu")]
     return grid
 
 
 def _cut(data: _Data, place: tuple[slice | int, ...]) -> _Data:
     """The entries at a place of the batch and the positions."""
-    whole = torch.arange(data.shape.numel()).reshape(data.shape)
+    whole = torch.arange(data.shape.numel(), device="cpu").reshape(data.shape)
     answer, incorrect = _own_names(data, whole[place].flatten().tolist())
     return replace(
         data,

@@ -85,7 +85,9 @@ class Summary:
     softcap: float | None = None
     rows: list[Row] = field(default_factory=list)
     words: Words = NO_WORDS
-    squares: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
+    squares: Tensor = field(
+        default_factory=lambda: torch.zeros(0, dtype=torch.float64, device="cpu")
+    )
 
     def __post_init__(self) -> None:
         self.rows, self.words = filled(self.labels, self.unit, self.rows, self.words)
@@ -96,7 +98,7 @@ class Summary:
             )
         if not len(self.squares):  # one made by hand: nothing is said of the bias's spread
             errors = [*self.standard_error.tolist(), torch.nan, self.logit_standard_error]
-            error = torch.tensor(errors, dtype=torch.float64)
+            error = torch.tensor(errors, dtype=torch.float64, device="cpu")
             self.squares = error.square() * self.n * (self.n - 1)
             if self.n == 1:
                 self.squares.zero_()
@@ -109,7 +111,7 @@ class Summary:
     @classmethod
     def empty(cls, n_failed: int = 0) -> Summary:
         """The summary of no result, to begin merging with, or for prompts that all failed."""
-        nothing = torch.zeros(0, dtype=torch.float64)
+        nothing = torch.zeros(0, dtype=torch.float64, device="cpu")
         nan = float("nan")
         return cls([], "", nothing, nothing, 0, n_failed, nan, nan, nan)
 
@@ -237,7 +239,7 @@ class Summary:
         return Subject(self.unit, self.labels, self.difference, self.rows, self.words, self.softcap)
 
     def _moments(self) -> Moments:
-        rest = torch.tensor([self.bias, self.logit], dtype=torch.float64)
+        rest = torch.tensor([self.bias, self.logit], dtype=torch.float64, device="cpu")
         return Moments(self.n, torch.cat([self.mean.double(), rest]), self.squares)
 
     def __repr__(self) -> str:
@@ -245,8 +247,8 @@ class Summary:
             attribution=self.mean[:, None],
             labels=self.labels,
             unit=self.unit,
-            bias=torch.tensor([self.bias]),
-            logit=torch.tensor([self.logit]),
+            bias=torch.tensor([self.bias], dtype=torch.float64, device="cpu"),
+            logit=torch.tensor([self.logit], dtype=torch.float64, device="cpu"),
             gap=float("nan"),
             incorrect=[] if self.difference else None,
             model=self.model,

@@ -133,7 +133,7 @@ class StoredCache(Source):
         norm, last = self._stream.final_norm.name, self._stream.blocks[-1].name
         for name in (f"{norm}.hook_scale", f"{last}.hook_resid_post", *self._writes):
             if name in self._cache.cache_dict:
-                ids = torch.zeros(self._entry(name).shape[:2], dtype=torch.long)
+                ids = torch.zeros(self._entry(name).shape[:2], dtype=torch.long, device="cpu")
                 return Prompt(ids, torch.ones_like(ids, dtype=torch.bool))
         raise self._missing(f"{norm}.hook_scale")
 

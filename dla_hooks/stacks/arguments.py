@@ -12,6 +12,7 @@ from dla_hooks.calibration.mid_streams import mid_streams
 from dla_hooks.calibration.sublayers import norm_before
 from dla_hooks.call import Inputs, read_call
 from dla_hooks.errors import DecompositionError, HookError, InputError
+from dla_hooks.modules.faults import as_refusal
 from dla_hooks.modules.version import forget
 from dla_hooks.residual.stream import Stream
 from dla_hooks.stacks.kept import Kept
@@ -116,6 +117,7 @@ def finish(stack: Tensor, labels: list[str], scale: Any, kept: Kept, return_labe
 def apply_final_norm(stream: Stream, stack: Tensor) -> Tensor:
     """The final norm itself on every vector of a stack, past any hooks on it."""
     flat = stack.reshape(-1, 1, stack.shape[-1])
-    with torch.no_grad():
+    what = f"{stream.final_norm.name} cannot be run on the vectors of a stack, one at a time"
+    with as_refusal(what), torch.no_grad():
         normed: Tensor = stream.final_norm.module.forward(flat)
     return normed.reshape(stack.shape)

@@ -37,7 +37,7 @@ class StreamSum:
     def __init__(self, kept: Kept, end: int) -> None:
         self._kept, self._end = kept, end
         self._along = _directions(kept.stream)
-        self._sum = self._whole = self._size = torch.empty(0)
+        self._sum = self._whole = self._size = torch.empty(0, dtype=torch.float32, device="cpu")
         # Before the first block nothing has been added up yet.
         self._watched = kept.check and end > 0 and kept.watch(self._taps())
 
@@ -102,7 +102,7 @@ class WriteSum:
     def __init__(self, kept: Kept, write: WriteSite, what: str) -> None:
         self._kept, self._what = kept, f"{what} of {write.label}"
         self._along = _directions(kept.stream)
-        self._whole = self._size = torch.empty(0)
+        self._whole = self._size = torch.empty(0, dtype=torch.float32, device="cpu")
         self._watched = kept.check and kept.watch([Tap(write.place, self._see)])
 
     @outside_autocast
@@ -144,7 +144,9 @@ class WriteSum:
 def _directions(stream: Stream) -> Tensor:
     """A few directions [d_model, n]: they tell a wrong vector from a right one as well as all."""
     generator = torch.Generator().manual_seed(6)
-    along = torch.randn(stream.d_model, _DIRECTIONS, generator=generator, dtype=torch.float64)
+    along = torch.randn(
+        stream.d_model, _DIRECTIONS, generator=generator, dtype=torch.float64, device="cpu"
+    )
     scaled: Tensor = (along / _DIRECTIONS**0.5).to(stream.work_dtype)
     return scaled
 

@@ -162,7 +162,7 @@ class Kept:
             self._rows[key] = self.take(scale)
 
         self._taps.append(Tap(place, see, on_scale))
-        self._rows[key] = torch.empty(0)
+        self._rows[key] = torch.empty(0, dtype=torch.float32, device="cpu")
         return key
 
     def _keep(self, place: Place, seen: Callable[[Call], Tensor] | None = None) -> Any:
@@ -174,7 +174,7 @@ class Kept:
 
         if key not in self._rows:
             self._taps.append(Tap(place, see))
-            self._rows[key] = torch.empty(0)
+            self._rows[key] = torch.empty(0, dtype=torch.float32, device="cpu")
         return key
 
     def _hold_norms(self) -> None:

@@ -187,7 +187,7 @@ def _chosen(neuron_slice: Any, width: int, layer: str) -> Tensor:
                 f"neuron_slice asks for neuron {neuron}, but {layer} has {width} neurons, "
                 f"from 0 to {width - 1}"
             )
-    every = torch.arange(width)
+    every = torch.arange(width, device="cpu")
     if found is None:
         return every
     return every[[found]] if isinstance(found, int) else every[found]

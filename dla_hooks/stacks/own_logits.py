@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dla_hooks.errors import NonFiniteError
+from dla_hooks.inputs.positions import spread_over
 from dla_hooks.modules.autocast import outside_autocast
 from dla_hooks.stacks.checks import failure
 from dla_hooks.stacks.kept import Kept
@@ -80,7 +81,7 @@ class OwnLogits:
         if not len(columns):
             return None
         per_column = self._kept.inputs.source.prompt.shape[0] * self._kept.stream.vocabulary
-        most = max(1, min(_MOST_COLUMNS, len(columns), _MOST_LOGITS // per_column))
+        most = max(1, min(_MOST_COLUMNS, _MOST_LOGITS // per_column))
         if most == 1:
             return columns[-1:]
-        return columns[torch.linspace(0, len(columns) - 1, most).round().long()]
+        return columns[spread_over(len(columns), most)]

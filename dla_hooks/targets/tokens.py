@@ -198,10 +198,10 @@ def read_out(stream: Stream, pairs: TokenPairs, *, center_unembed: bool) -> Read
 
     n_targets = len(pairs.correct)
     if few(n_targets, stream.d_model):
-        d_KM, bias_K = fold(torch.arange(n_targets))
+        d_KM, bias_K = fold(torch.arange(n_targets, device="cpu"))
         directions = Directions.held(d_KM)
     else:
-        some_at_once = torch.arange(n_targets).split(_TARGETS_AT_ONCE)
+        some_at_once = torch.arange(n_targets, device="cpu").split(_TARGETS_AT_ONCE)
         bias_K = torch.cat([fold(some)[1] for some in some_at_once])
         directions = Directions(lambda some: fold(some)[0], n_targets, dtype)
     return Readout(directions, bias_K, behind, of_logits, stream.logit_scale)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dla_hooks.errors import InputError, ShapeMismatchError, TokenError
+from dla_hooks.inputs.plain import check_dense
 
 
 def check_flag(value: Any, name: str) -> None:
@@ -37,8 +38,9 @@ def read_ids(value: Any, name: str, vocabulary: int) -> Tensor:
         InputError: for what holds no ids.
         TokenError: for an id outside the vocabulary.
     """
+    check_dense(value, name)
     try:
-        ids = torch.as_tensor(value).detach().cpu()
+        ids = torch.as_tensor(value, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"{name} must hold token ids, got {type(value).__name__}: {value!r:.80}"

@@ -71,7 +71,7 @@ class ForwardMethods(TokenMethods):
             return None
         if return_type != "logits" and prompt.shape[1] < 2:
             raise InputError("a loss needs at least two tokens: the last one has no next")
-        logits = backend_of(self.model).forward(prompt, torch.arange(prompt.shape[1]))
+        logits = backend_of(self.model).forward(prompt, torch.arange(prompt.shape[1], device="cpu"))
         if self.processing.center_unembed and self.cfg.output_logits_soft_cap == NO_SOFTCAP:
             logits = logits - logits.mean(-1, keepdim=True)  # what W_U and b_U give
         if return_type == "logits":

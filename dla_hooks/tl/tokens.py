@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dla_hooks.errors import InputError, ShapeMismatchError, TokenError, TokenizerMissingError
 from dla_hooks.inputs.answers import single_token
+from dla_hooks.inputs.plain import check_text
 from dla_hooks.tl.arguments import check_bos, check_flag, is_int, one_row, read_ids
 from dla_hooks.tl.config import Config, prepends_bos
 
@@ -77,7 +78,7 @@ class TokenMethods:
             raise ShapeMismatchError(
                 f"tokens must have shape [], [pos] or [batch, pos], got {list(ids.shape)}"
             )
-        rows = ids.reshape(-1, ids.shape[-1]) if ids.ndim == 2 else ids.reshape(1, -1)
+        rows = ids if ids.ndim == 2 else ids.reshape(1, -1)
         texts = [_decode(tokenizer, row) for row in rows.tolist()]
         return texts if ids.ndim == 2 else texts[0]
 
@@ -208,6 +209,7 @@ class TokenMethods:
         room = None if n_ctx is None else n_ctx - (1 if has_bos else 0)
         rows = []
         for text in texts:
+            check_text(text, "input")
             ids = list(tokenizer.encode(text))[1 if does_itself else 0 :]
             if room is not None and len(ids) > room:
                 from_the_left = getattr(tokenizer, "truncation_side", "right") == "left"
@@ -219,13 +221,13 @@ class TokenMethods:
         """Rows of ids as [batch, pos], and True at the real ones."""
         side = self._side(padding_side)
         width = max(map(len, rows))
-        ids = torch.zeros(len(rows), width, dtype=torch.long)
-        mask = torch.zeros(len(rows), width, dtype=torch.bool)
+        ids = torch.zeros(len(rows), width, dtype=torch.long, device="cpu")
+        mask = torch.zeros(len(rows), width, dtype=torch.bool, device="cpu")
         if any(len(row) < width for row in rows):
             ids.fill_(self._pad_id())
         for i, row in enumerate(rows):
             place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
-            ids[i, place] = torch.tensor(row, dtype=torch.long)
+            ids[i, place] = torch.tensor(row, dtype=torch.long, device="cpu")
             mask[i, place] = True
         return ids, mask
 

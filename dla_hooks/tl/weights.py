@@ -19,6 +19,7 @@ from dla_hooks.calibration.prompt import short_prompt
 from dla_hooks.calibration.value_biases import head_constants
 from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.modules import norms
+from dla_hooks.modules.faults import as_refusal
 from dla_hooks.modules.hooks import Call, Tap, tapped
 from dla_hooks.modules.linear import input_width, matrix, mean_row, rows, value_at
 from dla_hooks.modules.vjp import past_hooks
@@ -54,7 +55,7 @@ def unembedding(stream: Stream, processing: Processing) -> Tensor:
         return weight[: stream.vocabulary].T
     reader = UnembedReader(stream, processing)
     W_VM: Tensor | None = None
-    for tile in torch.arange(stream.vocabulary).split(_TILE):
+    for tile in torch.arange(stream.vocabulary, device="cpu").split(_TILE):
         W_KM, _ = reader.read(tile)
         if W_VM is None:
             W_VM = W_KM.new_empty(stream.vocabulary, W_KM.shape[1], dtype=stream.dtype)
@@ -66,7 +67,7 @@ def unembedding(stream: Stream, processing: Processing) -> Tensor:
 def unembedding_bias(stream: Stream, processing: Processing) -> Tensor:
     """b_U [V] in the model's dtype; zeros where there is none."""
     reader = UnembedReader(stream, processing)
-    tiles = torch.arange(stream.vocabulary).split(_TILE)
+    tiles = torch.arange(stream.vocabulary, device="cpu").split(_TILE)
     return torch.cat([reader.read(tile)[1] for tile in tiles]).to(stream.dtype)
 
 
@@ -117,7 +118,8 @@ def embedding(stream: Stream, processing: Processing) -> Tensor:
     W_VM = stored(module, "weight") if "weight" in module._parameters else None
     if W_VM is None and isinstance(getattr(module, "weight", None), Tensor):
         # A wrapper, as an adapter puts one around the module: its weight is not the whole of it.
-        with past_hooks(module), torch.no_grad():
+        what = f"W_E: {type(module).__name__} cannot be run on all tokens at once"
+        with as_refusal(what), past_hooks(module), torch.no_grad():
             W_VM = module.forward(
                 torch.arange(stream.backend.n_tokens(), device=run_device(module))
             )
@@ -223,7 +225,7 @@ def output_biases(stream: Stream, processing: Processing, layers: list[int]) -> 
         constants = head_constants(stream, norm_bias=processing.fold_ln)
     biases = []
     for (write, site), centre in zip(sites, centres, strict=True):
-        nothing = torch.zeros(input_width(site.linear))
+        nothing = torch.zeros(input_width(site.linear), dtype=torch.float32, device="cpu")
         bias = value_at(site.linear, constants.get(write.label, nothing))
         biases.append(_centred(bias) if centre else bias)
     return torch.stack([bias.to(biases[0]) for bias in biases])

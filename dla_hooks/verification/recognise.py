@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from dla_hooks.backends import Backend, backend_of
 from dla_hooks.calibration.scales import with_scales
-from dla_hooks.errors import DLAError, UnsupportedModelError
+from dla_hooks.errors import UnsupportedModelError
+from dla_hooks.modules.faults import SyntheticRunError, described_error
+from dla_hooks.modules.user_hooks import switch_hooks
 from dla_hooks.modules.version import Remembered
 from dla_hooks.residual.architecture import Architecture
 from dla_hooks.residual.locate import locate
@@ -52,22 +52,18 @@ def located(backend: Backend) -> Stream:
     """
     try:
         return _located(backend)
-    except (DLAError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        hooked = backend.try_with_hooks()
-        if hooked is None:
+    except SyntheticRunError as error:
+        how = switch_hooks(backend.model, backend.hookable())
+        if how is None:
             raise
         try:
             return _located(backend)
-        except DLAError:
-            raise
-        except Exception as again:
+        except SyntheticRunError as again:
+            switch_hooks(backend.model, backend.hookable())
             raise UnsupportedModelError(
-                f"{backend.name} does not run on made-up tokens, which it is measured on: without "
-                f"your hooks ({hooked or 'the model'} has one) it fails with {error!r:.200}, and "
-                f"with them with {again!r:.200}. Let the hooks take any batch and length, or put "
-                "what the model needs into a module of its own"
+                f"{error}. {how[0].upper()}{how[1:]} it fails, too "
+                f"({described_error(again.cause)}). Where the model needs a hook to run at "
+                "all, let that hook take any batch and length"
             ) from again
 
 

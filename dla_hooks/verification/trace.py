@@ -153,8 +153,10 @@ class _Trace:
         self.logit_tolerance = max(16 * rounding, 1e-5)
         # A few random directions and tokens expose a wrong map as well as all of them do.
         generator = torch.Generator().manual_seed(3)
-        self.directions = torch.randn(4, stream.d_model, generator=generator, dtype=torch.float64)
-        self.tokens = torch.randperm(stream.vocabulary, generator=generator)[:_TOKENS]
+        self.directions = torch.randn(
+            4, stream.d_model, generator=generator, dtype=torch.float64, device="cpu"
+        )
+        self.tokens = torch.randperm(stream.vocabulary, generator=generator, device="cpu")[:_TOKENS]
 
     def run(self, prompt: Prompt) -> Tensor:
         stream = self.stream
@@ -171,7 +173,7 @@ class _Trace:
                     taps.append(Tap(post_norm, self._see("post", write.label)))
         with tapped(taps):
             try:
-                return stream.backend.run_synthetic(prompt, torch.arange(self.length))
+                return stream.backend.run_synthetic(prompt, torch.arange(self.length, device="cpu"))
             except UnsupportedModelError:  # some models return the last logits only
                 for tap in taps:
                     tap.fired = 0
@@ -210,7 +212,8 @@ class _Trace:
             directions, name = self.directions.to(self._device(write)), write.heads.name
             try:
                 check_readable(write.heads.linear, name)
-                bias = value_at(write.heads.linear, torch.zeros(z.shape[-1])).double().cpu()
+                nothing = z.new_zeros(z.shape[-1])
+                bias = value_at(write.heads.linear, nothing).double().cpu()
                 u = pull_back(write.heads.linear, directions, name).cpu()
             except UnsupportedModelError as error:  # the components may still add up
                 lines.append(Line(name, claim, 0.0, None, str(error)))

@@ -274,7 +274,7 @@ def test_model_that_does_not_run_without_its_hook_is_refused_with_the_reason():
         return (args[0].double(),)
 
     model.lm_head.register_forward_pre_hook(cast)
-    with pytest.raises(UnsupportedModelError, match=r"without your hooks \(lm_head has one\)"):
+    with pytest.raises(UnsupportedModelError, match=r"With your hooks \(lm_head has one\)"):
         direct_logit_attribution(model, ids, 5)
 
 

@@ -10,7 +10,6 @@ import weakref
 
 import pytest
 import torch
-import transformers
 from many_prompts import RECURRENT, assert_same, made, random_prompts
 from zoo import tiny_tokenizer
 
@@ -53,10 +52,6 @@ def test_compatible_prompts_share_a_batch(ran, model):
     assert ran == [(1, 4), (3, 9), (3, 7), (2, 2)]  # the first is a trial
 
 
-@pytest.mark.skipif(
-    transformers.__version__.startswith("4."),
-    reason="recurrent_gemma of transformers 4 keeps its state from one run to the next",
-)
 def test_models_that_read_padding_batch_equal_lengths_only():
     model = made("recurrent_gemma")
     shapes = []
@@ -135,7 +130,7 @@ def test_wrapped_model_keeps_its_conventions(model):
 BAD = [
     ([], 5, InputError, "empty"),
     ("", 5, InputError, "empty"),
-    ("\ud800", 5, TokenError, "cannot be tokenized"),
+    ("\ud800", 5, TokenError, "lone surrogate"),
     ([3, 63], 5, TokenError, "token id 63"),
     ([3, 4], 63, TokenError, "token id 63"),
     (list(range(3, 40)) * 2, 5, InputError, "has 74 tokens"),
@@ -192,14 +187,13 @@ def test_a_batch_that_fails_is_halved_until_the_bad_prompt_stands_alone():
     def break_token_50(_, args, out):
         return out.masked_fill((args[0] == 50)[..., None], float("nan"))
 
-    handle = model.get_input_embeddings().register_forward_hook(break_token_50)
+    model.get_input_embeddings().register_forward_hook(break_token_50)
     results = list(attribute_many(model, prompts, 5))
     assert isinstance(results[5], NonFiniteError)
     assert results[5].prompt_index == 5
     # What an error holds on to would stay alive for as long as the error is kept.
     assert results[5].__traceback__ is None
     assert results[5].__context__ is None
-    handle.remove()
     for index in set(range(8)) - {5}:
         assert_same(results[index], direct_logit_attribution(model, prompts[index], 5))
 

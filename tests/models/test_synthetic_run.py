@@ -198,3 +198,21 @@ def test_declared_write_that_never_runs_is_refused():
     result = direct_logit_attribution(model, ids, 5)
     assert "1_attn_out" in result.labels
     assert "1_mlp_out" not in result.labels
+
+
+def test_model_that_keeps_its_state_is_read_from_the_start_and_left_as_found():
+    """RecurrentGemma of transformers 4 goes on from the run before, where it is to use no cache."""
+    for seed in (0, 1):
+        model = build_any("recurrent_gemma", dtype=torch.float32, seed=seed)
+        ids = example_ids_any(model)
+        with torch.no_grad():
+            truth = model(ids, use_cache=True).logits[:, -1, 5]
+        units = [module for module in model.modules() if hasattr(module, "recurrent_states")]
+        before = [module.recurrent_states for module in units]
+        for _ in range(2):
+            result = direct_logit_attribution(model, ids, 5)
+            found = result.softcap * torch.tanh(result.logit / result.softcap)
+            torch.testing.assert_close(found, truth, rtol=0, atol=1e-4)
+        if hasattr(type(model.model), "_setup_cache"):
+            after = [module.recurrent_states for module in units]
+            assert all(one is other for one, other in zip(after, before, strict=True))
