@@ -84,22 +84,25 @@ def embeddings(value: Any) -> Tensor:
     return found
 
 
-def sized(extras: Mapping[str, Any], shape: tuple[int, int]) -> dict[str, Any]:
+def sized(extras: Mapping[str, Any], mask: Tensor) -> dict[str, Any]:
     """Further arguments as tensors, where they hold numbers, of sizes that fit the prompt.
 
     Args:
         extras: by the names of the forward's arguments.
-        shape: (batch, pos) of the prompt.
+        mask: True at the real tokens [batch, pos].
 
     Raises:
         ShapeMismatchError: for one that does not fit.
     """
     found = {name: _tensors(value, name) for name, value in extras.items()}
-    batch, width = shape
+    batch, width = shape = len(mask), mask.shape[1]
+    for name in found.keys() & {*_BY_COLUMN, POSITIONS}:
+        if isinstance(found[name], list):  # rows of different lengths, padded as the ids are
+            found[name] = _padded(found[name], mask)
     for name, value in found.items():
         if name == MASK:
-            for mask in value.values() if isinstance(value, Mapping) else [value]:
-                _check_whole_mask(mask, shape)
+            for whole in value.values() if isinstance(value, Mapping) else [value]:
+                _check_whole_mask(whole, shape)
         elif name == POSITIONS:
             if not isinstance(value, Tensor) or value.is_floating_point():
                 raise InputError("position_ids must hold integers [batch, pos]")
@@ -147,6 +150,18 @@ def _tensors(value: Any, name: str) -> Any:
         return as_tensor(value, name)
     except InputError:
         return [_tensors(one, name) for one in value] if isinstance(value, list) else value
+
+
+def _padded(rows: list[Any], mask: Tensor) -> Any:
+    """Rows as long as the prompt's, laid where its real tokens are; others as they are."""
+    real = mask.sum(-1).tolist()
+    if not all(isinstance(row, Tensor) and row.ndim == 1 for row in rows):
+        return rows
+    if [len(row) for row in rows] != real:
+        return rows
+    found = torch.zeros(mask.shape, dtype=rows[0].dtype)
+    found[mask] = torch.cat(rows)
+    return found
 
 
 def _check_whole_mask(mask: Any, shape: tuple[int, int]) -> None:

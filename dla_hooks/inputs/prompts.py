@@ -103,7 +103,7 @@ def read_prompt(
             f"tokenizer returns it; got {type(input).__name__}: {input!r:.80}"
         )
     if extras:
-        return Prompt(ids, mask, sized(extras, (len(ids), ids.shape[1])))
+        return Prompt(ids, mask, sized(extras, mask))
     check_ids(ids, vocabulary)  # padding holds 0
     return Prompt(ids, mask)
 

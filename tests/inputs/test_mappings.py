@@ -10,6 +10,7 @@ import inspect
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import (
     BatchEncoding,
     CLIPVisionConfig,
@@ -38,6 +39,9 @@ from dla_hooks import (
     prepare,
 )
 
+needs_mrope = pytest.mark.skipif(
+    transformers.__version__ < "5", reason="older Qwen2-VL models are not recognised"
+)
 FAMILIES = ["gpt2", "llama", "gemma", "opt", "bloom"]
 ANSWER = 5
 
@@ -113,7 +117,8 @@ def test_output_of_a_tokenizer_is_taken_as_it_is():
     model, tokenizer = build("gpt2", dtype=torch.float32), tiny_tokenizer()
     texts = ["The cat sat", "The dog"]
     expected = direct_logit_attribution(model, texts, ANSWER, tokenizer=tokenizer)
-    found = direct_logit_attribution(model, tokenizer(texts), ANSWER, tokenizer=tokenizer)
+    encoded = tokenizer(texts, return_token_type_ids=False)
+    found = direct_logit_attribution(model, encoded, ANSWER, tokenizer=tokenizer)
     assert torch.equal(found.attribution, expected.attribution)
     assert found.tokens == expected.tokens
 
@@ -185,6 +190,20 @@ def test_token_types_are_in_the_embeddings_row(seed):
     padded = direct_logit_attribution(model.float(), {**inputs, "attention_mask": mask}, ANSWER)
     alone = {name: value[1:, 3:] for name, value in inputs.items()}
     torch.testing.assert_close(padded.logit[1], truth(model, -1, **alone)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_rows_of_token_types_are_padded_as_the_ids_are():
+    model, rows = build("gpt2", dtype=torch.float32), [[4, 5, 17, 9], [8, 6]]
+    types = [[9, 9, 3, 3], [9, 3]]
+    inputs = {"input_ids": rows, "token_type_ids": types}
+    found = direct_logit_attribution(model, inputs, ANSWER)
+    for i, (row, kinds) in enumerate(zip(rows, types, strict=True)):
+        alone = {"input_ids": torch.tensor([row]), "token_type_ids": torch.tensor([kinds])}
+        torch.testing.assert_close(
+            found.logit[i], truth(model, -1, **alone)[0], rtol=1e-4, atol=1e-4
+        )
+    with pytest.raises(ShapeMismatchError, match="token_type_ids has shape list"):
+        direct_logit_attribution(model, {**inputs, "token_type_ids": [[9], [9, 3]]}, ANSWER)
 
 
 @pytest.mark.parametrize("kind", ["float", "bool", "shared"])
@@ -377,6 +396,7 @@ def qwen2_vl(seed):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
+@needs_mrope
 def test_positions_are_counted_by_the_model_where_there_are_images(seed):
     model, inputs = qwen2_vl(seed)
     expected = truth(model, -1, **inputs)
@@ -385,6 +405,7 @@ def test_positions_are_counted_by_the_model_where_there_are_images(seed):
     assert model.model.rope_deltas is None  # as it was found
 
 
+@needs_mrope
 def test_chunks_after_a_run_with_images_are_those_of_the_text():
     model, inputs = qwen2_vl(0)
     text = torch.tensor([[5, 6, 7, 8], [9, 8, 7, 6]]).repeat(1, 4)

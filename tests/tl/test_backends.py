@@ -52,6 +52,18 @@ def test_parts_and_bias_sum_to_model_logit(model, ids, unit):
     torch.testing.assert_close(result.logit, logits, rtol=1e-4, atol=1e-5)
 
 
+def test_further_arguments_of_a_forward_are_refused(model, ids):
+    inputs = {"input_ids": ids, "position_ids": torch.arange(7)[None]}
+    with pytest.raises(InputError, match="holds position_ids, and a model of TransformerLens"):
+        direct_logit_attribution(model, inputs, 5)
+    whole = torch.ones(2, 1, 7, 7).bool()
+    with pytest.raises(InputError, match="holds attention_mask"):
+        direct_logit_attribution(model, ids, 5, attention_mask=whole)
+    expected = direct_logit_attribution(model, ids, 5)
+    found = direct_logit_attribution(model, {"input_ids": ids.tolist()}, 5)
+    assert torch.equal(found.attribution, expected.attribution)
+
+
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("pos", [-1, None, (1, 4)], ids=str)
 def test_cache_matches_run(model, ids, unit, pos):
