@@ -159,7 +159,7 @@ def _padded(rows: list[Any], mask: Tensor) -> Any:
         return rows
     if [len(row) for row in rows] != real:
         return rows
-    found = torch.zeros(mask.shape, dtype=rows[0].dtype)
+    found = torch.zeros(mask.shape, dtype=rows[0].dtype, device="cpu")
     found[mask] = torch.cat(rows)
     return found
 
