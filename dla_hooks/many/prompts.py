@@ -182,7 +182,7 @@ class Reader:
         except (TypeError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
-            # Text without a form in UTF-8, such as half of a surrogate pair.
+            # One prompt of many must not end the sweep.
             raise TokenError(f"the prompt {text!r:.80} cannot be tokenized: {error}") from None
 
 

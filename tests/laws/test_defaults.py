@@ -130,7 +130,7 @@ def test_numbers_under_other_defaults_are_those_under_torchs_own(name, setting):
     expected = list(of_one_prompt(model, ids))
     with default(setting):
         try:
-            model(ids)
+            model(ids, use_cache=False)
         except RuntimeError as error:  # older ones of transformers make tensors there, too
             pytest.skip(f"the model itself does not run: {error}")
         same(list(of_one_prompt(fresh, ids)), expected)
