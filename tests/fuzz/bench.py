@@ -113,10 +113,19 @@ class Bench:
         return found
 
     def place(self, *kinds: str) -> tuple[str, Slot]:
-        """A random place, of some kinds ("attn", "block", "head", …) or of all."""
+        """A random place, of some kinds ("attn", "block", "head", …); of none, any module."""
+        if not kinds and self.random.random() < 0.2:
+            name, _ = self.chosen(*list(self.root.named_modules())[1:])
+            holder, _, last = name.rpartition(".")
+            return name, Slot(self.root.get_submodule(holder), last)
         found = [name for name in self.places if not kinds or name.split(".")[-1][:4] in kinds]
         name = self.chosen(*found)
         return name, self.places[name]
+
+    def reseed(self, seed: int) -> None:
+        """Begin anew with random numbers: what comes next does not depend on what came before."""
+        self.random = random.Random(seed)
+        self.generator = torch.Generator().manual_seed(seed)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -163,7 +172,9 @@ def block_at(family: Family, layers: nn.Module, name: str) -> Block:
         raise LookupError(path)
 
     norms = [Slot(block, n) for n in block._modules if "norm" in n or n.startswith("ln_")]
-    post = (None, None) if family.post_norms is None else [Slot(block, n) for n in family.post_norms]
+    post = (
+        (None, None) if family.post_norms is None else [Slot(block, n) for n in family.post_norms]
+    )
     return Block(
         Slot(layers, name), slot(family.attn), slot(family.mlp), slot(family.o_proj), norms, *post
     )

@@ -42,18 +42,29 @@ class Outcome:
     error: str = ""
 
 
+def smallest(seed: int, without: tuple[str, ...] = ()) -> Outcome:
+    """A draw that fails, with as few of its interventions as still fail."""
+    found = outcome_of(seed, without)
+    for name in dict.fromkeys(found.interventions):
+        fewer = outcome_of(seed, (*without, name))
+        if fewer.kind == "failed":
+            found, without = fewer, (*without, name)
+    return found
+
+
 class _Discarded(Exception):
     pass
 
 
-def outcome_of(rng: random.Random, without: tuple[str, ...] = ()) -> Outcome:
+def outcome_of(seed: int, without: tuple[str, ...] = ()) -> Outcome:
     """Draw, ask and judge.
 
     Args:
-        rng: where all choices come from.
+        seed: of all choices.
         without: interventions that are drawn, and then not made.
     """
     start = time.perf_counter()
+    rng = random.Random(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         bench = bench_of(rng)
@@ -78,13 +89,16 @@ def _settle(bench: Bench, found: Outcome, without: tuple[str, ...]) -> None:
     rng = bench.random
     drawn = [rng.choice(NAMES) for _ in range(rng.choice([0, 1, 1, 2, 2, 3]))]
     late = [rng.random() < 0.5 and TABLE[name].late for name in drawn]
-    question_first = rng.random() < 0.5
+    seeds = [rng.randrange(2**32) for _ in drawn]
+    asked_first = rng.random() < 0.5
     question = question_of(bench)
+    after = rng.randrange(2**32)
     bench.said.append(repr(question))
     twice = question.way in ("twice", "plan")
-    for name, is_late in zip(drawn, late, strict=True):
+    for name, is_late, seed in zip(drawn, late, seeds, strict=True):
         if not (twice and is_late):
-            _intervene(bench, found, name, without)
+            _intervene(bench, found, name, seed, without)
+    bench.reseed(after)
     truth = _plain(bench)
     if question.way == "many":
         if bench.positional:
@@ -97,24 +111,27 @@ def _settle(bench: Bench, found: Outcome, without: tuple[str, ...]) -> None:
     plan = None
     if question.way == "plan":
         plan = _as_guest(bench, lambda: prepared(bench, question))
-    if question_first or not twice:
+    if asked_first or not twice:
         result = _as_guest(bench, lambda: ask(bench, question, plan))
         found.kind = hold(bench, question, result, truth)
         _hold_rows_alone(bench, question, result)
     if not twice:
         return
-    for name, is_late in zip(drawn, late, strict=True):
+    for name, is_late, seed in zip(drawn, late, seeds, strict=True):
         if is_late:
             bench.said.append("then")
-            _intervene(bench, found, name, without)
+            _intervene(bench, found, name, seed, without)
     truth = _plain(bench)
     result = _as_guest(bench, lambda: ask(bench, question, plan))
     found.kind = hold(bench, question, result, truth)
 
 
-def _intervene(bench: Bench, found: Outcome, name: str, without: tuple[str, ...]) -> None:
+def _intervene(
+    bench: Bench, found: Outcome, name: str, seed: int, without: tuple[str, ...]
+) -> None:
     if name in without:
         return
+    bench.reseed(seed)
     found.interventions.append(name)
     try:
         said = TABLE[name].do(bench)
@@ -163,17 +180,22 @@ def _hold_rows_alone(bench: Bench, question: Question, result: Any) -> None:
         if question.incorrect is not None:
             due = due - logits[question.pos, int(question.incorrect[row, 0])]
         coarse = max(torch.finfo(p.dtype).eps for p in bench.root.parameters())
-        allowed = (0.1 if coarse > 1e-3 else 1e-3) * float(logits.amax() - logits.amin())
+        size = max(float(logits.amax() - logits.amin()), float(one.attribution[:, row].abs().max()))
+        allowed = (0.1 if coarse > 1e-3 else 1e-3) * size
         if not abs(float(one.logit[row]) - float(due)) <= allowed:
             raise Wrong(f"a padded row is {float(one.logit[row]):.6g}, alone {float(due):.6g}")
 
 
 def _short(message: str) -> str:
     """The kind of a message: its first words, numbers and names of places taken out."""
-    message = re.sub(r"^\w+(ForCausalLM|LMHeadModel)( \([^)]*\))?( with adapters? [\w, ]+)?", "…", message)
+    message = re.sub(
+        r"^\w+(ForCausalLM|LMHeadModel)( \([^)]*\))?( with adapters? [\w, ]+)?", "…", message
+    )
     message = re.sub(r"\b(model|transformer|gpt_neox|base_model)\.[\w.]+", "…", message)
     words = re.sub(r"'[^']*'|\[[^]]*\]|\([^)]*\)", "…", message)
-    message = re.sub(r"^\w+(ForCausalLM|LMHeadModel)( \([^)]*\))?( with adapters? [\w, ]+)?", "…", message)
+    message = re.sub(
+        r"^\w+(ForCausalLM|LMHeadModel)( \([^)]*\))?( with adapters? [\w, ]+)?", "…", message
+    )
     message = re.sub(r"\b(model|transformer|gpt_neox|base_model)\.[\w.]+", "…", message)
     words = re.sub(r"-?\d[\d.e+-]*", "N", words)
     return " ".join(words.split()[:14])

@@ -88,9 +88,7 @@ class _Eyes:
             x = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values())))
             self._keep(module, what, x)
 
-        self.handles.append(
-            module.register_forward_pre_hook(hook, prepend=first, with_kwargs=True)
-        )
+        self.handles.append(module.register_forward_pre_hook(hook, prepend=first, with_kwargs=True))
 
     def _post(self, module: nn.Module, what: str, first: bool) -> None:
         def hook(m, args, out):
@@ -134,9 +132,15 @@ def truth_of(bench: Bench, ids: Tensor, mask: Tensor | None) -> Truth:
     logits = eyes(head, "out after") * k
     plain_logits = eyes(head, "out before") * k
     real = torch.ones(shape, dtype=torch.bool) if mask is None else mask.bool()
+    cap = getattr(config, "final_logit_softcapping", None)
+    returned = logits if cap is None else cap * torch.tanh(logits / cap)
+    gap = (returned - final)[real].abs()
+    same = bool(((gap <= 100 * _eps(bench) * final[real].abs()) | (returned == final)[real]).all())
+    if not same and cap is None:  # a scale that is not the config's, or hooks on the whole
+        logits = final
     spread = plain_logits.amax(-1) - plain_logits.amin(-1)
     found = Truth(final, logits, {}, {}, {}, {}, None, float(spread[real].max()))
-    if bench.only_sums or any(count != 1 for count in eyes.times.values()):
+    if bench.only_sums or not same or any(count != 1 for count in eyes.times.values()):
         return found
 
     written, streams = found.written, found.streams
@@ -158,7 +162,7 @@ def truth_of(bench: Bench, ids: Tensor, mask: Tensor | None) -> Truth:
     streams["final_post"] = x
     _heads(bench, eyes, projections, found)
 
-    weight = _matrix(head, x.shape[-1])
+    weight, _ = _affine(head, x.shape[-1])
     s, formula = norm_scale(family.norm, norm, x), family.norm
     gamma = _gamma(formula, norm, x)
     normed = eyes(norm, "out before")
@@ -178,44 +182,44 @@ def truth_of(bench: Bench, ids: Tensor, mask: Tensor | None) -> Truth:
     straight = plain_logits - (eyes(head, "in after") @ weight) * k
     straight = straight[real] - straight[real][:1]
     linear = bool(straight.abs().max() < 100 * _eps(bench) * plain_logits[real].abs().max())
-    cap = getattr(config, "final_logit_softcapping", None)
-    returned = logits if cap is None else cap * torch.tanh(logits / cap)
-    gap = (returned - final)[real].abs()
-    same = bool((gap <= 100 * _eps(bench) * final[real].abs()).all())
-    if even and summed and linear and same:
+    if even and summed and linear:
         found.to_logits = to_logits
     return found
 
 
 def _heads(bench: Bench, eyes: _Eyes, projections: list[nn.Module], found: Truth) -> None:
     """What each head wrote, through a post-norm at its real scale; and what hooks added to it."""
-    n_heads = bench.root.config.num_attention_heads
-    shape = found.final.shape[:2]
+    config, formula = bench.root.config, bench.family.norm
+    n_heads, shape = config.num_attention_heads, found.final.shape[:2]
+    scale = bench.family.write_scale(config)
     for layer, (block, projection) in enumerate(zip(bench.blocks, projections, strict=True)):
         z = eyes(projection, "in after").view(*shape, -1)
-        weight = _matrix(projection, z.shape[-1])
         if z.shape[-1] % n_heads:
             continue
-        for head, (part, rows) in enumerate(
-            zip(z.chunk(n_heads, -1), weight.chunk(n_heads), strict=True)
-        ):
-            wrote = part @ rows
-            if block.post_attn is not None:
-                norm = block.post_attn.now
-                into = eyes(norm, "in after")
-                s = norm_scale(bench.family.norm, norm, into)
-                wrote = _centred(bench.family.norm, wrote) / s
-                wrote = wrote * _gamma(bench.family.norm, norm, into)
-            found.heads[f"L{layer}H{head}"] = wrote * bench.family.write_scale(bench.root.config)
+        weight, bias = _affine(projection, z.shape[-1])
+        through, beta = scale, torch.zeros(())
+        if block.post_attn is not None:
+            norm = block.post_attn.now
+            into, out = eyes(norm, "in after"), eyes(norm, "out before")
+            through = scale * _gamma(formula, norm, into) / norm_scale(formula, norm, into)
+            beta = scale * out - through * _centred(formula, into)
+        heads = [
+            _centred(formula, part @ rows) * through if block.post_attn else part @ rows * scale
+            for part, rows in zip(z.chunk(n_heads, -1), weight.chunk(n_heads), strict=True)
+        ]
+        found.heads |= {f"L{layer}H{head}": wrote for head, wrote in enumerate(heads)}
+        own = _centred(formula, bias) if block.post_attn else bias
+        added = found.written[f"{layer}_attn_out"] - sum(heads) - own * through - beta
+        found.heads[f"L{layer}hook"] = added
 
 
 @torch.no_grad()
-def _matrix(module: nn.Module, width: int) -> Tensor:
-    """What a linear module multiplies with [in, out], as it maps unit vectors, past its hooks."""
+def _affine(module: nn.Module, width: int) -> tuple[Tensor, Tensor]:
+    """A linear module's matrix [in, out] and bias, as it maps unit vectors, past its hooks."""
     like = next(module.parameters())
     unit = torch.eye(width, dtype=like.dtype)[:, None]  # one token each
     out, none = module.forward(unit), module.forward(torch.zeros_like(unit))
-    return (out.double() - none.double())[:, 0]
+    return (out.double() - none.double())[:, 0], none[0, 0].double()
 
 
 def _gamma(formula: str, norm: nn.Module, x: Tensor) -> Tensor:

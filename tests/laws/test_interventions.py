@@ -403,3 +403,76 @@ def test_hook_on_the_unembedding_sees_all_positions_in_primitives(spec, verb):
     else:
         dla_hooks.apply_ln_to_stack(model, ids, stack)
     assert seen == [(2, 7)]
+
+
+@pytest.mark.parametrize("ask", ["plan", "once", "primitive"])
+@pytest.mark.parametrize("spec", ["llama", "gpt2"])
+def test_hook_that_acts_once_behind_the_stream_is_refused_after_other_calls(spec, ask):
+    """A second run, without the hook, would add up."""
+    model, ids = build(spec), example_ids(spec)
+    plan = dla_hooks.prepare(model, 5)
+    stack = dla_hooks.decompose_resid(model, ids)
+    asks = {
+        "plan": lambda: plan(ids),
+        "once": lambda: direct_logit_attribution(model, ids, 5),
+        "primitive": lambda: dla_hooks.logit_attrs(model, ids, stack, 5),
+    }
+    before = asks[ask]()
+
+    def once(module, args, out):
+        handle.remove()
+        out.last_hidden_state.mul_(0.5).add_(0.3)
+
+    def add():
+        nonlocal handle
+        handle = model.base_model.register_forward_hook(once)
+
+    handle = None
+    add()
+    other = model.register_forward_hook(lambda *_: None)
+    with pytest.raises(dla_hooks.DecompositionError, match="has a hook of yours"):
+        asks[ask]()
+    other.remove()
+    after = asks[ask]()
+    assert torch.equal(getattr(after, "attribution", after), getattr(before, "attribution", before))
+
+
+def test_weight_changed_without_a_trace_beside_a_hook_is_measured_anew_by_the_next_call():
+    model, ids = build("llama"), example_ids("llama")
+    plan = dla_hooks.prepare(model, 5)
+    model.model.layers[0].register_forward_hook(adds(1.0))
+    holds(model, ids, plan(ids))
+    model.model.norm.weight.data[::2].mul_(1.5)
+    with pytest.raises(dla_hooks.DecompositionError, match="call again"):
+        plan(ids)
+    holds(model, ids, plan(ids))
+
+
+@pytest.mark.parametrize("place", ["model.layers.1.self_attn.o_proj", "lm_head", "model.norm"])
+@pytest.mark.parametrize("unit", UNIT_NAMES)
+def test_hook_inside_a_wrapper_sees_the_callers_run_alone(place, unit):
+    """A module without a plain weight is read by running it, with whatever is inside of it."""
+    model, ids = build("llama-bias"), example_ids("llama-bias")
+    holder, _, name = place.rpartition(".")
+    inner, seen = model.get_submodule(place), []
+    setattr(model.get_submodule(holder), name, nn.Sequential(inner, nn.Identity()).eval())
+    inner.register_forward_hook(lambda m, a, out: seen.append(tuple(out.shape[:2])))
+    inner.register_forward_pre_hook(lambda m, a: seen.append(tuple(a[0].shape[:2])))
+    result = direct_logit_attribution(model, ids, 5, 7, unit=unit, pos=None)
+    assert seen == [tuple(ids.shape)] * 2
+    holds(model, ids, result)
+
+
+@pytest.mark.parametrize("place", ["model.layers.1.self_attn.o_proj", "lm_head"])
+def test_hook_inside_a_wrapper_that_changes_something_is_in_no_wrong_row(place):
+    model, ids = build("llama-bias"), example_ids("llama-bias")
+    holder, _, name = place.rpartition(".")
+    inner = model.get_submodule(place)
+    setattr(model.get_submodule(holder), name, nn.Sequential(inner, nn.Identity()).eval())
+    inner.register_forward_hook(adds(0.7))
+    for unit in UNIT_NAMES:
+        try:
+            result = direct_logit_attribution(model, ids, 5, unit=unit, pos=None)
+        except dla_hooks.DLAError:
+            continue
+        holds(model, ids, result)
