@@ -278,18 +278,13 @@ def hold_many(bench: Bench, question: Question) -> str:
             at = slice(None) if pos is None else -1
             got = one.logit.double().flatten()
             token, wrong = question.given
+            size = max(float(got.abs().max()), float(one.attribution.abs().max()), 1.0)
             if one.softcap is not None or question.center:
-                _close(
-                    "rows and bias",
-                    total.flatten(),
-                    got,
-                    _allowed(bench) * float(got.abs().max() + 1),
-                )
+                _close("rows and bias", total.flatten(), got, _allowed(bench) * size)
                 continue
             due = logits[at, token] - (0 if wrong is None else logits[at, wrong])
             spread = logits.amax() - logits.amin()
-            size = max(float(spread), float(one.attribution.abs().max()))
-            allowed = _allowed(bench) * size
+            allowed = _allowed(bench) * max(float(spread), float(one.attribution.abs().max()))
             _close("the logit of a prompt of many", got, due.flatten(), allowed)
             _close("rows and bias of a prompt of many", total.flatten(), got, allowed)
     return said.pop()
