@@ -15,6 +15,7 @@ from dla_hooks.errors import DecompositionError, HookError, InputError
 from dla_hooks.inputs import positions
 from dla_hooks.measure.completeness import norms_hold
 from dla_hooks.measure.one_prompt import measure, results
+from dla_hooks.modules.user_hooks import refuse_second_run
 from dla_hooks.modules.version import forget
 from dla_hooks.residual.stream import Stream
 from dla_hooks.sources.base import Source
@@ -240,17 +241,21 @@ class Plan:
         # Weights may have changed in a way that leaves no trace, since this was measured.
         may_be_stale = self._asked or self._data.stream.remembered
         self._asked = True
+        failed: DecompositionError | HookError | None = None
         try:
             found, outcome = measure(self._data, source, selection, self._check)
             if self._check or norms_hold(found):
                 may_be_stale = False
-        except (DecompositionError, HookError):
+        except (DecompositionError, HookError) as error:
             if not may_be_stale:
                 raise
+            failed = error
         if may_be_stale:
             backend = checked(self._read.backend.model)
             forget(backend.model)
             self._measure_again(backend)
+            if failed is not None:
+                refuse_second_run(backend.model, failed)
             source = source.on(self._read.stream)
             found, outcome = measure(self._data, source, selection, self._check)
         made = results(found, outcome, source, self._read.tokenizer)

@@ -276,7 +276,8 @@ def _failure(
     if spread <= 1e-12 * _largest(measurement.reading.value_N()):
         return DecompositionError(
             f"{stream.backend.name}: all logits are the same, so that there is nothing to "
-            "attribute: its unembedding has the same weights for every token. Load weights for it"
+            "attribute: its unembedding has the same weights for every token, or a hook left "
+            "nothing of the stream. Load weights for it, or take the hook off"
         )
     relative = gap / max(spread, 1e-300)
     if torch.is_autocast_enabled(measurement.reading.scale_N.device.type):

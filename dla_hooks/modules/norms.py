@@ -8,13 +8,14 @@ with ``centre`` the mean over d_model (a LayerNorm) or nothing (an RMSNorm). Its
 found by running the norm on a few made-up vectors: ``beta = N(0)``; on a vector of +-A with mean
 zero, for A so large that the epsilon vanishes, ``(x - centre(x)) / s`` is +-1, exactly and in any
 dtype, which leaves gamma; and a norm centres if adding a constant to its input changes nothing.
-The epsilon itself is never needed: the scale of a real position is read off what the norm made
-of it (:func:`frozen_scale`).
+The scale of a real position is read off what the norm made of it (:func:`frozen_scale`). Only a
+vector of zeros leaves no scale to read; there it is the root of the epsilon, which small vectors
+show. Parts that cancel, as after a hook that silences a block, are divided by it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -30,6 +31,8 @@ from dla_hooks.tolerance import misfit_tolerance
 _AMPLITUDE = 2.0**12
 _AMPLITUDE_HALF = 2.0**7
 """Their squares are far larger than any epsilon, yet fit float32 (the second, float16)."""
+_SMALL = (2.0**-20, 2.0**-14, 2.0**-10, 2.0**-6, 2.0**-3)
+"""Among their squares is one near to any epsilon."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +44,14 @@ class Norm:
         beta: the bias [d_model].
         centred: whether the mean over d_model is subtracted first.
         name: the module's path, for messages.
+        at_zero: the scale of a vector of zeros: the root of the epsilon.
     """
 
     gamma: Tensor
     beta: Tensor
     centred: bool
     name: str
+    at_zero: float = 1.0
 
     def pull_back(self, d_KM: Tensor) -> Tensor:
         """Directions after the norm as directions before it, without the division by the scale."""
@@ -63,7 +68,7 @@ def probe(module: nn.Module, d_model: int, name: str, dtype: torch.dtype) -> Nor
     """Measure the constants of a norm.
 
     Args:
-        module: the norm. It runs on seven synthetic vectors, without its hooks.
+        module: the norm. It runs on a few synthetic vectors, without its hooks.
         d_model: the width of the stream.
         name: the module's path, for the message of an error.
         dtype: in which the result is kept (at least float32).
@@ -84,8 +89,9 @@ def probe(module: nn.Module, d_model: int, name: str, dtype: torch.dtype) -> Nor
     noise = torch.randn(d_model, generator=generator, dtype=torch.float32, device="cpu").to(device)
     amplitude = _AMPLITUDE_HALF if run_dtype == torch.float16 else _AMPLITUDE
     large = (signs * amplitude, other * amplitude)
+    small = [signs * size for size in _SMALL]
     made_up = torch.stack(
-        (torch.zeros_like(signs), *large, -large[0], -large[1], noise, noise + 2.0)
+        (torch.zeros_like(signs), *large, -large[0], -large[1], *small, noise, noise + 2.0)
     )
     what = f"{name} ({type(module).__name__}) cannot be run on made-up vectors of width {d_model}"
     with as_refusal(what), past_hooks(module), torch.no_grad():
@@ -98,7 +104,7 @@ def probe(module: nn.Module, d_model: int, name: str, dtype: torch.dtype) -> Nor
             f"{name} ({type(module).__name__}) returns vectors of width {answers.shape[-1]}, not "
             f"{d_model}: it is no norm"
         )
-    beta, first, second, minus_first, minus_second, of_noise, of_shifted = answers
+    beta, first, second, minus_first, minus_second, *of_small, of_noise, of_shifted = answers
 
     rms = signs.to(dtype).square().mean().sqrt()  # one, or sqrt(1 - 1/d_model) for an odd width
     usable = signs != 0
@@ -114,6 +120,7 @@ def probe(module: nn.Module, d_model: int, name: str, dtype: torch.dtype) -> Nor
     if torch.equal(answers[1:], made_up[1:].to(run_dtype).to(dtype)):
         return Norm(torch.ones_like(gamma), torch.zeros_like(beta), False, name)  # not a norm
 
+    norm = replace(norm, at_zero=_scale_at_zero(norm, torch.stack(small), torch.stack(of_small)))
     x = made_up[-2:].to(run_dtype).to(dtype)
     _, misfit = frozen_scale(norm, x, answers[-2:])
     tolerance = misfit_tolerance(run_dtype)
@@ -126,6 +133,18 @@ def probe(module: nn.Module, d_model: int, name: str, dtype: torch.dtype) -> Nor
             "A stream read through any other function cannot be split into parts exactly."
         )
     return norm
+
+
+@outside_autocast
+def _scale_at_zero(norm: Norm, x_NM: Tensor, y_NM: Tensor) -> float:
+    """The root of the epsilon, from small vectors and what the norm made of them."""
+    x_NM = x_NM.to(y_NM)
+    squares, (s, _) = x_NM.square().mean(-1), frozen_scale(norm, x_NM, y_NM)
+    if not bool(torch.isfinite(s).all() and norm.gamma.any()):
+        return 1.0  # its weights are not finite, or every product is zero, whatever the scale
+    # Rounding hides the epsilon beneath a larger square, and the output beneath a larger epsilon.
+    best = int((squares.sqrt() / s - 0.5**0.5).abs().argmin())
+    return float((s[best].square() - squares[best]).clamp(min=0).sqrt())
 
 
 @outside_autocast
@@ -148,8 +167,7 @@ def frozen_scale(norm: Norm, x_NM: Tensor, y_NM: Tensor) -> tuple[Tensor, Tensor
     a = norm.at_scale_one(x_NM)
     y = y_NM - norm.beta.to(y_NM)
     size = torch.linalg.vector_norm(a, dim=-1).square()
-    # For an input or a gamma of zeros every product is zero, whatever the scale.
-    s = torch.where(size == 0, 1.0, size / torch.linalg.vecdot(a, y))
+    s = torch.where(size == 0, norm.at_zero, size / torch.linalg.vecdot(a, y))
     if not len(s):
         return s, s.new_zeros(())
     most = partial(torch.linalg.vector_norm, ord=torch.inf, dim=-1)

@@ -24,7 +24,7 @@ from weakref import WeakSet
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from dla_hooks.errors import UnsupportedModelError
+from dla_hooks.errors import DLAError, UnsupportedModelError
 from dla_hooks.modules.hooks import Place, is_ours
 
 _LIBRARIES = ("torch", "transformers", "accelerate", "peft", "deepspeed")
@@ -178,6 +178,23 @@ def _silent_ones(module: nn.Module) -> Iterator[tuple[Any, Any, _Silenced]]:
         yield module.__dict__, "forward", _Unbound(bound)
     elif isinstance(bound, _Unbound):
         yield module.__dict__, "forward", bound
+
+
+def refuse_second_run(model: nn.Module, error: DLAError) -> None:
+    """Raise an error again where the model has hooks of the caller's.
+
+    What was remembered of the model may have caused it, and a second run would tell. But hooks may
+    act in the first run alone, and the second would then be of another model.
+
+    Raises:
+        DLAError: the same, with what to do next.
+    """
+    path = next(callers_hooks(model), None)
+    if path is not None:
+        raise type(error)(
+            f"{error}. {path or 'The model'} has a hook of yours, so the model was not run a "
+            "second time. If a weight was changed through .data, call again: it is measured anew"
+        ) from error
 
 
 def check_global_hooks() -> None:

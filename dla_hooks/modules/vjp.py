@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.modules.compiled import eagerly, is_compiled
 from dla_hooks.modules.faults import as_refusal
+from dla_hooks.modules.user_hooks import hooked_modules, silenced
 from dla_hooks.modules.weights import gathered, run_device
 
 _LARGE = 64.0
@@ -73,9 +74,17 @@ def pull_back(module: nn.Module, d_KM: Tensor, width: int, name: str, instead: s
 
 @contextmanager
 def past_hooks(module: nn.Module) -> Iterator[None]:
-    """A module's own map within a ``with`` block: not autocast, not compiled, not sharded."""
+    """A module's own map within a ``with`` block: not autocast, not compiled, not sharded.
+
+    Hooks of the caller's on modules inside of it belong to the caller's run, too.
+    """
     device = run_device(module).type
-    with torch.autocast(device, enabled=False), eagerly(is_compiled(module)), gathered(module):
+    with (
+        torch.autocast(device, enabled=False),
+        eagerly(is_compiled(module)),
+        gathered(module),
+        silenced(hooked_modules(module.modules())),
+    ):
         yield
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dla_hooks.inputs.entries import Entries
 from dla_hooks.modules.hooks import Call, Place, Tap
-from dla_hooks.modules.user_hooks import has_callers
+from dla_hooks.modules.user_hooks import has_callers, hooked_modules, silenced
 from dla_hooks.modules.vjp import dtype_of
 from dla_hooks.projection.ledger import FixedRows
 from dla_hooks.projection.readout import Readout
@@ -53,7 +53,7 @@ class LogitHooks:
 
         def see_input(call: Call) -> None:
             x = call.entered.to(dtype_of(self._unembed))  # a hook may be what casts it
-            with torch.no_grad():
+            with silenced(hooked_modules(self._unembed.modules())), torch.no_grad():
                 logits = self._unembed.forward(x)
             self._write(logits, view, slice(0, n))
 

@@ -13,6 +13,7 @@ from dla_hooks.calibration.sublayers import norm_before
 from dla_hooks.call import Inputs, read_call
 from dla_hooks.errors import DecompositionError, HookError, InputError
 from dla_hooks.modules.faults import as_refusal
+from dla_hooks.modules.user_hooks import refuse_second_run
 from dla_hooks.modules.version import forget
 from dla_hooks.residual.stream import Stream
 from dla_hooks.stacks.kept import Kept
@@ -44,10 +45,11 @@ def measured(
     inputs = inputs_of(model, input, options)
     try:
         return measure(inputs)
-    except (DecompositionError, HookError):
+    except (DecompositionError, HookError) as error:
         if not inputs.stream.remembered:
             raise
-    forget(inputs.stream.model)  # it may have changed in a way that leaves no trace
+        forget(inputs.stream.model)  # it may have changed in a way that leaves no trace
+        refuse_second_run(inputs.stream.model, error)
     return measure(inputs_of(model, input, options))
 
 

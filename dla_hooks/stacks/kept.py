@@ -15,7 +15,9 @@ from dla_hooks.inputs import positions
 from dla_hooks.inputs.entries import Entries, one_target
 from dla_hooks.modules import norms
 from dla_hooks.modules.hooks import Call, Place, Tap
+from dla_hooks.projection.logit_hooks import hooks_logits
 from dla_hooks.projection.tiles import View
+from dla_hooks.residual.hooked import changed_behind
 from dla_hooks.residual.stream import Block, HeadSite, Stream, WriteSite
 from dla_hooks.tolerance import misfit_tolerance
 
@@ -81,16 +83,23 @@ class Kept:
             columns: where the model's own logits are wanted; None where they are not.
 
         Returns:
-            Logits [batch, n_columns, vocabulary], from a run.
+            Logits [batch, n_columns, vocabulary], from a run; None where none are wanted.
 
         Raises:
             DecompositionError: when a norm did something else than its form says.
         """
         self.autocast = any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+        wanted = columns
+        if self.live and (hooks_logits(self.stream.unembed) or changed_behind(self.stream)):
+            columns = torch.arange(
+                self.entries.prompt_shape[1], device="cpu"
+            )  # hooks see what they would see
         logits = self.inputs.source.show(self.view, lambda _: self._taps, columns)
         if self.check:
             self._hold_norms()
-        return logits
+        if logits is None or wanted is None:
+            return None
+        return logits if wanted is columns else logits[:, wanted.to(logits.device)]
 
     def watch(self, taps: Sequence[Tap]) -> bool:
         """Put further taps on the same run; False if a cache does not hold what they look at."""

@@ -12,6 +12,7 @@ import threading
 import pytest
 import torch
 from alter import alter_output
+from oracle_families import family_of, final_norm, frozen_norm, norm_scale
 from torch import nn
 from units import UNIT_NAMES
 from zoo import build, example_ids
@@ -357,3 +358,139 @@ def test_many_prompts_leave_hooks_to_the_prompts():
     (result,) = dla_hooks.attribute_many(model, [ids], 7)
     torch.testing.assert_close(result.logit.squeeze(), truth, rtol=0, atol=1e-6)
     assert seen == [(1, 12, model.config.hidden_size)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("spec", ["llama", "llama-mqa", "gpt2", "gpt2-odd-width", "gemma", "olmo"])
+def test_parts_of_a_silenced_stream_are_divided_by_the_root_of_the_epsilon(spec, dtype):
+    """A last block set to zero leaves parts that cancel, and a norm without a scale to read off."""
+    model, ids = build(spec, dtype=dtype), example_ids(spec)
+    norm, seen = final_norm(model), {}
+
+    def silence(module, args, out):
+        x = hidden(out).clone()
+        x[:, 3:] = 0
+        return with_hidden(out, x)
+
+    stream_of(model).blocks[-1].module.register_forward_hook(silence)
+    first = stream_of(model).blocks[0].module
+    first.register_forward_pre_hook(lambda module, args: seen.update(embed=args[0].double()))
+    result = direct_logit_attribution(model, ids, 5, 7, pos=None)
+    with torch.no_grad():
+        kind, x = family_of(model).norm, seen["embed"]
+        scale = norm_scale(kind, norm, torch.zeros_like(x))
+        zero = frozen_norm(kind, norm, torch.zeros_like(x), scale)
+        effects = (frozen_norm(kind, norm, x, scale) - zero) @ model.lm_head.weight.double().T
+    rows = dict(zip(result.labels, result.attribution.double(), strict=True))
+    embed = rows["embed"] + rows.get("pos_embed", 0)
+    due = (effects[..., 5] - effects[..., 7])[:, 3:]
+    torch.testing.assert_close(embed[:, 3:], due, rtol=1e-4, atol=1e-4)
+
+
+def test_heads_that_a_hook_silences_are_divided_by_the_root_of_the_post_norms_epsilon():
+    model, ids = build("olmo2"), example_ids("olmo2")
+    attention = model.model.layers[1].self_attn
+    norm, seen = model.model.layers[1].post_attention_layernorm, {}
+    attention.o_proj.register_forward_pre_hook(lambda module, args: seen.update(z=args[0]))
+    attention.register_forward_hook(lambda m, a, out: with_hidden(out, torch.zeros_like(out[0])))
+    model.model.norm.register_forward_pre_hook(lambda module, args: seen.update(x=args[0]))
+    result = direct_logit_attribution(model, ids, 5, pos=None, unit="head")
+    holds(model, ids, result)
+    with torch.no_grad():
+        width = seen["z"].shape[-1] // model.config.num_attention_heads
+        wrote = seen["z"][..., :width] @ attention.o_proj.weight[:, :width].T
+        wrote = norm.weight * wrote / norm.variance_epsilon**0.5
+        final = model.model.norm
+        wrote = final.weight * wrote / norm_scale("rms", final, seen["x"])
+        due = wrote @ model.lm_head.weight[5]
+    row = result.attribution[result.labels.index("L1H0")]
+    torch.testing.assert_close(row, due, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("verb", ["decompose_resid", "logit_attrs", "apply_ln_to_stack"])
+@pytest.mark.parametrize("spec", ["llama", "gpt2"])
+def test_hook_on_the_unembedding_sees_all_positions_in_primitives(spec, verb):
+    model, ids = build(spec), example_ids(spec, batch=2, length=7)
+    stack = dla_hooks.decompose_resid(model, ids)
+    seen = []
+    model.lm_head.register_forward_hook(lambda m, a, out: seen.append(tuple(out.shape[:2])))
+    if verb == "decompose_resid":
+        dla_hooks.decompose_resid(model, ids)
+    elif verb == "logit_attrs":
+        dla_hooks.logit_attrs(model, ids, stack, 5)
+    else:
+        dla_hooks.apply_ln_to_stack(model, ids, stack)
+    assert seen == [(2, 7)]
+
+
+@pytest.mark.parametrize("ask", ["plan", "once", "primitive"])
+@pytest.mark.parametrize("spec", ["llama", "gpt2"])
+def test_hook_that_acts_once_behind_the_stream_is_refused_after_other_calls(spec, ask):
+    """A second run, without the hook, would add up."""
+    model, ids = build(spec), example_ids(spec)
+    plan = dla_hooks.prepare(model, 5)
+    stack = dla_hooks.decompose_resid(model, ids)
+    asks = {
+        "plan": lambda: plan(ids),
+        "once": lambda: direct_logit_attribution(model, ids, 5),
+        "primitive": lambda: dla_hooks.logit_attrs(model, ids, stack, 5),
+    }
+    before = asks[ask]()
+
+    def once(module, args, out):
+        handle.remove()
+        out.last_hidden_state.mul_(0.5).add_(0.3)
+
+    def add():
+        nonlocal handle
+        handle = model.base_model.register_forward_hook(once)
+
+    handle = None
+    add()
+    other = model.register_forward_hook(lambda *_: None)
+    with pytest.raises(dla_hooks.DecompositionError, match="has a hook of yours"):
+        asks[ask]()
+    other.remove()
+    after = asks[ask]()
+    assert torch.equal(getattr(after, "attribution", after), getattr(before, "attribution", before))
+
+
+def test_weight_changed_without_a_trace_beside_a_hook_is_measured_anew_by_the_next_call():
+    model, ids = build("llama"), example_ids("llama")
+    plan = dla_hooks.prepare(model, 5)
+    model.model.layers[0].register_forward_hook(adds(1.0))
+    holds(model, ids, plan(ids))
+    model.model.norm.weight.data[::2].mul_(1.5)
+    with pytest.raises(dla_hooks.DecompositionError, match="call again"):
+        plan(ids)
+    holds(model, ids, plan(ids))
+
+
+@pytest.mark.parametrize("place", ["model.layers.1.self_attn.o_proj", "lm_head", "model.norm"])
+@pytest.mark.parametrize("unit", UNIT_NAMES)
+def test_hook_inside_a_wrapper_sees_the_callers_run_alone(place, unit):
+    """A module without a plain weight is read by running it, with whatever is inside of it."""
+    model, ids = build("llama-bias"), example_ids("llama-bias")
+    holder, _, name = place.rpartition(".")
+    inner, seen = model.get_submodule(place), []
+    setattr(model.get_submodule(holder), name, nn.Sequential(inner, nn.Identity()).eval())
+    inner.register_forward_hook(lambda m, a, out: seen.append(tuple(out.shape[:2])))
+    inner.register_forward_pre_hook(lambda m, a: seen.append(tuple(a[0].shape[:2])))
+    result = direct_logit_attribution(model, ids, 5, 7, unit=unit, pos=None)
+    assert seen == [tuple(ids.shape)] * 2
+    holds(model, ids, result)
+
+
+@pytest.mark.parametrize("place", ["model.layers.1.self_attn.o_proj", "lm_head"])
+def test_hook_inside_a_wrapper_that_changes_something_is_in_no_wrong_row(place):
+    model, ids = build("llama-bias"), example_ids("llama-bias")
+    holder, _, name = place.rpartition(".")
+    inner = model.get_submodule(place)
+    setattr(model.get_submodule(holder), name, nn.Sequential(inner, nn.Identity()).eval())
+    inner.register_forward_hook(adds(0.7))
+    for unit in UNIT_NAMES:
+        try:
+            result = direct_logit_attribution(model, ids, 5, unit=unit, pos=None)
+        except dla_hooks.DLAError:
+            continue
+        holds(model, ids, result)
