@@ -28,7 +28,7 @@ from dla_hooks.inputs.prompts import Prompt
 from dla_hooks.projection.ledger import all_finite
 from dla_hooks.residual.stream import coarsest
 from dla_hooks.targets.base import Observed
-from dla_hooks.tolerance import misfit_tolerance, tolerance
+from dla_hooks.tolerance import is_coarse, misfit_tolerance, of_stream, tolerance
 from dla_hooks.units.base import Claim
 from dla_hooks.units.plan import Measurement
 from dla_hooks.verification.trace import trace_report
@@ -107,8 +107,13 @@ def hold_against_model(
     uncapped = spread if stream.softcap is None else observed.spread(stream.softcap)
     for claim, dtype in _claims(measurement):
         relative = tolerance(dtype, n_writes)[claim.through_norm]
-        relative *= _OF_STREAM if _is_coarse(dtype) else 1
-        broken = _broken(claim, relative * uncapped + rounding_N)
+        relative *= _OF_STREAM if is_coarse(dtype) else 1
+        allowed_N = rounding_N + relative * uncapped
+        if claim.of_stream and is_coarse(dtype) and reading.size_N is not None:
+            rounded_N = of_stream(dtype, _additions(measurement), reading.size_N)
+            allowed_N = rounding_N + rounded_N.clamp(max=relative * uncapped)
+            relative = min(relative, _largest(rounded_N) / max(uncapped, 1e-300))
+        broken = _broken(claim, allowed_N)
         if broken is not None:
             raise _failure(measurement, prompt, *broken, spread, relative)
     for name, misfit in _norms(measurement):
@@ -194,7 +199,7 @@ def _claims(measurement: Measurement) -> Iterator[tuple[Claim, torch.dtype]]:
     stream = measurement.plan.stream
     parts = measurement.parts
     whole_LN = measurement.reading.total_N[None]
-    claim = Claim(["the parts of the stream"], parts.sum_N[None], whole_LN)
+    claim = Claim(["the parts of the stream"], parts.sum_N[None], whole_LN, of_stream=True)
     # Parallel writes may be added to each other before the stream, in their own dtype.
     yield claim, coarsest((stream.stream_dtype, stream.write_dtype))
     for split in measurement.splits.values():
@@ -219,8 +224,10 @@ def _norms(measurement: Measurement) -> Iterator[tuple[str, float]]:
         yield from split.norms
 
 
-def _is_coarse(dtype: torch.dtype) -> bool:
-    return torch.finfo(dtype).eps > 1e-6
+def _additions(measurement: Measurement) -> int:
+    """How often the stream is rounded: by every step, and by every gain."""
+    gains = sum(block.gain is not None for block in measurement.plan.stream.blocks)
+    return len(measurement.parts.steps_SN) + gains
 
 
 def _rounding(measurement: Measurement, spread: float = 0.0) -> Tensor:
@@ -234,7 +241,7 @@ def _rounding(measurement: Measurement, spread: float = 0.0) -> Tensor:
     dtype = measurement.plan.stream.coarsest_dtype
     eps = torch.finfo(dtype).eps
     running_SN = parts.steps_SN.cumsum(0).abs_()
-    if spread and _is_coarse(dtype):
+    if spread and is_coarse(dtype):
         beyond_N: Tensor = (running_SN - spread).clamp_(min=0).square_().sum(0).sqrt_()
         return beyond_N * eps
     largest_N: Tensor = running_SN.amax(0)

@@ -45,6 +45,13 @@ def project(x: Tensor, view: View, directions: Directions, out_N: Tensor) -> Non
             out_N[tile.index] = torch.mv(x_TM, d_M)
 
 
+def project_squares(x: Tensor, view: View, directions: Directions, out_N: Tensor) -> None:
+    """out[n] = the sum of (x[entry n] * d[target of n])^2 over channels; see :func:`project`."""
+    for x_TM, tile in tiles(x, view, directions.dtype):
+        d_KM = tile.spread(directions.at(tile, x.device))
+        out_N[tile.index] = (x_TM * d_KM).square_().sum(-1)
+
+
 def project_heads(
     z: Tensor,
     view: View,

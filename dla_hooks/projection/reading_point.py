@@ -22,7 +22,7 @@ from dla_hooks.modules.hooks import Call, Place, Tap
 from dla_hooks.modules.norms import Norm
 from dla_hooks.modules.user_hooks import FINAL_HOOK, LOGIT_HOOK, is_hooked
 from dla_hooks.projection.hook_writes import HookWrites
-from dla_hooks.projection.kernels import frozen_scales, project
+from dla_hooks.projection.kernels import frozen_scales, project, project_squares
 from dla_hooks.projection.ledger import FixedRows
 from dla_hooks.projection.logit_hooks import LogitHooks, hooks_logits
 from dla_hooks.projection.readout import Readout
@@ -39,6 +39,8 @@ class ReadingPoint:
         norm: that norm's constants.
         dtype: of all contractions.
         unembed: the module that makes logits of what is read, or None.
+        rounds: whether the stream is added up in 16 bits. Its size, by which rounding is judged, is
+            then measured.
     """
 
     stream: Place
@@ -46,6 +48,7 @@ class ReadingPoint:
     norm: Norm | None
     dtype: torch.dtype
     unembed: nn.Module | None = None
+    rounds: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ class Reading:
         hooks_RN: what the caller's hooks add behind the stream, at the norm's output and at the
             logits; by the label of its row.
         misfit: the largest part of the norm's output that its form leaves unexplained.
+        size_N: the root of the sum of (x * d / s)^2 over the channels, in which roundings of the
+            channels add up; None where it was not asked for.
     """
 
     scale_N: Tensor
@@ -66,6 +71,7 @@ class Reading:
     bias_RN: Tensor
     misfit: float
     hooks_RN: Mapping[str, Tensor] = field(default_factory=dict)
+    size_N: Tensor | None = None
 
     @cached_property
     def _value_RN(self) -> Tensor:
@@ -98,7 +104,8 @@ class PointRecorder:
     def __init__(self, point: ReadingPoint, readouts: Sequence[Readout], entries: Entries) -> None:
         self._point, self._readouts, self._entries = point, readouts, entries
         # The scale comes first: it is read where the norm is, and all else is divided by it there.
-        self._rows = FixedRows(1 + len(readouts), len(entries), point.dtype)
+        # The size comes last.
+        self._rows = FixedRows(1 + len(readouts) + point.rounds, len(entries), point.dtype)
         self._misfits: list[Tensor] = []
         self._behind: HookWrites | None = None
         place = point.norm_place
@@ -122,6 +129,9 @@ class PointRecorder:
             x = call.activation
             for number, readout in enumerate(self._readouts, start=1):
                 project(x, view, readout.directions, self._rows.row(number, x.device))
+            if self._point.rounds:
+                size_N = self._rows.row(-1, x.device)
+                project_squares(x, view, self._readouts[0].directions, size_N)
 
         taps = [Tap(self._point.stream, see_stream)]
         if self._logits is not None:
@@ -143,7 +153,7 @@ class PointRecorder:
     def finish(self) -> Reading:
         """Return the reading after a run."""
         rows = self._rows.gathered()
-        scale_N, total_RN = rows[0], rows[1:]
+        scale_N, total_RN = rows[0], rows[1 : 1 + len(self._readouts)]
         if self._point.norm_place is None:
             scale_N.fill_(1)
         target_N = self._entries.target.to(rows.device)
@@ -154,4 +164,5 @@ class PointRecorder:
         if self._logits is not None:
             hooks[LOGIT_HOOK] = self._logits.finish(rows.device)
         misfit = norms.largest(self._misfits)
-        return Reading(scale_N, total_RN / scale_N, torch.stack(biases), misfit, hooks)
+        size_N = rows[-1].sqrt() / scale_N if self._point.rounds else None
+        return Reading(scale_N, total_RN / scale_N, torch.stack(biases), misfit, hooks, size_N)

@@ -28,8 +28,9 @@ from dla_hooks.modules.norms import Norm
 from dla_hooks.projection.directions import Directions, few
 from dla_hooks.projection.reading_point import Reading, ReadingPoint
 from dla_hooks.projection.readout import Readout
-from dla_hooks.residual.stream import Stream
+from dla_hooks.residual.stream import Stream, coarsest
 from dla_hooks.targets.base import Observed, Target
+from dla_hooks.tolerance import is_coarse
 
 _TARGETS_AT_ONCE = 256
 
@@ -159,7 +160,10 @@ class TokenTarget(Target):
 def final_point(stream: Stream) -> ReadingPoint:
     """The last stream, read through the final norm."""
     norm = norm_at(stream, stream.final_norm)
-    return ReadingPoint(stream.last, stream.final_norm, norm, stream.work_dtype, stream.unembed)
+    rounds = is_coarse(coarsest((stream.stream_dtype, stream.write_dtype)))
+    return ReadingPoint(
+        stream.last, stream.final_norm, norm, stream.work_dtype, stream.unembed, rounds
+    )
 
 
 def read_out(stream: Stream, pairs: TokenPairs, *, center_unembed: bool) -> Readout:

@@ -34,12 +34,14 @@ class Claim:
         whole_LN: what these should be.
         through_norm: whether a norm of the model stands between the two; transformers computes
             norms in float32, so that even a float64 model is then exact to float32 only.
+        of_stream: whether the whole is the stream, which every addition rounds.
     """
 
     what: Sequence[str]
     parts_LN: Tensor
     whole_LN: Tensor
     through_norm: bool = False
+    of_stream: bool = False
 
 
 @dataclass(frozen=True)

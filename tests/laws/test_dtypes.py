@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 from zoo import ZOO, build, example_ids
 
 from dla_hooks import DecompositionError, DLAError, direct_logit_attribution, verify
@@ -161,3 +162,46 @@ def test_clean_model_in_16_bits_is_not_refused_at_any_depth(name, depth, half):
         model, ids = build(spec, seed=seed, dtype=half), example_ids(name)
         for wrong in (None, 7):
             direct_logit_attribution(model, ids, 5, wrong, pos=None, unit=UNITS)
+
+
+def deep(n_layers, dtype, seed=0, massive=False):
+    """A Llama of many layers; massive: a channel of the embeddings is a thousand times as large."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    config = LlamaConfig(**sizes, num_hidden_layers=n_layers, vocab_size=300)
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, 1.0 if parameter.ndim == 1 else 0.0, 0.1)
+        if massive:
+            model.model.embed_tokens.weight[:, 3] *= 1000
+            model.model.norm.weight[3] = 0.01
+    return model.to(dtype), torch.randint(300, (3, 20))
+
+
+@pytest.mark.parametrize("massive", [False, True])
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("n_layers", [12, 24])
+def test_deep_clean_models_pass_at_every_position_in_16_bits(n_layers, dtype, massive):
+    for seed in (0, 1):
+        model, ids = deep(n_layers, dtype, seed, massive)
+        direct_logit_attribution(model, ids, 5, pos=None)
+        direct_logit_attribution(model, ids, 5, 7, pos=None, unit="head")
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_write_off_by_a_hundredth_of_the_spread_is_seen_in_a_deep_model(seed, monkeypatch):
+    model, ids = deep(12, torch.bfloat16, seed)
+    logits = own_logits(model, ids)
+    spread = float((logits.amax(-1) - logits.amin(-1)).mean())
+    finish = PartsRecorder.finish
+
+    def off(self, reading):
+        parts = finish(self, reading)
+        raw_CN = parts.raw_CN.clone()
+        raw_CN[-1] += 0.01 * spread * torch.sign(parts.sum_N - reading.total_N)
+        return dataclasses.replace(parts, raw_CN=raw_CN)
+
+    monkeypatch.setattr(PartsRecorder, "finish", off)
+    with pytest.raises(DecompositionError):
+        direct_logit_attribution(model, ids, 5)
