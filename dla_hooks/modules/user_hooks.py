@@ -191,8 +191,9 @@ def refuse_second_run(model: nn.Module, error: DLAError) -> None:
     """
     path = next(callers_hooks(model), None)
     if path is not None:
+        said = str(error).rstrip(".")
         raise type(error)(
-            f"{error}. {path or 'The model'} has a hook of yours, so the model was not run a "
+            f"{said}. {path or 'The model'} has a hook of yours, so the model was not run a "
             "second time. If a weight was changed through .data, call again: it is measured anew"
         ) from error
 

@@ -73,11 +73,15 @@ class _Eyes:
 
     def __init__(self) -> None:
         self.handles: list[Any] = []
+        self.watched: set[nn.Module] = set()
         self.seen: dict[tuple[int, str], Tensor] = {}
         self.times: dict[tuple[int, str], int] = {}
 
     def on(self, slot: Slot) -> nn.Module:
         module = slot.now
+        if module in self.watched:  # BLOOM's attention is its output projection
+            return module
+        self.watched.add(module)
         for when, first in (("before", True), ("after", False)):
             self._pre(module, f"in {when}", first)
             self._post(module, f"out {when}", first)
