@@ -13,9 +13,9 @@ from dla_hooks.backends import Backend, Conventions
 from dla_hooks.call import ReadModel, check_given, checked, model_of, source_of, target_of
 from dla_hooks.errors import DecompositionError, HookError, InputError
 from dla_hooks.inputs import positions
-from dla_hooks.measure.completeness import norms_hold
+from dla_hooks.measure.completeness import seems_current
 from dla_hooks.measure.one_prompt import measure, results
-from dla_hooks.modules.user_hooks import refuse_second_run
+from dla_hooks.modules.user_hooks import hooked_modules, refuse_second_run
 from dla_hooks.modules.version import forget
 from dla_hooks.residual.stream import Stream
 from dla_hooks.sources.base import Source
@@ -237,6 +237,10 @@ class Plan:
         self._read = dataclasses.replace(self._read, stream=located(backend))
         self._data = self._make()
 
+    def _hooked(self) -> bool:
+        """Whether there are hooks of the caller's, which may act in the first run only."""
+        return bool(hooked_modules(self._read.backend.hookable()))
+
     def _attribute(self, source: Source, selection: positions.Selection) -> Any:
         # Weights may have changed in a way that leaves no trace, since this was measured.
         may_be_stale = self._asked or self._data.stream.remembered
@@ -244,7 +248,7 @@ class Plan:
         failed: DecompositionError | HookError | None = None
         try:
             found, outcome = measure(self._data, source, selection, self._check)
-            if self._check or norms_hold(found):
+            if self._check or seems_current(found, outcome) or self._hooked():
                 may_be_stale = False
         except (DecompositionError, HookError) as error:
             if not may_be_stale:

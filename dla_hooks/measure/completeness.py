@@ -22,8 +22,6 @@ from torch import Tensor
 
 from dla_hooks.calibration.scales import check_weights
 from dla_hooks.errors import DecompositionError, NonFiniteError
-from dla_hooks.inputs.entries import Entries
-from dla_hooks.inputs.positions import spread_over
 from dla_hooks.inputs.prompts import Prompt
 from dla_hooks.projection.ledger import all_finite
 from dla_hooks.residual.stream import coarsest
@@ -33,10 +31,8 @@ from dla_hooks.units.base import Claim
 from dla_hooks.units.plan import Measurement
 from dla_hooks.verification.trace import trace_report
 
-_MOST_COLUMNS = 4
 _OF_STREAM = 0.45
 """Of :func:`tolerance` in 16 bits, for the stream: clean models of any depth reach 0.1 to 0.23."""
-_MOST_LOGITS = 2**22  # of the model's own, kept for the check: 16 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -52,18 +48,6 @@ class Outcome:
     logit_gap: float = math.nan
 
 
-def columns_to_check(entries: Entries, prompt: Prompt, vocabulary: int) -> Tensor | None:
-    """A few of the selected columns, the first and the last among them; None if there are none."""
-    if not len(entries):
-        return None
-    columns: Tensor = entries.cols.unique() if len(entries) > 1 else entries.cols
-    per_column = len(prompt.input_ids) * vocabulary
-    most = max(1, min(_MOST_COLUMNS, _MOST_LOGITS // per_column))
-    if most == 1:
-        return columns[-1:]
-    return columns[spread_over(len(columns), most)]
-
-
 def identity_gap(measurement: Measurement) -> float:
     """The largest difference between the parts' sum and the last stream's projection."""
     if not measurement.parts.complete:
@@ -71,10 +55,15 @@ def identity_gap(measurement: Measurement) -> float:
     return _largest(measurement.parts.sum_N - measurement.reading.total_N)
 
 
-def norms_hold(measurement: Measurement) -> bool:
-    """Whether every norm did what its constants say, as far as rounding lets it be seen."""
-    allowed = misfit_tolerance(measurement.plan.stream.product_dtype)
-    return all(misfit <= allowed for _, misfit in _norms(measurement))
+def seems_current(measurement: Measurement, outcome: Outcome) -> bool:
+    """Whether norms do what their constants say, and the parts sum to the stream."""
+    stream = measurement.plan.stream
+    allowed = misfit_tolerance(stream.product_dtype)
+    if not all(misfit <= allowed for _, misfit in _norms(measurement)):
+        return False
+    claim, dtype = next(_claims(measurement))
+    relative = tolerance(dtype, len(stream.writes))[claim.through_norm]
+    return not outcome.gap > relative * _largest(measurement.parts.raw_CN)
 
 
 def hold_against_model(

@@ -1,16 +1,21 @@
-"""One prompt, from a plan and a source of activations to results."""
+"""One prompt, from a plan and a source of activations to results.
+
+Decided here: at which columns the model's own logits are looked at.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dla_hooks.errors import ShapeMismatchError
-from dla_hooks.inputs.positions import Selection
+from dla_hooks.inputs.entries import Entries
+from dla_hooks.inputs.positions import Selection, spread_over
+from dla_hooks.inputs.prompts import Prompt
 from dla_hooks.measure.completeness import (
     Outcome,
-    columns_to_check,
     hold_against_cache,
     hold_against_model,
     identity_gap,
@@ -19,6 +24,21 @@ from dla_hooks.residual.hooked import changed_behind
 from dla_hooks.results.result import DirectLogitAttribution
 from dla_hooks.sources.base import Source
 from dla_hooks.units.plan import Measurement, Plan, Recording
+
+_MOST_COLUMNS = 4
+_MOST_LOGITS = 2**22  # of the model's own, kept for the check: 16 MiB in float32
+
+
+def columns_to_check(entries: Entries, prompt: Prompt, vocabulary: int) -> Tensor | None:
+    """A few of the selected columns, the first and the last among them; None if there are none."""
+    if not len(entries):
+        return None
+    columns: Tensor = entries.cols.unique() if len(entries) > 1 else entries.cols
+    per_column = len(prompt.input_ids) * vocabulary
+    most = max(1, min(_MOST_COLUMNS, _MOST_LOGITS // per_column))
+    if most == 1:
+        return columns[-1:]
+    return columns[spread_over(len(columns), most)]
 
 
 def measure(

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.inputs.entries import Entries
 from dla_hooks.modules.hooks import Call, Place, Tap
 from dla_hooks.modules.user_hooks import has_callers, hooked_modules, silenced
@@ -69,7 +70,14 @@ class LogitHooks:
         return (rows[n:] - rows[:n]) * scales[:, None]
 
     def _write(self, logits_BSV: Tensor, view: View, place: slice) -> None:
-        entries, inside = self._entries, view.inside
+        entries, inside, width = self._entries, view.inside, len(view.columns)
+        if logits_BSV.ndim != 3 or logits_BSV.shape[1] < width:
+            raise UnsupportedModelError(
+                f"with your hooks on the unembedding its output has the shape "
+                f"{tuple(logits_BSV.shape)}, for a prompt of {width} positions; which of them it "
+                "has cannot be told. Take off a hook that keeps some positions only"
+            )
+        logits_BSV = logits_BSV[:, -width:]  # the model may put positions before the prompt
         column = entries.cols[inside] - view.columns.start
         out_RN = self._rows.on(logits_BSV.device)[place]
         for some in torch.arange(len(inside), device="cpu").split(_AT_ONCE):

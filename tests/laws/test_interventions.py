@@ -494,3 +494,18 @@ def test_hook_inside_a_wrapper_that_changes_something_is_in_no_wrong_row(place):
         except dla_hooks.DLAError:
             continue
         holds(model, ids, result)
+
+
+@pytest.mark.parametrize("pos", [-1, None])
+@pytest.mark.parametrize("at_input", [True, False])
+@pytest.mark.parametrize("keep", [slice(-1, None), slice(1, None)], ids=["last", "all but first"])
+@pytest.mark.parametrize("name", ["stablelm-parallel", "bloom"])
+def test_hook_that_keeps_some_positions_at_the_unembedding_is_refused(name, keep, at_input, pos):
+    model, ids = build(name), example_ids(name)
+    if at_input:
+        model.lm_head.register_forward_pre_hook(lambda module, args: (args[0][:, keep],))
+    else:
+        model.lm_head.register_forward_hook(lambda module, args, out: out[:, keep])
+    with pytest.raises(UnsupportedModelError, match="hooks on the unembedding"):
+        direct_logit_attribution(model, ids, 5, 7, pos=pos)
+    assert len(model.lm_head._forward_hooks) + len(model.lm_head._forward_pre_hooks) == 1

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from zoo import build, example_ids
 
+import dla_hooks
 from dla_hooks import direct_logit_attribution
 from dla_hooks.backends import backend_of
 
@@ -137,3 +138,55 @@ def test_mid_streams_do_not_depend_on_the_size_of_the_embeddings(name, shrink):
         if name.startswith("gpt2"):
             model.transformer.wpe.weight /= shrink
     assert direct_logit_attribution(model, ids, 5, unit="layer", check=False).labels == expected
+
+
+class Shifted(nn.Module):
+    """A block with a constant that it finds elsewhere, which leaves no trace on the module."""
+
+    def __init__(self, block, settings):
+        super().__init__()
+        self.block, self.change = block, lambda x: settings["gain"] * x + settings["shift"]
+
+    def forward(self, *args, **kwargs):
+        out = self.block(*args, **kwargs)
+        return (self.change(out[0]), *out[1:]) if isinstance(out, tuple) else self.change(out)
+
+
+@pytest.mark.parametrize("setting", ["gain", "shift"])
+@pytest.mark.parametrize("name", ["stablelm-sequential", "gemma3_text", "granite"])
+def test_block_that_changes_without_a_trace_is_followed_without_a_check(name, setting):
+    model, ids = build(name), example_ids(name)
+    direction = torch.linspace(-1, 1, model.config.hidden_size, dtype=torch.float64)
+    settings = {"gain": 1.2, "shift": direction}
+    model.model.layers[1] = Shifted(model.model.layers[1], settings)
+    plan = dla_hooks.prepare(model, 5, check=False)
+    for factor in (1, 2, 0.5):
+        settings[setting] = settings[setting] * factor
+        holds(model, ids)
+        found = plan(ids)
+        torch.testing.assert_close(
+            found.attribution.sum(0) + found.bias, own_logit(model, ids), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_hooked_model_that_does_not_add_up_is_run_once_without_a_check():
+    model, ids = build("olmo2"), example_ids("olmo2")
+    runs = []
+    direct_logit_attribution(model, ids, 5)
+    model.model.layers[0].register_forward_pre_hook(lambda *_: runs.append(1))
+    inner = model.model.layers[1].self_attn.o_proj
+    inner.register_forward_hook(lambda *_: None)
+
+    def put_on(module, args):  # a hook that is put on while the model runs is not seen
+        runs.append(2)
+        handles.append(
+            model.model.layers[2].register_forward_hook(
+                lambda m, a, out: handles.pop().remove() or 2 * out
+            )
+        )
+
+    handles = []
+    model.model.layers[0].register_forward_pre_hook(put_on)
+    for _ in range(3):
+        direct_logit_attribution(model, ids, 5, check=False)
+    assert runs.count(1) == 3
