@@ -90,7 +90,8 @@ class Kept:
         self.autocast = any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
         wanted = columns
         if self.live and (hooks_logits(self.stream.unembed) or changed_behind(self.stream)):
-            columns = torch.arange(self.entries.prompt_shape[1])  # hooks see what they would see
+            width = self.entries.prompt_shape[1]
+            columns = torch.arange(width, device="cpu")  # hooks see what they would see
         logits = self.inputs.source.show(self.view, lambda _: self._taps, columns)
         if self.check:
             self._hold_norms()
