@@ -60,4 +60,14 @@ ARCHITECTURES = (
         ),
         positions="model.embed_positions",
     ),
+    Architecture(
+        model_types=("kosmos-2.5",),
+        layers="text_model.model.layers",
+        final_norm="text_model.model.layer_norm",
+        writes=(
+            Write("attn_out", "self_attn", heads=Heads("self_attn.out_proj", "attention_heads")),
+            Write("mlp_out", "ffn"),
+        ),
+        positions="text_model.model.embed_positions",
+    ),
 )

@@ -25,6 +25,7 @@ from dla_hooks.backends.readouts import (
     entry,
     label_head,
     label_names,
+    last_is_read,
     n_embedded,
     run_labels,
     taken,
@@ -256,7 +257,12 @@ class HuggingFaceBackend(Backend):
         in_chunks = len(chunk) < prompt.shape[1]
         traces = without_traces(self.root, in_chunks=in_chunks)
         with refusing(self.root, prompt), traces, from_the_start(self.root):
-            output, logits = self._call(ids, arguments, accepted)
+            if self._labels is None:
+                output, logits = self._call(ids, arguments, accepted)
+            else:
+                last = last_is_read(prompt, chunk, self.number("pad_token_id"))
+                given = self._given(ids, arguments, accepted)
+                output, logits = run_labels(self.model, self._labels, *given, last)
         if not ("logits_to_keep" in accepted and logits.shape[1] == len(wanted)):
             logits = at_columns(logits, wanted, len(chunk), type(self.root).__name__)
         return logits, output
@@ -265,28 +271,26 @@ class HuggingFaceBackend(Backend):
         self, ids: Tensor | None, arguments: dict[str, Any], accepted: Mapping[str, Any]
     ) -> tuple[Any, Tensor]:
         """Run the model: its output, and the logits [batch, n, vocabulary] in it."""
-        given: tuple[Tensor, ...] = ()
+        given, arguments = self._given(ids, arguments, accepted)
+        output = self.model(*given, **arguments)
+        logits = getattr(output, "logits", None)
+        if not isinstance(logits, Tensor):
+            logits = tensor_in(output, ("logits",))
+        if logits is None or logits.ndim != 3:
+            raise UnsupportedModelError(
+                f"{type(self.root).__name__} returns a {type(output).__name__} without logits "
+                "[batch, position, vocabulary]; let its forward return them first, or as `logits`"
+            )
+        return output, logits
+
+    def _given(
+        self, ids: Tensor | None, arguments: dict[str, Any], accepted: Mapping[str, Any]
+    ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+        """What the model is called with: arguments by position, and by name."""
         first = next(iter(accepted.values()), None)
         if ids is None:
-            pass  # embeddings stand among the arguments
-        elif (
-            "input_ids" in accepted
-            or first is None
-            or first.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD
-        ):
-            arguments = {"input_ids": ids, **arguments}
-        else:  # the first argument has another name, as nanoGPT's `idx`
-            given = (ids,)
-        if self._labels is None:
-            output = self.model(*given, **arguments)
-            logits = getattr(output, "logits", None)
-            if not isinstance(logits, Tensor):
-                logits = tensor_in(output, ("logits",))
-            if logits is None or logits.ndim != 3:
-                raise UnsupportedModelError(
-                    f"{type(self.root).__name__} returns a {type(output).__name__} without logits "
-                    "[batch, position, vocabulary]; let its forward return them first, or as "
-                    "`logits`"
-                )
-            return output, logits
-        return run_labels(self.model, self._labels, given, arguments)
+            return (), arguments  # embeddings stand among the arguments
+        named = first is None or first.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD
+        if named or "input_ids" in accepted:
+            return (), {"input_ids": ids, **arguments}
+        return (ids,), arguments  # the first argument has another name, as nanoGPT's `idx`

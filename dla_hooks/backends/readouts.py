@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from dla_hooks.errors import TokenError, UnsupportedModelError
+from dla_hooks.inputs.prompts import Prompt
 from dla_hooks.modules.hooks import Place, Tap, tapped
 from dla_hooks.modules.outputs import tensor_in
 
@@ -145,8 +146,26 @@ def n_embedded(embedding: nn.Module) -> int | None:
     return int(weight.shape[0]) if isinstance(weight, Tensor) and weight.ndim == 2 else None
 
 
+def last_is_read(prompt: Prompt, chunk: range, pad: Any) -> Tensor:
+    """Rows [batch] where a classifier of transformers reads the last column of a chunk.
+
+    It is the last token that is no padding, by the ids and not by the mask.
+
+    Args:
+        prompt: the whole batch.
+        chunk: the columns that are run.
+        pad: the model's pad token, or None.
+    """
+    ends = prompt.mask[:, -1] & (prompt.input_ids[:, -1] != (-1 if pad is None else pad))
+    return ends & (chunk.stop == prompt.shape[1])
+
+
 def run_labels(
-    model: Any, head: LabelHead, given: tuple[Any, ...], arguments: dict[str, Any]
+    model: Any,
+    head: LabelHead,
+    given: tuple[Any, ...],
+    arguments: dict[str, Any],
+    last: Tensor,
 ) -> tuple[Any, Tensor]:
     """Run a model with a head of labels.
 
@@ -155,6 +174,7 @@ def run_labels(
         head: its head.
         given: positional arguments of the model.
         arguments: its other arguments.
+        last: rows [batch] where the last position is the one that the model has to read.
 
     Returns:
         The model's output, and the head's logits [batch, position, labels]. What the model itself
@@ -181,31 +201,39 @@ def run_labels(
             f"{name} pools the stream before {head.name}, so no logit belongs to one position; "
             "pass a model that scores every position"
         )
-    if output is not None and not _is_of(output, logits, head):
+    if output is None:
+        return output, logits
+    same = _where_same(output, logits, head)
+    if same is None or not bool(same.any(-1).all()):
         raise UnsupportedModelError(
             f"{name} returns something else than what {head.name} puts out at one position; pass "
             "a model that returns that"
         )
+    if not bool(same[last.to(same.device), -1].all()):
+        raise UnsupportedModelError(
+            f"{name} reads another position than the last token; pass a model that scores the "
+            "last token, or every position"
+        )
     return output, logits
 
 
-def _is_of(output: Any, logits: Tensor, head: LabelHead) -> bool:
-    """Whether a model returned its head's logits, at every position or at one of each row."""
+def _where_same(output: Any, logits: Tensor, head: LabelHead) -> Tensor | None:
+    """Positions [batch, pos] at which a model may have read what it returned; None for nowhere."""
     if head.is_span:
         parts = [tensor_in(output, (f"{name}_logits",)) for name in _SPAN]
         returned = None if None in parts else torch.stack(parts, -1)  # type: ignore[arg-type]
     else:
         returned = tensor_in(output, ("logits",))
     if returned is None or returned.shape[-1] != logits.shape[-1]:
-        return False
+        return None
     rounding = 4 * max(torch.finfo(one.dtype).eps for one in (logits, returned))
     ours, theirs = logits.double(), returned.double().to(logits.device)
     if theirs.ndim == 2:
-        near = torch.isclose(ours, theirs[:, None], rtol=rounding, atol=1e-30)
-        return bool(near.all(-1).any(-1).all())
+        return torch.isclose(ours, theirs[:, None], rtol=rounding, atol=1e-30).all(-1)
     if theirs.shape != ours.shape:
-        return False
-    return torch.allclose(ours, theirs, rtol=rounding, atol=1e-30, equal_nan=True)
+        return None
+    near = torch.isclose(ours, theirs, rtol=rounding, atol=1e-30, equal_nan=True)
+    return near.all().expand(near.shape[:2])
 
 
 def entry(output: Any, name: str) -> Any:

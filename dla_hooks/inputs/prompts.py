@@ -81,6 +81,10 @@ def read_prompt(
     extras: dict[str, Any] = {}
     if isinstance(input, Mapping):
         input, own_mask, extras = split_mapping(input)
+        if own_mask is not None and attention_mask is not None:
+            raise InputError(
+                "input holds an attention_mask, and attention_mask= is another; give one"
+            )
         attention_mask = own_mask if attention_mask is None else attention_mask
         if is_text(input):
             raise InputError("input_ids must hold token ids; give a string as input itself")

@@ -19,6 +19,7 @@ from dla_hooks.modules import vjp
 from dla_hooks.modules.autocast import outside_autocast
 from dla_hooks.modules.faults import as_refusal
 from dla_hooks.modules.weights import described, is_sharded, run_device, selected, stored, tiles
+from dla_hooks.modules.widths import Shapes, held_shapes, possible_widths
 
 _TILE = 256
 """Number of identity rows that are pulled back in one pass."""
@@ -32,8 +33,7 @@ _CAST_ELEMENTS = 2**19
 _CAST_ELEMENTS_ON_GPU = 2**24
 """The same on a GPU, where each piece costs a launch: 64 MiB, before any activation is there."""
 
-_widths: WeakKeyDictionary[nn.Module, tuple[tuple[tuple[int, ...], ...], int]]
-_widths = WeakKeyDictionary()
+_widths: WeakKeyDictionary[nn.Module, tuple[Shapes, int]] = WeakKeyDictionary()
 
 _NO_HEADS = (
     "whole sublayers do not need that (leave out unit=); for heads dequantise this module, "
@@ -145,8 +145,8 @@ def value_at(module: nn.Module, z: Tensor) -> Tensor:
 def input_width(module: nn.Module) -> int:
     """The size of the space that a linear module reads.
 
-    A module that does not say it is run on rows of each width that its parameters have; the result
-    is kept while these have the same shapes.
+    A module that does not say it is run on rows of each width that its weights have; the result is
+    kept while these have the same shapes.
 
     Raises:
         UnsupportedModelError: where no width or several fit.
@@ -158,7 +158,7 @@ def input_width(module: nn.Module) -> int:
         first = declared_width(module[0])
         if first is not None:
             return first
-    shapes = tuple(tuple(parameter.shape) for parameter in module.parameters())
+    shapes = held_shapes(module)
     known = _widths.get(module)
     if known is None or known[0] != shapes:
         known = _widths[module] = shapes, _width_by_trying(module, shapes)
@@ -179,9 +179,9 @@ def declared_width(module: nn.Module) -> int | None:
     return declared_width(inside) if isinstance(inside, nn.Module) else None
 
 
-def _width_by_trying(module: nn.Module, shapes: tuple[tuple[int, ...], ...]) -> int:
+def _width_by_trying(module: nn.Module, shapes: Shapes) -> int:
     fits = []
-    for width in sorted({size for shape in shapes for size in shape if size > 1}):
+    for width in possible_widths(shapes):
         try:
             out = value_at(module, torch.zeros(width, dtype=torch.float32, device="cpu"))
         except UnsupportedModelError:

@@ -27,6 +27,7 @@ from dla_hooks.modules.user_hooks import callers_hooks
 from dla_hooks.projection.tiles import View
 from dla_hooks.residual.stream import Stream
 from dla_hooks.sources.base import Source
+from dla_hooks.sources.prompt import refusing_length
 
 LONG_PROMPT = 8192
 """Prompts of more tokens than this are run in chunks, unless the caller says otherwise."""
@@ -61,7 +62,7 @@ class Live(Source):
             looks = taps(piece) if piece is view or len(piece) else []
             if self.prompt.extras:
                 looks = [Tap(self._stream.last, partial(self._check_width, chunk)), *looks]
-            with tapped(looks):
+            with tapped(looks), refusing_length(self._stream, self.prompt):
                 logits.append(run())
         if columns is None:
             return None

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from dla_hooks.calibration.invariance import holes_are_ignored, padding_is_ignored
-from dla_hooks.errors import InputError, UnsupportedModelError
+from dla_hooks.errors import DLAError, InputError, UnsupportedModelError
 from dla_hooks.inputs.extras import POSITIONS
 from dla_hooks.inputs.prompts import Prompt, is_text, read_prompt, tokenizer_for
+from dla_hooks.modules.faults import described_error
 from dla_hooks.residual.stream import Stream
 from dla_hooks.sources.cautions import warn_of
+
+_LONGEST = "max_position_embeddings"
 
 
 def prompt_for(
@@ -73,6 +79,29 @@ def check_length(stream: Stream, prompt: Prompt) -> None:
             f"{type(stream.backend.root).__name__} has "
             f"positions for {stream.position_limit} only; shorten it"
         )
+
+
+@contextmanager
+def refusing_length(stream: Stream, prompt: Prompt) -> Iterator[None]:
+    """Say that a prompt is too long, where a forward fails on more tokens than it has positions.
+
+    Raises:
+        InputError: with both lengths, and what the forward raised.
+    """
+    try:
+        yield
+    except (DLAError, torch.OutOfMemoryError):
+        raise
+    except (IndexError, RuntimeError) as error:
+        table = None if stream.positions is None else stream.positions.module
+        limits = getattr(table, "num_embeddings", None), stream.backend.number(_LONGEST)
+        known = [limit for limit in limits if isinstance(limit, int)]
+        if not known or prompt.shape[1] <= min(known):
+            raise
+        raise InputError(
+            f"{type(stream.backend.root).__name__} fails on a prompt of {prompt.shape[1]} tokens, "
+            f"and has positions for {min(known)}; shorten it ({described_error(error)})"
+        ) from error
 
 
 def _check_padding(stream: Stream, prompt: Prompt) -> None:

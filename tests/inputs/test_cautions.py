@@ -6,9 +6,10 @@ import warnings
 
 import pytest
 import torch
+from mapping_zoo import build_any
 from zoo import build, tiny_tokenizer
 
-from dla_hooks import DLAWarning, attribute_many, direct_logit_attribution, prepare
+from dla_hooks import DLAWarning, InputError, attribute_many, direct_logit_attribution, prepare
 
 PAD = 7
 LOOKS_PADDED, TWO_BOS = "look padded", "begins with two BOS"
@@ -183,3 +184,22 @@ def test_chunks_with_hooks_of_the_caller_warn():
     assert ask(chunk_size=5) == ask() == []  # at once
     handle.remove()
     assert ask(chunk_size=2) == []
+
+
+def test_forward_that_fails_beyond_its_positions_is_refused_with_both_lengths():
+    model = build_any("mpt", max_seq_len=16)
+    longest = model.config.max_seq_len
+    with pytest.raises(InputError, match=f"prompt of {longest + 1} tokens.*for {longest}; shorten"):
+        direct_logit_attribution(model, [5] * (longest + 1), 7)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_error_of_a_callers_hook_passes_at_a_trained_length():
+    model = build_any("mpt", max_seq_len=16)
+
+    def fail(module, args):
+        raise IndexError("mine")
+
+    model.transformer.blocks[0].register_forward_pre_hook(fail)
+    with pytest.raises(IndexError, match="^mine$"):
+        direct_logit_attribution(model, [5, 6], 7)

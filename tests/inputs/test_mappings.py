@@ -505,6 +505,14 @@ def test_arguments_that_do_not_fit_are_refused(extras, error, said):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def test_two_masks_are_refused():
+    mask = torch.ones_like(IDS)
+    with pytest.raises(InputError, match="attention_mask= is another; give one"):
+        direct_logit_attribution(
+            build("llama"), {"input_ids": IDS, "attention_mask": mask}, ANSWER, attention_mask=mask
+        )
+
+
 @pytest.mark.parametrize(
     ("embeds", "said"),
     [

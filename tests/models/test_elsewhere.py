@@ -19,7 +19,7 @@ from dla_hooks.residual import registry
 IDS = torch.randint(5, 40, (2, 7), generator=torch.Generator().manual_seed(0))
 TYPES = (
     "llama4", "qwen3_5", "qwen3_5_moe", "glm4v", "glm46v", "glm_ocr", "smolvlm", "idefics2",
-    "idefics3", "lfm2_vl",
+    "idefics3", "lfm2_vl", "kosmos-2.5", "minicpmv4_6",
 )  # fmt: skip
 
 

@@ -213,6 +213,22 @@ def test_classifier_that_changes_its_heads_output_is_refused(family):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("read", [0, 2, -2])
+def test_classifier_that_reads_another_position_is_refused(family, read):
+    model = _build(AutoModelForTokenClassification, family)
+    base = type(model)
+
+    def forward(self, input_ids=None, **options):
+        output = base.forward(self, input_ids, **options)
+        output.logits = output.logits[:, min(read, output.logits.shape[1] - 1)]
+        return output
+
+    model.__class__ = type("Reads", (base,), {"forward": forward})
+    with pytest.raises(UnsupportedModelError, match="reads another position than the last token"):
+        direct_logit_attribution(model, IDS, 1)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_classifier_with_a_bent_head_is_refused(family):
     model = _build(AutoModelForSequenceClassification, family)
     width = model.score.in_features

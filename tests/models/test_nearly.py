@@ -354,6 +354,15 @@ def test_plain_module_with_a_declaration_serves_all_units(tied, as_dict):
         direct_logit_attribution(model, IDS.repeat(1, 3), 7)
 
 
+@pytest.mark.filterwarnings("ignore::dla_hooks.DLAWarning")
+def test_prompt_beyond_a_position_table_is_refused_without_a_declared_limit(registered):
+    dla_hooks.register(dataclasses.replace(NANO, position_limit=None))
+    with pytest.raises(
+        InputError, match="fails on a prompt of 18 tokens, and has positions for 16"
+    ):
+        direct_logit_attribution(Nano(NanoConfig()), IDS.repeat(1, 3), 7)
+
+
 @pytest.mark.usefixtures("registered")
 def test_head_of_a_plain_module_is_what_its_ablation_removes():
     model = Nano(NanoConfig()).double()
@@ -431,6 +440,32 @@ class Scaled(nn.Module):
         return 2 * self.inner(x)
 
 
+class PerHead(nn.Module):
+    """A weight with an axis for the heads, no axis of which is the width that it reads."""
+
+    def __init__(self, linear):
+        super().__init__()
+        plain = _plain(linear)
+        self.kernel = nn.Parameter(plain.weight.detach().unflatten(1, (2, -1)))
+
+    def forward(self, x):
+        return torch.einsum("...nd,ond->...o", x.unflatten(-1, self.kernel.shape[1:]), self.kernel)
+
+
+class InEightBits(nn.Module):
+    """A quantised weight, which is a buffer."""
+
+    def __init__(self, linear):
+        super().__init__()
+        weight = _plain(linear).weight.detach()
+        scale = weight.abs().amax(1, keepdim=True) / 127
+        self.register_buffer("quantised", (weight / scale).round().to(torch.int8))
+        self.register_buffer("scale", scale)
+
+    def forward(self, x):
+        return x @ (self.quantised.to(x.dtype) * self.scale).T
+
+
 def _plain(linear: nn.Module) -> nn.Linear:
     weight = linear.weight.T if isinstance(linear, Conv1D) else linear.weight
     made = nn.Linear(weight.shape[1], weight.shape[0], bias=linear.bias is not None)
@@ -454,6 +489,8 @@ HEADS = {
     "two linear maps": _two_in_a_row,
     "own class": Scaled,
     "Sequential of an own class": lambda head: nn.Sequential(Scaled(head)),
+    "an axis for the heads": PerHead,
+    "a buffer of 8 bits": InEightBits,
 }
 
 
@@ -469,6 +506,8 @@ PROJECTIONS = {
     "Sequential": lambda proj: nn.Sequential(proj, nn.Identity()),
     "two linear maps": _two_in_a_row,
     "own class": Scaled,
+    "an axis for the heads": PerHead,
+    "a buffer of 8 bits": InEightBits,
 }
 
 
