@@ -28,6 +28,11 @@ from dla_hooks.errors import DLAError, UnsupportedModelError
 from dla_hooks.modules.hooks import Place, is_ours
 
 _LIBRARIES = ("torch", "transformers", "accelerate", "peft", "deepspeed")
+_OF_LAYERS = (
+    *("bitsandbytes", "torchao", "hqq", "optimum", "gptqmodel", "auto_gptq", "awq", "aqlm", "eetq"),
+    *("compressed_tensors", "quark", "vptq", "spqr_quant", "fbgemm_gpu", "kernels"),
+)
+"""Libraries whose modules are put into models of transformers, as quantised ones."""
 EMBED_HOOK, FINAL_HOOK, LOGIT_HOOK = "embed_hook", "final_hook", "logit_hook"
 """Rows of what hooks write to the token embeddings, at the last stream and the final norm's output,
 and at the logits."""
@@ -74,6 +79,16 @@ def is_callers(hook: Any) -> bool:
     hook = getattr(hook, "__func__", hook)  # a bound method
     home = getattr(hook, "__module__", None) or type(hook).__module__
     return home.partition(".")[0] not in _LIBRARIES
+
+
+def is_replaced(module: nn.Module) -> bool:
+    """Tell whether a ``forward`` was put on a module itself; accelerate's brings weights only."""
+    return "forward" in vars(module) and not hasattr(module, "_hf_hook")
+
+
+def is_callers_class(module: nn.Module) -> bool:
+    """Tell a module of a class of the caller's from one of a library's."""
+    return type(module).__module__.partition(".")[0] not in (*_LIBRARIES, *_OF_LAYERS)
 
 
 def has_callers(table: Any) -> bool:

@@ -8,7 +8,14 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from dla_hooks.modules.hooks import Place
-from dla_hooks.modules.user_hooks import FINAL_HOOK, has_callers, hooked_modules, is_hooked
+from dla_hooks.modules.user_hooks import (
+    FINAL_HOOK,
+    has_callers,
+    hooked_modules,
+    is_callers_class,
+    is_hooked,
+    is_replaced,
+)
 from dla_hooks.residual.gains import constant_label, product
 from dla_hooks.residual.stream import Block, Stream
 
@@ -70,21 +77,25 @@ def hook_factor(hooked: Hooked, factors: Mapping[str, Tensor | None]) -> Tensor 
 def changed_behind(stream: Stream) -> bool:
     """Tell whether the caller may change activations behind the last stream, out of sight.
 
-    A hook on the output of the model or of its decoder does that, and so does a ``forward`` that
-    was replaced there or on the unembedding, or a hook inside of a wrapped unembedding. No row
-    shows it. The check must then see all logits.
+    A hook on the output of the model or of its decoder does that, and so do a ``forward`` or a
+    wrapper that was put there or around the unembedding, and a hook inside of the latter. No row
+    shows it. The check must then see all logits. A model's own class is taken for what it is.
     """
     root, name = stream.backend.root, stream.final_norm.name
-    if hooked_modules(one for one in stream.unembed.modules() if one is not stream.unembed):
-        return True
-    around: list[nn.Module] = [stream.backend.model, root, stream.unembed]
+    behind = [stream.backend.model, root, stream.unembed]
     holder: object = root
     for part in name.split(".")[:-1]:
         holder = getattr(holder, part, None) or getattr(holder, "base_model", None)
         if isinstance(holder, nn.Module):
-            around.append(holder)
-    return any(
-        has_callers(module._forward_hooks)
-        or ("forward" in vars(module) and not hasattr(module, "_hf_hook"))
-        for module in around
-    )
+            behind.append(holder)
+    if any(has_callers(one._forward_hooks) or is_replaced(one) for one in behind):
+        return True
+    inside = [
+        one
+        for name, one in stream.unembed.named_modules()
+        if name and not name.startswith("parametrizations")
+    ]
+    if hooked_modules(inside) or any(map(is_replaced, inside)):
+        return True
+    behind += [*inside, *stream.after_norm]
+    return not is_callers_class(root) and any(map(is_callers_class, behind))

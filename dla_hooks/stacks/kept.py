@@ -64,6 +64,11 @@ class Kept:
         """Whether the model runs; otherwise a stored cache is read."""
         return self.inputs.source.has_logits
 
+    @property
+    def changes_behind(self) -> bool:
+        """Whether the caller may change what stands behind the last stream, in this run."""
+        return self.live and (hooks_logits(self.stream.unembed) or changed_behind(self.stream))
+
     def __getitem__(self, key: Any) -> Tensor:
         """What was kept under a key [*batch_and_pos, d]; NaN where a row has no token."""
         return self.entries.unfold(self._rows[key].T).movedim(0, -1)
@@ -90,10 +95,8 @@ class Kept:
         """
         self.autocast = any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
         wanted = columns
-        if self.live and (hooks_logits(self.stream.unembed) or changed_behind(self.stream)):
-            columns = torch.arange(
-                self.entries.prompt_shape[1], device="cpu"
-            )  # hooks see what they would see
+        if self.changes_behind:  # hooks there see what they would see
+            columns = torch.arange(self.entries.prompt_shape[1], device="cpu")
         logits = self.inputs.source.show(self.view, lambda _: self._taps, columns)
         if self.check:
             self._hold_norms()

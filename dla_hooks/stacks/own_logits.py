@@ -80,6 +80,8 @@ class OwnLogits:
         columns: Tensor = self._kept.entries.cols.unique()
         if not len(columns):
             return None
+        if self._kept.changes_behind:  # at any position
+            return columns
         per_column = self._kept.inputs.source.prompt.shape[0] * self._kept.stream.vocabulary
         most = max(1, min(_MOST_COLUMNS, _MOST_LOGITS // per_column))
         if most == 1:

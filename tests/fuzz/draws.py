@@ -149,6 +149,9 @@ def _plain(bench: Bench) -> Truth:
         truth = truth_of(bench, bench.ids, bench.mask)
     except Exception as error:
         raise _Discarded(f"the model raises {type(error).__name__}") from error
+    real = bench.mask.bool() if bench.mask is not None else torch.ones_like(bench.ids).bool()
+    if bool(truth.final[real].isnan().any()):
+        raise _Discarded("the model's own logits are NaN")
     return truth
 
 

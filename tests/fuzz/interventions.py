@@ -206,7 +206,8 @@ def vocabulary_mask(bench: Bench) -> str:
 
     def hook(module, args, out):
         out = out.clone()
-        out[..., first : first + 7] = max(value, torch.finfo(out.dtype).min)
+        lowest = torch.finfo(out.dtype).min
+        out[..., first : first + 7] = value if value < -1e300 else max(value, lowest)
         return out
 
     slot.now.register_forward_hook(hook)

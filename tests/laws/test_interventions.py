@@ -509,3 +509,43 @@ def test_hook_that_keeps_some_positions_at_the_unembedding_is_refused(name, keep
     with pytest.raises(UnsupportedModelError, match="hooks on the unembedding"):
         direct_logit_attribution(model, ids, 5, 7, pos=pos)
     assert len(model.lm_head._forward_hooks) + len(model.lm_head._forward_pre_hooks) == 1
+
+
+class Around(nn.Module):
+    """A wrapper that the caller puts around a module, with a change of one position."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+    def forward(self, *args, **kwargs):
+        out = self.inner(*args, **kwargs)
+        x = out if isinstance(out, torch.Tensor) else out.last_hidden_state
+        if x.ndim == 3 and x.shape[1] > 5:
+            x[:, 5] *= 0.5
+        return out
+
+
+@pytest.mark.parametrize("ask", ["once", "plan", "primitive"])
+@pytest.mark.parametrize("place", ["lm_head", "decoder"])
+@pytest.mark.parametrize("spec", ["llama", "gpt2"])
+def test_wrapper_behind_the_stream_that_changes_one_position_is_refused(spec, place, ask):
+    """The model makes logits at a few positions only, where such a wrapper sees others."""
+    model, ids = build(spec), example_ids(spec, batch=2, length=40)
+    stack = dla_hooks.decompose_resid(model, ids)
+    name = "lm_head" if place == "lm_head" else model.base_model_prefix
+    setattr(model, name, Around(getattr(model, name)).eval())
+    asks = {
+        "once": lambda pos: direct_logit_attribution(model, ids, 5, pos=pos),
+        "plan": lambda pos: dla_hooks.prepare(model, 5)(ids, pos=pos),
+        "primitive": lambda pos: dla_hooks.logit_attrs(model, ids, stack, 5),
+    }
+    for pos in (None, 5, slice(0, 30)):
+        with pytest.raises(dla_hooks.DLAError):
+            asks[ask](pos)
