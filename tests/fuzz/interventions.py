@@ -545,6 +545,12 @@ def _default_dtype():
         torch.set_default_dtype(before)
 
 
+def default_device(bench: Bench) -> str:
+    bench.contexts.append(lambda: torch.device("meta"))
+    bench.positional = True  # no chunks: transformers' own caches fail there
+    return "meta"
+
+
 def training(bench: Bench) -> str:
     if bench.chosen(False, True):
         bench.root.train()
@@ -640,7 +646,7 @@ TABLE: dict[str, Intervention] = {
     "inference mode": Intervention(_within(torch.inference_mode), share=1),
     "enable grad": Intervention(_within(torch.enable_grad), share=1),
     "default dtype": Intervention(_within(_default_dtype), share=1),
-    "default device": Intervention(_within(lambda: torch.device("meta")), share=1),
+    "default device": Intervention(default_device, share=1),
     "autocast": Intervention(_within(lambda: torch.autocast("cpu", torch.bfloat16)), share=1),
 }
 NAMES = [name for name, one in TABLE.items() for _ in range(one.share)]
