@@ -28,6 +28,8 @@ from dla_hooks.errors import DLAError, UnsupportedModelError
 from dla_hooks.modules.hooks import Place, is_ours
 
 _LIBRARIES = ("torch", "transformers", "accelerate", "peft", "deepspeed")
+_OF_MODULES = ("transformers_modules", "transformer_lens", "torchao", "bitsandbytes")
+"""More homes of modules that are a model's own: remote code, and other libraries."""
 EMBED_HOOK, FINAL_HOOK, LOGIT_HOOK = "embed_hook", "final_hook", "logit_hook"
 """Rows of what hooks write to the token embeddings, at the last stream and the final norm's output,
 and at the logits."""
@@ -85,6 +87,12 @@ def is_hooked(place: Place) -> bool:
     """Tell whether the caller's hooks change what is seen at a place."""
     module = place.module
     return has_callers(module._forward_pre_hooks if place.before else module._forward_hooks)
+
+
+def is_wrapper(module: nn.Module, model: nn.Module) -> bool:
+    """Tell whether a module has others in it, and is of no library's class nor the model's own."""
+    home, own = (type(one).__module__.partition(".")[0] for one in (module, model))
+    return bool(module._modules) and home not in (*_LIBRARIES, *_OF_MODULES, own)
 
 
 def library_hooks(module: nn.Module) -> tuple[int, ...]:

@@ -8,7 +8,13 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from dla_hooks.modules.hooks import Place
-from dla_hooks.modules.user_hooks import FINAL_HOOK, has_callers, hooked_modules, is_hooked
+from dla_hooks.modules.user_hooks import (
+    FINAL_HOOK,
+    has_callers,
+    hooked_modules,
+    is_hooked,
+    is_wrapper,
+)
 from dla_hooks.residual.gains import constant_label, product
 from dla_hooks.residual.stream import Block, Stream
 
@@ -71,10 +77,12 @@ def changed_behind(stream: Stream) -> bool:
     """Tell whether the caller may change activations behind the last stream, out of sight.
 
     A hook on the output of the model or of its decoder does that, and so does a ``forward`` that
-    was replaced there or on the unembedding, or a hook inside of a wrapped unembedding. No row
-    shows it. The check must then see all logits.
+    was replaced there or on the unembedding, a hook inside of a wrapped unembedding, or the wrapper
+    itself, which may name a position. No row shows it. The check must then see all logits.
     """
     root, name = stream.backend.root, stream.final_norm.name
+    if is_wrapper(stream.unembed, root):
+        return True
     if hooked_modules(one for one in stream.unembed.modules() if one is not stream.unembed):
         return True
     around: list[nn.Module] = [stream.backend.model, root, stream.unembed]
