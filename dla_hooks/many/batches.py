@@ -139,11 +139,12 @@ class Runner:
         nothing = torch.tensor(0, device="cpu")
         answer = answers.get("answer_tokens", nothing)
         incorrect = answers.get("incorrect_tokens", nothing)
-        ids = short_prompt(self.stream).input_ids
+        prompt = short_prompt(self.stream)
         # A failed check may be due to these tokens alone, so it is left to the prompts. So are the
         # caller's hooks.
         with contextlib.suppress(DecompositionError), self._backend.without_user_hooks():
-            self._plan(answer, incorrect)(ids, chunk_size=self._chunk_size)
+            plan = self._plan(answer, incorrect)
+            plan(prompt.input_ids, attention_mask=prompt.mask, chunk_size=self._chunk_size)
 
     def outcomes(
         self, items: Sequence[Item]

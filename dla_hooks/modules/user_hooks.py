@@ -28,11 +28,11 @@ from dla_hooks.errors import DLAError, UnsupportedModelError
 from dla_hooks.modules.hooks import Place, is_ours
 
 _LIBRARIES = ("torch", "transformers", "accelerate", "peft", "deepspeed")
-_OF_LAYERS = (
-    *("bitsandbytes", "torchao", "hqq", "optimum", "gptqmodel", "auto_gptq", "awq", "aqlm", "eetq"),
-    *("compressed_tensors", "quark", "vptq", "spqr_quant", "fbgemm_gpu", "kernels"),
+_OF_MODULES = (
+    *("transformers_modules", "transformer_lens", "torchao", "bitsandbytes", "hqq", "optimum"),
+    *("gptqmodel", "auto_gptq", "awq", "aqlm", "eetq", "compressed_tensors", "quark", "vptq"),
 )
-"""Libraries whose modules are put into models of transformers, as quantised ones."""
+"""More homes of modules that are a model's own: remote code, and other libraries."""
 EMBED_HOOK, FINAL_HOOK, LOGIT_HOOK = "embed_hook", "final_hook", "logit_hook"
 """Rows of what hooks write to the token embeddings, at the last stream and the final norm's output,
 and at the logits."""
@@ -86,11 +86,6 @@ def is_replaced(module: nn.Module) -> bool:
     return "forward" in vars(module) and not hasattr(module, "_hf_hook")
 
 
-def is_callers_class(module: nn.Module) -> bool:
-    """Tell a module of a class of the caller's from one of a library's."""
-    return type(module).__module__.partition(".")[0] not in (*_LIBRARIES, *_OF_LAYERS)
-
-
 def has_callers(table: Any) -> bool:
     """Tell whether a table of hooks holds one of the caller's."""
     return bool(table) and any(is_callers(hook) for hook in table.values())
@@ -100,6 +95,17 @@ def is_hooked(place: Place) -> bool:
     """Tell whether the caller's hooks change what is seen at a place."""
     module = place.module
     return has_callers(module._forward_pre_hooks if place.before else module._forward_hooks)
+
+
+def is_foreign(module: nn.Module, model: nn.Module) -> bool:
+    """Tell whether a module is of no library's class, nor of the model's own home."""
+    home, own = (type(one).__module__.partition(".")[0] for one in (module, model))
+    return home not in (*_LIBRARIES, *_OF_MODULES, own)
+
+
+def is_wrapper(module: nn.Module, model: nn.Module) -> bool:
+    """Tell whether such a module has others in it."""
+    return bool(module._modules) and is_foreign(module, model)
 
 
 def library_hooks(module: nn.Module) -> tuple[int, ...]:

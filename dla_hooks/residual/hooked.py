@@ -12,9 +12,10 @@ from dla_hooks.modules.user_hooks import (
     FINAL_HOOK,
     has_callers,
     hooked_modules,
-    is_callers_class,
+    is_foreign,
     is_hooked,
     is_replaced,
+    is_wrapper,
 )
 from dla_hooks.residual.gains import constant_label, product
 from dla_hooks.residual.stream import Block, Stream
@@ -88,14 +89,16 @@ def changed_behind(stream: Stream) -> bool:
         holder = getattr(holder, part, None) or getattr(holder, "base_model", None)
         if isinstance(holder, nn.Module):
             behind.append(holder)
-    if any(has_callers(one._forward_hooks) or is_replaced(one) for one in behind):
+    if any(
+        has_callers(one._forward_hooks) or is_replaced(one) or is_wrapper(one, root)
+        for one in behind
+    ):
         return True
     inside = [
         one
-        for name, one in stream.unembed.named_modules()
-        if name and not name.startswith("parametrizations")
+        for path, one in stream.unembed.named_modules()
+        if path and not path.startswith("parametrizations")
     ]
-    if hooked_modules(inside) or any(map(is_replaced, inside)):
-        return True
-    behind += [*inside, *stream.after_norm]
-    return not is_callers_class(root) and any(map(is_callers_class, behind))
+    return bool(hooked_modules(inside)) or any(
+        is_replaced(one) or is_foreign(one, root) for one in (*inside, *stream.after_norm)
+    )

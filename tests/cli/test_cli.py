@@ -303,7 +303,7 @@ class TestList:
     def test_every_model_type_in_alphabetical_order(self):
         done = call("list")
         assert done.exit_code == 0
-        named = re.findall(r"^(\w+) +component ", done.stdout, re.MULTILINE)
+        named = re.findall(r"^([\w.-]+) +component ", done.stdout, re.MULTILINE)
         known = {name for arch in dla_hooks.architectures() for name in arch.model_types}
         assert named == sorted(known)
 

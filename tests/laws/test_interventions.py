@@ -511,6 +511,32 @@ def test_hook_that_keeps_some_positions_at_the_unembedding_is_refused(name, keep
     assert len(model.lm_head._forward_hooks) + len(model.lm_head._forward_pre_hooks) == 1
 
 
+class Louder(nn.Module):
+    """A wrapper of the unembedding that names a position."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        out = self.inner(x)
+        out[:, 3:4] *= 2
+        return out
+
+
+@pytest.mark.parametrize("pos", [3, None, -1])
+@pytest.mark.parametrize("name", ["gemma2-no-caps", "llama", "gpt2-untied"])
+def test_wrapped_unembedding_that_names_a_position_is_seen(name, pos):
+    """It would do nothing in a run that makes the logits of the selected positions only."""
+    model, ids = build(name), example_ids(name, batch=2, length=7)
+    model.lm_head = Louder(model.lm_head)
+    if pos == -1:
+        holds(model, ids, direct_logit_attribution(model, ids, 5, pos=pos))
+    else:
+        with pytest.raises(dla_hooks.DecompositionError):
+            direct_logit_attribution(model, ids, 5, pos=pos)
+
+
 class Around(nn.Module):
     """A wrapper that the caller puts around a module, with a change of one position."""
 

@@ -11,7 +11,8 @@ import weakref
 import pytest
 import torch
 from many_prompts import RECURRENT, assert_same, made, random_prompts
-from zoo import tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from zoo import build, tiny_tokenizer
 
 from dla_hooks import (
     ArgumentTypeError,
@@ -366,3 +367,15 @@ def test_progress_bar_shows_only_at_terminals(model, monkeypatch, capsys, stream
     list(attribute_many(model, random_prompts(), 5, progress=progress))
     assert ("8/8" in sys.stderr.getvalue()) is shown
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("auto", [AutoModelForCausalLM, AutoModelForSequenceClassification])
+@pytest.mark.filterwarnings("error::dla_hooks.DLAWarning")
+def test_special_tokens_of_the_model_are_not_among_the_made_up_ones(auto):
+    with torch.random.fork_rng(devices=[]):
+        model = auto.from_config(build("llama").config).eval()
+    for pad in range(model.config.vocab_size):
+        model.config.pad_token_id = pad
+        model.config.eos_token_id = [(pad + 1) % 61, (pad + 2) % 61]
+        (found,) = attribute_many(model, [[(pad + 5) % 61, (pad + 7) % 61]], 1)
+        assert not isinstance(found, Exception), (pad, found)

@@ -330,11 +330,12 @@ NANO = Architecture(
 @pytest.fixture
 def registered():
     registry.architectures()
-    before = dict(registry._registered)
+    kept = dict(registry._registered), dict(registry._earlier)
     dla_hooks.register(NANO)
     yield
-    registry._registered.clear()
-    registry._registered.update(before)
+    for now, before in zip((registry._registered, registry._earlier), kept, strict=True):
+        now.clear()
+        now.update(before)
 
 
 @pytest.mark.usefixtures("registered")

@@ -168,7 +168,6 @@ OTHER_CLASS = {
         case("empty list of prompts", input=[]),
     ],
     TypeError: [
-        case("prompt as an array", input=np.array([[3, 4]])),
         case("prompt of mixed items", input=[" cat", 5]),
     ],
     RuntimeError: [
