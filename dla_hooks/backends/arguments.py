@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,20 +13,12 @@ from torch import Tensor, nn
 from dla_hooks.errors import DLAError, InputError, UnsupportedModelError
 from dla_hooks.inputs.extras import EMBEDS, MASK, NEVER, POSITIONS, described, moved
 from dla_hooks.inputs.prompts import Prompt, check_ids
-from dla_hooks.modules.signature import Arguments, arguments_of, own_arguments
+from dla_hooks.modules.signature import Arguments, arguments_of, named, takes_any, takes_keywords
 
-_ANY = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
 _OF_TEXT = {EMBEDS, "token_type_ids"}
 """Arguments beside which positions are counted as for ids alone."""
 _OFFSET = "rope_deltas"
 _PLACEHOLDER = re.compile(r"(image|video|audio|vision|speech|media)\w*_token_(id|index)")
-
-
-def takes_any(model: nn.Module) -> bool:
-    """Whether a forward names none of its arguments, and hands on whatever it is given."""
-    kinds = [parameter.kind for parameter in own_arguments(model).values()]
-    named = any(True for _ in _names(arguments_of(model)))
-    return not named and inspect.Parameter.VAR_KEYWORD in kinds
 
 
 def check_extras(model: nn.Module, prompt: Prompt, n_tokens: int, attention: Any) -> None:
@@ -44,11 +35,11 @@ def check_extras(model: nn.Module, prompt: Prompt, n_tokens: int, attention: Any
         TokenError: for ids that are neither tokens nor placeholders of images and the like.
     """
     accepted = arguments_of(model)
-    names = set(_names(accepted))
-    if any(parameter.kind is _ANY[1] for parameter in accepted.values()):
+    names = set(named(accepted))
+    if takes_keywords(accepted):
         # What it does not name it hands on to the decoder inside.
         inside = getattr(model, "model", None)
-        names.update(_names(arguments_of(inside)) if isinstance(inside, nn.Module) else ())
+        names.update(named(arguments_of(inside)) if isinstance(inside, nn.Module) else ())
     unknown = sorted(set(prompt.extras) - names)
     if unknown and not takes_any(model):
         known = sorted(names - set(NEVER) - {"input_ids"})
@@ -142,10 +133,6 @@ def no_mask(model: nn.Module) -> UnsupportedModelError:
         f"{type(model).__name__} takes no attention mask, so that padding would change its logits; "
         "run prompts of different lengths one at a time"
     )
-
-
-def _names(accepted: Arguments) -> Iterator[str]:
-    return (name for name, parameter in accepted.items() if parameter.kind not in _ANY)
 
 
 def _placeholders(model: nn.Module) -> list[int]:

@@ -15,7 +15,6 @@ from dla_hooks.backends.arguments import (
     extra_arguments,
     no_mask,
     refusing,
-    takes_any,
     without_traces,
 )
 from dla_hooks.backends.base import Backend
@@ -37,7 +36,7 @@ from dla_hooks.errors import InputError, UnsupportedModelError
 from dla_hooks.inputs.prompts import Prompt
 from dla_hooks.modules.outputs import tensor_in
 from dla_hooks.modules.recurrent import from_the_start
-from dla_hooks.modules.signature import arguments_of
+from dla_hooks.modules.signature import arguments_of, takes_any
 from dla_hooks.modules.version import Remembered
 from dla_hooks.modules.weights import run_device
 

@@ -7,7 +7,6 @@ searched by name, and by the number of tokens.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from dla_hooks.errors import TokenError, UnsupportedModelError
 from dla_hooks.inputs.prompts import Prompt
 from dla_hooks.modules.hooks import Place, Tap, tapped
 from dla_hooks.modules.outputs import tensor_in
+from dla_hooks.modules.signature import Arguments, takes_keywords
 
 _LABEL_HEADS = {"score": "logits", "classifier": "logits", "qa_outputs": "span"}
 """Names of linear heads with labels, and what the model makes of their output."""
@@ -241,9 +241,9 @@ def entry(output: Any, name: str) -> Any:
     return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
 
 
-def taken(arguments: dict[str, Any], accepted: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of some arguments that a forward takes by name."""
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values()):
+def taken(arguments: dict[str, Any], accepted: Arguments) -> dict[str, Any]:
+    """Those of some arguments that a forward takes."""
+    if takes_keywords(accepted):
         return arguments
     return {name: value for name, value in arguments.items() if name in accepted}
 

@@ -22,7 +22,7 @@ def arguments_of(model: nn.Module) -> Arguments:
     """
     own = own_arguments(model)
     for cls in type(model).__mro__:
-        if not _takes_anything(own):
+        if named(own):
             break
         own = _of_method(vars(cls)["forward"]) if "forward" in vars(cls) else own
     return own
@@ -41,5 +41,16 @@ def _of_method(method: Any) -> Arguments:
     return MappingProxyType(dict(found[1:]))
 
 
-def _takes_anything(arguments: Arguments) -> bool:
-    return all(one.kind in _ANY for one in arguments.values())
+def named(arguments: Arguments) -> list[str]:
+    """The arguments that have a name, less ``*args`` and ``**kwargs``."""
+    return [name for name, one in arguments.items() if one.kind not in _ANY]
+
+
+def takes_keywords(arguments: Arguments) -> bool:
+    """Whether a function takes keywords that it does not name."""
+    return any(one.kind is inspect.Parameter.VAR_KEYWORD for one in arguments.values())
+
+
+def takes_any(model: nn.Module) -> bool:
+    """Whether a forward names none of its arguments, and hands on whatever it is given."""
+    return not named(arguments_of(model)) and takes_keywords(own_arguments(model))

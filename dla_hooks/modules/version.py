@@ -40,8 +40,9 @@ _IDLE = (nn.Module.forward, nn.Sequential.forward, nn.Identity.forward)
 
 
 _OF_TORCH = len(vars(nn.Module()))
-_LAST = [*vars(nn.Module())][-1:]
 """How many things torch itself keeps on every module. They come first."""
+_LAST = [*vars(nn.Module())][-1:]
+"""The last of these."""
 
 _PLAIN = frozenset({int, float, bool, str, type(None)})
 _LONGEST_TABLE = 16  # of labels, names: a model's own settings are shorter

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dla_hooks.errors import NonFiniteError
-from dla_hooks.inputs.positions import spread_over
+from dla_hooks.measure.one_prompt import columns_to_check
 from dla_hooks.modules.autocast import outside_autocast
 from dla_hooks.stacks.checks import failure
 from dla_hooks.stacks.kept import Kept
@@ -16,8 +16,6 @@ from dla_hooks.targets.base import spread_of
 from dla_hooks.targets.tokens import TokenPairs, read_out
 from dla_hooks.tolerance import tolerance
 
-_MOST_COLUMNS = 4
-_MOST_LOGITS = 2**22
 _MOST_TOKENS = 64
 
 
@@ -77,13 +75,8 @@ class OwnLogits:
             raise failure(kept, "the last stream's logits", gap, spread, relative)
 
     def _columns(self) -> Tensor | None:
-        columns: Tensor = self._kept.entries.cols.unique()
-        if not len(columns):
-            return None
-        if self._kept.changes_behind:  # at any position
-            return columns
-        per_column = self._kept.inputs.source.prompt.shape[0] * self._kept.stream.vocabulary
-        most = max(1, min(_MOST_COLUMNS, _MOST_LOGITS // per_column))
-        if most == 1:
-            return columns[-1:]
-        return columns[spread_over(len(columns), most)]
+        kept = self._kept
+        if kept.changes_behind and len(kept.entries):  # at any position
+            every: Tensor = kept.entries.cols.unique()
+            return every
+        return columns_to_check(kept.entries, kept.inputs.source.prompt, kept.stream.vocabulary)

@@ -122,22 +122,29 @@ def test_head_of_zeros_says_that_there_is_nothing_to_attribute(name):
         direct_logit_attribution(model, ids, 5)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2-untied", "gemma2", "gpt_neox-parallel"])
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_write_off_by_a_hundredth_of_the_spread_is_seen_in_bfloat16(name, seed, monkeypatch):
-    model, ids = build(name, seed=seed, dtype=torch.bfloat16), example_ids(name)
-    direct_logit_attribution(model, ids, 5)
-    logits = own_logits(model, ids)
-    spread = float((logits.amax(-1) - logits.amin(-1)).mean())
+def spread_of(logits):
+    return float((logits.amax(-1) - logits.amin(-1)).mean())
+
+
+def put_the_last_write_off(by, monkeypatch):
+    """Make the last write miss its value by so much, away from what the stream has."""
     finish = PartsRecorder.finish
 
     def off(self, reading):
         parts = finish(self, reading)
         raw_CN = parts.raw_CN.clone()
-        raw_CN[-1] += 0.01 * spread * torch.sign(parts.sum_N - reading.total_N)
+        raw_CN[-1] += by * torch.sign(parts.sum_N - reading.total_N)
         return dataclasses.replace(parts, raw_CN=raw_CN)
 
     monkeypatch.setattr(PartsRecorder, "finish", off)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2-untied", "gemma2", "gpt_neox-parallel"])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_write_off_by_a_hundredth_of_the_spread_is_seen_in_bfloat16(name, seed, monkeypatch):
+    model, ids = build(name, seed=seed, dtype=torch.bfloat16), example_ids(name)
+    direct_logit_attribution(model, ids, 5)
+    put_the_last_write_off(0.01 * spread_of(own_logits(model, ids)), monkeypatch)
     with pytest.raises(DecompositionError):
         direct_logit_attribution(model, ids, 5)
 
@@ -192,16 +199,6 @@ def test_deep_clean_models_pass_at_every_position_in_16_bits(n_layers, dtype, ma
 @pytest.mark.parametrize("seed", [0, 1])
 def test_write_off_by_a_hundredth_of_the_spread_is_seen_in_a_deep_model(seed, monkeypatch):
     model, ids = deep(12, torch.bfloat16, seed)
-    logits = own_logits(model, ids)
-    spread = float((logits.amax(-1) - logits.amin(-1)).mean())
-    finish = PartsRecorder.finish
-
-    def off(self, reading):
-        parts = finish(self, reading)
-        raw_CN = parts.raw_CN.clone()
-        raw_CN[-1] += 0.01 * spread * torch.sign(parts.sum_N - reading.total_N)
-        return dataclasses.replace(parts, raw_CN=raw_CN)
-
-    monkeypatch.setattr(PartsRecorder, "finish", off)
+    put_the_last_write_off(0.01 * spread_of(own_logits(model, ids)), monkeypatch)
     with pytest.raises(DecompositionError):
         direct_logit_attribution(model, ids, 5)
