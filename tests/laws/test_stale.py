@@ -190,3 +190,11 @@ def test_hooked_model_that_does_not_add_up_is_run_once_without_a_check():
     for _ in range(3):
         direct_logit_attribution(model, ids, 5, check=False)
     assert runs.count(1) == 3
+
+
+def test_model_whose_config_turns_it_into_an_encoder_decoder_is_refused_after_a_call():
+    model, ids = build("llama"), example_ids("llama")
+    direct_logit_attribution(model, ids, 5)
+    model.config.is_encoder_decoder = True
+    with pytest.raises(dla_hooks.UnsupportedModelError, match="encoder-decoder"):
+        direct_logit_attribution(model, ids, 5)

@@ -159,3 +159,20 @@ def test_verify_passes_for_every_family(case):
     assert report.largest_gap < 1e-5
     n_layers = case[0].config.num_hidden_layers
     assert len(report.lines) == 2 * n_layers + 1  # a block and its heads per layer, the readout
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_heads_before_a_post_norm_with_a_bias_sum_to_what_attention_wrote(seed):
+    """No family of transformers has one: the norm is put in."""
+    torch.manual_seed(seed)
+    model, ids = build("olmo2", seed=seed), example_ids("olmo2")
+    width = model.config.hidden_size
+    for layer in model.model.layers:
+        norm = torch.nn.LayerNorm(width, dtype=torch.float64)
+        torch.nn.init.normal_(norm.weight, 1, 0.3)
+        torch.nn.init.normal_(norm.bias, 0, 0.3)
+        layer.post_attention_layernorm = norm.eval()
+    result = direct_logit_attribution(model, ids, ANSWER, unit="head")
+    with torch.no_grad():
+        logits = model(ids).logits[:, -1, ANSWER]
+    torch.testing.assert_close(result.attribution.sum(0) + result.bias, logits, rtol=0, atol=1e-5)
