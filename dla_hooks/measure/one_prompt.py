@@ -36,7 +36,7 @@ def columns_to_check(entries: Entries, prompt: Prompt, vocabulary: int) -> Tenso
     columns: Tensor = entries.cols.unique() if len(entries) > 1 else entries.cols
     per_column = len(prompt.input_ids) * vocabulary
     most = max(1, min(_MOST_COLUMNS, _MOST_LOGITS // per_column))
-    if most == 1:
+    if most == 1 or len(columns) == 1:
         return columns[-1:]
     return columns[spread_over(len(columns), most)]
 
