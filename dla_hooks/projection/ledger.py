@@ -7,11 +7,16 @@ holds the strongest rows of each entry, and separately the sum of all rows.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dla_hooks.projection.tiles import Tile
+
+_MOST_HELD = 2**23
+"""Numbers of ranked rows that wait for the final scale: 32 MiB in float32."""
 
 
 def all_finite(numbers: Tensor) -> bool:
@@ -72,69 +77,134 @@ class FixedRows:
 class TopRows:
     """The strongest rows of every entry, for units with too many rows to keep.
 
-    Rows come in any order, some at a time, each of them once. Three things are kept: the ``k``
-    rows of largest absolute value at each entry, the sum of all rows at each entry, and each
-    row's sum over the entries. The sum of all rows is accumulated from the rows themselves. So the
-    rest (that sum minus the kept rows) is measured, not derived from a total.
+    Rows come in any order, some at a time, each of them once for an entry. Two things are kept: the
+    ``k`` rows of largest absolute value at each entry, and the sum of all rows at each entry. That
+    sum is accumulated from the rows themselves. So the rest (that sum minus the kept rows) is
+    measured, not derived from a total.
+
+    The final norm's scale is known when the last row has come. Sums of one row over several entries
+    are therefore there only if all numbers are few enough to wait for it.
 
     Args:
         k: rows to keep per entry; None keeps all.
         n_rows: number of rows that will come.
         n_entries: number of entries.
         dtype: of the numbers.
+        n_beside: how many further numbers each row brings along.
+        of_rows: whether a row means the same at each entry, so that its sum is asked for.
     """
 
-    def __init__(self, k: int | None, n_rows: int, n_entries: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        k: int | None,
+        n_rows: int,
+        n_entries: int,
+        dtype: torch.dtype,
+        n_beside: int = 0,
+        of_rows: bool = True,
+    ) -> None:
+        n_numbers = 1 + n_beside
+        few = n_entries == 1 or n_numbers * n_rows * n_entries <= _MOST_HELD
+        self._whole = few and of_rows
         self._k = n_rows if k is None else min(k, n_rows)
-        self._n_rows, self._n_entries, self._dtype = n_rows, n_entries, dtype
-        self._on: dict[torch.device, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+        n_places = n_rows if self._whole else self._k
+        self._shape, self._dtype = (n_numbers, n_places, n_entries), dtype
+        self._on: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def add(self, values_RT: Tensor, rows_R: Tensor, tile: Tile) -> None:
+    def add(
+        self, values_RT: Tensor, rows_R: Tensor, tile: Tile, beside: Sequence[Tensor] = ()
+    ) -> None:
         """Add some rows at the entries of one tile.
 
         Args:
-            values_RT: their values.
-            rows_R: their numbers among all rows.
+            values_RT: their values, before the final norm's scale is divided out.
+            rows_R: their numbers among all rows [R]; or [R, T], where each entry has its own, -1
+                for a place that holds none, whose value is 0.
             tile: the entries.
+            beside: what else they bring along, each [R, T].
         """
-        values_KN, index_KN, sum_N, row_sum_R = self._state(values_RT.device)
-        values_RT = values_RT.to(self._dtype)
-        rows_R = rows_R.to(values_RT.device)
-        sum_N[tile.index] += values_RT.sum(0)
-        row_sum_R.index_add_(0, rows_R, values_RT.sum(1))
-        both = torch.cat((values_KN[:, tile.index], values_RT))
-        names = torch.cat((index_KN[:, tile.index], rows_R[:, None].expand(-1, values_RT.shape[1])))
-        # An empty place (number -1) is weaker than any row, and than a row of zero.
-        strength = both.abs().masked_fill(names < 0, -1.0)
-        kept = strength.topk(self._k, dim=0).indices
-        values_KN[:, tile.index] = both.gather(0, kept)
-        index_KN[:, tile.index] = names.gather(0, kept)
+        values_PKN, index_KN, sum_N = self._state(values_RT.device)
+        rows_RT = rows_R.to(values_RT.device)
+        rows_RT = rows_RT[:, None].expand_as(values_RT) if rows_R.ndim == 1 else rows_RT
+        numbers = [each.to(self._dtype) for each in (values_RT, *beside)]
+        sum_N[tile.index] += numbers[0].sum(0)
+        if self._whole:
+            entries_T = torch.arange(len(sum_N), device=sum_N.device)[tile.index]
+            where = (rows_RT >= 0).nonzero(as_tuple=True)
+            place = rows_RT[where], entries_T[where[1]]
+            index_KN[place] = place[0]
+            for held_KN, each_RT in zip(values_PKN, numbers, strict=True):
+                held_KN[place] = each_RT[where]
+            return
+        kept = _strongest(numbers[0], rows_RT, self._k)
+        new_PRT = torch.stack([each.gather(0, kept) for each in numbers])
+        both_PRT = torch.cat((values_PKN[:, :, tile.index], new_PRT), 1)
+        names_RT = torch.cat((index_KN[:, tile.index], rows_RT.gather(0, kept)))
+        kept = _strongest(both_PRT[0], names_RT, self._k)
+        values_PKN[:, :, tile.index] = _taken(both_PRT, kept)
+        index_KN[:, tile.index] = names_RT.gather(0, kept)
 
-    def gathered(self, device: torch.device | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the kept numbers, on one device.
+    def gathered(self, scale_N: Tensor) -> Top:
+        """The kept numbers, on one device.
 
-        Returns:
-            Values [k, N] and row numbers [k, N], strongest first; the sum of all rows [N]; each
-            row's sum over the entries [rows].
+        Args:
+            scale_N: what the values (not what they brought along) are divided by.
         """
-        device = device or next(iter(self._on), torch.device("cpu"))
-        parts = [tuple(t.to(device) for t in state) for state in self._on.values()]
-        if not parts:
-            return self._state(device)
-        values = torch.cat([part[0] for part in parts])
-        index = torch.cat([part[1] for part in parts])
-        order = values.abs().masked_fill(index < 0, -1.0).topk(self._k, dim=0).indices
-        sum_N = torch.stack([part[2] for part in parts]).sum(0)
-        row_sum_R = torch.stack([part[3] for part in parts]).sum(0)
-        return values.gather(0, order), index.gather(0, order), sum_N, row_sum_R
+        device = scale_N.device
+        self._state(device)
+        states = [[t.to(device) for t in state] for state in self._on.values()]
+        values_PKN = torch.cat([state[0] for state in states], 1)
+        index_KN = torch.cat([state[1] for state in states])
+        values_PKN[0] /= scale_N
+        sums_K = None
+        if self._whole:
+            n_rows = self._shape[1]
+            sums_K = values_PKN[0].reshape(-1, n_rows, len(scale_N)).sum((0, 2))
+        kept = _strongest(values_PKN[0], index_KN, self._k)
+        values_PKN, index_KN = _taken(values_PKN, kept), index_KN.gather(0, kept)
+        sum_N = torch.stack([state[2] for state in states]).sum(0) / scale_N
+        return Top(values_PKN[0], index_KN, sum_N, sums_K, tuple(values_PKN[1:]))
 
-    def _state(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _state(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         if device not in self._on:
-            shape = self._k, self._n_entries
             self._on[device] = (
-                torch.zeros(shape, dtype=self._dtype, device=device),
-                torch.full(shape, -1, dtype=torch.long, device=device),
-                torch.zeros(self._n_entries, dtype=self._dtype, device=device),
-                torch.zeros(self._n_rows, dtype=self._dtype, device=device),
+                torch.zeros(self._shape, dtype=self._dtype, device=device),
+                torch.full(self._shape[1:], -1, dtype=torch.long, device=device),
+                torch.zeros(self._shape[2], dtype=self._dtype, device=device),
             )
         return self._on[device]
+
+
+def _strongest(values_RT: Tensor, names_RT: Tensor, k: int) -> Tensor:
+    """Which rows to keep at each entry [<= k, T], the strongest first."""
+    # An empty place (number -1) is weaker than any row, and than a row of zero.
+    strength = values_RT.abs().masked_fill_(names_RT < 0, -1.0)
+    return strength.topk(min(k, len(strength)), dim=0).indices
+
+
+def _taken(values_PRT: Tensor, kept_KT: Tensor) -> Tensor:
+    return values_PRT.gather(1, kept_KT.expand(len(values_PRT), -1, -1))
+
+
+@dataclass(frozen=True)
+class Top:
+    """What :class:`TopRows` kept.
+
+    Attributes:
+        values_KN: the strongest values of each entry, the largest absolute value first.
+        index_KN: their rows' numbers; -1, with the value 0, where an entry had fewer rows.
+        sum_N: the sum of all rows.
+        row_sums_R: each row's sum over the entries; None where these are too many to be kept.
+        beside: what the kept rows brought along, each [K, N].
+    """
+
+    values_KN: Tensor
+    index_KN: Tensor
+    sum_N: Tensor
+    row_sums_R: Tensor | None
+    beside: tuple[Tensor, ...]
+
+    @property
+    def rest_N(self) -> Tensor:
+        """What was not kept."""
+        return self.sum_N - self.values_KN.sum(0)

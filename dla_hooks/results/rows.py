@@ -24,6 +24,7 @@ class Row:
         sub: which of several of its kind in that block, from 0: ``L3.1H0`` is the head 0 of block
             3's second attention, sub 1. None where rows of this kind are not counted.
         index: its number among its kind in that block (a head's number), or None.
+        source: the position of the token that it reads, among its prompt's real tokens, or None.
     """
 
     label: str
@@ -31,6 +32,7 @@ class Row:
     layer: int | None = None
     sub: int | None = None
     index: int | None = None
+    source: int | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,9 @@ class Words:
         remainder: the label of the row that holds what is no row of this unit, which takes no part
             in a ranking; "" where there is none.
         remainder_is: what that row holds, in a few words.
+        sources: whether rows say which token of the prompt they read.
+        beside: further numbers that stand beside each row, and the names of their columns in
+            tables: ``("weight", "vote")``.
     """
 
     name: str
@@ -60,6 +65,11 @@ class Words:
     cumulative: bool = False
     remainder: str = ""
     remainder_is: str = ""
+    sources: bool = False
+    beside: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "beside", tuple(self.beside))  # files hold it as a list
 
 
 # Files of format 1, and results that are made by hand, bring neither rows nor words. They are of

@@ -9,10 +9,11 @@ A unit whose rows are made of the parts alone needs one method, :meth:`Unit.spli
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from dla_hooks.backends import Conventions
@@ -53,12 +54,48 @@ class Split:
         values_CN: what ``rows[i]`` contributed at each entry.
         claims: what must hold if the rows are right, besides the parts summing to the stream.
         norms: norms that the unit reads through, each with what its form leaves unexplained.
+        beside: further numbers of each row [C, N], by the names in ``words.beside``.
     """
 
     rows: Sequence[Row]
     values_CN: Tensor
     claims: Sequence[Claim] = field(default_factory=tuple)
     norms: Sequence[tuple[str, float]] = field(default_factory=tuple)
+    beside: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RankedSplit:
+    """What a unit with too many rows to keep found for one prompt: the strongest at each entry.
+
+    Attributes:
+        rows: a record for each row that there is, kept or not.
+        values_KN: what the kept rows contributed at each entry, the largest absolute value first.
+        index_KN: their numbers among ``rows``; -1 where an entry has fewer rows than places, with
+            the value 0.
+        rest_N: what the unit's other rows contributed together, summed from them.
+        remainder_N: what belongs to no row of the unit.
+        row_sums_R: each row's sum over the entries; None where a row does not mean the same at
+            each of them, or where there were too many numbers to keep.
+        claims: as in :class:`Split`.
+        norms: as in :class:`Split`.
+        beside: further numbers of the kept rows [K, N], by the names in ``words.beside``.
+    """
+
+    rows: Sequence[Row]
+    values_KN: Tensor
+    index_KN: Tensor
+    rest_N: Tensor
+    remainder_N: Tensor
+    row_sums_R: Tensor | None = None
+    claims: Sequence[Claim] = field(default_factory=tuple)
+    norms: Sequence[tuple[str, float]] = field(default_factory=tuple)
+    beside: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def values_CN(self) -> Tensor:
+        """All numbers [K + 2, N] that with the bias sum to the logit."""
+        return torch.cat((self.values_KN, self.rest_N[None], self.remainder_N[None]))
 
 
 class Recorder:
@@ -68,7 +105,7 @@ class Recorder:
         """What to watch while the entries in view are run."""
         return []
 
-    def finish(self, parts: Parts) -> Split:
+    def finish(self, parts: Parts) -> Split | RankedSplit:
         """The rows, after the run."""
         raise NotImplementedError(f"{type(self).__name__} must say how it splits the stream")
 

@@ -16,7 +16,7 @@ from dla_hooks.projection.reading_point import PointRecorder, Reading
 from dla_hooks.projection.tiles import View
 from dla_hooks.residual.stream import Stream
 from dla_hooks.targets.base import Target
-from dla_hooks.units.base import Split, Unit, UnitPlan
+from dla_hooks.units.base import RankedSplit, Split, Unit, UnitPlan
 from dla_hooks.units.parts import Missing, Parts, PartsPlan
 
 
@@ -72,7 +72,7 @@ class Measurement:
     entries: Entries
     reading: Reading
     parts: Parts
-    splits: Mapping[str, Split]
+    splits: Mapping[str, Split | RankedSplit]
 
 
 class Recording:

@@ -215,7 +215,7 @@ def assert_same_with_nan(found, expected):
 class TestTopRows:
     """A ledger of the strongest rows against all of them at once."""
 
-    @settings(deadline=None, max_examples=60)
+    @settings(deadline=None, max_examples=100)
     @given(
         seed=st.integers(0, 10**6),
         n_rows=st.integers(1, 12),
@@ -223,34 +223,55 @@ class TestTopRows:
         k=st.integers(1, 14),
         at_once=st.integers(1, 5),
         tile=st.integers(1, 4),
+        of_rows=st.booleans(),
     )
-    def test_the_strongest_rows_and_the_sum_of_all(self, seed, n_rows, n_entries, k, at_once, tile):
+    def test_the_strongest_rows_and_the_sum_of_all(
+        self, seed, n_rows, n_entries, k, at_once, tile, of_rows
+    ):
         generator = torch.Generator().manual_seed(seed)
         values = torch.randn(n_rows, n_entries, generator=generator, dtype=torch.float64)
         values[torch.rand(values.shape, generator=generator) < 0.2] = 0
-        ledger = TopRows(k, n_rows, n_entries, torch.float64)
+        scale = torch.rand(n_entries, generator=generator, dtype=torch.float64) + 0.5
+        ledger = TopRows(k, n_rows, n_entries, torch.float64, n_beside=1, of_rows=of_rows)
         order = torch.randperm(n_rows, generator=generator)
         for rows in order.split(at_once):
             for start in range(0, n_entries, tile):
                 place = slice(start, min(start + tile, n_entries))
                 piece = Tile(place, place, place.stop - place.start, torch.zeros(1), None)
-                ledger.add(values[rows][:, place], rows, piece)
-        top, index, total, row_sums = ledger.gathered()
-        assert top.shape == (min(k, n_rows), n_entries)
-        torch.testing.assert_close(total, values.sum(0))
-        torch.testing.assert_close(row_sums, values.sum(1))
-        torch.testing.assert_close(top, values.gather(0, index))
-        strongest = values.abs().sort(0, descending=True).values[: len(top)]
-        torch.testing.assert_close(top.abs(), strongest)
-        assert all(len(set(column)) == len(column) for column in index.T.tolist())
+                ledger.add(values[rows][:, place], rows, piece, [10 * values[rows][:, place]])
+        top = ledger.gathered(scale)
+        assert top.values_KN.shape == (min(k, n_rows), n_entries)
+        torch.testing.assert_close(top.sum_N, values.sum(0) / scale)
+        torch.testing.assert_close(top.values_KN, values.gather(0, top.index_KN) / scale)
+        torch.testing.assert_close(top.rest_N, top.sum_N - top.values_KN.sum(0))
+        torch.testing.assert_close(top.beside[0], 10 * values.gather(0, top.index_KN))
+        if of_rows:
+            torch.testing.assert_close(top.row_sums_R, (values / scale).sum(1))
+        else:
+            assert top.row_sums_R is None
+        strongest = (values / scale).abs().sort(0, descending=True).values[: len(top.values_KN)]
+        torch.testing.assert_close(top.values_KN.abs(), strongest)
+        assert all(len(set(column)) == len(column) for column in top.index_KN.T.tolist())
+
+    @pytest.mark.parametrize("of_rows", [True, False])
+    def test_each_entry_has_rows_of_its_own(self, of_rows):
+        ledger = TopRows(3, 9, 2, torch.float64, of_rows=of_rows)
+        piece = Tile(None, slice(0, 2), 2, torch.zeros(1), None)
+        rows = torch.tensor([[4, 8], [2, -1]])
+        ledger.add(torch.tensor([[1.0, 5.0], [-3.0, 0.0]]), rows, piece)
+        top = ledger.gathered(torch.tensor([1.0, 2.0], dtype=torch.float64))
+        assert top.index_KN.T.tolist()[0][:2] == [2, 4]
+        assert top.index_KN.T.tolist()[1][0] == 8
+        assert (top.index_KN >= 0).sum() == 3
+        assert top.values_KN.T.tolist() == [[-3, 1, 0], [2.5, 0, 0]]
 
     def test_everything_is_kept_where_no_number_is_given(self):
         ledger = TopRows(None, 3, 2, torch.float32)
         piece = Tile(None, slice(0, 2), 2, torch.zeros(1), None)
         ledger.add(torch.tensor([[1.0, 0.0], [-3.0, 2.0], [0.0, 0.0]]), torch.arange(3), piece)
-        top, index, _, _ = ledger.gathered()
-        assert top[:, 0].tolist() == [-3.0, 1.0, 0.0]
-        assert sorted(index[:, 1].tolist()) == [0, 1, 2]
+        top = ledger.gathered(torch.ones(2))
+        assert top.values_KN[:, 0].tolist() == [-3.0, 1.0, 0.0]
+        assert sorted(top.index_KN[:, 1].tolist()) == [0, 1, 2]
 
 
 def test_a_recording_is_finished_once(monkeypatch):
