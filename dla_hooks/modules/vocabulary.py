@@ -1,7 +1,7 @@
 """All logits of a few vectors, a tile at a time, whatever the unembedding is.
 
-A plain weight is read where it lies, slice after slice. One that is offloaded is read from its store
-in the same slices. Any other linear module (adapted, quantised) is run on the vectors, if it
+A plain weight is read where it lies, slice after slice. One that is offloaded is read from its
+store in the same slices. Any other linear module (adapted, quantised) is run on the vectors, if it
 computes in float32 or wider. Otherwise its rows are read through its backward pass: exact, but its
 time grows with the square of the vocabulary.
 """
