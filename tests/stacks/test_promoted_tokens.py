@@ -291,7 +291,7 @@ def test_positions_are_those_of_the_verb(unit, pos):
 
 @pytest.mark.parametrize("unit", UNITS)
 def test_strings_of_different_lengths_are_padded_and_each_as_by_itself(unit):
-    model, tokenizer = build("llama"), tiny_tokenizer()
+    model, tokenizer = build("llama", dtype=torch.float32), tiny_tokenizer()
     texts = ["the cat", "the dog sat on the cat"]
     both = promoted_tokens(model, texts, unit=unit, pos=None, k=3, tokenizer=tokenizer)
     for row, text in enumerate(texts):
@@ -309,7 +309,7 @@ def test_strings_of_different_lengths_are_padded_and_each_as_by_itself(unit):
 
 
 def test_masks_mappings_and_lists_are_read_as_the_verb_reads_them():
-    model, ids = build("llama"), example_ids("llama")
+    model, ids = build("llama", dtype=torch.float32), example_ids("llama")
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
     alone = promoted_tokens(model, ids[:1, 3:], k=3)
@@ -359,12 +359,14 @@ def test_what_hooks_write_has_the_rows_that_the_verb_has(name, where, unit):
 def test_hooks_behind_a_post_norm_have_a_row_of_heads():
     model, ids = build("gemma2"), example_ids("gemma2")
     norm = model.model.layers[1].post_attention_layernorm
-    norm.register_forward_hook(lambda m, args, out: out + 2.0)
-    found = promoted_tokens(model, ids, unit="head", k=2)
-    result = dla_hooks.direct_logit_attribution(
-        model, ids, found.up_ids[:, 0, 0][found.labels.index("L1hook")].expand(2), 3, unit="head"
-    )
+    norm.register_forward_hook(lambda m, args, out: out + out.flip(-1))
+    found = promoted_tokens(model, ids, unit="head", k=1)
+    row = found.labels.index("L1hook")
+    up, down = found.up_ids[row, :, 0], found.down_ids[row, :, 0]
+    result = dla_hooks.direct_logit_attribution(model, ids, up, down, unit="head")
     assert found.labels == result.labels
+    gap = (found.up - found.down)[row, :, 0]
+    torch.testing.assert_close(gap, result["L1hook"], rtol=1e-5, atol=1e-7)
 
 
 def test_what_hooks_write_to_logits_is_refused_and_had_with_check_off():
@@ -378,6 +380,7 @@ def test_what_hooks_write_to_logits_is_refused_and_had_with_check_off():
     assert found.gap != found.gap
 
 
+@pytest.mark.filterwarnings("ignore")  # PEFT's own
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_adapted_unembeddings_are_read_as_merged_ones(unit, dtype):
@@ -435,7 +438,7 @@ def test_wide_unembeddings_are_run_in_few_vectors_at_a_time(monkeypatch):
     whole = promoted_tokens(model, ids, pos=None, k=3)
     odd = Odd(*reversed(model.lm_head.weight.shape), bias=False).to(torch.float64)
     odd.weight = model.lm_head.weight
-    model.lm_head = odd
+    model.lm_head = odd.eval()
     promoted_tokens(model, ids, k=3)  # what is measured once
     Odd.largest = 0
     monkeypatch.setattr(vocabulary, "_LOGITS", 16 * model.config.vocab_size)
@@ -562,11 +565,18 @@ def test_activations_that_the_model_does_not_write_are_refused():
     assert bool(torch.isfinite(promoted_tokens(model, ids, check=False).up).all())
 
 
-def test_autocast_of_the_caller_changes_no_product():
+@pytest.mark.parametrize("unit", UNITS)
+def test_products_under_autocast_keep_their_precision(unit):
     model, ids = build("llama", dtype=torch.float32), example_ids("llama")
+    promoted_tokens(model, ids, unit=unit)
     with torch.autocast("cpu", torch.bfloat16):
-        inside = promoted_tokens(model, ids, k=3)
-    assert inside.up.dtype == torch.float32
+        with pytest.raises(DecompositionError, match="Autocast is on"):
+            promoted_tokens(model, ids, unit=unit)
+        found = promoted_tokens(model, ids, unit=unit, k=1, check=False)
+        up, down = found.up_ids[-1, :, 0], found.down_ids[-1, :, 0]
+        result = dla_hooks.direct_logit_attribution(model, ids, up, down, unit=unit, check=False)
+    gap = (found.up - found.down)[-1, :, 0]
+    torch.testing.assert_close(gap, result.attribution[-1], rtol=1e-4, atol=1e-5)
 
 
 def test_the_model_is_as_found():
