@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
-
-import torch
-from torch import Tensor
 
 from dla_hooks.errors import ArgumentTypeError, InputError, LabelError
 from dla_hooks.results import files, promoted_views
 from dla_hooks.results.parts import counted
-from dla_hooks.results.rows import NO_WORDS, Words, words_of
+from dla_hooks.results.promoted_data import NUMBERS, PromotedData, checked_count
 from dla_hooks.results.schema import pack
 from dla_hooks.results.table import frame
 
@@ -23,8 +20,7 @@ if TYPE_CHECKING:
 _NEAR = 3
 
 
-@dataclass(repr=False, eq=False)
-class PromotedTokens:
+class PromotedTokens(PromotedData):
     """The tokens that each row pushes up and down the most.
 
     ``result["L3H0"]`` is the result of that row alone, ``result.top("L3H0")`` its tokens. Logits
@@ -68,49 +64,7 @@ class PromotedTokens:
         words: what the unit says of its rows.
     """
 
-    labels: list[str]
-    unit: str
-    up: Tensor
-    up_ids: Tensor
-    down: Tensor
-    down_ids: Tensor
-    mean: Tensor
-    names: dict[int, str]
-    n_tokens: int
-    gap: float = float("nan")
-    positions: Tensor = field(
-        default_factory=lambda: torch.zeros(0, dtype=torch.long, device="cpu")
-    )
-    tokens: list[list[str]] = field(default_factory=list)
-    model: str = ""
-    softcap: float | None = None
-    words: Words = NO_WORDS
-
-    def __post_init__(self) -> None:
-        self.names = {int(i): name for i, name in self.names.items()}  # files hold ids as text
-        if self.words == NO_WORDS:
-            self.words = words_of(self.unit)
-        shape = self.up.shape
-        for name in ("up_ids", "down", "down_ids"):
-            other = getattr(self, name).shape
-            if other != shape:
-                raise InputError(f"{name} has shape {list(other)}, and up {list(shape)}")
-        if not shape or shape[0] != len(self.labels) or self.mean.shape != shape[:-1]:
-            raise InputError(
-                f"up has shape {list(shape)} for {len(self.labels)} labels and a mean of shape "
-                f"{list(self.mean.shape)}; they are [row, *batch_and_pos, k] and "
-                "[row, *batch_and_pos]"
-            )
-
-    @property
-    def shape(self) -> torch.Size:
-        """The axes of the entries: ``[batch]`` or ``[batch, pos']``."""
-        return self.mean.shape[1:]
-
-    @property
-    def k(self) -> int:
-        """How many tokens are listed each way."""
-        return self.up.shape[-1]
+    __module__ = "dla_hooks"
 
     def __getitem__(self, label: str) -> PromotedTokens:
         """One row alone.
@@ -264,10 +218,10 @@ class PromotedTokens:
             )
         numbers, ids = getattr(one, way).flatten().tolist(), getattr(one, f"{way}_ids").flatten()
         found = [(self.names[i], value) for i, value in zip(ids.tolist(), numbers, strict=True)]
-        return found[: None if k is None else promoted_views.checked_count(k)]
+        return found[: None if k is None else checked_count(k)]
 
     def _cut(self, place: tuple[slice | int, ...], **others: Any) -> PromotedTokens:
-        cut = {name: getattr(self, name)[place] for name in promoted_views.NUMBERS}
+        cut = {name: getattr(self, name)[place] for name in NUMBERS}
         if self.positions.shape == self.shape:
             cut["positions"] = self.positions[place[1:]]
         return replace(self, **cut, **others)
@@ -280,6 +234,3 @@ class PromotedTokens:
 
     def _repr_html_(self) -> str:
         return promoted_views.as_html(self)
-
-
-PromotedTokens.__module__ = "dla_hooks"

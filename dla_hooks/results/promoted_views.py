@@ -6,43 +6,24 @@ import csv
 import io
 import json
 import math
-import operator
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from dla_hooks._version import __version__
-from dla_hooks.errors import InputError
+from dla_hooks.results.promoted_data import PromotedData
 from dla_hooks.results.schema import as_json, pack
 from dla_hooks.results.wording import elided, printable
 
-if TYPE_CHECKING:
-    from dla_hooks.results.promoted import PromotedTokens
-
 COLUMNS = ("label", "row", "position", "rank", "token_id", "token", "logit")
-NUMBERS = ("up", "up_ids", "down", "down_ids", "mean")
-"""The fields with an axis for the rows of the unit."""
-
 _FORMAT, _VERSION = "dla_hooks.promoted", 1
 _TEXT_ROWS, _TEXT_TOKENS = 18, 4
 _HTML_ROWS, _HTML_TOKENS = 40, 6
 _WIDTH = 60
 
 
-def checked_count(k: Any) -> int:
-    """A number of tokens.
-
-    Raises:
-        InputError: when ``k`` is no int, or negative.
-    """
-    count = operator.index(k) if hasattr(k, "__index__") and not isinstance(k, bool) else -1
-    if count < 0:
-        raise InputError(f"k must be an int that is not negative, got {k!r}")
-    return count
-
-
-def records(data: PromotedTokens) -> list[dict[str, Any]]:
+def records(data: PromotedData) -> list[dict[str, Any]]:
     """One dictionary of :data:`COLUMNS` per row, entry and listed token, padding left out."""
     entries, n_entries = _entries(data), data.shape.numel()
     shape = len(data.labels), n_entries, data.k
@@ -61,7 +42,7 @@ def records(data: PromotedTokens) -> list[dict[str, Any]]:
     return found
 
 
-def json_text(data: PromotedTokens) -> str:
+def json_text(data: PromotedData) -> str:
     """Everything in the result as the text of a JSON file; NaN is null."""
     tensors, plain = pack(data)
     about = {"format": _FORMAT, "version": _VERSION, "dla_hooks": __version__}
@@ -72,7 +53,7 @@ def json_text(data: PromotedTokens) -> str:
     return "{\n" + ",\n".join(fields) + "\n}\n"
 
 
-def csv_text(data: PromotedTokens) -> str:
+def csv_text(data: PromotedData) -> str:
     """:func:`records` as the text of a CSV file."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, COLUMNS)
@@ -81,7 +62,7 @@ def csv_text(data: PromotedTokens) -> str:
     return text.getvalue()
 
 
-def as_text(data: PromotedTokens) -> str:
+def as_text(data: PromotedData) -> str:
     """A table in fixed width: a row's label, its first tokens up, its first tokens down."""
     entry = _shown_entry(data)
     if entry is None:
@@ -95,7 +76,7 @@ def as_text(data: PromotedTokens) -> str:
     return "\n".join([*_head(data), *table, *_end(data, len(lines))])
 
 
-def as_html(data: PromotedTokens) -> str:
+def as_html(data: PromotedData) -> str:
     """One self-contained, escaped table: a row's label, tokens up, tokens down."""
     head, entry = _head(data), _shown_entry(data)
     cell = "padding:1px 14px 1px 0;border:none;background:transparent;text-align:left"
@@ -126,7 +107,7 @@ def as_html(data: PromotedTokens) -> str:
     )
 
 
-def _entries(data: PromotedTokens) -> list[tuple[int, int, int | None]]:
+def _entries(data: PromotedData) -> list[tuple[int, int, int | None]]:
     """Each entry that is no padding: its flat index, its row of the batch, and its position."""
     n = data.shape.numel()
     located = data.positions.shape == data.shape
@@ -136,13 +117,13 @@ def _entries(data: PromotedTokens) -> list[tuple[int, int, int | None]]:
     return [(flat, flat // max(1, per_row), positions[flat]) for flat in range(n) if ids[flat] >= 0]
 
 
-def _shown_entry(data: PromotedTokens) -> int | None:
+def _shown_entry(data: PromotedData) -> int | None:
     """The entry that a table shows: the last real one of the first prompt."""
     entries = _entries(data)
     return next((flat for flat, row, _ in reversed(entries) if row == entries[0][1]), None)
 
 
-def _shown_rows(data: PromotedTokens, entry: int, most: int) -> list[int]:
+def _shown_rows(data: PromotedData, entry: int, most: int) -> list[int]:
     """The rows that push hardest at an entry, in their own order."""
     n = data.shape.numel()
     both = (data.up, data.down)
@@ -152,9 +133,7 @@ def _shown_rows(data: PromotedTokens, entry: int, most: int) -> list[int]:
     return kept
 
 
-def _tokens(
-    data: PromotedTokens, way: str, row: int, entry: int, most: int
-) -> list[tuple[str, str]]:
+def _tokens(data: PromotedData, way: str, row: int, entry: int, most: int) -> list[tuple[str, str]]:
     """The first tokens of a row at an entry, in quotes unless they are ids, with their logits."""
     shape = len(data.labels), data.shape.numel(), data.k
     ids = getattr(data, f"{way}_ids").reshape(shape)[row, entry, :most].tolist()
@@ -170,7 +149,7 @@ def _joined(tokens: list[tuple[str, str]]) -> str:
     return "  ".join(f"{token} {value}" for token, value in tokens)
 
 
-def _head(data: PromotedTokens) -> list[str]:
+def _head(data: PromotedData) -> list[str]:
     """What the table is about: the prompt's end, and what the rows are."""
     model = f" · {data.model}" if data.model else ""
     entry = _shown_entry(data)
@@ -183,7 +162,7 @@ def _head(data: PromotedTokens) -> list[str]:
     return [printable(f"tokens promoted{where}{model}"), printable(data.words.sentence)]
 
 
-def _end(data: PromotedTokens, n_shown: int) -> list[str]:
+def _end(data: PromotedData, n_shown: int) -> list[str]:
     lines = []
     if n_shown < len(data.labels):
         lines.append(f"… {len(data.labels) - n_shown} weaker rows: records() has all")
