@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dla_hooks.inputs.entries import Entries
 from dla_hooks.projection.tiles import Tile
 
 _MOST_HELD = 2**23
@@ -144,11 +145,12 @@ class TopRows:
         values_PKN[:, :, tile.index] = _taken(both_PRT, kept)
         index_KN[:, tile.index] = names_RT.gather(0, kept)
 
-    def gathered(self, scale_N: Tensor) -> Top:
+    def gathered(self, scale_N: Tensor, entries: Entries) -> Top:
         """The kept numbers, on one device.
 
         Args:
             scale_N: what the values (not what they brought along) are divided by.
+            entries: all entries.
         """
         device = scale_N.device
         self._state(device)
@@ -156,14 +158,15 @@ class TopRows:
         values_PKN = torch.cat([state[0] for state in states], 1)
         index_KN = torch.cat([state[1] for state in states])
         values_PKN[0] /= scale_N
-        sums_K = None
-        if self._whole:
-            n_rows = self._shape[1]
-            sums_K = values_PKN[0].reshape(-1, n_rows, len(scale_N)).sum((0, 2))
+        sums_RB = None
+        if self._whole:  # each row was written on one device, and is zero on the others
+            values_RN = values_PKN[0].unflatten(0, (-1, self._shape[1])).sum(0)
+            sums_RB = values_RN.new_zeros(len(values_RN), entries.prompt_shape[0])
+            sums_RB.index_add_(1, entries.rows.to(device), values_RN)
         kept = _strongest(values_PKN[0], index_KN, self._k)
         values_PKN, index_KN = _taken(values_PKN, kept), index_KN.gather(0, kept)
         sum_N = torch.stack([state[2] for state in states]).sum(0) / scale_N
-        return Top(values_PKN[0], index_KN, sum_N, sums_K, tuple(values_PKN[1:]))
+        return Top(values_PKN[0], index_KN, sum_N, sums_RB, tuple(values_PKN[1:]))
 
     def _state(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         if device not in self._on:
@@ -194,14 +197,15 @@ class Top:
         values_KN: the strongest values of each entry, the largest absolute value first.
         index_KN: their rows' numbers; -1, with the value 0, where an entry had fewer rows.
         sum_N: the sum of all rows.
-        row_sums_R: each row's sum over the entries; None where these are too many to be kept.
+        row_sums_RB: each row's sum over the entries of each prompt of the batch; None where these
+            are too many to be kept.
         beside: what the kept rows brought along, each [K, N].
     """
 
     values_KN: Tensor
     index_KN: Tensor
     sum_N: Tensor
-    row_sums_R: Tensor | None
+    row_sums_RB: Tensor | None
     beside: tuple[Tensor, ...]
 
     @property

@@ -75,8 +75,8 @@ class RankedSplit:
             the value 0.
         rest_N: what the unit's other rows contributed together, summed from them.
         remainder_N: what belongs to no row of the unit.
-        row_sums_R: each row's sum over the entries; None where a row does not mean the same at
-            each of them, or where there were too many numbers to keep.
+        row_sums_RB: each row's sum over the entries of each prompt of the batch; None where a row
+            does not mean the same at each of them, or where there were too many numbers to keep.
         claims: as in :class:`Split`.
         norms: as in :class:`Split`.
         beside: further numbers of the kept rows [K, N], by the names in ``words.beside``.
@@ -87,7 +87,7 @@ class RankedSplit:
     index_KN: Tensor
     rest_N: Tensor
     remainder_N: Tensor
-    row_sums_R: Tensor | None = None
+    row_sums_RB: Tensor | None = None
     claims: Sequence[Claim] = field(default_factory=tuple)
     norms: Sequence[tuple[str, float]] = field(default_factory=tuple)
     beside: Mapping[str, Tensor] = field(default_factory=dict)
