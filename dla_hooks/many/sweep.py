@@ -87,9 +87,9 @@ def attribute_many(
             that was begun under another tag, or under none, is refused.
 
     Returns:
-        A generator of one :class:`DirectLogitAttribution` per prompt, whose ``attribution`` is
-        [component, 1] for a single position and [component, 1, pos'] otherwise, or the
-        :class:`DLAError` of a prompt that failed. ``gap`` and ``logit_gap`` are the largest of
+        A generator of one result per prompt, as of :func:`direct_logit_attribution`: its
+        ``attribution`` is [component, 1] for a single position and [component, 1, pos'] otherwise.
+        Or the :class:`DLAError` of a prompt that failed. ``gap`` and ``logit_gap`` are the largest of
         the batch that the prompt ran in.
 
     Raises:
