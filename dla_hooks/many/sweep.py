@@ -89,8 +89,8 @@ def attribute_many(
     Returns:
         A generator of one result per prompt, as of :func:`direct_logit_attribution`: its
         ``attribution`` is [component, 1] for a single position and [component, 1, pos'] otherwise.
-        Or the :class:`DLAError` of a prompt that failed. ``gap`` and ``logit_gap`` are the largest of
-        the batch that the prompt ran in.
+        Of a prompt that failed it gives the :class:`DLAError`. ``gap`` and ``logit_gap`` are the
+        largest of the batch that the prompt ran in.
 
     Raises:
         InputError: at once, for arguments that no prompt could be attributed with, and for a
