@@ -142,7 +142,7 @@ def test_a_model_in_training_mode_is_refused():
 
 def test_unknown_units_are_listed():
     with pytest.raises(InputError, match=re.escape(f"{UNIT_NAMES}, got 'neuron'")):
-        direct_logit_attribution(build("gpt2"), IDS, 5, unit="neuron")
+        direct_logit_attribution(build("gpt2"), IDS, 5, unit="token")
     with pytest.raises(InputError, match="got None"):
         direct_logit_attribution(build("gpt2"), IDS, 5, unit=None)
 
