@@ -44,6 +44,7 @@ if TYPE_CHECKING:  # X as X: these names are public
     from dla_hooks.residual.registry import register as register
     from dla_hooks.results.load import load as load
     from dla_hooks.results.promoted import PromotedTokens as PromotedTokens
+    from dla_hooks.results.ranked import RankedAttribution as RankedAttribution
     from dla_hooks.results.result import DirectLogitAttribution as DirectLogitAttribution
     from dla_hooks.results.summarize import summarize as summarize
     from dla_hooks.results.summary import Summary as Summary
@@ -78,6 +79,7 @@ _HOME = {
     "Plan": "attribution",
     "PositionError": "errors",
     "PromotedTokens": "results.promoted",
+    "RankedAttribution": "results.ranked",
     "ShapeMismatchError": "errors",
     "Summary": "results.summary",
     "TokenError": "errors",

@@ -75,8 +75,8 @@ class RankedSplit:
             the value 0.
         rest_N: what the unit's other rows contributed together, summed from them.
         remainder_N: what belongs to no row of the unit.
-        row_sums_R: each row's sum over the entries; None where a row does not mean the same at
-            each of them, or where there were too many numbers to keep.
+        row_sums_RB: each row's sum over the entries of each prompt of the batch; None where a row
+            does not mean the same at each of them, or where there were too many numbers to keep.
         claims: as in :class:`Split`.
         norms: as in :class:`Split`.
         beside: further numbers of the kept rows [K, N], by the names in ``words.beside``.
@@ -87,7 +87,7 @@ class RankedSplit:
     index_KN: Tensor
     rest_N: Tensor
     remainder_N: Tensor
-    row_sums_R: Tensor | None = None
+    row_sums_RB: Tensor | None = None
     claims: Sequence[Claim] = field(default_factory=tuple)
     norms: Sequence[tuple[str, float]] = field(default_factory=tuple)
     beside: Mapping[str, Tensor] = field(default_factory=dict)
@@ -132,10 +132,12 @@ class Unit:
         words: its name, and what it says of its rows.
         reads_each_write: whether it needs every write by itself; otherwise what a block added may
             come in one, as from a cache that holds the stream around each block only.
+        of_every_model: whether every model that is declared for it has it.
     """
 
     words: ClassVar[Words]
     reads_each_write: ClassVar[bool] = True
+    of_every_model: ClassVar[bool] = True
 
     def places(self, stream: Stream) -> list[Place]:
         """The places whose activations it is made of, besides the final norm's scale."""

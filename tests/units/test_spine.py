@@ -12,6 +12,7 @@ from zoo import build, example_ids
 
 import dla_hooks
 from dla_hooks import DecompositionError, InputError, direct_logit_attribution, prepare
+from dla_hooks.inputs.entries import Entries, one_target
 from dla_hooks.projection.ledger import TopRows
 from dla_hooks.projection.tiles import Tile
 from dla_hooks.units.plan import Recording
@@ -212,6 +213,11 @@ def assert_same_with_nan(found, expected):
     torch.testing.assert_close(found.attribution, expected.attribution, equal_nan=True)
 
 
+def two_entries():
+    both = torch.arange(2)
+    return one_target(both * 0, both, both >= 0, (1, 2))
+
+
 class TestTopRows:
     """A ledger of the strongest rows against all of them at once."""
 
@@ -239,16 +245,20 @@ class TestTopRows:
                 place = slice(start, min(start + tile, n_entries))
                 piece = Tile(place, place, place.stop - place.start, torch.zeros(1), None)
                 ledger.add(values[rows][:, place], rows, piece, [10 * values[rows][:, place]])
-        top = ledger.gathered(scale)
+        batch = torch.arange(n_entries) % 2
+        every = Entries(batch, batch, batch, batch >= 0, (2, 1))
+        top = ledger.gathered(scale, every)
         assert top.values_KN.shape == (min(k, n_rows), n_entries)
         torch.testing.assert_close(top.sum_N, values.sum(0) / scale)
         torch.testing.assert_close(top.values_KN, values.gather(0, top.index_KN) / scale)
         torch.testing.assert_close(top.rest_N, top.sum_N - top.values_KN.sum(0))
         torch.testing.assert_close(top.beside[0], 10 * values.gather(0, top.index_KN))
         if of_rows:
-            torch.testing.assert_close(top.row_sums_R, (values / scale).sum(1))
+            for row in (0, 1):
+                own = (values / scale)[:, batch == row].sum(1)
+                torch.testing.assert_close(top.row_sums_RB[:, row], own)
         else:
-            assert top.row_sums_R is None
+            assert top.row_sums_RB is None
         strongest = (values / scale).abs().sort(0, descending=True).values[: len(top.values_KN)]
         torch.testing.assert_close(top.values_KN.abs(), strongest)
         assert all(len(set(column)) == len(column) for column in top.index_KN.T.tolist())
@@ -259,7 +269,7 @@ class TestTopRows:
         piece = Tile(None, slice(0, 2), 2, torch.zeros(1), None)
         rows = torch.tensor([[4, 8], [2, -1]])
         ledger.add(torch.tensor([[1.0, 5.0], [-3.0, 0.0]]), rows, piece)
-        top = ledger.gathered(torch.tensor([1.0, 2.0], dtype=torch.float64))
+        top = ledger.gathered(torch.tensor([1.0, 2.0], dtype=torch.float64), two_entries())
         assert top.index_KN.T.tolist()[0][:2] == [2, 4]
         assert top.index_KN.T.tolist()[1][0] == 8
         assert (top.index_KN >= 0).sum() == 3
@@ -269,7 +279,7 @@ class TestTopRows:
         ledger = TopRows(None, 3, 2, torch.float32)
         piece = Tile(None, slice(0, 2), 2, torch.zeros(1), None)
         ledger.add(torch.tensor([[1.0, 0.0], [-3.0, 2.0], [0.0, 0.0]]), torch.arange(3), piece)
-        top = ledger.gathered(torch.ones(2))
+        top = ledger.gathered(torch.ones(2), two_entries())
         assert top.values_KN[:, 0].tolist() == [-3.0, 1.0, 0.0]
         assert sorted(top.index_KN[:, 1].tolist()) == [0, 1, 2]
 
