@@ -56,8 +56,10 @@ def promoted_tokens(
     (biases of the unembedding and of the final norm) is in no row.
 
     Nothing of the size rows x vocabulary is built. Kept are the activations that the rows are made
-    of, at the selected positions: [position, d_model] for every component, [position, d_model] for
-    every layer's heads. The vectors of the rows are made for a few positions at a time.
+    of, at the selected positions: [position, d_model] for every component, or z of every layer's
+    heads. The vectors of the rows are made for a few positions at a time. An adapted or quantised
+    unembedding that computes in 16 bits is read exactly, but its time grows with the square of
+    the vocabulary.
 
     Args:
         model: of any kind that :func:`direct_logit_attribution` takes.
