@@ -79,6 +79,11 @@ class View:
     def __len__(self) -> int:
         return len(self.inside)
 
+    @property
+    def n_prompts(self) -> int:
+        """The rows of the batch."""
+        return self._batch
+
     def part(self, start: int, stop: int) -> View:
         """The view of some columns of the prompt; this one, if these are its own."""
         if range(start, stop) == self.columns:
