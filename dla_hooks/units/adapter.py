@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -18,16 +19,13 @@ from dla_hooks.backends import Conventions
 from dla_hooks.calibration.adapted_writes import Ending, endings
 from dla_hooks.calibration.norm_constants import norm_at
 from dla_hooks.errors import UnsupportedModelError
-from dla_hooks.modules import norms
 from dla_hooks.modules.adapters import adapted_modules, at_work, check_added, is_copied
 from dla_hooks.modules.hooks import Call, Place, Tap
-from dla_hooks.modules.user_hooks import is_hooked
 from dla_hooks.projection.adapted import AdaptedModule
-from dla_hooks.projection.directions import Directions
-from dla_hooks.projection.hook_writes import HookWrites
-from dla_hooks.projection.kernels import frozen_scales, project
+from dla_hooks.projection.kernels import project
 from dla_hooks.projection.ledger import FixedRows
 from dla_hooks.projection.tiles import View
+from dla_hooks.projection.way_out import WayOut, WayRecorder
 from dla_hooks.residual.stream import Stream, WriteSite
 from dla_hooks.results.rows import Row, Words
 from dla_hooks.units.base import Claim, Recorder, Split, Unit, UnitPlan
@@ -117,44 +115,30 @@ class _Site:
         label: the part's.
         modules: what adapters end in there.
         whole: whether there is nothing else; there is one module then.
-        at_output: what the modules' output is projected on.
-        in_stream: what the post-norm's output is projected on.
-        post_norm: the place of that norm, or None.
-        way: the places that hooks of the caller's may write at, up to the stream.
+        way: from there to the stream.
     """
 
     label: str
     modules: list[AdaptedModule]
     whole: bool
-    at_output: Directions
-    in_stream: Directions
-    post_norm: Place | None
-    norm: norms.Norm | None
-    way: list[tuple[Place, Directions]]
+    way: WayOut
 
 
 def _of_write(parts: PartsPlan, write: WriteSite, found: list[Ending]) -> _Site:
-    in_stream = at_output = parts.directions(write.label)
-    module = Place(write.module, write.name, write.use)
-    norm, post_norm = None, None
-    if write.post_norm is not None:
-        post_norm = write.place
-        norm = norm_at(parts.stream, post_norm)
-        at_output = in_stream.then(norm.pull_back)
-    modules = [AdaptedModule(one.module, one.path, write.use, at_output) for one in found]
-    way = [(one.place._replace(first=False), at_output) for one in modules]
-    if all(place.module is not write.module for place, _ in way):
-        way.append((module, at_output))
-    if post_norm is not None:
-        way.append((post_norm, in_stream))
     whole = any(one.whole for one in found)
     if whole and len(found) > 1:
         paths = ", ".join(one.path for one in found)
         raise UnsupportedModelError(
             f"{write.label} ends in several adapted modules, one within the other: {paths}. "
-            "Attribute components instead (leave out unit=)"
+            f"{_INSTEAD}"
         )
-    return _Site(write.label, modules, whole, at_output, in_stream, post_norm, norm, way)
+    places = [Place(one.module, one.path, write.use) for one in found]
+    places.append(Place(write.module, write.name, write.use))
+    post_norm = None if write.post_norm is None else write.place
+    norm = None if post_norm is None else norm_at(parts.stream, post_norm)
+    way = WayOut(parts.directions(write.label), places, post_norm, norm)
+    modules = [AdaptedModule(one.module, one.path, write.use, way.at_output) for one in found]
+    return _Site(write.label, modules, whole, way)
 
 
 def _of_table(parts: PartsPlan, label: str, place: Place, path: str, module: nn.Module) -> _Site:
@@ -167,9 +151,9 @@ def _of_table(parts: PartsPlan, label: str, place: Place, path: str, module: nn.
             f"{path} is adapted, and more than a factor stands between it and the stream, so that "
             f"its adapter has no part of its own there. {_INSTEAD}"
         )
-    one = AdaptedModule(module, path, place.use, directions)
-    way = [] if label == EMBED else [(place, directions)]
-    return _Site(label, [one], True, directions, directions, None, None, way)
+    # Hooks of the caller's on the token embeddings have a row of their own.
+    way = WayOut(directions, [] if label == EMBED else [place])
+    return _Site(label, [AdaptedModule(module, path, place.use, directions)], True, way)
 
 
 class _AdaptersPlan(UnitPlan):
@@ -202,11 +186,9 @@ class _AdaptersRecorder(Recorder):
         claims, seen = list[Claim](), list[tuple[str, float]]()
         components = dict(zip((row.label for row in parts.rows), parts.values_CN, strict=True))
         for site in self._sites:
-            label = site.site.label
-            found[label], claim = site.finish(parts, components[label])
+            found[site.label], claim = site.finish(parts, components[site.label])
             claims.append(claim)
-            if site.site.post_norm is not None:
-                seen.append((site.site.post_norm.name, norms.largest(site.misfits)))
+            seen += site.way.norms()
         found |= {k: {name: components[k]} for k, name in self._plan.copies.items()}
         rows, values = list[Row](), list[Tensor]()
         for row in parts.rows:
@@ -224,83 +206,57 @@ class _SiteRecorder:
     """One part of the stream that adapters end in, in one run."""
 
     def __init__(self, site: _Site, n_entries: int, dtype: torch.dtype) -> None:
-        self.site, self.misfits = site, list[Tensor]()
-        self._first = [0]
-        for module in site.modules:
-            self._first.append(self._first[-1] + len(module.names) + 1)
-        # For each module its terms and its whole output, and at last the post-norm's scale.
-        self._rows = FixedRows(self._first[-1] + 1, n_entries, dtype)
-        hooked = [(place, d) for place, d in site.way if is_hooked(place)]
-        self._hooks = HookWrites(hooked, n_entries, dtype) if hooked else None
+        self._site, self.label = site, site.label
+        self.way = WayRecorder(site.way, n_entries, dtype)
+        # For each module its terms and its whole output.
+        sizes = [len(module.names) + 1 for module in site.modules]
+        *self._first, n_rows = accumulate(sizes, initial=0)
+        self._rows = FixedRows(n_rows, n_entries, dtype)
 
     def taps(self, view: View) -> list[Tap]:
-        site, rows = self.site, self._rows
-        taps = [] if self._hooks is None else self._hooks.taps(view)
-        for module, first in zip(site.modules, self._first, strict=False):
+        site, rows, taps = self._site, self._rows, self.way.taps(view)
+        for module, first in zip(site.modules, self._first, strict=True):
             last = first + len(module.names)
             taps += module.taps(view, [partial(rows.row, n) for n in range(first, last)])
             if not site.whole:
                 taps.append(self._see_output(module, last, view))
-        place, norm = site.post_norm, site.norm
-        if place is None or norm is None:
-            return taps
-
-        def see_post_norm(call: Call) -> None:
-            x, y = call.entered, call.left
-            self.misfits += frozen_scales(norm, x, y, view, rows.row(-1, x.device))
-
-        return [*taps, Tap(place.ahead, see_post_norm)]
+        return taps
 
     def finish(self, parts: Parts, whole_N: Tensor) -> tuple[dict[str, Tensor], Claim]:
         """The parts by name, and the claim that they sum to the whole."""
-        site, of_target = self.site, parts.entries.of_target
-        values_CN = self._rows.gathered(parts.reading.scale_N.device)
-        scale_N = parts.reading.scale_N
-        at_output_N = scale_N * values_CN[-1] if site.post_norm is not None else scale_N
-        found, outputs_N = {_BASE: torch.zeros_like(scale_N)}, torch.zeros_like(scale_N)
-        for module, first in zip(site.modules, self._first, strict=False):
+        site, final_N = self._site, parts.reading.scale_N
+        way = self.way.finish(final_N, parts.entries)
+        values_CN = self._rows.gathered(final_N.device)
+        found, outputs_N = {_BASE: torch.zeros_like(final_N)}, torch.zeros_like(final_N)
+        for module, first in zip(site.modules, self._first, strict=True):
             constant_K = module.constant()
             if constant_K is not None:
-                values_CN[first] += of_target(constant_K.to(scale_N.device))
-            outputs_N += values_CN[first + len(module.names)] / at_output_N
+                values_CN[first] += parts.entries.of_target(constant_K.to(final_N.device))
+            outputs_N += values_CN[first + len(module.names)] / way.scale_N
             for number, name in enumerate(module.names, start=first):
-                key, value_N = name or _BASE, values_CN[number] / at_output_N
+                key, value_N = name or _BASE, values_CN[number] / way.scale_N
                 found[key] = found[key] + value_N if key in found else value_N
-        hooks_N = self._written(at_output_N, scale_N)
-        if hooks_N is not None:
-            found[_HOOK] = hooks_N
         if site.whole:
-            if site.norm is not None and bool(site.norm.beta.any()):
-                beta_K = site.in_stream.of_constant(site.norm.beta)
-                found[_BASE] += of_target(beta_K.to(scale_N.device)) / scale_N
+            if way.beta_N is not None:
+                found[_BASE] = found[_BASE] + way.beta_N
+            if way.hooks_N is not None:
+                found[_HOOK] = way.hooks_N
             name = f"the parts of {site.label} (of its base and its adapters)"
-            claim = Claim(
-                [name],
-                torch.stack([*found.values()]).sum(0)[None],
-                whole_N[None],
-                site.norm is not None,
-            )
-            return found, claim
-        added_N = torch.stack([value_N for key, value_N in found.items() if key != _HOOK]).sum(0)
+            sum_N = torch.stack([*found.values()]).sum(0)
+            return found, Claim([name], sum_N[None], whole_N[None], site.way.norm is not None)
+        added_N = torch.stack([*found.values()]).sum(0)
         paths = " and ".join(module.path for module in site.modules)
         claim = Claim([f"the terms of {paths}"], added_N[None], outputs_N[None])
         # What the sublayer writes besides these modules is the base's.
-        rest_N = whole_N - outputs_N
-        found[_BASE] = found[_BASE] + (rest_N if hooks_N is None else rest_N - hooks_N)
+        found[_BASE] = found[_BASE] + whole_N - outputs_N
+        if way.hooks_N is not None:
+            found[_BASE] = found[_BASE] - way.hooks_N
+            found[_HOOK] = way.hooks_N
         return found, claim
 
     def _see_output(self, module: AdaptedModule, row: int, view: View) -> Tap:
         def see(call: Call) -> None:
             x = call.activation
-            project(x, view, self.site.at_output, self._rows.row(row, x.device))
+            project(x, view, self._site.way.at_output, self._rows.row(row, x.device))
 
         return Tap(module.place, see)
-
-    def _written(self, at_output_N: Tensor, scale_N: Tensor) -> Tensor | None:
-        """What the caller's hooks wrote between the modules and the stream."""
-        if self._hooks is None:
-            return None
-        pairs = zip(self._hooks.places, self._hooks.finish(scale_N.device), strict=True)
-        behind = self.site.post_norm
-        each = [w_N / (scale_N if place == behind else at_output_N) for (place, _), w_N in pairs]
-        return torch.stack(each).sum(0)
