@@ -34,6 +34,24 @@ class Codes(NamedTuple):
     offset_T1: Tensor | None = None
 
 
+class Spot(NamedTuple):
+    """What a dictionary is read for.
+
+    Attributes:
+        label: the place that it stands at, for messages.
+        width: of the place.
+        n_heads: the number of heads there, if it is what they put out; or None.
+        dtype: in which a dictionary computes that says no other.
+        device: where it does.
+    """
+
+    label: str
+    width: int
+    n_heads: int | None
+    dtype: torch.dtype
+    device: torch.device
+
+
 class Dictionary:
     """A dictionary that is read.
 
@@ -87,18 +105,14 @@ class OfObject(Dictionary):
 
     Args:
         made: the object, with ``encode`` and ``decode``.
-        width: of the place that it stands at.
-        heads: the number of heads there, for objects that want them on an axis; or None.
-        dtype: in which it computes, where it holds no tensors.
-        what: the place, for the message of an error.
+        spot: where it stands.
 
     Raises:
         InputError: for an object that is no such dictionary.
     """
 
-    def __init__(
-        self, made: Any, width: int, heads: int | None, dtype: torch.dtype, what: str
-    ) -> None:
+    def __init__(self, made: Any, spot: Spot) -> None:
+        what, width, dtype = spot.label, spot.width, spot.dtype
         kind = type(made).__name__
         if not all(callable(getattr(made, name, None)) for name in ("encode", "decode")):
             raise InputError(
@@ -113,7 +127,7 @@ class OfObject(Dictionary):
                 f"the dictionary at {what} computes in {dtype}, whose rounding would pass for its "
                 "error; convert it first: dictionary.float()"
             )
-        self._made, self._on_heads = made, heads if _reads_heads(made) else None
+        self._made, self._on_heads = made, spot.n_heads if _reads_heads(made) else None
         self._device = torch.device("cpu") if like is None else like.device
         decoder = _Decode(made, like if like is not None else torch.empty(0, dtype=dtype))
         super().__init__(decoder, width, 0, dtype)
@@ -170,7 +184,8 @@ class _Decode(nn.Module):
         super().__init__()
         self.made = made
         self.in_features = 0
-        self.register_buffer("like", like.new_empty(0))
+        # Its dtype and device are the module's.
+        self.like = nn.Parameter(like.detach().new_empty(0), requires_grad=False)
 
     def forward(self, f: Tensor) -> Tensor:
         out: Tensor = self.made.decode(f.reshape(-1, f.shape[-1]))

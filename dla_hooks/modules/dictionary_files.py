@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dla_hooks.errors import InputError
-from dla_hooks.modules.dictionaries import Codes, Dictionary
+from dla_hooks.modules.dictionaries import Codes, Dictionary, OfObject, Spot
 
 _EPS = 1e-5
 """Of SAELens's layer norm."""
@@ -30,26 +30,41 @@ _WEIGHTS = {
 _ALWAYS = {"W_enc", "W_dec", "b_dec"}
 
 
+def read_dictionary(made: Any, spot: Spot) -> Dictionary:
+    """Read an object that encodes and decodes, or a folder.
+
+    Raises:
+        InputError: for what is neither, and for one of another width.
+    """
+    is_path = isinstance(made, (str, Path))
+    found: Dictionary = Folder(Path(made), spot) if is_path else OfObject(made, spot)
+    if found.width != spot.width:
+        raise InputError(
+            f"the dictionary at {spot.label} is {found.width} wide, and the place is {spot.width} "
+            "wide; it belongs to another place or model"
+        )
+    return found
+
+
 class Folder(Dictionary):
     """A dictionary in a folder.
 
     Args:
         path: a folder with ``sae_weights.safetensors`` (or one other safetensors file) and
             ``cfg.json``.
-        dtype: in which it computes.
-        what: the place that it stands at, for the message of an error.
-        at_z: whether that is the heads' output.
+        spot: where it stands.
 
     Raises:
         InputError: naming the file, weight or setting that cannot be read.
     """
 
-    def __init__(self, path: Path, dtype: torch.dtype, what: str, at_z: bool) -> None:
-        self._what = f"the dictionary at {what} ({path})"
+    def __init__(self, path: Path, spot: Spot) -> None:
+        self._what = f"the dictionary at {spot.label} ({path})"
+        dtype, device, at_z = spot.dtype, spot.device, spot.n_heads is not None
         weights, cfg = self._weights(path), self._config(path)
         self._kind = kind = self._architecture(weights, cfg)
         self._check(weights, cfg, at_z)
-        self._w = {name: tensor.to(dtype) for name, tensor in weights.items()}
+        self._w = {name: tensor.to(device, dtype) for name, tensor in weights.items()}
         W_dec, W_enc = self._w["W_dec"], self._w["W_enc"]
         if cfg.get("rescale_acts_by_decoder_norm"):
             norm_F = W_dec.norm(dim=-1)
@@ -59,7 +74,7 @@ class Folder(Dictionary):
         self._k = self._top(cfg) if kind == "topk" else None
         self._norm = cfg.get("normalize_activations") or "none"
         self._shifted = cfg["apply_b_dec_to_input"]
-        decoder = nn.utils.skip_init(nn.Linear, *W_dec.shape, dtype=dtype)
+        decoder = nn.utils.skip_init(nn.Linear, *W_dec.shape, dtype=dtype, device=device)
         decoder.weight = nn.Parameter(W_dec.T, requires_grad=False)
         decoder.bias = nn.Parameter(self._w["b_dec"], requires_grad=False)
         made = self._nested(cfg, "model_from_pretrained_kwargs") or {}
@@ -130,7 +145,7 @@ class Folder(Dictionary):
         function = cfg.get("activation_fn_str") or cfg.get("activation_fn") or "relu"
         if kind == "standard" and function == "topk":
             kind = "topk"
-        elif function != "relu" and not (kind, function) == ("topk", "topk"):
+        elif function != "relu" and (kind, function) != ("topk", "topk"):
             raise self._refused(f"its activation function {function!r} is not read")
         if kind == "batchtopk" and "threshold" in weights:
             kind = "jumprelu"  # as it is used, once trained
