@@ -87,10 +87,10 @@ def attribute_many(
             that was begun under another tag, or under none, is refused.
 
     Returns:
-        A generator of one :class:`DirectLogitAttribution` per prompt, whose ``attribution`` is
-        [component, 1] for a single position and [component, 1, pos'] otherwise, or the
-        :class:`DLAError` of a prompt that failed. ``gap`` and ``logit_gap`` are the largest of
-        the batch that the prompt ran in.
+        A generator of one result per prompt, as of :func:`direct_logit_attribution`: its
+        ``attribution`` is [component, 1] for a single position and [component, 1, pos'] otherwise.
+        Of a prompt that failed it gives the :class:`DLAError`. ``gap`` and ``logit_gap`` are the
+        largest of the batch that the prompt ran in.
 
     Raises:
         InputError: at once, for arguments that no prompt could be attributed with, and for a

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
+import torch
 from torch import Tensor
 
 from dla_hooks.errors import InputError
@@ -13,7 +14,7 @@ from dla_hooks.results.data import EntryData, RowMeans, entry_mean, no_positions
 from dla_hooks.results.row_runs import RowRuns
 from dla_hooks.results.rows import Row, Words
 
-_MOST_SHOWN = 200
+_MOST_SHOWN = 100
 
 
 @dataclass(repr=False, eq=False)
@@ -71,7 +72,7 @@ class RankedData(EntryData):
         return self.attribution.sum(0) + self.rest + self.remainder
 
     def row_means(self) -> RowMeans:
-        """The strongest rows by their means, and all others in one.
+        """The rows with the largest and the smallest means, and all others in one.
 
         Where a row does not mean the same at each entry, a mean is over the entries where the row
         is kept, divided by the number of all; the others hold what it is elsewhere.
@@ -80,8 +81,10 @@ class RankedData(EntryData):
         if means is None:
             numbers, values = self.kept_means()
         else:
-            n = max(len(self.attribution), _MOST_SHOWN)
-            numbers = means.abs().nan_to_num(nan=-1.0).topk(min(n, len(means))).indices
+            n = min(max(len(self.attribution), _MOST_SHOWN), len(means))
+            known = means.nan_to_num(nan=0.0)
+            ends = [order.topk(n).indices for order in (known, -known)]
+            numbers = torch.cat(ends).unique()
             values = means[numbers]
         remainder = entry_mean(self.remainder)
         beyond = entry_mean(self.total()) - remainder - float(values.double().sum())
