@@ -97,7 +97,7 @@ class Dictionary:
 
     def bias(self) -> Tensor:
         """What is rebuilt of no feature [width]."""
-        return value_at(self._decoder, torch.zeros(self.n_features, device="cpu"))
+        return value_at(self._decoder, torch.zeros(self.n_features, dtype=self.dtype, device="cpu"))
 
 
 class OfObject(Dictionary):
@@ -128,11 +128,14 @@ class OfObject(Dictionary):
                 "error; convert it first: dictionary.float()"
             )
         self._made, self._on_heads = made, spot.n_heads if _reads_heads(made) else None
-        self._device = torch.device("cpu") if like is None else like.device
-        decoder = _Decode(made, like if like is not None else torch.empty(0, dtype=dtype))
+        if like is None:
+            like = torch.empty(0, dtype=dtype, device="cpu")
+        decoder = _Decode(made, like)
+        self._device = like.device
         super().__init__(decoder, width, 0, dtype)
         generator = torch.Generator("cpu").manual_seed(5)
-        x_TM = torch.randn(3, width, generator=generator, dtype=torch.float32).to(dtype)
+        noise = torch.randn(3, width, generator=generator, dtype=torch.float32, device="cpu")
+        x_TM = noise.to(dtype)
         try:
             with torch.no_grad():
                 codes = self.encode(x_TM)
@@ -140,7 +143,7 @@ class OfObject(Dictionary):
                 alone = self.encode(x_TM[:1])
                 rebuilt = self.decode(codes)
                 with past_hooks(decoder):
-                    pull_back(decoder, torch.zeros(0, width, dtype=dtype))
+                    pull_back(decoder, torch.zeros(0, width, dtype=dtype, device=self._device))
         except InputError:
             raise
         except DLAError as error:  # what the probe of linear maps says

@@ -58,6 +58,7 @@ class Adapters(Unit):
         title="Components by adapter",
         sentence="components: each split into what the base wrote and what each adapter added",
     )
+    of_every_model = False
 
     def places(self, stream: Stream) -> list[Place]:
         """The embeddings and every write."""

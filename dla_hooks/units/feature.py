@@ -60,7 +60,8 @@ class Features(Unit):
         InputError: for a place that is not there, twice in one sum, or of another width than its
             dictionary; for an object or a folder that is no such dictionary.
 
-    >>> import dla_hooks, torch
+    >>> import torch
+    >>> import dla_hooks
     >>> class Random:
     ...     def __init__(self, width, n):
     ...         generator = torch.Generator().manual_seed(0)
@@ -86,6 +87,7 @@ class Features(Unit):
         remainder_is="what stands at none of the dictionaries' places",
         beside=("activation",),
     )
+    of_every_model = False
 
     def __init__(
         self,
