@@ -67,6 +67,7 @@ class Neurons(Unit):
         remainder="remainder",
         remainder_is="what no neuron wrote",
     )
+    of_every_model = False
 
     def __init__(self, top: int | None = 64, layers: int | Sequence[int] | None = None) -> None:
         self.top = None if top is None else _counted(top, "top", least=1)
