@@ -24,6 +24,7 @@ from dla_hooks.modules.adapters import (
     innermost,
     is_copied,
     is_of_parameter,
+    state_of_adapters,
     with_parameter,
 )
 from dla_hooks.modules.hooks import Call, Edit, Place, Tap, Use, edited, tapped
@@ -57,7 +58,8 @@ def endings(stream: Stream) -> dict[str, list[Ending]]:
     Raises:
         UnsupportedModelError: for an adapter that writes to the stream in a way that is not read.
     """
-    return _known.of(stream.model, stream.version, lambda: _ask(stream))
+    key = state_of_adapters(stream.model)
+    return _known.of(stream.model, stream.version, lambda: _ask(stream), key)
 
 
 def _ask(stream: Stream) -> dict[str, list[Ending]]:

@@ -35,6 +35,11 @@ def at_work(module: nn.Module) -> list[str]:
     return [name for name in names if any(name in adapters for adapters in own)]
 
 
+def state_of_adapters(model: nn.Module) -> tuple[tuple[str, ...], ...]:
+    """Which adapters act in each wrapped module: merging and switching leave no other trace."""
+    return tuple((path, *at_work(module)) for path, module in adapted_modules(model))
+
+
 def is_copied(module: nn.Module) -> bool:
     """Whether an adapter has a copy of the module, which runs in its place (modules_to_save)."""
     return "modules_to_save" in module._modules

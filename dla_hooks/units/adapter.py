@@ -18,8 +18,14 @@ from torch import Tensor, nn
 from dla_hooks.backends import Conventions
 from dla_hooks.calibration.adapted_writes import Ending, endings
 from dla_hooks.calibration.norm_constants import norm_at
-from dla_hooks.errors import UnsupportedModelError
-from dla_hooks.modules.adapters import adapted_modules, at_work, check_added, is_copied
+from dla_hooks.errors import HookError, UnsupportedModelError
+from dla_hooks.modules.adapters import (
+    adapted_modules,
+    at_work,
+    check_added,
+    is_copied,
+    state_of_adapters,
+)
 from dla_hooks.modules.hooks import Call, Place, Tap
 from dla_hooks.projection.adapted import AdaptedModule
 from dla_hooks.projection.kernels import project
@@ -165,8 +171,17 @@ class _AdaptersPlan(UnitPlan):
     ) -> None:
         super().__init__(unit)
         self.sites, self.copies, self.dtype = sites, copies, parts.stream.work_dtype
+        self._model = parts.stream.model
+        self._state = state_of_adapters(self._model)
 
     def recorder(self, view: View) -> Recorder:
+        """A recorder for one prompt.
+
+        Raises:
+            HookError: when adapters were switched or merged since; the plan is then made anew.
+        """
+        if state_of_adapters(self._model) != self._state:
+            raise HookError("adapters were switched on or off, or merged, while the model was read")
         return _AdaptersRecorder(self, view)
 
 
