@@ -5,12 +5,14 @@ Letters: F feature; R row of the dictionary: its features, then ``b_dec``, then 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from dla_hooks.modules.dictionaries import Dictionary
 from dla_hooks.projection.directions import Directions
-from dla_hooks.projection.ledger import TopRows
+from dla_hooks.projection.ledger import Top, TopRows
 from dla_hooks.projection.tiles import Tile, View
 
 BEYOND = 2
@@ -64,3 +66,25 @@ class ProjectedDictionary:
         active_RT = torch.cat((f_TF, torch.ones_like(beyond_TR)), -1).T
         numbers_RT = self._rows_R.to(device)[:, None].expand_as(values_RT)
         rows.add(values_RT, numbers_RT.masked_fill(active_RT == 0, -1), tile, (active_RT,))
+
+
+def strongest_of(
+    tops: Sequence[Top], firsts: Sequence[int], k: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The strongest rows of several dictionaries at each entry.
+
+    Args:
+        tops: what was kept of each dictionary.
+        firsts: the number of each one's first row among all.
+        k: how many to keep; None keeps all.
+
+    Returns:
+        Their values, their numbers among all rows, and their activations, each [<= k, N].
+    """
+    pairs = zip(tops, firsts, strict=True)
+    numbers = [torch.where(top.index_KN < 0, -1, top.index_KN + first) for top, first in pairs]
+    values_KN, index_KN = torch.cat([top.values_KN for top in tops]), torch.cat(numbers)
+    activation_KN = torch.cat([top.beside[0] for top in tops])
+    n = len(values_KN) if k is None else min(k, len(values_KN))
+    kept = values_KN.abs().masked_fill(index_KN < 0, -1).topk(n, dim=0).indices
+    return values_KN.gather(0, kept), index_KN.gather(0, kept), activation_KN.gather(0, kept)

@@ -23,7 +23,7 @@ from dla_hooks.modules.dictionary_files import read_dictionary
 from dla_hooks.modules.hooks import Call, Place, Tap
 from dla_hooks.modules.linear import bias_of, pull_back
 from dla_hooks.modules.weights import run_device
-from dla_hooks.projection.features import BEYOND, ProjectedDictionary
+from dla_hooks.projection.features import BEYOND, ProjectedDictionary, strongest_of
 from dla_hooks.projection.ledger import Top, TopRows
 from dla_hooks.projection.tiles import View
 from dla_hooks.projection.way_out import OnTheWay, WayOut, WayRecorder
@@ -108,8 +108,12 @@ class Features(Unit):
         self.top, self.centred = top, centred
 
     def places(self, stream: Stream) -> list[Place]:
-        """Every write, and the last stream."""
-        return [stream.start, *(write.place for write in stream.writes), stream.last]
+        """Every write, the heads' outputs that are asked for, and the last stream."""
+        named = (write for write in stream.writes if f"{write.layer}_z" in self.dictionaries)
+        sites = [write.heads for write in named if write.heads is not None]
+        z = [place for one in sites for place in (one.place, one.post_norm_place)]
+        found = [stream.start, *(write.place for write in stream.writes), *z, stream.last]
+        return [place for place in found if place is not None]
 
     def prepare(self, parts: PartsPlan, conventions: Conventions) -> UnitPlan:
         """Read the dictionaries, and fold the directions through their decoders.
@@ -196,6 +200,11 @@ class _Layer:
             Run(f"{at.label}[error]", "error", at.layer),
         ]
 
+    def is_seen(self, parts: Parts) -> bool:
+        """Whether what the rows must sum to was measured; a stored cache may lack it."""
+        write = self.at.write
+        return parts.complete if write is None else write.label not in parts.missing
+
     def claim(self, parts: Parts, sum_N: Tensor, beside: OnTheWay) -> Claim:
         """The rows, with all that stands between them and the stream, make up their place."""
         at = self.at
@@ -269,8 +278,10 @@ class _FeaturesRecorder(Recorder):
             top = rows.gathered(beside.scale_N, parts.entries)
             tops.append(top)
             sum_N += top.sum_N
-            claims.append(layer.claim(parts, top.sum_N, beside))
-        values_KN, index_KN, activation_KN = self._strongest(tops)
+            if layer.is_seen(parts):
+                claims.append(layer.claim(parts, top.sum_N, beside))
+        firsts = [layer.first for layer in self._plan.layers]
+        values_KN, index_KN, activation_KN = strongest_of(tops, firsts, self._plan.top)
         sums = [top.row_sums_RB for top in tops if top.row_sums_RB is not None]
         return RankedSplit(
             self._plan.rows,
@@ -283,18 +294,3 @@ class _FeaturesRecorder(Recorder):
             [norm for way in self._ways for norm in way.norms()],
             {"activation": activation_KN},
         )
-
-    def _strongest(self, tops: list[Top]) -> tuple[Tensor, Tensor, Tensor]:
-        """The strongest of all dictionaries' rows, numbered among all."""
-        firsts = [layer.first for layer in self._plan.layers]
-        index_KN = torch.cat(
-            [
-                torch.where(top.index_KN < 0, -1, top.index_KN + first)
-                for top, first in zip(tops, firsts, strict=True)
-            ]
-        )
-        values_KN = torch.cat([top.values_KN for top in tops])
-        activation_KN = torch.cat([top.beside[0] for top in tops])
-        k = len(values_KN) if self._plan.top is None else min(self._plan.top, len(values_KN))
-        kept = values_KN.abs().masked_fill(index_KN < 0, -1).topk(k, dim=0).indices
-        return values_KN.gather(0, kept), index_KN.gather(0, kept), activation_KN.gather(0, kept)
