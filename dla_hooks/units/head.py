@@ -7,6 +7,7 @@ value. What no head wrote (embeddings, MLPs, output biases) is the ``remainder``
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import replace
 from typing import Any
 
@@ -15,22 +16,21 @@ from torch import Tensor
 
 from dla_hooks.backends import Conventions
 from dla_hooks.calibration.head_widths import with_head_widths
-from dla_hooks.calibration.norm_constants import norm_at
 from dla_hooks.calibration.value_biases import head_constants
 from dla_hooks.errors import InputError, UnsupportedModelError
 from dla_hooks.modules import norms
 from dla_hooks.modules.hooks import Call, Place, Tap
-from dla_hooks.modules.linear import at_hand, bias_of, check_readable, pull_back
 from dla_hooks.modules.user_hooks import is_hooked
-from dla_hooks.projection.directions import Directions, of_constants
+from dla_hooks.projection.directions import of_constants
 from dla_hooks.projection.hook_writes import HookWrites
 from dla_hooks.projection.kernels import frozen_scales, project_heads
 from dla_hooks.projection.ledger import FixedRows
 from dla_hooks.projection.tiles import View
 from dla_hooks.residual import architecture
-from dla_hooks.residual.stream import Stream, WriteSite
+from dla_hooks.residual.stream import Stream
 from dla_hooks.results.rows import Row, Words
 from dla_hooks.units.base import Claim, Recorder, Split, Unit, UnitPlan
+from dla_hooks.units.head_layer import HeadLayer, rows_of
 from dla_hooks.units.parts import Parts, PartsPlan
 
 
@@ -94,25 +94,40 @@ class Heads(Unit):
         fold = self.fold_value_biases
         if fold is None:
             fold = conventions.fold_value_biases
-        return _HeadsPlan(self, parts, fold)
+        return HeadsPlan(self, parts, fold)
 
 
-class _HeadsPlan(UnitPlan):
-    """All layers' heads on one model and target."""
+class HeadsPlan(UnitPlan):
+    """The heads on one model and target.
 
-    def __init__(self, unit: Heads, parts: PartsPlan, fold_value_biases: bool) -> None:
+    Args:
+        unit: the unit, whose remainder they have.
+        parts: the parts of the stream.
+        fold_value_biases: move each head's constant part to the remainder.
+        among: the labels of the writes whose heads are taken; None is all.
+    """
+
+    def __init__(
+        self,
+        unit: Unit,
+        parts: PartsPlan,
+        fold_value_biases: bool,
+        among: Container[str] | None = None,
+    ) -> None:
         super().__init__(unit)
         stream = with_head_widths(parts.stream)
         constants = head_constants(stream) if fold_value_biases else {}
-        self.layers: list[_Layer] = []
+        self.layers: list[HeadLayer] = []
         self.rows: list[Row] = []
         for block in stream.blocks:
             with_heads = [write for write in block.writes if write.heads is not None]
             for sub, write in enumerate(with_heads):
+                if among is not None and write.label not in among:
+                    continue
                 first = len(self.rows)
-                self.rows += _rows_of(write, sub)
+                self.rows += rows_of(write, sub)
                 place = slice(first, len(self.rows))
-                self.layers.append(_Layer(parts, write, constants.get(write.label), place))
+                self.layers.append(HeadLayer(parts, write, constants.get(write.label), place))
         if not self.layers:
             raise UnsupportedModelError(
                 f"{type(stream.backend.root).__name__} has no attention heads with a direct path "
@@ -126,62 +141,14 @@ class _HeadsPlan(UnitPlan):
         self.rows.append(Row(remainder, remainder))
         self.dtype = stream.work_dtype
 
-    def recorder(self, view: View) -> Recorder:
-        return _HeadsRecorder(self, view)
+    def recorder(self, view: View) -> HeadsRecorder:
+        return HeadsRecorder(self, view)
 
 
-class _Layer:
-    """The heads of one layer, with the directions that they are projected on.
-
-    Args:
-        parts: the parts of the stream.
-        write: what the layer's attention writes.
-        constant_I: what to take off every z [head * d_head], or None.
-        rows: its heads' rows among the unit's.
-    """
-
-    def __init__(
-        self, parts: PartsPlan, write: WriteSite, constant_I: Tensor | None, rows: slice
-    ) -> None:
-        assert write.heads is not None
-        stream = parts.stream
-        self.label, self.site, self.rows = write.label, write.heads, rows
-        self.n_heads = write.heads.n_heads
-        self.module = Place(write.module, write.name, write.use)
-        self.constant_I = constant_I
-        self.in_stream = self.at_output = parts.directions(write.label)
-        self.post_norm: norms.Norm | None = None
-        self.beta_M: Tensor | None = None
-        place = self.site.post_norm_place
-        if place is not None:
-            self.post_norm = norm = norm_at(stream, place)
-            self.beta_M = norm.beta if bool(norm.beta.any()) else None
-            self.at_output = self.in_stream.then(norm.pull_back)
-        linear = self.site.linear
-        check_readable(linear, self.site.name)
-        self.bias_M = bias_of(linear)
-        self.folded = self.at_output.then(lambda d_KM: pull_back(linear, d_KM))
-        if at_hand(linear):
-            # Fold before the run: between the model's own matrix products this is several times
-            # slower (cold caches). An offloaded weight is at hand when the model has just read it.
-            self.folded.prepare()
-
-    def way_to_stream(self) -> list[tuple[Place, Directions]]:
-        """What the projection, attention and the post-norm put out, and what it is projected on."""
-        site, found = self.site, []
-        if site.linear is site.proj:
-            found.append((site.place, self.at_output))
-        if self.module.module is not site.proj:
-            found.append((self.module, self.at_output))
-        if site.post_norm_place is not None:
-            found.append((site.post_norm_place, self.in_stream))
-        return found
-
-
-class _HeadsRecorder(Recorder):
+class HeadsRecorder(Recorder):
     """All layers' heads in one run."""
 
-    def __init__(self, plan: _HeadsPlan, view: View) -> None:
+    def __init__(self, plan: HeadsPlan, view: View) -> None:
         self._plan, n_layers = plan, len(plan.layers)
         self._values = FixedRows(len(plan.rows), len(view), plan.dtype)
         # Besides the heads, for each layer: what was taken off them, and the post-norm's scale.
@@ -199,6 +166,10 @@ class _HeadsRecorder(Recorder):
         layers = enumerate(self._plan.layers)
         taps = [tap for number, layer in layers for tap in self._taps(number, layer, view)]
         return taps + [tap for writes in self._hooks.values() for tap in writes.taps(view)]
+
+    def post_scale(self, number: int, device: torch.device) -> Tensor:
+        """The scale of the post-norm behind one layer at each entry [N], as far as it was seen."""
+        return self._aside.row(len(self._plan.layers) + number, device)
 
     def finish(self, parts: Parts) -> Split:
         reading, layers = parts.reading, self._plan.layers
@@ -225,7 +196,7 @@ class _HeadsRecorder(Recorder):
         claims = self._claims(values_CN, beside_LN, parts)
         return Split(*self._with_hooks(values_CN, hooks), claims, seen)
 
-    def _taps(self, number: int, layer: _Layer, view: View) -> list[Tap]:
+    def _taps(self, number: int, layer: HeadLayer, view: View) -> list[Tap]:
         norm, place = layer.post_norm, layer.site.post_norm_place
         scale_row = len(self._plan.layers) + number
 
@@ -290,10 +261,3 @@ class _HeadsRecorder(Recorder):
                 heads_LN = wrote_LN if len(kept) == len(layers) else wrote_LN[kept]
                 claims.append(Claim(names, heads_LN, whole_LN, through_norm))
         return claims
-
-
-def _rows_of(write: WriteSite, sub: int) -> list[Row]:
-    """The heads of a block's attention; those of a second one are L0.1H0, L0.1H1, …"""
-    assert write.heads is not None
-    layer, n_heads = f"L{write.layer}.{sub}" if sub else f"L{write.layer}", write.heads.n_heads
-    return [Row(f"{layer}H{h}", "head", write.layer, sub, h) for h in range(n_heads)]
