@@ -16,8 +16,8 @@ from torch import Tensor
 from dla_hooks.inputs.entries import Entries
 from dla_hooks.projection.tiles import Tile
 
-_MOST_HELD = 2**23
-"""Numbers of ranked rows that wait for the final scale: 32 MiB in float32."""
+_MOST_HELD = 2**20
+"""Numbers of ranked rows that wait for the final scale: 4 MiB in float32."""
 
 
 def all_finite(numbers: Tensor) -> bool:
