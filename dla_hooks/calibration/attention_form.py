@@ -28,17 +28,30 @@ _ANY_USE = Use(0, 0)
 
 
 @dataclass(frozen=True)
+class AttentionForm:
+    """How the z of one write comes to be.
+
+    Attributes:
+        scaled: whether something between the attention function and z multiplies each channel;
+            otherwise z is what attention returned.
+        dtype: in which the weights are computed: models of float64 may do it in float32.
+    """
+
+    scaled: bool
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
 class AttentionForms:
     """What is measured of one model's attention, by the label of the write.
 
     Attributes:
-        scaled: whether something between the attention function and z multiplies each channel;
-            writes whose z is what attention returned have False.
+        of: how z comes to be.
         reasons: why the tokens that its heads read cannot be told apart.
         unseen: writes that called no attention function, as linear attention does.
     """
 
-    scaled: dict[str, bool]
+    of: dict[str, AttentionForm]
     reasons: dict[str, str]
     unseen: tuple[str, ...]
 
@@ -66,7 +79,7 @@ def _measure(stream: Stream) -> AttentionForms:
         if not calls:
             continue
         try:
-            forms.scaled[label] = _is_scaled(stream, sites[label], calls, run.z[label])
+            forms.of[label] = _form(stream, sites[label], calls, run.z[label])
         except _NotReadable as error:
             forms.reasons[label] = f"{sites[label].name}: {error}"
     return forms
@@ -78,10 +91,18 @@ class _NotReadable(Exception):
 
 @dataclass(frozen=True)
 class _Seen:
-    """One call, its output [2, pos, head * d], and what its weights and values give at the end."""
+    """One call.
+
+    Attributes:
+        output: as it was changed [2, pos, head, d].
+        recomputed: what its weights and values give for the last query of row 0 [head, d], by the
+            dtype of the softmax.
+        reason: why nothing could be recomputed.
+    """
 
     output: Tensor
-    recomputed: Tensor | str
+    recomputed: dict[torch.dtype, Tensor]
+    reason: str
 
 
 class _Run:
@@ -110,10 +131,12 @@ class _Run:
 
     def _see(self, call: AttentionCall) -> Tensor:
         output = call.output.detach()
-        recomputed = _recomputed(call, self._dtype)
+        reason = _is_odd(call)
+        dtypes = () if reason else (self._dtype, torch.float32)
+        recomputed = {dtype: _recomputed(call, self._dtype, dtype) for dtype in dtypes}
         changed = output.clone()
         changed[1:] *= _noise(output.shape[2:]).to(output)
-        seen = _Seen(changed.double().cpu().clone(), recomputed)
+        seen = _Seen(changed.double().cpu().clone(), recomputed, reason)
         self._waiting.setdefault(call.module, []).append(seen)
         return changed
 
@@ -138,26 +161,30 @@ def _as_first_row(x: Tensor) -> Tensor:
     return by_row[:1].expand_as(by_row).contiguous().view(x.shape)
 
 
-def _recomputed(call: AttentionCall, dtype: torch.dtype) -> Tensor | str:
-    """What the weights and values give for the last query of row 0 [head, d]; or why nothing."""
-    shapes = [tuple(x.shape) for x in (call.query, call.key, call.value)]
+def _is_odd(call: AttentionCall) -> str:
+    """Why what an attention function got is not queries, keys and values side by side, or ""."""
+    shapes = [list(x.shape) for x in (call.query, call.key, call.value)]
+    odd = f"its attention function gets queries, keys and values of the shapes {shapes}"
     if any(len(shape) != 4 for shape in shapes):
-        return f"its attention function gets tensors of the shapes {shapes}"
-    (batch, n_heads, n_queries, _), (_, n_shared, n_sources, _), v_shape = shapes
-    if batch != 2 or n_heads % n_shared or v_shape[1:3] != (n_shared, n_sources):
-        return f"its attention function gets queries, keys and values of the shapes {shapes}"
-    last = torch.tensor([n_queries - 1], device=call.query.device)
-    found = []
-    for block in head_blocks(call, range(n_heads), 1):
-        p_HTS = attention_weights(call, 0, last, block, dtype)
+        return odd
+    (batch, n_heads, _, _), (_, n_shared, n_sources, _), v_shape = shapes
+    fits = batch == 2 and n_heads % n_shared == 0 and v_shape[1:3] == [n_shared, n_sources]
+    return "" if fits else odd
+
+
+def _recomputed(call: AttentionCall, dtype: torch.dtype, softmax_dtype: torch.dtype) -> Tensor:
+    """What the weights and values give for the last query of row 0 [head, d]."""
+    last, found = torch.tensor([call.query.shape[2] - 1], device=call.query.device), []
+    for block in head_blocks(call, range(call.query.shape[1]), 1):
+        p_HTS = attention_weights(call, 0, last, block, dtype, softmax_dtype)
         v_VSD = call.value[0, block.shared].to(dtype)
         p_VGS = p_HTS.reshape(len(v_VSD), -1, p_HTS.shape[-1])
         found.append(torch.bmm(p_VGS, v_VSD).flatten(0, 1))
     return torch.cat(found).double().cpu()
 
 
-def _is_scaled(stream: Stream, site: HeadSite, calls: list[_Seen], z: Tensor) -> bool:
-    """Whether z is what attention returned times something, and not just that.
+def _form(stream: Stream, site: HeadSite, calls: list[_Seen], z: Tensor) -> AttentionForm:
+    """How z comes from what attention returned.
 
     Raises:
         _NotReadable: where it is anything else.
@@ -168,22 +195,24 @@ def _is_scaled(stream: Stream, site: HeadSite, calls: list[_Seen], z: Tensor) ->
             "of the outputs is no plain sum over tokens (differential attention does this)"
         )
     (seen,) = calls
-    if isinstance(seen.recomputed, str):
-        raise _NotReadable(seen.recomputed)
+    if seen.reason:
+        raise _NotReadable(seen.reason)
     a, rounding = seen.output, torch.finfo(stream.product_dtype).eps
     if a.ndim != 4 or a.shape[2:] != (site.n_heads, z.shape[-1] // site.n_heads):
         raise _NotReadable(
             f"its attention function returns the shape {list(a.shape)}, and {z.shape[-1]} channels "
             f"of {site.n_heads} heads enter the output projection"
         )
-    if not _close(seen.recomputed, a[0, -1], 1e-4 + 16 * rounding):
+    off = {dtype: float((own - a[0, -1]).norm()) for dtype, own in seen.recomputed.items()}
+    dtype = min(off, key=off.__getitem__)
+    if not off[dtype] <= (1e-4 + 16 * rounding) * float(a[0, -1].norm()):
         raise _NotReadable(
             "its attention function does more than softmax(scale * q k^T) v with its mask, cap "
             "and sinks"
         )
     z = z[:, -a.shape[1] :].unflatten(-1, a.shape[2:])
     if _close(z, a, 4 * rounding):
-        return False
+        return AttentionForm(False, dtype)
     live = (a[0] != 0) & (a[1] != 0)
     moved, expected = z[1], z[0] * torch.where(live, a[1] / a[0], 0)
     # A norm's scale changes, too: one number for each head, or for all of them.
@@ -193,7 +222,7 @@ def _is_scaled(stream: Stream, site: HeadSite, calls: list[_Seen], z: Tensor) ->
             "between its attention function and the output projection stands something else than "
             "a gate or a norm that multiplies each channel"
         )
-    return True
+    return AttentionForm(True, dtype)
 
 
 def _close(one: Tensor, other: Tensor, relative: float) -> bool:

@@ -61,7 +61,12 @@ def head_blocks(call: AttentionCall, heads: Sequence[int], n_queries: int) -> It
 
 
 def attention_weights(
-    call: AttentionCall, row: int, queries: Tensor, block: HeadBlock, dtype: torch.dtype
+    call: AttentionCall,
+    row: int,
+    queries: Tensor,
+    block: HeadBlock,
+    dtype: torch.dtype,
+    softmax_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The weights of some queries [head of the block, T, S].
 
@@ -71,6 +76,7 @@ def attention_weights(
         queries: their places in the run [T].
         block: the heads.
         dtype: to compute in.
+        softmax_dtype: to compute the softmax in; None is the same.
     """
     options = call.options
     q_HTD = call.query[row, block.heads].index_select(1, queries).to(dtype)
@@ -87,14 +93,15 @@ def attention_weights(
     if bias is not None:
         scores_HTS += _rows_of(bias, row, queries, block, scores_HTS.shape[-1]).to(dtype)
     _mask(scores_HTS, call, row, queries, block)
+    scores_HTS = scores_HTS.to(softmax_dtype or dtype)
     sinks = options.get("s_aux")
     if sinks is None:
-        return torch.softmax(scores_HTS, -1)
+        return torch.softmax(scores_HTS, -1).to(dtype)
     sinks_H11 = sinks.reshape(-1)[block.heads, None, None].to(scores_HTS)
     top_HT1 = torch.maximum(scores_HTS.amax(-1, keepdim=True), sinks_H11)
     scores_HTS.sub_(top_HT1).exp_()
     scores_HTS /= scores_HTS.sum(-1, keepdim=True) + (sinks_H11 - top_HT1).exp()
-    return scores_HTS
+    return scores_HTS.to(dtype)
 
 
 def read_values(call: AttentionCall, row: int, block: HeadBlock, u_HKD: Tensor) -> Tensor:

@@ -50,7 +50,12 @@ class Reads:
 
 
 def reads(
-    call: AttentionCall, view: View, folded: Directions, heads: Sequence[int], z: Tensor | None
+    call: AttentionCall,
+    view: View,
+    folded: Directions,
+    heads: Sequence[int],
+    softmax_dtype: torch.dtype,
+    z: Tensor | None,
 ) -> Iterator[Reads]:
     """Yield what the entries in view read, by tiles.
 
@@ -59,6 +64,7 @@ def reads(
         view: where to read.
         folded: u, the directions pulled back through the output projection [I].
         heads: which heads.
+        softmax_dtype: what the model computes its weights in.
         z: the output projection's input [..., I], where a gate or a norm stands before it; None
             where z is what attention returned.
 
@@ -89,7 +95,7 @@ def reads(
         for block in head_blocks(call, heads, tile.size):
             if gate_TI is not None:
                 _check_gates(call, row, block, gate_TI.view(-1, n_heads, d_head))
-            p_HTS = attention_weights(call, row, queries, block, dtype)
+            p_HTS = attention_weights(call, row, queries, block, dtype, softmax_dtype)
             given_HKS = read_values(call, row, block, u_HKD[block.heads])
             if which is not None:
                 given_HKS = given_HKS.index_select(1, which)

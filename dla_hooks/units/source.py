@@ -152,7 +152,8 @@ class _SourceRecorder(Recorder):
             found.append(AttentionTap(place, self._see_call(number)))
             found.append(Tap(site.place.entered.ahead, self._see_z(number, view)))
             if site.post_norm_place is not None:
-                found.append(Tap(site.post_norm_place.ahead, self._see_scale(number)))
+                # Behind all hooks: the heads' own tap, which finds the scale, is ahead of them.
+                found.append(Tap(site.post_norm_place, self._see_scale(number)))
         return found
 
     def finish(self, parts: Parts) -> RankedSplit:
@@ -212,7 +213,8 @@ class _SourceRecorder(Recorder):
             ledger = self._ledger
             if ours.post_norm is not None:
                 ledger = self._waiting[number] = self._new_ledger()
-            for found in reads(call, view, ours.folded, layer.heads, z if layer.scaled else None):
+            given = z if layer.form.scaled else None
+            for found in reads(call, view, ours.folded, layer.heads, layer.form.dtype, given):
                 self._add(found, number, ledger)
 
         return see

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dla_hooks.calibration.attention_form import AttentionForms, attention_forms
+from dla_hooks.calibration.attention_form import AttentionForm, AttentionForms, attention_forms
 from dla_hooks.calibration.head_widths import with_head_widths
 from dla_hooks.errors import InputError, UnsupportedModelError
 from dla_hooks.modules.attention_interface import why_unseen
@@ -85,7 +85,7 @@ class SourceLayer:
         layer: the block.
         sub: which of its attentions.
         heads: the numbers of the chosen heads.
-        scaled: whether z is what attention returned times a gate, or behind a norm.
+        form: how their z comes to be.
         place: the places of these heads among all chosen ones.
     """
 
@@ -94,7 +94,7 @@ class SourceLayer:
     layer: int
     sub: int
     heads: tuple[int, ...]
-    scaled: bool
+    form: AttentionForm
     place: slice
 
 
@@ -137,8 +137,8 @@ def source_layers(
         _check_form(model, write.label, write.heads.name, forms)
         place = slice(n_before, n_before + len(chosen))
         name = f"L{layer}.{sub}" if sub else f"L{layer}"
-        scaled = forms.scaled[write.label]
-        found.append(SourceLayer(write.label, name, layer, sub, chosen, scaled, place))
+        form = forms.of[write.label]
+        found.append(SourceLayer(write.label, name, layer, sub, chosen, form, place))
         n_before = place.stop
     missing = set(heads or ()) - {(one.layer, one.sub, h) for one in found for h in one.heads}
     if missing and layers is None:
