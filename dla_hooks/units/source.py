@@ -70,6 +70,7 @@ class SourceTokens(Unit):
         sources=True,
         beside=("weight",),
     )
+    of_every_model = False
 
     def __init__(
         self,
