@@ -26,8 +26,8 @@ from dla_hooks.residual.stream import Stream
 from dla_hooks.results.row_runs import RowRuns, Run
 from dla_hooks.results.rows import Words
 from dla_hooks.units.base import Claim, RankedSplit, Recorder, Split, Unit, UnitPlan
-from dla_hooks.units.head import HeadsPlan
 from dla_hooks.units.head_layer import HeadLayer
+from dla_hooks.units.head_rows import HeadsPlan
 from dla_hooks.units.parts import Parts, PartsPlan
 from dla_hooks.units.source_layer import as_heads, as_layers, runs_of, source_layers
 
@@ -48,8 +48,9 @@ class SourceTokens(Unit):
         heads: only these: pairs (layer, head), or labels such as ``"L3H5"``. None is all.
         layers: only the heads of these layers. None is all.
         top: rows to keep at each position; None keeps all.
-        sum: ``"layer"`` sums the heads of each layer: rows ``L3<7``. ``"heads"`` sums all of them:
-            rows ``<7``. The weight beside such a row is the mean over its heads.
+        sum: None; or "layer" for the sum over the heads of each layer, in rows ``L3<7``; or
+            "heads" for the sum over all of them, in rows ``<7``. The weight beside such a row is
+            the mean over its heads.
 
     Raises:
         InputError: for an option that cannot be used; for a layer or head that the model does not

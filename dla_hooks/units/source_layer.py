@@ -15,7 +15,7 @@ from dla_hooks.residual.stream import Stream
 from dla_hooks.results.row_runs import Run
 
 _HEAD = re.compile(r"L([0-9]+)(?:\.([0-9]+))?H([0-9]+)")
-_INSTEAD = "unit='head' attributes whole heads"
+_INSTEAD = "Whole heads can be attributed"
 
 Head = tuple[int, int, int]
 """(layer, sub, head): see :class:`dla_hooks.results.rows.Row`."""
@@ -122,7 +122,9 @@ def source_layers(
     _check_layers(model, len(stream.blocks), {layer for layer, _ in own}, layers)
     unseen = why_unseen()
     if unseen is not None:
-        raise UnsupportedModelError(f"unit='source': {unseen}. {_INSTEAD}")
+        raise UnsupportedModelError(
+            f"which tokens its heads read cannot be seen: {unseen}. {_INSTEAD}"
+        )
     forms = attention_forms(sized)
     found: list[SourceLayer] = []
     n_before = 0
@@ -146,7 +148,7 @@ def source_layers(
         name = f"L{layer}.{sub}" if sub else f"L{layer}"
         raise InputError(
             f"{model} has no head {name}H{head}; its blocks are 0 to {len(stream.blocks) - 1}, and "
-            f"the heads of each are listed in the labels of unit='head'"
+            "each counts its heads from 0"
         )
     if not found and (heads is not None or layers is not None):
         raise InputError("no head is in both heads= and layers=; give one of the two")
@@ -201,13 +203,14 @@ def _check_form(model: str, label: str, name: str, forms: AttentionForms) -> Non
         raise UnsupportedModelError(_unseen(model, name))
     if label in forms.reasons:
         raise UnsupportedModelError(
-            f"unit='source': {forms.reasons[label]} ({model}). {_INSTEAD}; layers= leaves it out"
+            f"which tokens the heads of {model} read cannot be told: {forms.reasons[label]}. "
+            f"{_INSTEAD}; layers= leaves this layer out"
         )
 
 
 def _unseen(model: str, name: str) -> str:
     return (
-        f"unit='source': {name} of {model} is reached without a call of transformers' attention "
+        f"{name} of {model} is reached without a call of transformers' attention "
         "functions (it computes attention in a loop of its own, or has none, as Mamba, linear "
         "attention and the models of TransformerLens), so that which tokens its heads read cannot "
         f"be seen. {_INSTEAD}; a newer transformers may have ported this model"

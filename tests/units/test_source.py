@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 
 import pytest
@@ -13,6 +14,7 @@ from zoo import ZOO, build, example_ids, supports
 
 import dla_hooks
 from dla_hooks import (
+    DecompositionError,
     Heads,
     InputError,
     SourceTokens,
@@ -20,6 +22,7 @@ from dla_hooks import (
     direct_logit_attribution,
 )
 from dla_hooks.modules.attention_interface import why_unseen
+from dla_hooks.projection import attention_reads
 
 if why_unseen() is not None:
     pytest.skip("this transformers shows no attention function", allow_module_level=True)
@@ -335,6 +338,87 @@ def test_logits_are_those_of_a_run_without_taps():
     ranked(model, ids)
     handle.remove()
     assert torch.equal(seen[-1], own[:, -seen[-1].shape[1] :])
+
+
+class TestABrokenMechanismIsRefused:
+    """The tokens of a head are held against its z; so is the form of what stands between."""
+
+    @pytest.fixture
+    def without(self, monkeypatch):
+        """A run in which the library does not see one option of the attention function."""
+
+        def without(option):
+            weights = attention_reads.attention_weights
+
+            def changed(call, *rest):
+                if option == "mask":
+                    return weights(dataclasses.replace(call, mask=None), *rest)
+                if option == "order":
+                    flipped = call.key.flip(2)
+                    return weights(dataclasses.replace(call, key=flipped), *rest)
+                options = {**call.options, option: None}
+                return weights(dataclasses.replace(call, options=options), *rest)
+
+            monkeypatch.setattr(attention_reads, "attention_weights", changed)
+
+        return without
+
+    @pytest.mark.parametrize(
+        ("name", "option"),
+        [
+            ("gemma2", "softcap"),
+            ("gpt_oss", "s_aux"),
+            ("mistral", "mask"),
+            ("gpt2", "mask"),
+            ("granite", "scaling"),
+            ("llama", "order"),
+        ],
+    )
+    def test_without_an_option(self, without, name, option):
+        model, ids = build(name), example_ids(name)
+        without(option)
+        with pytest.raises(DecompositionError, match="the tokens that L0H"):
+            ranked(model, ids)
+
+    def test_without_the_gate(self, monkeypatch):
+        def no_gates(call, z, row, queries, dtype):
+            return torch.ones(len(queries), z.shape[-1], dtype=dtype)
+
+        monkeypatch.setattr(attention_reads, "_gates", no_gates)
+        model = build_any("qwen3_next", 0)
+        with pytest.raises(DecompositionError, match="the tokens that L"):
+            ranked(model, example_ids_any(model))
+
+    def test_with_values_of_another_head_group(self, monkeypatch):
+        values = attention_reads.read_values
+
+        def tiled(call, row, block, u):
+            return values(dataclasses.replace(call, value=call.value.flip(1)), row, block, u)
+
+        monkeypatch.setattr(attention_reads, "read_values", tiled)
+        with pytest.raises(DecompositionError, match="the tokens that L"):
+            ranked(build("llama"), example_ids("llama"))
+
+    def test_a_channel_that_cancels_behind_a_gate_is_refused(self):
+        model = build_any("afmoe", 0)
+        ids = example_ids_any(model)
+        attention = model.model.layers[0].self_attn
+        own = modeling_utils.AttentionInterface._global_mapping["sdpa"]
+
+        def zeroed(module, *args, **more):
+            out, weights = own(module, *args, **more)
+            if module is attention and out.shape[1] == ids.shape[1]:
+                out = out.clone()
+                out[..., 0, 3] = 0
+            return out, weights
+
+        ranked(model, ids)
+        REGISTRY["sdpa"] = zeroed
+        try:
+            with pytest.raises(DecompositionError, match="exactly zero"):
+                ranked(model, ids)
+        finally:
+            del REGISTRY["sdpa"]
 
 
 class TestTheModelAsFound:
