@@ -43,6 +43,7 @@ if TYPE_CHECKING:  # X as X: these names are public
     from dla_hooks.residual.registry import architectures as architectures
     from dla_hooks.residual.registry import register as register
     from dla_hooks.results.load import load as load
+    from dla_hooks.results.ranked import RankedAttribution as RankedAttribution
     from dla_hooks.results.result import DirectLogitAttribution as DirectLogitAttribution
     from dla_hooks.results.summarize import summarize as summarize
     from dla_hooks.results.summary import Summary as Summary
@@ -75,6 +76,7 @@ _HOME = {
     "NonFiniteError": "errors",
     "Plan": "attribution",
     "PositionError": "errors",
+    "RankedAttribution": "results.ranked",
     "ShapeMismatchError": "errors",
     "Summary": "results.summary",
     "TokenError": "errors",

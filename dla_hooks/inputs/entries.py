@@ -58,13 +58,13 @@ class Entries:
             return numbers_K
         return numbers_K.index_select(-1, self.target.to(numbers_K.device))
 
-    def unfold(self, values: Tensor) -> Tensor:
+    def unfold(self, values: Tensor, padding: float = float("nan")) -> Tensor:
         """Unfold scalars [..., N] to [..., *shape], with NaN where the prompt has no token."""
         lead = values.shape[:-1]
         if self._valid is None:
             out = values.reshape(*lead, *self.shape)
         else:
-            out = values.new_full((*lead, *self.shape), float("nan"))
+            out = values.new_full((*lead, *self.shape), padding)
             out[..., self._valid.to(values.device)] = values
         return out if self.batched else out.squeeze(-len(self.shape))
 

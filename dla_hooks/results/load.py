@@ -6,12 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dla_hooks.results import files
+from dla_hooks.results.ranked import RankedAttribution
 from dla_hooks.results.result import DirectLogitAttribution
 from dla_hooks.results.summary import Summary
 
 
-def load(path: str | Path) -> DirectLogitAttribution | Summary:
-    """Read what :meth:`DirectLogitAttribution.save` or :meth:`Summary.save` has written.
+def load(path: str | Path) -> DirectLogitAttribution | RankedAttribution | Summary:
+    """Read what the ``save`` of a result or a summary has written.
 
     Example:
         >>> import tempfile, torch, dla_hooks
@@ -31,8 +32,9 @@ def load(path: str | Path) -> DirectLogitAttribution | Summary:
         InputError: when the file holds something else, or comes from a newer version.
         CheckpointError: when there is no such file, or it cannot be read.
     """
-    kinds: dict[str, Callable[..., DirectLogitAttribution | Summary]] = {
+    kinds: dict[str, Callable[..., DirectLogitAttribution | RankedAttribution | Summary]] = {
         files.RESULT: DirectLogitAttribution,
+        files.RANKED: RankedAttribution,
         files.SUMMARY: Summary,
     }
     return files.read(path, kinds)
