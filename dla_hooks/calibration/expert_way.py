@@ -51,11 +51,13 @@ class ExpertSite:
         n: how many there are.
         k: how many each position goes to; 0 where each expert's output of every position is seen
             side by side.
+        slots: in how many slots an expert is asked alone; see :class:`Seen`.
         steps: the linear maps and norms between that module and the sum with all others, in order.
         factor: what the last of these is multiplied by, [] or [d_model]; None is one.
         shared: those that every position goes to.
         constant: what that sum holds besides [d_model]; None is nothing.
         tail: the linear maps and norms between the sum and the write's own post-norm.
+        rounds: whether the sum is rounded to a coarser dtype than the stream has.
         inside: whether they are inside of the module that makes the write.
     """
 
@@ -64,11 +66,13 @@ class ExpertSite:
     path: str
     n: int
     k: int
+    slots: int
     steps: tuple[str, ...]
     factor: Tensor | None
     shared: tuple[SharedSite, ...]
     constant: Tensor | None
     tail: tuple[str, ...]
+    rounds: bool
     inside: bool
 
 
@@ -111,7 +115,7 @@ def site_of(
     rest = whole.double() - end.double() * factor
     size = float(whole.double().norm() + end.double().norm())
     rounding = (1e-6 + 2 * torch.finfo(whole.dtype).eps) * size
-    shared, constant = _besides(block, plain, experts, rest, rounding)
+    shared, constant, misfit = _besides(block, plain, experts, rest, rounding)
     write = next(write for write in block.writes if write.label == label)
     apart = [w.label for w in block.writes if "shared" in w.kind and w.label != label]
     return ExpertSite(
@@ -120,11 +124,13 @@ def site_of(
         path=experts.path,
         n=n,
         k=experts.experts,
+        slots=experts.slots,
         steps=tuple(step.path for step in steps),
         factor=None if bool((factor == 1).all()) else factor,
         shared=(*shared, *(SharedSite("", label=other) for other in apart)),
         constant=constant,
         tail=tuple(step.path for step in tail),
+        rounds=misfit > 1e-12 * size,
         inside=any(module is experts.module for module in write.module.modules()),
     )
 
@@ -150,14 +156,19 @@ def _steps(
     """The linear maps and norms through which the experts' output goes, one after another."""
     steps, later = list[Seen](), calls[calls.index(experts) + 1 :]
     while not same(out, term):
-        for place, seen in enumerate(later):
-            reads = same(seen.entered, out) and seen.module not in ends
-            if reads and not same(seen.left, out) and _is_step(stream, seen):
-                break
-        else:
+        reading = (
+            seen
+            for seen in later
+            if same(seen.entered, out)
+            and seen.module not in ends
+            and not same(seen.left, out)
+            and _is_step(stream, seen)
+        )
+        step = next(reading, None)
+        if step is None:
             break
-        steps.append(seen)
-        out, later = seen.left, later[place + 1 :]
+        steps.append(step)
+        out, later = step.left, later[later.index(step) + 1 :]
     return steps
 
 
@@ -178,9 +189,9 @@ def _reads_sum(
 ) -> Seen | None:
     """The linear map or norm behind the experts whose output a term is, not counting ``tail``."""
     for seen in reversed(calls[calls.index(experts) + 1 :]):
-        if seen not in tail and same(seen.left, whole) and not same(seen.entered, whole):
-            if _is_step(stream, seen):
-                return seen
+        makes = seen not in tail and same(seen.left, whole) and not same(seen.entered, whole)
+        if makes and _is_step(stream, seen):
+            return seen
     return None
 
 
@@ -204,19 +215,22 @@ def _factor(given: Tensor, reached: Tensor, eps: float) -> Tensor | None:
 
 def _besides(
     block: Block, calls: BlockCalls, experts: Seen, rest: Tensor, rounding: float
-) -> tuple[list[SharedSite], Tensor | None]:
-    """What a term holds besides the routed experts: a shared one, or a constant."""
-    if bool(rest.norm() <= rounding):
-        return [], None
-    if bool((rest - rest.mean(0)).norm() <= rounding):
-        return [], rest.mean(0)
+) -> tuple[list[SharedSite], Tensor | None, float]:
+    """What a sum holds besides routed experts: a shared one, or a constant; and what is left."""
+    whole = float(rest.norm())
+    if whole <= rounding:
+        return [], None, whole
+    varies = float((rest - rest.mean(0)).norm())
+    if varies <= rounding:
+        return [], rest.mean(0), varies
     for seen in reversed(calls.calls):  # a module before those inside of it
         if seen.left.shape != rest.shape or seen.path.startswith(f"{experts.path}."):
             continue
         left = seen.left.double()
         by_N = (rest * left).sum(-1) / left.square().sum(-1)
-        if bool((rest - by_N[:, None] * left).norm() <= rounding):
-            return [_shared(block, calls, seen, by_N)], None
+        misfit = float((rest - by_N[:, None] * left).norm())
+        if misfit <= rounding:
+            return [_shared(block, calls, seen, by_N)], None, misfit
     raise refused(
         block,
         f"what it adds to the stream beside the experts in {experts.path} is the output of no "

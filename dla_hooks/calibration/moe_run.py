@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from dla_hooks.calibration.block_run import ANY_NUMBER, EveryCall, flat, is_activation
 from dla_hooks.calibration.prompt import short_prompt
-from dla_hooks.modules.experts import ExpertsCall, count_of
+from dla_hooks.modules.experts import ExpertsCall, count_of, slots_to_ask
 from dla_hooks.modules.hooks import Call, Edit, Place, Tap, Use, edited, tapped
 from dla_hooks.residual.stream import Stream
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Seen:
     """One call of one module in a block.
 
@@ -32,6 +32,7 @@ class Seen:
         left: what came out [n, d].
         experts: how many experts each position went to; 0 where the module was not called as one
             that holds experts.
+        slots: in how many slots these can be asked one by one; 0 where they cannot be.
     """
 
     module: nn.Module
@@ -40,6 +41,7 @@ class Seen:
     entered: Tensor
     left: Tensor
     experts: int = 0
+    slots: int = 0
 
 
 @dataclass
@@ -141,11 +143,13 @@ def _watch(module: nn.Module, path: str, calls: BlockCalls) -> EveryCall:
         out = out[0] if isinstance(out, tuple) and out else out
         if not given or not is_activation(out):
             return
-        experts = ExpertsCall.read(call.args, call.kwargs)
-        k = 0
-        if experts is not None and out.shape == experts.hidden.shape and count_of(module):
+        experts, n = ExpertsCall.read(call.args, call.kwargs), count_of(module)
+        k = slots = 0
+        if experts is not None and n and out.shape == experts.hidden.shape:
             k = experts.index.shape[-1]
-        calls.calls.append(Seen(module, path, tap.fired, flat(given[0]), flat(out), k))
+            slots = slots_to_ask(module, experts, out, n)
+        seen = Seen(module, path, tap.fired, flat(given[0]), flat(out), k, slots)
+        calls.calls.append(seen)
 
     tap = EveryCall(Place(module, path, Use(0, ANY_NUMBER)), see)
     return tap

@@ -61,7 +61,9 @@ class ExpertsCall:
             return None
         return cls(hidden, index, weights, args, kwargs)
 
-    def again(self, module: nn.Module, hidden_PD: Tensor, index_P: Tensor) -> Tensor:
+    def again(
+        self, module: nn.Module, hidden_PD: Tensor, index_P: Tensor, slots: int = 1
+    ) -> Tensor:
         """What single experts make of single hidden states, before any routing weight [P, d].
 
         The module runs past all hooks: those on it, and those of the caller's inside of it.
@@ -70,15 +72,51 @@ class ExpertsCall:
             module: the one that was called.
             hidden_PD: what to read.
             index_P: for each the expert to ask.
+            slots: in how many slots to ask it, all but the first with the weight zero; some
+                modules fail with one.
         """
-        index_P1 = index_P[:, None].to(self.index.dtype)
-        ones_P1 = self.weights.new_ones(len(index_P), 1)
-        given = {id(self.hidden): hidden_PD, id(self.index): index_P1, id(self.weights): ones_P1}
+        index_PK = index_P[:, None].to(self.index.dtype).expand(-1, slots).contiguous()
+        weights_PK = self.weights.new_zeros(index_PK.shape)
+        weights_PK[:, 0] = 1
+        given = {id(self.hidden): hidden_PD, id(self.index): index_PK, id(self.weights): weights_PK}
         args = [given.get(id(value), value) for value in self.args]
         kwargs = {name: given.get(id(value), value) for name, value in self.kwargs.items()}
         with silenced(hooked_modules(module.modules())):
             out: Tensor = module.forward(*args, **kwargs)
         return out.reshape(len(index_P), -1)
+
+
+def slots_to_ask(module: nn.Module, call: ExpertsCall, out: Tensor, n: int) -> int:
+    """In how many slots a module's experts can be asked one by one.
+
+    Args:
+        module: what was called.
+        call: the call.
+        out: what it put out.
+        n: how many experts there are.
+
+    Returns:
+        0 if they cannot be: it fails, or what they say does not sum to what the module put out.
+    """
+    k, hidden = call.index.shape[-1], call.hidden.reshape(-1, call.hidden.shape[-1])
+    index_NK, weights_NK = call.index.reshape(-1, k), call.weights.reshape(-1, k)
+    known_NK = (index_NK >= 0) & (index_NK < n)
+    entries_P = known_NK.nonzero()[:, 0]
+    wide = torch.promote_types(out.dtype, torch.float32)
+    whole = out.reshape(len(hidden), -1).to(wide)
+    for slots in (1, 2):
+        try:
+            each_PM = call.again(module, hidden[entries_P], index_NK[known_NK], slots).to(wide)
+        except (RuntimeError, ValueError, IndexError):
+            continue
+        if each_PM.shape[-1] != whole.shape[-1]:
+            continue
+        weighted_PM = each_PM * weights_NK[known_NK][:, None].to(wide)
+        added = torch.zeros_like(whole).index_add_(0, entries_P, weighted_PM)
+        rounding = 1e-5 + 8 * torch.finfo(out.dtype).eps
+        if bool((added - whole).norm() <= rounding * (whole.norm() + weighted_PM.norm())):
+            return slots
+    return 0
 
 
 class ExpertsTap(Tap):
@@ -123,13 +161,11 @@ def shows_down_inputs(module: nn.Module) -> bool:
         return False
     if not getattr(module, "has_gate", False) or getattr(module, "has_post_expert_norm", True):
         return False
-    down, bias = vars(module)["_parameters"].get("down_proj"), _bias(module)
-    plain = all(
-        type(one) is nn.Parameter and not one.is_meta
-        for one in (down, bias)
-        if bias is not None or one is down
-    )
-    return plain and down is not None and down.ndim == 3 and down.is_floating_point()
+    down, bias = _own(module, "down_proj"), _own(module, "down_proj_bias")
+    if down is None or bool(getattr(module, "has_bias", False)) != (bias is not None):
+        return False
+    plain = all(type(w) is nn.Parameter and not w.is_meta for w in (down, bias) if w is not None)
+    return plain and down.ndim == 3 and bool(down.is_floating_point())
 
 
 def is_sorted(module: nn.Module) -> bool:
@@ -148,13 +184,13 @@ def pull_back_down(module: nn.Module, d_M: Tensor) -> tuple[Tensor, Tensor]:
         down_EIM = down_EIM.transpose(1, 2)
     d_M = d_M.to(down_EIM.device)
     u_EI = torch.stack([down_IM.to(d_M) @ d_M for down_IM in down_EIM.detach()])
-    bias_EM = _bias(module)
+    bias_EM = _own(module, "down_proj_bias")
     of_bias_E = u_EI.new_zeros(len(u_EI)) if bias_EM is None else bias_EM.detach().to(d_M) @ d_M
     return u_EI, of_bias_E
 
 
-def _bias(module: nn.Module) -> Any:
-    return vars(module)["_parameters"].get("down_proj_bias")
+def _own(module: nn.Module, name: str) -> Any:
+    return module._parameters.get(name)
 
 
 _lock = threading.RLock()
@@ -184,6 +220,8 @@ class DownInputs(Tap):
     """
 
     on_rows: Callable[[Tensor], None] = field(kw_only=True)
+    _watched: _Watched = field(init=False, repr=False)
+    _thread: int = field(init=False, repr=False)
 
     def put_on(self, thread: int) -> DownInputs:
         """Stand between the gate and the down map of a module, for one thread."""
@@ -206,9 +244,8 @@ class DownInputs(Tap):
                 del watched.looks[self._thread]
             if watched.looks or kept.get("_apply_gate") is not watched:
                 return
-            if watched.before is None:
-                del kept["_apply_gate"]
-            else:
+            del kept["_apply_gate"]
+            if watched.before is not None:
                 kept["_apply_gate"] = watched.before
 
     def _look(self, rows: Tensor) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from dla_hooks.modules.experts import (
 )
 from dla_hooks.modules.hooks import Call, Place, Tap
 from dla_hooks.projection.directions import Directions
+from dla_hooks.projection.kernels import project
+from dla_hooks.projection.ledger import FixedRows
 from dla_hooks.projection.tiles import View
 
 _MANY = 16
@@ -35,10 +38,14 @@ class Voters:
         n: how many there are.
         k: how many each position goes to; 0 where each reads every position.
         directions: at their outputs.
+        slots: in how many slots one of them is asked alone.
     """
 
-    def __init__(self, place: Place, n: int, k: int, directions: Directions) -> None:
+    def __init__(
+        self, place: Place, n: int, k: int, directions: Directions, slots: int = 1
+    ) -> None:
         self.place, self.n, self.k, self.directions = place, n, k, directions
+        self._slots = slots
         self._down: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -76,8 +83,9 @@ class Voters:
             entry_P = known_TK.nonzero()[:, 0]
             if len(entry_P):
                 hidden_PD = view.take(seen.hidden, tile.place).index_select(0, entry_P)
+                index_P = index_TK[known_TK]
                 with tap.as_it_ran():
-                    out_PM = seen.again(self.place.module, hidden_PD, index_TK[known_TK])
+                    out_PM = seen.again(self.place.module, hidden_PD, index_P, self._slots)
                 d_KM = self.directions.at(tile, device)
                 if len(d_KM) > 1:
                     d_KM = tile.spread(d_KM).index_select(0, entry_P)
@@ -100,7 +108,7 @@ class Voters:
     def _watch(self, view: View, put: Put) -> list[Tap]:
         """Read the input of the down map; which row of it is whose, ahead of it."""
         if self._down is None:
-            device = self.place.module.down_proj.device
+            device = next(self.place.module.parameters()).device
             self._down = pull_back_down(self.place.module, self.directions.only(device))
         calls: list[ExpertsCall] = []
         entered = Tap(self.place.entered, lambda call: calls.append(self._read(call)))
@@ -134,6 +142,64 @@ class Voters:
         """The experts, -1 where a slot names none (as for a token that is skipped)."""
         known_TK = (index_TK >= 0) & (index_TK < self.n)
         return index_TK.masked_fill(~known_TK, -1), known_TK
+
+
+@dataclass(frozen=True)
+class SharedExpert:
+    """An expert that every position goes to.
+
+    Attributes:
+        place: its module.
+        gate: the module whose output, through a sigmoid, is its weight; None for a weight of 1.
+        directions: where its output, times the factor, is added.
+        factor: of its output.
+    """
+
+    place: Place
+    gate: Place | None
+    directions: Directions
+    factor: float = 1.0
+
+
+class SharedVotes:
+    """Records the weights and votes of shared experts.
+
+    Args:
+        experts: the experts.
+        n_entries: number of entries.
+        dtype: of the numbers.
+    """
+
+    def __init__(self, experts: Sequence[SharedExpert], n_entries: int, dtype: torch.dtype) -> None:
+        self._experts = experts
+        self._rows = FixedRows(2 * len(experts), n_entries, dtype)  # what the gate put out, vote
+
+    def taps(self, view: View) -> list[Tap]:
+        """What to watch while the entries in view are run."""
+        taps = []
+        for number, one in enumerate(self._experts):
+            taps.append(Tap(one.place, self._see(2 * number + 1, view, one.directions)))
+            if one.gate is not None:
+                alone = Directions.held(torch.ones(1, 1, dtype=one.directions.dtype))
+                taps.append(Tap(one.gate, self._see(2 * number, view, alone)))
+        return taps
+
+    def gathered(self, device: torch.device) -> list[tuple[Tensor, Tensor]]:
+        """The weight [N] and the vote [N] of each, once."""
+        found = []
+        for one, (gate_N, vote_N) in zip(
+            self._experts, self._rows.gathered(device).unflatten(0, (-1, 2)), strict=True
+        ):
+            weight_N = torch.ones_like(vote_N) if one.gate is None else gate_N.sigmoid()
+            found.append((weight_N, vote_N * one.factor))
+        return found
+
+    def _see(self, row: int, view: View, directions: Directions) -> Callable[[Call], None]:
+        def see(call: Call) -> None:
+            x = call.activation
+            project(x, view, directions, self._rows.row(row, x.device))
+
+        return see
 
 
 def _unused(call: Call) -> None:

@@ -15,7 +15,9 @@ from torch import Tensor
 from dla_hooks.modules import norms
 from dla_hooks.modules.hooks import Call, Place, Tap
 from dla_hooks.modules.norms import Norm
+from dla_hooks.modules.user_hooks import is_hooked
 from dla_hooks.projection.directions import Directions
+from dla_hooks.projection.hook_writes import HookWrites
 from dla_hooks.projection.kernels import frozen_scales
 from dla_hooks.projection.ledger import FixedRows
 from dla_hooks.projection.tiles import View
@@ -99,7 +101,8 @@ class NormScales:
 
     def _tap(self, row: int, step: Step, view: View) -> Tap:
         place, norm = step.place, step.norm
-        assert place is not None and norm is not None
+        assert place is not None
+        assert norm is not None
 
         def see(call: Call) -> None:
             x, y = call.entered, call.left
@@ -111,3 +114,43 @@ class NormScales:
     def largest_misfits(self) -> list[tuple[str, float]]:
         """The largest misfit of each norm, by its name."""
         return [(name, norms.largest(found)) for name, found in self.misfits.items()]
+
+
+class WayHooks:
+    """Records what the caller's hooks write on the ways of some sublayers.
+
+    Args:
+        ways: each with the places on it, and the number of the step that follows each.
+        scales: of the norms on the same ways.
+        n_entries: number of entries.
+        dtype: of the numbers.
+    """
+
+    def __init__(
+        self,
+        ways: Sequence[tuple[Way, Sequence[tuple[Place, int]]]],
+        scales: NormScales,
+        n_entries: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self._scales = scales
+        self._on: dict[int, tuple[HookWrites, list[int]]] = {}
+        for number, (way, places) in enumerate(ways):
+            hooked = [(place, after) for place, after in places if is_hooked(place)]
+            if hooked:
+                writes = [(place, way.directions[after]) for place, after in hooked]
+                after_each = [after for _, after in hooked]
+                self._on[number] = HookWrites(writes, n_entries, dtype), after_each
+
+    def taps(self, view: View) -> list[Tap]:
+        """Two taps for each place with hooks."""
+        return [tap for writes, _ in self._on.values() for tap in writes.taps(view)]
+
+    def finish(self, device: torch.device) -> dict[int, Tensor]:
+        """What they wrote [N], by the number of the way, if it has any; all scales are known."""
+        found = {}
+        for number, (writes, after) in self._on.items():
+            rows = zip(writes.finish(device), after, strict=True)
+            divided = [self._scales.divide(row_N, number, start) for row_N, start in rows]
+            found[number] = torch.stack(divided).sum(0)
+        return found
