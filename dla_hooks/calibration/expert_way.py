@@ -23,6 +23,10 @@ from dla_hooks.residual.stream import Block, Stream
 INSTEAD = "attribute whole sublayers instead (leave out unit=)"
 
 
+_FINE = 1e-12
+"""Of a float64 model, the rounding that is its own."""
+
+
 @dataclass(frozen=True)
 class SharedSite:
     """An expert that every position goes to. Paths are those in the block.
@@ -57,7 +61,7 @@ class ExpertSite:
         shared: those that every position goes to.
         constant: what that sum holds besides [d_model]; None is nothing.
         tail: the linear maps and norms between the sum and the write's own post-norm.
-        rounds: whether the sum is rounded to a coarser dtype than the stream has.
+        rounds: whether experts or their sum are rounded more coarsely than float64.
         inside: whether they are inside of the module that makes the write.
     """
 
@@ -113,7 +117,7 @@ def site_of(
         tail = [last, *tail]
         whole, whole_again = last.entered, moved.like(last).entered
     rest = whole.double() - end.double() * factor
-    size = float(whole.double().norm() + end.double().norm())
+    size = float(whole.double().norm() + end.double().norm()) or 1.0
     rounding = (1e-6 + 2 * torch.finfo(whole.dtype).eps) * size
     shared, constant, misfit = _besides(block, plain, experts, rest, rounding)
     write = next(write for write in block.writes if write.label == label)
@@ -130,7 +134,7 @@ def site_of(
         shared=(*shared, *(SharedSite("", label=other) for other in apart)),
         constant=constant,
         tail=tuple(step.path for step in tail),
-        rounds=misfit > 1e-12 * size,
+        rounds=max(misfit / size, experts.misfit) > _FINE,
         inside=any(module is experts.module for module in write.module.modules()),
     )
 

@@ -33,6 +33,7 @@ class Seen:
         experts: how many experts each position went to; 0 where the module was not called as one
             that holds experts.
         slots: in how many slots these can be asked one by one; 0 where they cannot be.
+        misfit: by which part of its size the sum of these misses what came out.
     """
 
     module: nn.Module
@@ -42,6 +43,7 @@ class Seen:
     left: Tensor
     experts: int = 0
     slots: int = 0
+    misfit: float = 0.0
 
 
 @dataclass
@@ -144,11 +146,11 @@ def _watch(module: nn.Module, path: str, calls: BlockCalls) -> EveryCall:
         if not given or not is_activation(out):
             return
         experts, n = ExpertsCall.read(call.args, call.kwargs), count_of(module)
-        k = slots = 0
+        k, asked = 0, (0, 0.0)
         if experts is not None and n and out.shape == experts.hidden.shape:
             k = experts.index.shape[-1]
-            slots = slots_to_ask(module, experts, out, n)
-        seen = Seen(module, path, tap.fired, flat(given[0]), flat(out), k, slots)
+            asked = slots_to_ask(module, experts, out, n)
+        seen = Seen(module, path, tap.fired, flat(given[0]), flat(out), k, *asked)
         calls.calls.append(seen)
 
     tap = EveryCall(Place(module, path, Use(0, ANY_NUMBER)), see)

@@ -86,7 +86,7 @@ class ExpertsCall:
         return out.reshape(len(index_P), -1)
 
 
-def slots_to_ask(module: nn.Module, call: ExpertsCall, out: Tensor, n: int) -> int:
+def slots_to_ask(module: nn.Module, call: ExpertsCall, out: Tensor, n: int) -> tuple[int, float]:
     """In how many slots a module's experts can be asked one by one.
 
     Args:
@@ -96,7 +96,8 @@ def slots_to_ask(module: nn.Module, call: ExpertsCall, out: Tensor, n: int) -> i
         n: how many experts there are.
 
     Returns:
-        0 if they cannot be: it fails, or what they say does not sum to what the module put out.
+        The number, and by which part of its size the sum of all misses what the module put out.
+        The number is 0 if they cannot be asked: it fails, or the sum misses by more than rounding.
     """
     k, hidden = call.index.shape[-1], call.hidden.reshape(-1, call.hidden.shape[-1])
     index_NK, weights_NK = call.index.reshape(-1, k), call.weights.reshape(-1, k)
@@ -113,10 +114,11 @@ def slots_to_ask(module: nn.Module, call: ExpertsCall, out: Tensor, n: int) -> i
             continue
         weighted_PM = each_PM * weights_NK[known_NK][:, None].to(wide)
         added = torch.zeros_like(whole).index_add_(0, entries_P, weighted_PM)
-        rounding = 1e-5 + 8 * torch.finfo(out.dtype).eps
-        if bool((added - whole).norm() <= rounding * (whole.norm() + weighted_PM.norm())):
-            return slots
-    return 0
+        size = float(whole.norm() + weighted_PM.norm()) or 1.0
+        misfit = float((added - whole).norm()) / size
+        if misfit <= 1e-5 + 8 * torch.finfo(out.dtype).eps:
+            return slots, misfit
+    return 0, 0.0
 
 
 class ExpertsTap(Tap):
