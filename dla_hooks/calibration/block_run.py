@@ -58,19 +58,8 @@ def run_block(stream: Stream, block: Block) -> BlockRun:
 
         return see
 
-    def see_module(module: nn.Module, name: str) -> EveryCall:
-        def see(call: Call) -> None:
-            given = [t for t in (*call.args, *call.kwargs.values()) if is_activation(t)]
-            out: Any = call.output
-            out = out[0] if isinstance(out, tuple) and out else out
-            if given and is_activation(out):
-                run.calls.append(SeenCall(module, name, tap.fired, flat(given[0]), flat(out)))
-
-        tap = EveryCall(Place(module, name, Use(0, ANY_NUMBER)), see)
-        return tap
-
     inside = [
-        see_module(module, f"{block.name}.{path}")
+        watched(module, f"{block.name}.{path}", run.calls.append)
         for path, module in block.module.named_modules()
         if path
     ]
@@ -83,11 +72,26 @@ def run_block(stream: Stream, block: Block) -> BlockRun:
     return run
 
 
+def watched(module: nn.Module, name: str, keep: Callable[[SeenCall], None]) -> EveryCall:
+    """A tap that keeps every call of a module with an activation in and out."""
+
+    def see(call: Call) -> None:
+        given = [t for t in (*call.args, *call.kwargs.values()) if is_activation(t)]
+        out: Any = call.output
+        out = out[0] if isinstance(out, tuple) and out else out
+        if given and is_activation(out):
+            keep(SeenCall(module, name, tap.fired, flat(given[0]), flat(out)))
+
+    tap = EveryCall(Place(module, name, Use(0, ANY_NUMBER)), see)
+    return tap
+
+
 def is_activation(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0
 
 
 def flat(x: Tensor) -> Tensor:
+    """A copy of an activation with its positions in a row [n, d]."""
     return x.detach().reshape(-1, x.shape[-1]).clone()
 
 

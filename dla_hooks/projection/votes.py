@@ -127,7 +127,8 @@ class Voters:
         if is_sorted(self.place.module):  # as transformers sorts them
             where[index.reshape(-1).sort().indices] = where.clone()
         where = where.view(-1, k)
-        for tile in view.tiles(k * rows_SI.shape[-1], device):
+        # Small tiles: the run is at its peak of memory here.
+        for tile in view.tiles(4 * k * rows_SI.shape[-1], device):
             index_TK, known_TK = self._known(view.take(index, tile.place))
             weights_TK, where_TK = (view.take(x, tile.place) for x in (weights, where))
             expert_P = index_TK[known_TK]
