@@ -196,7 +196,6 @@ def _put_on(tap: Tap, thread: int) -> Any:
     instrument = getattr(tap, "put_on", None)  # one that sees what no module boundary shows
     if instrument is not None:
         return instrument(thread)
-
     # `rest` is (kwargs,) or (kwargs, output). While one thread removes its tap, another thread may
     # call that tap without the kwargs. So check the thread before unpacking anything.
     def before(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:

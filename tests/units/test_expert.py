@@ -279,11 +279,17 @@ def test_chunks_give_what_a_whole_run_gives(spec):
 def test_under_autocast_experts_are_asked_as_they_ran():
     model = build_any("qwen2_moe", dtype=torch.float32)
     ids = example_ids_any(model, batch=2, length=8)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = direct_logit_attribution(model, ids, A, B, unit="expert", pos=None)
+    units = ("expert", "component")
     plain = direct_logit_attribution(model, ids, A, B, unit="expert", pos=None)
-    assert not torch.equal(found.attribution, plain.attribution)
-    torch.testing.assert_close(found.attribution, plain.attribution, rtol=0, atol=0.3)
+    # As for heads, the products are then rounded to 16 bits, and the check says so.
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = direct_logit_attribution(model, ids, A, B, unit=units, pos=None, check=False)
+    experts, parts = found["expert"], found["component"]
+    assert not torch.equal(experts.attribution, plain.attribution)
+    rows = [i for i, row in enumerate(experts.rows) if row.layer == 2]
+    size = float(parts.attribution.abs().max())
+    whole = experts.attribution[rows].sum(0)
+    torch.testing.assert_close(whole, parts["2_mlp_out"], rtol=0, atol=0.01 * size)
 
 
 # The strongest rows only
@@ -435,6 +441,7 @@ def test_a_hook_inside_of_the_experts_that_only_looks_fires_as_without_us():
     assert len(seen) == plain
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_adapters_on_attention_beside_change_nothing_here():
     peft = pytest.importorskip("peft")
     model = build_any("mixtral", dtype=torch.float32)
@@ -475,8 +482,7 @@ def test_experts_over_several_processes_are_refused():
 def test_a_layer_whose_experts_do_not_run_is_refused():
     model = build_any("gpt_oss")
     mlp = model.model.layers[1].mlp  # as a kernel does that replaces the whole layer
-    own = mlp.forward
-    mlp.forward = lambda x: (0.5 * x, own(x)[1] if False else None)
+    mlp.forward = lambda x: (0.5 * x, None)
     with pytest.raises(UnsupportedModelError, match=r"layers\.1: mlp.*kernels"):
         dla_hooks.prepare(model, A, unit="expert")
 
