@@ -132,6 +132,25 @@ class Tap:
                 look = outside_autocast(look)
             look(call)
 
+    def put_on(self, thread: int) -> Any:
+        """Watch the place, in one thread, until ``remove()`` is called on what this returns."""
+
+        # `rest` is (kwargs,) or (kwargs, output). While one thread removes its tap, another may
+        # call it without the kwargs. So check the thread before unpacking anything.
+        def before(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
+            if threading.get_ident() == thread:
+                self.count(Call(args, rest[0]))
+
+        def after(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
+            if threading.get_ident() == thread:
+                self.count(Call(args, rest[0], rest[1], before=False))
+
+        _mark(before, after)
+        module, first = self.place.module, self.place.first
+        if self.place.before:
+            return module.register_forward_pre_hook(before, with_kwargs=True, prepend=first)
+        return module.register_forward_hook(after, with_kwargs=True, prepend=first)
+
 
 def hidden_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The hidden states among a module's arguments: in transformers, the first tensor."""
@@ -172,7 +191,7 @@ def tapped(taps: Sequence[Tap]) -> Iterator[None]:
     try:
         for tap in taps:
             tap.fired = 0
-            handles.append(_put_on(tap, threading.get_ident()))
+            handles.append(tap.put_on(threading.get_ident()))
         with torch.no_grad():
             yield
     finally:
@@ -190,27 +209,6 @@ def tapped(taps: Sequence[Tap]) -> Iterator[None]:
                 f"{tap.place.name} ran {tap.fired} times in one forward pass, where {use.of} was "
                 "expected. Gradient checkpointing and modules that share a part do this."
             )
-
-
-def _put_on(tap: Tap, thread: int) -> Any:
-    instrument = getattr(tap, "put_on", None)  # one that sees what no module boundary shows
-    if instrument is not None:
-        return instrument(thread)
-    # `rest` is (kwargs,) or (kwargs, output). While one thread removes its tap, another thread may
-    # call that tap without the kwargs. So check the thread before unpacking anything.
-    def before(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
-        if threading.get_ident() == thread:
-            tap.count(Call(args, rest[0]))
-
-    def after(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
-        if threading.get_ident() == thread:
-            tap.count(Call(args, rest[0], rest[1], before=False))
-
-    _mark(before, after)
-    module, first = tap.place.module, tap.place.first
-    if tap.place.before:
-        return module.register_forward_pre_hook(before, with_kwargs=True, prepend=first)
-    return module.register_forward_hook(after, with_kwargs=True, prepend=first)
 
 
 @dataclass(frozen=True)

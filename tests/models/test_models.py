@@ -235,7 +235,7 @@ def test_model_is_unchanged_after_exception(unit):
 
 def test_hooks_are_removed_when_registration_fails(monkeypatch):
     model = build("gpt2")
-    put_on, calls = dla_hooks.modules.hooks._put_on, []
+    put_on, calls = dla_hooks.modules.hooks.Tap.put_on, []
 
     def fails_at_the_fourth(tap, thread):
         calls.append(tap)
@@ -243,7 +243,7 @@ def test_hooks_are_removed_when_registration_fails(monkeypatch):
             raise RuntimeError("no more")
         return put_on(tap, thread)
 
-    monkeypatch.setattr(dla_hooks.modules.hooks, "_put_on", fails_at_the_fourth)
+    monkeypatch.setattr(dla_hooks.modules.hooks.Tap, "put_on", fails_at_the_fourth)
     with pytest.raises(RuntimeError, match="no more"):
         direct_logit_attribution(model, IDS, 5)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

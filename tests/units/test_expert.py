@@ -276,9 +276,11 @@ def test_chunks_give_what_a_whole_run_gives(spec):
         same(found, whole, 1e-4)
 
 
-def test_under_autocast_experts_are_asked_as_they_ran():
+@pytest.mark.parametrize("way", ["eager", "grouped_mm"])
+def test_under_autocast_experts_are_asked_as_they_ran(way):
     model = build_any("qwen2_moe", dtype=torch.float32)
-    ids = example_ids_any(model, batch=2, length=8)
+    set_experts(model, way)
+    ids = example_ids_any(model, batch=2, length=12)
     units = ("expert", "component")
     plain = direct_logit_attribution(model, ids, A, B, unit="expert", pos=None)
     # As for heads, the products are then rounded to 16 bits, and the check says so.
