@@ -98,7 +98,7 @@ def why_unseen() -> str | None:
         return None
     return (
         f"transformers {transformers.__version__} does not show what attention is computed from "
-        "(its registry of attention functions is read past any watch); install transformers 5"
+        "(its registry of attention functions is read past any watch); transformers 5.23 does"
     )
 
 
