@@ -62,6 +62,8 @@ def promoted(options: Options) -> list[Measured]:
             PLAIN: bench.call(PLAIN, setting),
             "promoted": lambda model=model, ids=ids: dla_hooks.promoted_tokens(model, ids),
         }
+        options.say(f"{setting.named()}: are the ranked logits those of an attribution?")
+        _prove_ranks(calls["promoted"](), model, ids)
         options.say(f"{setting.named()}: timing promoted tokens, {options.repeats} rounds")
         seconds = interleaved(calls, options.repeats, setting.device, warm_up=2)
         beyond = [ratio - 1 for ratio in ratios(seconds, PLAIN)["promoted"]]
@@ -105,6 +107,15 @@ def _prove(out: Any, model: Any, setting: Setting) -> None:
         gap = float((result.total() + result.bias - own).abs().max())
         if not gap <= 1e-4 * float(logits.amax() - logits.amin()):
             raise Disagreement(f"{result.unit} misses the model's own logits by {gap:.1e}")
+
+
+def _prove_ranks(out: Any, model: Any, ids: Any) -> None:
+    """Check the first token of the last row against the attribution of its centred logit."""
+    token = out.up_ids[-1, :, 0]
+    own = dla_hooks.direct_logit_attribution(model, ids, token, center_unembed=True)
+    gap = float((out.up[-1, :, 0] - own.attribution[-1]).abs().max())
+    if out.labels != own.labels or not gap <= 1e-4 * max(1.0, float(own.logit.abs().max())):
+        raise Disagreement(f"promoted tokens and an attribution differ by {gap:.1e}")
 
 
 def _peaks(what: str, setting: Setting, peak: int, plain: int, limit: float | None) -> Measured:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +18,10 @@ from dla_hooks.inputs.entries import Entries
 from dla_hooks.projection.strongest import Best, Every
 from dla_hooks.projection.tiles import Tile
 
-_MOST_HELD = 2**20
-"""Numbers of ranked rows that wait for the final scale: 4 MiB in float32."""
+_FEW_ENTRIES = 32
+"""Of so many entries, and one more for each prompt, all ranked rows wait for the final scale."""
+_MOST_HELD = 2**18
+"""Of more entries, so many numbers: 1 MiB in float32."""
 
 
 def all_finite(numbers: Tensor) -> bool:
@@ -94,6 +97,7 @@ class TopRows:
         dtype: of the numbers.
         n_beside: how many further numbers each row brings along.
         of_rows: whether a row means the same at each entry, so that its sum is asked for.
+        n_prompts: of how many prompts the entries are.
     """
 
     def __init__(
@@ -104,9 +108,10 @@ class TopRows:
         dtype: torch.dtype,
         n_beside: int = 0,
         of_rows: bool = True,
+        n_prompts: int = 1,
     ) -> None:
         n_numbers = 1 + n_beside
-        few = n_entries == 1 or n_numbers * n_rows * n_entries <= _MOST_HELD
+        few = n_entries <= _FEW_ENTRIES + n_prompts or n_numbers * n_rows * n_entries <= _MOST_HELD
         self._of_rows = of_rows
         self._k = n_rows if k is None else min(k, n_rows)
         self._whole = self._k == n_rows or (few and of_rows)
@@ -156,7 +161,8 @@ class TopRows:
         others = list(self._on.values())
         self._on.clear()
         if others:
-            rows = rows.joined([each for each, _ in others])
+            same_kind: list[Any] = [each for each, _ in others]
+            rows = rows.joined(same_kind)
             sum_N = sum_N + sum(each_N.to(sum_N.device) for _, each_N in others)
         rows.values_PNR[0] /= scale_N[:, None]
         sums_RB = None

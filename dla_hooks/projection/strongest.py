@@ -66,7 +66,11 @@ class Every:
         return self
 
     def best(self, k: int) -> tuple[Tensor, Tensor]:
-        """The ``k`` strongest of each entry, the strongest first: numbers [P, N, k], rows [N, k]."""
+        """The ``k`` strongest rows of each entry, the strongest first.
+
+        Returns:
+            Their numbers [P, N, k], and which rows they are [N, k]; -1 for none.
+        """
         kept_Nk = strongest(self.values_PNR[0], k, self.there_NR)
         rows_Nk = kept_Nk.masked_fill(~self.there_NR.gather(1, kept_Nk), -1)
         return _taken(self.values_PNR, kept_Nk), rows_Nk
@@ -101,9 +105,13 @@ class Best:
             rows: which they are [R] or [T, R], -1 for none.
             tile: the entries.
         """
-        k, own = self.rows_NR.shape[1], isinstance(rows, Tensor) and rows.ndim > 1
-        kept_Tk = strongest(numbers[0], k, rows >= 0 if own else None)
-        names_Tk = rows.gather(1, kept_Tk) if own else _named(rows, kept_Tk)
+        k = self.rows_NR.shape[1]
+        if isinstance(rows, Tensor) and rows.ndim > 1:
+            kept_Tk = strongest(numbers[0], k, rows >= 0)
+            names_Tk = rows.gather(1, kept_Tk)
+        else:
+            kept_Tk = strongest(numbers[0], k)
+            names_Tk = kept_Tk + rows.start if isinstance(rows, range) else rows[kept_Tk]
         new_PTk = torch.stack([each.gather(1, kept_Tk) for each in numbers])
         both_PTR = torch.cat((self.values_PNR[:, tile.index], new_PTk), 2)
         names_TR = torch.cat((self.rows_NR[tile.index], names_Tk), 1)
@@ -157,7 +165,8 @@ def _strongest(values_TR: Tensor, k: int, there_TR: Tensor | None) -> Tensor:
     n_rows = values_TR.shape[1]
     n_groups = n_rows // _GROUP
     if n_groups < 2 * k:  # most groups would be looked at again
-        return sizes_TR.topk(k).indices
+        plain_Tk: Tensor = sizes_TR.topk(k).indices
+        return plain_Tk
     # A group is every n-th number: its largest is then found along memory.
     n = n_groups * _GROUP
     largest_TG = sizes_TR[:, :n].unflatten(1, (_GROUP, n_groups)).amax(1)
@@ -167,12 +176,11 @@ def _strongest(values_TR: Tensor, k: int, there_TR: Tensor | None) -> Tensor:
     if n < n_rows:
         left_over = torch.arange(n, n_rows, device=values_TR.device)
         among_TC = torch.cat((among_TC, left_over.expand(len(values_TR), -1)), 1)
-    return among_TC.gather(1, sizes_TR.gather(1, among_TC).topk(k).indices)
-
-
-def _named(rows_R: Tensor | range, places_Tk: Tensor) -> Tensor:
-    return places_Tk + rows_R.start if isinstance(rows_R, range) else rows_R[places_Tk]
+    kept_Tk: Tensor = sizes_TR.gather(1, among_TC).topk(k).indices
+    found_Tk: Tensor = among_TC.gather(1, kept_Tk)
+    return found_Tk
 
 
 def _taken(values_PTR: Tensor, kept_Tk: Tensor) -> Tensor:
-    return values_PTR.gather(2, kept_Tk.expand(len(values_PTR), -1, -1))
+    taken: Tensor = values_PTR.gather(2, kept_Tk.expand(len(values_PTR), -1, -1))
+    return taken

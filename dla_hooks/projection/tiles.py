@@ -81,6 +81,11 @@ class View:
         return len(self.inside)
 
     @property
+    def n_prompts(self) -> int:
+        """The rows of the batch."""
+        return self._batch
+
+    @property
     def entries(self) -> Entries:
         """All entries of the call."""
         return self._entries

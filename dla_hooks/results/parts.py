@@ -69,7 +69,7 @@ def one_prompt(data: _Data, index: Any) -> _Data:
     """
     first_axis = data.shape[0] if data.shape else 1
     n_prompts = len(data.tokens) or first_axis
-    row = _counted(index, n_prompts, "the batch", "rows")
+    row = counted(index, n_prompts, "the batch", "rows")
     if n_prompts == 1:  # one prompt with several answers, or without a batch axis, is whole
         return _cut(data, ())
     if n_prompts != first_axis:
@@ -96,7 +96,7 @@ def one_position(data: _Data, index: Any) -> _Data:
             f"one has the shape {list(data.attribution.shape)}: a single position was selected, "
             "or there is no axis for the batch"
         )
-    place = _counted(index, data.shape[1], "the selected positions", "entries")
+    place = counted(index, data.shape[1], "the selected positions", "entries")
     return _cut(data, (slice(None), place))
 
 
@@ -160,7 +160,7 @@ def _own_names(data: EntryData, entries: list[int]) -> tuple[list[str], list[str
     return known, None if data.incorrect is None else [wrong or "" for _, wrong in pairs]
 
 
-def _counted(index: Any, size: int, where: str, what: str) -> int:
+def counted(index: Any, size: int, where: str, what: str) -> int:
     """An index from either end as one from the start."""
     if isinstance(index, bool) or not hasattr(index, "__index__"):
         raise ArgumentTypeError(f"an index into {where} must be an int, got {index!r:.80}")

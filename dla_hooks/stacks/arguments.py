@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -28,7 +29,10 @@ def inputs_of(model: Any, input: Any, options: dict[str, Any]) -> Inputs:
     unknown = set(options) - set(known)
     if unknown:
         raise TypeError(f"unexpected keyword arguments: {', '.join(sorted(unknown))}")
-    return read_call(model, input, **{**known, **options}, purpose=None)
+    given = {**known, **options}
+    # Vectors are kept of one whole run, however long the prompt is.
+    whole = sys.maxsize if given["cache"] is None else None
+    return read_call(model, input, **given, purpose=None, chunk_size=whole)
 
 
 def measured(

@@ -8,10 +8,8 @@ value. The strongest neurons of each entry are kept, and the sum of all. What no
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +18,7 @@ from dla_hooks.backends import Conventions
 from dla_hooks.calibration.last_maps import NeuronSite, neuron_sites
 from dla_hooks.calibration.norm_constants import norm_at
 from dla_hooks.errors import InputError, UnsupportedModelError
+from dla_hooks.inputs.options import some_layers, whole_number
 from dla_hooks.modules import norms
 from dla_hooks.modules.hooks import Call, Place, Tap
 from dla_hooks.modules.linear import at_hand, bias_of, check_readable, input_width, pull_back
@@ -53,8 +52,8 @@ class Neurons(Unit):
     >>> import dla_hooks
     >>> model, tokenizer = dla_hooks.demo.load()
     >>> result = dla_hooks.direct_logit_attribution(
-    ...     model, "The keys near the cabinet", " are", unit=dla_hooks.Neurons(top=3, layers=[1, 2]),
-    ...     tokenizer=tokenizer)
+    ...     model, "The keys near the cabinet", " are", tokenizer=tokenizer,
+    ...     unit=dla_hooks.Neurons(top=3, layers=[1, 2]))
     >>> result.attribution.shape, len(result.rows), result.rows[0].label
     (torch.Size([3, 1]), 768, 'L1N0')
     """
@@ -70,8 +69,8 @@ class Neurons(Unit):
     of_every_model = False
 
     def __init__(self, top: int | None = 64, layers: int | Sequence[int] | None = None) -> None:
-        self.top = None if top is None else _counted(top, "top", least=1)
-        self.layers = None if layers is None else _layers(layers)
+        self.top = None if top is None else whole_number(top, "top", least=1)
+        self.layers = None if layers is None else some_layers(layers)
 
     def places(self, stream: Stream) -> list[Place]:
         """What enters every last map, the norms behind them, and the last stream."""
@@ -158,7 +157,8 @@ class _NeuronsRecorder(Recorder):
 
     def __init__(self, plan: _NeuronsPlan, view: View) -> None:
         self._plan, self._n = plan, len(plan.mlps)
-        self._top = TopRows(plan.top, len(plan.rows), len(view), plan.dtype)
+        n_rows, n_prompts = len(plan.rows), view.n_prompts
+        self._top = TopRows(plan.top, n_rows, len(view), plan.dtype, n_prompts=n_prompts)
         # For each MLP: the sum of its neurons, and the post-norm's scale.
         self._aside = FixedRows(2 * self._n, len(view), plan.dtype)
         self._misfits: dict[str, list[Tensor]] = {}
@@ -225,14 +225,11 @@ class _NeuronsRecorder(Recorder):
 
         def hold(call: Call) -> None:
             x = call.activation
-            read = partial(view.take, x)
-            if len(view) * _FEW <= x.numel() // x.shape[-1]:
-                some = view.take(x).clone()  # a slice would hold the whole activation
-
-                def read(entries: slice | None) -> Tensor:
-                    return some if entries is None else some[entries]
-
-            self._held[number] = read
+            if len(view) * _FEW > x.numel() // x.shape[-1]:
+                self._held[number] = partial(view.take, x)
+                return
+            some = view.take(x).clone()  # a slice would hold the whole activation
+            self._held[number] = lambda place: some if place is None else some[place]
 
         def see_norm(call: Call) -> None:
             x, y = call.entered, call.left
@@ -286,29 +283,11 @@ def _chosen(
 
 def _no_neurons(what: str, instead: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"{what} has no MLP whose output one linear map makes, and so no neurons with a direct path "
-        f"to the stream; experts, and MLPs whose output is gated, have none. Instead, {instead}"
+        f"{what} has no MLP whose output one linear map makes, and so no neurons with a direct "
+        "path to the stream; experts, and MLPs whose output is gated, have none. Instead, "
+        f"{instead}"
     )
 
 
 def _times(directions: Directions, factor: float) -> Directions:
     return directions if factor == 1 else directions.then(lambda d_KM: d_KM * factor)
-
-
-def _counted(value: Any, name: str, least: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = least - 1
-    if number < least or isinstance(value, bool):
-        raise InputError(f"{name} must hold whole numbers from {least}, or be None; got {value!r}")
-    return number
-
-
-def _layers(value: Any) -> tuple[int, ...]:
-    if isinstance(value, (str, bytes)) or not isinstance(value, Iterable):
-        return (_counted(value, "layers", least=0),)
-    several = sorted({_counted(one, "layers", least=0) for one in value})
-    if not several:
-        raise InputError("layers is empty: give a layer, or None for all")
-    return tuple(several)

@@ -238,7 +238,7 @@ class TestErrors:
         "args",
         [
             ("attribute", "m", "p"),
-            ("attribute", "m", "p", "--answer", "a", "--unit", "neuron"),
+            ("attribute", "m", "p", "--answer", "a", "--unit", "token"),
             ("attribute", "m", "p", "--answer", "a", "--dtype", "int8"),
             ("attribute", "m", "p", "--answer", "a", "--top", "0"),
             ("attribute", "m", "p", "--answer", "a", "--device-map", "balanced"),

@@ -79,7 +79,7 @@ def test_commands_and_flags_are_documented(pages):
             assert says or flag == "PROMPT", f"{name} {flag} has no help"
 
 
-@pytest.mark.parametrize("name", ["DirectLogitAttribution", "Summary"])
+@pytest.mark.parametrize("name", ["DirectLogitAttribution", "Summary", "PromotedTokens"])
 def test_fields_and_methods_of_results_are_on_a_page(pages, name):
     cls = CLASSES[name]
     for field in dataclasses.fields(cls):

@@ -173,7 +173,7 @@ result.plot()
 summary = dla_hooks.summarize(dla_hooks.attribute_many(
     model, [PROMPT], " are", unit="halves", tokenizer=tokenizer))
 assert "halves" in repr(summary)
-assert "component, halves, head, layer" in shown("attribute", "--help")
+assert ", halves, head, layer" in shown("attribute", "--help")
 assert " llama component halves head layer " in shown("list")
 assert "halves: the embeddings" in shown(
     "attribute", "demo", PROMPT, "--answer", " are", "--unit", "halves")

@@ -21,7 +21,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from units import UNIT_NAMES
+from units import EVERY_UNIT, UNIT_NAMES
 from zoo import build, example_ids
 
 import dla_hooks.modules.hooks
@@ -141,8 +141,8 @@ def test_a_model_in_training_mode_is_refused():
 
 
 def test_unknown_units_are_listed():
-    with pytest.raises(InputError, match=re.escape(f"{UNIT_NAMES}, got 'neuron'")):
-        direct_logit_attribution(build("gpt2"), IDS, 5, unit="neuron")
+    with pytest.raises(InputError, match=re.escape(f"{EVERY_UNIT}, got 'token'")):
+        direct_logit_attribution(build("gpt2"), IDS, 5, unit="token")
     with pytest.raises(InputError, match="got None"):
         direct_logit_attribution(build("gpt2"), IDS, 5, unit=None)
 
