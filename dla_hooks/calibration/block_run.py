@@ -76,17 +76,17 @@ def watched(module: nn.Module, name: str, keep: Callable[[SeenCall], None]) -> E
     """A tap that keeps every call of a module with an activation in and out."""
 
     def see(call: Call) -> None:
-        given = [t for t in (*call.args, *call.kwargs.values()) if _is_activation(t)]
+        given = [t for t in (*call.args, *call.kwargs.values()) if is_activation(t)]
         out: Any = call.output
         out = out[0] if isinstance(out, tuple) and out else out
-        if given and _is_activation(out):
+        if given and is_activation(out):
             keep(SeenCall(module, name, tap.fired, flat(given[0]), flat(out)))
 
     tap = EveryCall(Place(module, name, Use(0, ANY_NUMBER)), see)
     return tap
 
 
-def _is_activation(value: Any) -> bool:
+def is_activation(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0
 
 

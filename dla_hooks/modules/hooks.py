@@ -251,9 +251,7 @@ def _put_in(edit: Edit, thread: int) -> torch.utils.hooks.RemovableHandle:
         for i, value in enumerate(args):
             if isinstance(value, Tensor):
                 return (*args[:i], new, *args[i + 1 :]), kwargs
-        key = next(
-            (k for k in ("hidden_states", *kwargs) if isinstance(kwargs.get(k), Tensor)),
-        )
+        key = next(k for k in ("hidden_states", *kwargs) if isinstance(kwargs.get(k), Tensor))
         return args, {**kwargs, key: new}
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
