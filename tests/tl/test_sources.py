@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tl_models import has_hooked, ids_for
+from tl_models import has_hooked
 
 import dla_hooks
 from dla_hooks import CacheEntryError, DecompositionError, SourceTokens, direct_logit_attribution
@@ -12,6 +12,7 @@ from dla_hooks import CacheEntryError, DecompositionError, SourceTokens, direct_
 pytest.importorskip("transformer_lens")
 pytestmark = pytest.mark.tl
 
+IDS = torch.tensor([[5, 9, 4, 30, 12, 8, 21], [3, 44, 17, 6, 28, 50, 11]])
 KINDS = ("bridged", "hooked") if has_hooked() else ("bridged",)
 
 
@@ -45,10 +46,9 @@ def dense(result):
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_rows_are_those_by_hand_from_a_run_and_from_a_cache(model, name):
     model = model(name)
-    ids = ids_for(model)
-    _, cache = model.run_with_cache(ids)
+    _, cache = model.run_with_cache(IDS)
     unit = SourceTokens(top=None)
-    result = direct_logit_attribution(model, ids, 5, 7, unit=unit)
+    result = direct_logit_attribution(model, IDS, 5, 7, unit=unit)
     assert bool((result.index >= 0).all())  # the last token reads all
     expected = by_hand(model, cache, 5, 7)
     size = float(expected.abs().max())
@@ -59,7 +59,6 @@ def test_rows_are_those_by_hand_from_a_run_and_from_a_cache(model, name):
 
 def test_cache_needs_what_is_named_and_no_more(model):
     model = model("gpt2")
-    ids = ids_for(model)
     names = dla_hooks.cache_names(model, "source")
     _, cache = model.run_with_cache(ids, names_filter=lambda name: name in names)
     direct_logit_attribution(model, None, 5, 7, unit="source", cache=cache)
@@ -71,7 +70,7 @@ def test_cache_needs_what_is_named_and_no_more(model):
 
 def test_changed_pattern_in_a_cache_is_refused(model):
     model = model("gpt2")
-    _, cache = model.run_with_cache(ids_for(model))
+    _, cache = model.run_with_cache(IDS)
     cache.cache_dict["blocks.1.attn.hook_pattern"] = cache["blocks.1.attn.hook_pattern"].flip(-1)
     with pytest.raises(DecompositionError, match="the tokens that L1H0 reads"):
         direct_logit_attribution(model, None, 5, 7, unit="source", cache=cache)
@@ -79,11 +78,10 @@ def test_changed_pattern_in_a_cache_is_refused(model):
 
 def test_hook_on_z_is_in_the_remainder_and_one_on_the_pattern_in_the_rows(model):
     model = model("gpt2")
-    ids = ids_for(model)
     unit = SourceTokens(top=None, layers=[1])
-    clean = direct_logit_attribution(model, ids, 5, 7, unit=unit)
+    clean = direct_logit_attribution(model, IDS, 5, 7, unit=unit)
     with model.hooks([("blocks.1.attn.hook_z", lambda z, hook: z * 0)]):
-        ablated = direct_logit_attribution(model, ids, 5, 7, unit=unit)
+        ablated = direct_logit_attribution(model, IDS, 5, 7, unit=unit)
     ratio = dense(ablated) / dense(clean)  # the final norm's scale is another
     torch.testing.assert_close(ratio, ratio[:1, :1].expand_as(ratio), rtol=1e-3, atol=0)
 
@@ -93,5 +91,5 @@ def test_hook_on_z_is_in_the_remainder_and_one_on_the_pattern_in_the_rows(model)
         return pattern
 
     with model.hooks([("blocks.1.attn.hook_pattern", to_the_first)]):
-        first = direct_logit_attribution(model, ids, 5, 7, unit=unit)
+        first = direct_logit_attribution(model, IDS, 5, 7, unit=unit)
     assert bool((dense(first)[:, 1:] == 0).all())
