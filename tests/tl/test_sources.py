@@ -60,10 +60,10 @@ def test_rows_are_those_by_hand_from_a_run_and_from_a_cache(model, name):
 def test_cache_needs_what_is_named_and_no_more(model):
     model = model("gpt2")
     names = dla_hooks.cache_names(model, "source")
-    _, cache = model.run_with_cache(ids, names_filter=lambda name: name in names)
+    _, cache = model.run_with_cache(IDS, names_filter=lambda name: name in names)
     direct_logit_attribution(model, None, 5, 7, unit="source", cache=cache)
     kept = [name for name in names if name != "blocks.1.attn.hook_pattern"]
-    _, cache = model.run_with_cache(ids, names_filter=lambda name: name in kept)
+    _, cache = model.run_with_cache(IDS, names_filter=lambda name: name in kept)
     with pytest.raises(CacheEntryError, match="hook_pattern"):
         direct_logit_attribution(model, None, 5, 7, unit="source", cache=cache)
 
