@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 import pytest
@@ -479,7 +480,7 @@ def test_models_without_experts_to_tell_apart_are_refused_with_the_reason(kind, 
 
 
 def test_older_transformers_are_refused_by_version(monkeypatch):
-    model = build_any("mixtral")
+    model = copy.deepcopy(build_any("mixtral"))  # nothing is remembered of a copy
     monkeypatch.setattr(transformers, "__version__", "4.57.1")
     with pytest.raises(UnsupportedModelError, match=r"transformers 4\.57\.1 .* install"):
         dla_hooks.prepare(model, A, unit="expert")
