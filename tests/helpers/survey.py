@@ -166,9 +166,13 @@ def page(findings: dict[str, Finding]) -> str:
     for name, f in right.items():
         row = (name, f.model_class, " ".join(f.units), "; ".join(f.special))
         lines.append(f"| {' | '.join(row)} | {f.gap:.0e} | {f.logit_gap:.0e} |")
-    lines += ["", "## Without a finer unit", "", "| model type | unit | why |", "|---|---|---|"]
+    lines += ["", "## Without a finer unit", "", "| unit | why | model types |", "|---|---|---|"]
+    alike: dict[tuple[str, str], list[str]] = {}
     for name, f in right.items():
-        lines += [f"| {name} | {unit} | {why} |" for unit, why in f.lacking.items()]
+        for unit, why in f.lacking.items():
+            own = re.sub(rf"{f.model_class}( \({re.escape(name)}\))?", "the model", why)
+            alike.setdefault((unit, own), []).append(name)
+    lines += [f"| {unit} | {why} | {', '.join(names)} |" for (unit, why), names in alike.items()]
     for verdict, title in ((REFUSED, "Refused"), (ABSENT, "Not built by the survey")):
         lines += ["", f"## {title}", "", "| model type | why |", "|---|---|"]
         chosen = ((name, f) for name, f in findings.items() if f.verdict == verdict)
