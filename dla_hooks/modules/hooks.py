@@ -193,8 +193,8 @@ def tapped(taps: Sequence[Tap]) -> Iterator[None]:
 
 
 def _put_on(tap: Tap, thread: int) -> torch.utils.hooks.RemovableHandle:
-    # `rest` is (kwargs,) or (kwargs, output). While one thread removes its tap, another thread may
-    # call that tap without the kwargs. So check the thread before unpacking anything.
+    # `rest` is (kwargs,) or (kwargs, output). While one thread removes its tap, another may call it
+    # without the kwargs. So check the thread before unpacking anything.
     def before(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
         if threading.get_ident() == thread:
             tap.count(Call(args, rest[0]))
@@ -218,11 +218,13 @@ class Edit:
         module: the module to change.
         change: a function from the hidden states to their replacement.
         at_input: True to change the input, False to change the output.
+        optional: whether a call without hidden states is passed by.
     """
 
     module: nn.Module
     change: Callable[[Tensor], Tensor]
     at_input: bool = False
+    optional: bool = False
 
 
 @contextmanager
@@ -246,20 +248,19 @@ def _put_in(edit: Edit, thread: int) -> torch.utils.hooks.RemovableHandle:
         if threading.get_ident() != thread:
             return None
         (kwargs,) = rest
+        if edit.optional and not any(isinstance(x, Tensor) for x in (*args, *kwargs.values())):
+            return None
         new = edit.change(hidden_in(args, kwargs))
         for i, value in enumerate(args):
             if isinstance(value, Tensor):
                 return (*args[:i], new, *args[i + 1 :]), kwargs
-        key = next(
-            (k for k in ("hidden_states", *kwargs) if isinstance(kwargs.get(k), Tensor)),
-        )
+        key = next(k for k in ("hidden_states", *kwargs) if isinstance(kwargs.get(k), Tensor))
         return args, {**kwargs, key: new}
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if threading.get_ident() != thread:
+        if threading.get_ident() != thread or (edit.optional and tensor_in(output) is None):
             return None
-        new = edit.change(hidden_out(output))
-        return with_tensor(output, new)
+        return with_tensor(output, edit.change(hidden_out(output)))
 
     _mark(before, after)
     if edit.at_input:

@@ -1,4 +1,4 @@
-"""Where the caller's hooks write to the stream between the writes of its blocks."""
+"""Where the caller's hooks write to the stream, beside the writes of its blocks."""
 
 from __future__ import annotations
 
@@ -22,19 +22,23 @@ from dla_hooks.residual.stream import Block, Stream
 
 
 class Hooked(NamedTuple):
-    """One end of a block, or the last stream, with hooks of the caller's on it.
+    """A place of the stream with hooks of the caller's on it: no write, and ahead of the last norm.
 
     Attributes:
         number: the block's place in the stack; the number of blocks for the last stream.
         block: the block; None for the last stream.
-        at_input: True for the block's input, False for its output.
         place: where the hooks are.
+        at_input: whether that is the block's input, or the last stream.
+        after: how many of the block's writes run before it.
+        response: what the block's output multiplies a change there by; None is one.
     """
 
     number: int
     block: Block | None
-    at_input: bool
     place: Place
+    at_input: bool
+    after: int
+    response: Tensor | None
 
     @property
     def label(self) -> str:
@@ -43,7 +47,7 @@ class Hooked(NamedTuple):
 
 
 def hook_label(block: Block) -> str:
-    """The label of what the caller's hooks write at a block's input and output.
+    """The label of what the caller's hooks write in a block, beside its own writes.
 
     It is one row, as ``3_hook``.
     """
@@ -51,14 +55,18 @@ def hook_label(block: Block) -> str:
 
 
 def hooked_places(stream: Stream) -> Iterator[Hooked]:
-    """Find the caller's hooks at the blocks' inputs and outputs, in stream order."""
+    """Find the caller's hooks at and in the blocks, in stream order."""
     for number, block in enumerate(stream.blocks):
-        for at_input in (True, False):
-            place = block.input._replace(before=at_input)
-            if is_hooked(place):
-                yield Hooked(number, block, at_input, place)
+        if is_hooked(block.input):
+            yield Hooked(number, block, block.input, True, 0, block.gain)
+        for one in sorted(block.carriers, key=lambda carrier: carrier.after):
+            if is_hooked(one.place):
+                yield Hooked(number, block, one.place, False, one.after, one.response)
+        output = block.input._replace(before=False)
+        if is_hooked(output):
+            yield Hooked(number, block, output, False, len(block.writes), None)
     if is_hooked(stream.last):
-        yield Hooked(len(stream.blocks), None, True, stream.last)
+        yield Hooked(len(stream.blocks), None, stream.last, True, 0, None)
 
 
 def hook_factor(hooked: Hooked, factors: Mapping[str, Tensor | None]) -> Tensor | None:
@@ -68,11 +76,9 @@ def hook_factor(hooked: Hooked, factors: Mapping[str, Tensor | None]) -> Tensor 
         hooked: where they write.
         factors: from :func:`dla_hooks.residual.gains.path_factors`, of the block's constant.
     """
-    block = hooked.block
-    if block is None:
+    if hooked.block is None:
         return None
-    later = factors[constant_label(block)]
-    return product(block.gain, later) if hooked.at_input else later
+    return product(hooked.response, factors[constant_label(hooked.block)])
 
 
 def changed_behind(stream: Stream) -> bool:

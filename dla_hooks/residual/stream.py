@@ -116,6 +116,24 @@ class WriteSite:
 
 
 @dataclass(frozen=True)
+class Carrier:
+    """A module in a block that carries the stream on, or a term to it, and writes nothing itself.
+
+    BLOOM's attention adds its input to what it wrote; a dropout stands behind a write. What the
+    caller's hooks change there enters the stream.
+
+    Attributes:
+        place: its input or its output.
+        after: how many of the block's writes run before it, once it is measured.
+        response: what the block's output multiplies a change there by; None is one.
+    """
+
+    place: Place
+    after: int = 0
+    response: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Block:
     """One block of the stack, or one use of a block that is used several times.
 
@@ -127,6 +145,7 @@ class Block:
         writes: the terms that it adds to the stream, in order.
         gain: the factor of its input, [] or [d_model]; None is one.
         constant: the vector that it adds besides its writes [d_model]; None is nothing.
+        carriers: modules in it that carry the stream on; before they are measured, those that may.
     """
 
     layer: int
@@ -136,6 +155,7 @@ class Block:
     writes: tuple[WriteSite, ...]
     gain: Tensor | None = None
     constant: Tensor | None = None
+    carriers: tuple[Carrier, ...] = ()
 
     @property
     def input(self) -> Place:
