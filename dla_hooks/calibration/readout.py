@@ -46,6 +46,13 @@ def readout(run: SyntheticRun, logits: Tensor) -> tuple[float, float | None]:
         y = value_at(module, y).double().cpu()
     linear = W @ y
     seen = logits[row, ids] if cap is None else cap * torch.atanh(logits[row, ids] / cap)
+    if not bool(seen.isfinite().all()):
+        raise refusal(
+            stream,
+            f"its logits stand at their cap of {cap:g} even where the final norm puts out next to "
+            "nothing, as with an unembedding whose weights are far too large, so there is nothing "
+            "to attribute; load weights for it",
+        )
     # The bias is scaled along with the rest: seen = k * (linear + b).
     ours = linear + b
     if not bool(ours.any()):

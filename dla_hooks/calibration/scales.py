@@ -68,6 +68,7 @@ class Scales:
     logit_scale: float
     softcap: float | None
     vocabulary: int
+    ahead: int
     under_autocast: bool
 
 
@@ -131,6 +132,7 @@ def _apply(stream: Stream, scales: Scales) -> Stream:
         logit_scale=scales.logit_scale,
         softcap=scales.softcap,
         vocabulary=scales.vocabulary,
+        ahead=scales.ahead,
     )
 
 
@@ -163,6 +165,7 @@ def _measure(stream: Stream) -> Scales:
         logit_scale=scale,
         softcap=cap,
         vocabulary=logits.shape[-1],
+        ahead=synthetic.ahead,
         under_autocast=stream.backend.under_autocast,
     )
 

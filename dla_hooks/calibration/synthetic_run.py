@@ -2,8 +2,7 @@
 
 Known vectors replace each block's input, the outputs of its writes, and the input of the
 unembedding. Each has its own row of the batch. The results are for
-:mod:`dla_hooks.calibration.scales`; what the logits show is read in
-:mod:`dla_hooks.calibration.readout`.
+:mod:`dla_hooks.calibration.scales`.
 """
 
 from __future__ import annotations
@@ -20,6 +19,8 @@ from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.modules.hooks import Call, Edit, Place, Tap, Use, edited, tapped
 from dla_hooks.modules.vjp import dtype_of
 from dla_hooks.residual.stream import Block, Stream, coarsest
+
+_LENGTH = 2
 
 
 def refusal(stream: Stream, what: str) -> UnsupportedModelError:
@@ -83,15 +84,15 @@ class SyntheticRun:
         )
         self.together = together.to(torch.bfloat16).double()
         self.outputs: dict[int, Tensor] = {}
+        self.ahead = 0  # positions that the model puts before those of the prompt
         self.dtypes = Dtypes()
         self._calls: list[tuple[nn.Module, bool]] = []  # of all places that are changed, in order
-        # By the label of a write of a block with carriers: of each row, whether it reads another
-        # stream than that of row 0.
+        # By the label of a write: whether each row reads another stream than row 0 does.
         self._reads: dict[str, Tensor] = {}
 
     def run(self) -> Tensor:
         """Logits [rows, vocabulary] at the last token."""
-        prompt = short_prompt(self.stream, batch=self.n_rows, length=2)
+        prompt = short_prompt(self.stream, batch=self.n_rows, length=_LENGTH)
         prompt.input_ids.copy_(prompt.input_ids[:1].expand_as(prompt.input_ids))
         blocks = [self.stream.blocks[index] for index, _ in self.live]
         taps = [Tap(block.input, self._keep(i - 1)) for i, block in enumerate(blocks) if i]
@@ -154,8 +155,8 @@ class SyntheticRun:
         """Those of a block that carry the stream on.
 
         Yields:
-            The number of each, how many writes stand before it, and its factor. Those do that run
-            before it, and those that do not read what it puts out.
+            The number of each, how many writes stand before it, and its factor. A write does that
+            runs before it, or does not read what it puts out.
         """
         writes = [block.writes[j] for j in self.live[position][1]]
         for number, carrier in enumerate(block.carriers):
@@ -284,8 +285,7 @@ class SyntheticRun:
     def _keep_read(self, label: str) -> Callable[[Call], None]:
         def keep(call: Call) -> None:
             rows = call.entered.detach().double().cpu().reshape(self.n_rows, -1)
-            changed = (rows - rows[:1]).norm(dim=-1) > 1e-3 * rows[0].norm()
-            self._reads[label] = changed
+            self._reads[label] = (rows - rows[:1]).norm(dim=-1) > 1e-3 * rows[0].norm()
 
         return keep
 
@@ -295,5 +295,6 @@ class SyntheticRun:
             self.dtypes.stream.add(x.dtype)
             rows = x.detach().double().cpu().reshape(self.n_rows, -1, x.shape[-1])
             self.outputs[position] = rows[:, 0].clone()
+            self.ahead = rows.shape[1] - _LENGTH
 
         return keep

@@ -116,11 +116,13 @@ class Tap:
             module runs, since a block may change its input in place.
         on_scale: for a norm: called with its scale [batch, pos, 1] if the source of activations
             stores that instead of the norm's input and output.
+        optional: whether the module may also never run.
     """
 
     place: Place
     on_activation: Callable[[Call], None]
     on_scale: Callable[[Tensor], None] | None = None
+    optional: bool = False
     fired: int = field(default=0, init=False)
 
     def count(self, call: Call) -> None:
@@ -135,8 +137,7 @@ class Tap:
 
 def hidden_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The hidden states among a module's arguments: in transformers, the first tensor."""
-    candidates = (*args, kwargs.get("hidden_states"), *kwargs.values())
-    for value in candidates:
+    for value in (*args, kwargs.get("hidden_states"), *kwargs.values()):
         if isinstance(value, Tensor):
             return value
     raise HookError("a module that should read the stream was called without any tensor")
@@ -179,16 +180,15 @@ def tapped(taps: Sequence[Tap]) -> Iterator[None]:
         for handle in handles:
             handle.remove()
     for tap in taps:
-        if tap.fired == 0:
+        if tap.fired == 0 and not tap.optional:
             raise HookError(
                 f"{tap.place.name} never ran during the forward pass, so what it writes was not "
                 "seen. A fused, compiled or skipped module does this; run the plain eager model."
             )
-        use = tap.place.use
-        if use.of and tap.fired != use.of:
+        if tap.place.use.of and tap.fired not in (tap.place.use.of, 0):
             raise HookError(
-                f"{tap.place.name} ran {tap.fired} times in one forward pass, where {use.of} was "
-                "expected. Gradient checkpointing and modules that share a part do this."
+                f"{tap.place.name} ran {tap.fired} times in one forward pass, not "
+                f"{tap.place.use.of} as expected. Gradient checkpointing and shared modules do it."
             )
 
 

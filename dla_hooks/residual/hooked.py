@@ -81,20 +81,40 @@ def hook_factor(hooked: Hooked, factors: Mapping[str, Tensor | None]) -> Tensor 
     return product(hooked.response, factors[constant_label(hooked.block)])
 
 
+def decoders(stream: Stream) -> list[nn.Module]:
+    """The modules around the final norm, from the outermost below the model itself."""
+    found = list[nn.Module]()
+    holder: object = stream.backend.root
+    for part in stream.final_norm.name.split(".")[:-1]:
+        holder = getattr(holder, part, None) or getattr(holder, "base_model", None)
+        if isinstance(holder, nn.Module):
+            found.append(holder)
+    return found
+
+
+def places_hooked(stream: Stream) -> str:
+    """Where a hook of the caller's may change how many positions the stream has.
+
+    Returns:
+        The path of the first such place: the embeddings, or what enters the model, its decoder or
+        a block. Empty where there is none.
+    """
+    around = (stream.model, stream.backend.root, *decoders(stream))
+    found = {stream.embedding.name or "the embeddings": is_hooked(stream.embedding)}
+    found |= {"the model": any(has_callers(one._forward_pre_hooks) for one in around)}
+    found |= {block.name: is_hooked(block.input) for block in stream.blocks}
+    return next((path for path, hooked in found.items() if hooked), "")
+
+
 def changed_behind(stream: Stream) -> bool:
     """Tell whether the caller may change activations behind the last stream, out of sight.
 
-    A hook on the output of the model or of its decoder does that, and so do a ``forward`` or a
-    wrapper that was put there or around the unembedding, and a hook inside of the latter. No row
-    shows it. The check must then see all logits. A model's own class is taken for what it is.
+    A hook on the output of the model or of its decoder may do that, and so do a ``forward`` or a
+    wrapper that was put there or around the unembedding, and a hook inside of the latter. The check
+    must then see all logits. A model's own class is taken for what it is.
     """
-    root, name = stream.backend.root, stream.final_norm.name
-    behind = [stream.backend.model, root, stream.unembed]
-    holder: object = root
-    for part in name.split(".")[:-1]:
-        holder = getattr(holder, part, None) or getattr(holder, "base_model", None)
-        if isinstance(holder, nn.Module):
-            behind.append(holder)
+    root = stream.backend.root
+    behind = [stream.backend.model, root, stream.unembed, *decoders(stream)]
     if any(
         has_callers(one._forward_hooks) or is_replaced(one) or is_wrapper(one, root)
         for one in behind

@@ -184,6 +184,7 @@ class Stream:
         write_dtype: the coarsest in which a write leaves its module.
         read_dtype: the coarsest of the final norm's output, the unembedding and the logits.
         positions_response: what the stream's beginning multiplies positions by; None is one.
+        ahead: how many positions the model puts before those of a prompt.
         version: of the model, as its scales were measured.
         remembered: whether the answers come from an earlier call.
         position_limit: the longest prompt that can run, or None where there is no fixed limit.
@@ -206,6 +207,7 @@ class Stream:
     logit_scale: float = 1.0
     softcap: float | None = None
     positions_response: Tensor | None = None
+    ahead: int = 0
     version: int = 0
     remembered: bool = False
 
