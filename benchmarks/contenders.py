@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.byhand import Projection, at, layout_of, rows_of
-from benchmarks.models import Setting
+from benchmarks.models import Setting, unit_of
 from dla_hooks import cache_names, direct_logit_attribution
 
 Call = Callable[[], Any]
@@ -126,10 +126,11 @@ def _ours(model: Any, setting: Setting, *, in_chunks: bool = False) -> Call:
     ids = setting.ids()
     answer, incorrect, pos = setting.answers()
     options: dict[str, Any] = {"chunk_size": setting.chunk} if in_chunks else {}
+    unit = unit_of(setting.unit)
 
     def call() -> Any:
         return direct_logit_attribution(
-            model, ids, answer, incorrect, unit=setting.unit, pos=pos, **options
+            model, ids, answer, incorrect, unit=unit, pos=pos, **options
         )
 
     return call

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+import dla_hooks
 
 DTYPES = {
     "float32": torch.float32,
@@ -21,6 +24,17 @@ POSITIONS = {
     "next": "the logit of the token that really comes next, at every position",
 }
 ANSWER, INCORRECT = 5, 7
+
+FINER: dict[str, Callable[[], Any]] = {
+    "source, 2 heads": lambda: dla_hooks.SourceTokens(heads=[(1, 1), (7, 5)]),
+    "four units": lambda: ("component", "head", "neuron", "source"),
+}
+"""Units with options, by the name that a setting calls them."""
+
+
+def unit_of(name: str) -> Any:
+    """What ``unit=`` is given for the name in a setting."""
+    return FINER[name]() if name in FINER else name
 
 
 def _gpt2(width: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
@@ -52,6 +66,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "gpt2-medium": _gpt2(1024, 24, 16),  # 355 million
     # 4 layers with 8 heads of 64, in groups of four as in Llama 3: 2 key-value heads.
     "long-llama": _llama(512, 1408, 4, 8, 2),
+    "mixtral-6x768": {
+        "model_type": "mixtral",
+        **{"hidden_size": 768, "intermediate_size": 1024, "num_hidden_layers": 6},
+        **{"num_attention_heads": 12, "num_key_value_heads": 4, "vocab_size": 32000},
+        **{"num_local_experts": 8, "num_experts_per_tok": 2},
+    },
     "llama-250m": _llama(1024, 2816, 16, 16, 4),  # 246 million, 1 GB in float32
     "llama-1b": _llama(2048, 5632, 22, 32, 4),  # 1.1 billion
     "llama-3-8b": _llama(4096, 14336, 32, 32, 8, vocab_size=128256, rope_theta=500000.0),

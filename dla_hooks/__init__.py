@@ -43,6 +43,8 @@ if TYPE_CHECKING:  # X as X: these names are public
     from dla_hooks.residual.registry import architectures as architectures
     from dla_hooks.residual.registry import register as register
     from dla_hooks.results.load import load as load
+    from dla_hooks.results.promoted import PromotedTokens as PromotedTokens
+    from dla_hooks.results.ranked import RankedAttribution as RankedAttribution
     from dla_hooks.results.result import DirectLogitAttribution as DirectLogitAttribution
     from dla_hooks.results.summarize import summarize as summarize
     from dla_hooks.results.summary import Summary as Summary
@@ -50,6 +52,7 @@ if TYPE_CHECKING:  # X as X: these names are public
     from dla_hooks.stacks import apply_ln_to_stack as apply_ln_to_stack
     from dla_hooks.stacks import decompose_resid as decompose_resid
     from dla_hooks.stacks import logit_attrs as logit_attrs
+    from dla_hooks.stacks import promoted_tokens as promoted_tokens
     from dla_hooks.stacks import stack_head_results as stack_head_results
     from dla_hooks.stacks import stack_neuron_results as stack_neuron_results
     from dla_hooks.tl.cache_names import cache_names as cache_names
@@ -75,6 +78,8 @@ _HOME = {
     "NonFiniteError": "errors",
     "Plan": "attribution",
     "PositionError": "errors",
+    "PromotedTokens": "results.promoted",
+    "RankedAttribution": "results.ranked",
     "ShapeMismatchError": "errors",
     "Summary": "results.summary",
     "TokenError": "errors",
@@ -94,6 +99,7 @@ _HOME = {
     "load": "results.load",
     "logit_attrs": "stacks",
     "prepare": "attribution",
+    "promoted_tokens": "stacks",
     "register": "residual.registry",
     "stack_head_results": "stacks",
     "stack_neuron_results": "stacks",

@@ -97,8 +97,10 @@ def direct_logit_attribution(
 
     Returns:
         A :class:`DirectLogitAttribution`, whose ``attribution`` is [component, batch] for a
-        single position and [component, batch, pos'] otherwise, in at least float32. For several
-        units a dictionary of them, by the name of the unit or the key of the mapping.
+        single position and [component, batch, pos'] otherwise, in at least float32. A unit with
+        too many rows to keep gives a :class:`RankedAttribution`, which holds the strongest of each
+        entry. For several units a dictionary of them, by the name of the unit or the key of the
+        mapping.
 
     Raises:
         InputError: (a ValueError) for any argument that cannot be used; subclasses say which.

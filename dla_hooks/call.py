@@ -85,6 +85,7 @@ def read_call(
     attention_mask: Any,
     prepend_bos: bool | None,
     purpose: str | None,
+    chunk_size: Any = None,
 ) -> Inputs:
     """Check a model and read its input, or take a cache's.
 
@@ -96,6 +97,7 @@ def read_call(
         attention_mask: for padded ids.
         prepend_bos: for strings.
         purpose: what reads the cache, for the message about a missing entry.
+        chunk_size: run so many tokens at a time.
 
     Raises:
         InputError: for any argument that cannot be used.
@@ -104,7 +106,14 @@ def read_call(
     backend = checked(model, cache=cache)
     check_given(input, cache)
     read = model_of(backend, tokenizer=tokenizer, prepend_bos=prepend_bos)
-    source = source_of(read, input, cache=cache, attention_mask=attention_mask, purpose=purpose)
+    source = source_of(
+        read,
+        input,
+        cache=cache,
+        attention_mask=attention_mask,
+        chunk_size=chunk_size,
+        purpose=purpose,
+    )
     return Inputs(read, source)
 
 

@@ -23,6 +23,7 @@ import typer
 import dla_hooks
 from dla_hooks import errors
 from dla_hooks.cli import app
+from dla_hooks.results.views import Views
 from dla_hooks.units import unit_class, unit_names
 
 # Public beside the names of dla_hooks itself.
@@ -51,10 +52,14 @@ def _is_error(value: Any) -> bool:
 
 
 def members(cls: type) -> dict[str, Any]:
-    """The public methods and properties that a class defines itself."""
+    """The public methods and properties that a class defines itself, or shares with others."""
+    shared = vars(Views) if issubclass(cls, Views) else {}
     return {
         name: value
-        for name, value in vars(cls).items()
+        for name, value in {
+            **vars(cls),
+            **{k: v for k, v in shared.items() if k not in vars(cls)},
+        }.items()
         if not name.startswith("_")
         and (inspect.isroutine(value) or isinstance(value, (property, classmethod, staticmethod)))
     }

@@ -37,7 +37,7 @@ class BlockRun:
     calls: list[SeenCall] = field(default_factory=list)
 
 
-class _EveryCall(Tap):
+class EveryCall(Tap):
     """A tap that looks at every call of a module, and does not mind if there is none."""
 
     def count(self, call: Call) -> None:
@@ -50,27 +50,16 @@ def run_block(stream: Stream, block: Block) -> BlockRun:
     run = BlockRun()
 
     def see_block(call: Call) -> None:
-        run.input = _flat(call.activation)
+        run.input = flat(call.activation)
 
     def see_write(label: str) -> Callable[[Call], None]:
         def see(call: Call) -> None:
-            run.writes[label] = _flat(call.entered), _flat(call.left)
+            run.writes[label] = flat(call.entered), flat(call.left)
 
         return see
 
-    def see_module(module: nn.Module, name: str) -> _EveryCall:
-        def see(call: Call) -> None:
-            given = [t for t in (*call.args, *call.kwargs.values()) if _is_activation(t)]
-            out: Any = call.output
-            out = out[0] if isinstance(out, tuple) and out else out
-            if given and _is_activation(out):
-                run.calls.append(SeenCall(module, name, tap.fired, _flat(given[0]), _flat(out)))
-
-        tap = _EveryCall(Place(module, name, Use(0, ANY_NUMBER)), see)
-        return tap
-
     inside = [
-        see_module(module, f"{block.name}.{path}")
+        watched(module, f"{block.name}.{path}", run.calls.append)
         for path, module in block.module.named_modules()
         if path
     ]
@@ -83,11 +72,26 @@ def run_block(stream: Stream, block: Block) -> BlockRun:
     return run
 
 
-def _is_activation(value: Any) -> bool:
+def watched(module: nn.Module, name: str, keep: Callable[[SeenCall], None]) -> EveryCall:
+    """A tap that keeps every call of a module with an activation in and out."""
+
+    def see(call: Call) -> None:
+        given = [t for t in (*call.args, *call.kwargs.values()) if is_activation(t)]
+        out: Any = call.output
+        out = out[0] if isinstance(out, tuple) and out else out
+        if given and is_activation(out):
+            keep(SeenCall(module, name, tap.fired, flat(given[0]), flat(out)))
+
+    tap = EveryCall(Place(module, name, Use(0, ANY_NUMBER)), see)
+    return tap
+
+
+def is_activation(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0
 
 
-def _flat(x: Tensor) -> Tensor:
+def flat(x: Tensor) -> Tensor:
+    """A copy of an activation with its positions in a row [n, d]."""
     return x.detach().reshape(-1, x.shape[-1]).clone()
 
 

@@ -1,6 +1,6 @@
 """Parts of a block that no declaration names, found by what they do in a short run.
 
-These are the norms that its sublayers read the stream through, and the down projection of its MLP.
+These are the norms that its sublayers read the stream through, and the last linear map of its MLP.
 """
 
 from __future__ import annotations
@@ -8,10 +8,10 @@ from __future__ import annotations
 from torch import nn
 
 from dla_hooks.calibration.block_run import ANY_NUMBER, run_block, same
+from dla_hooks.calibration.last_maps import neuron_sites
 from dla_hooks.calibration.mid_terms import mid_stream
 from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.modules.hooks import Place, Use
-from dla_hooks.modules.linear import declared_width
 from dla_hooks.modules.norms import probe
 from dla_hooks.residual.stream import Block, Stream, WriteSite
 
@@ -58,24 +58,17 @@ def _no_norm(block: Block, what: str) -> UnsupportedModelError:
     )
 
 
-def neurons(stream: Stream, block: Block, write: WriteSite) -> tuple[Place, nn.Module]:
+def neurons(stream: Stream, write: WriteSite) -> tuple[Place, nn.Module]:
     """Find where the neurons of one MLP can be seen, and the linear map that they enter.
 
     Raises:
         UnsupportedModelError: when no single linear module makes the write, as with experts.
     """
-    found = stream.backend.neurons(block.module)
-    if found is not None:
-        hook_point, path, linear = found
-        return Place(hook_point, f"{block.name}.{path}", write.use), linear
-    run = run_block(stream, block)
-    wrote = run.writes[write.label][0 if write.post_norm is not None else 1]
-    for call in reversed(run.calls):
-        if same(call.left, wrote):
-            width = declared_width(call.module)  # None for a container around the projection
-            if width is not None and width > 1:
-                return Place(call.module, call.name, write.use, before=True), call.module
-    raise UnsupportedModelError(
-        f"{write.label} is not written by one linear module (experts, gates and convolutions are "
-        "not), so it has no neurons to stack"
-    )
+    site = neuron_sites(stream).get(write.label)
+    inside = site is not None and site.norm is not None and write.post_norm is None
+    if site is None or site.factor != 1 or inside:
+        raise UnsupportedModelError(
+            f"{write.label} is not written by one linear module (experts, gates and convolutions "
+            "are not), so it has no neurons to stack"
+        )
+    return site.place, site.linear

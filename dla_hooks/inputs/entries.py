@@ -21,6 +21,7 @@ class Entries:
         valid: False where the result has an entry but the prompt has no token [*shape].
         prompt_shape: (batch, pos) of the prompt.
         batched: whether the result has an axis for the batch.
+        mask: True at the real tokens of the prompt [batch, pos]; None where all are.
 
     Attributes:
         shape: of the result after its row axis, with the axis for the batch.
@@ -28,6 +29,7 @@ class Entries:
         cols: column of each entry [N].
         target: target of each entry [N].
         target_of_entry: the same [*shape], padding included.
+        mask: True at the real tokens of the prompt [batch, pos]; None where all are.
     """
 
     def __init__(
@@ -38,7 +40,9 @@ class Entries:
         valid: Tensor,
         prompt_shape: tuple[int, int],
         batched: bool = True,
+        mask: Tensor | None = None,
     ) -> None:
+        self.mask = None if mask is None or bool(mask.all()) else mask
         self.shape = tuple(valid.shape)
         self.prompt_shape = prompt_shape
         self.batched = batched
@@ -58,15 +62,27 @@ class Entries:
             return numbers_K
         return numbers_K.index_select(-1, self.target.to(numbers_K.device))
 
-    def unfold(self, values: Tensor) -> Tensor:
+    def unfold(self, values: Tensor, padding: float = float("nan")) -> Tensor:
         """Unfold scalars [..., N] to [..., *shape], with NaN where the prompt has no token."""
         lead = values.shape[:-1]
         if self._valid is None:
             out = values.reshape(*lead, *self.shape)
         else:
-            out = values.new_full((*lead, *self.shape), float("nan"))
+            out = values.new_full((*lead, *self.shape), padding)
             out[..., self._valid.to(values.device)] = values
         return out if self.batched else out.squeeze(-len(self.shape))
+
+    def numbers(self) -> tuple[Tensor, int]:
+        """The position of each column among its row's real tokens, and the most that a row has.
+
+        Returns:
+            Positions [1 or batch, pos], -1 for padding: one row where all are alike.
+        """
+        if self.mask is None:
+            width = self.prompt_shape[1]
+            return torch.arange(width, device="cpu")[None], width
+        counted = self.mask.cumsum(-1)
+        return (counted - 1).masked_fill(~self.mask, -1), int(counted.max())
 
     def positions(self, mask: Tensor) -> Tensor:
         """The position of each entry among its row's real tokens [*shape]; -1 for padding.
@@ -83,7 +99,12 @@ class Entries:
 
 
 def one_target(
-    rows: Tensor, cols: Tensor, valid: Tensor, prompt_shape: tuple[int, int], batched: bool = True
+    rows: Tensor,
+    cols: Tensor,
+    valid: Tensor,
+    prompt_shape: tuple[int, int],
+    batched: bool = True,
+    mask: Tensor | None = None,
 ) -> Entries:
     """Make entries that all have the same target."""
-    return Entries(rows, cols, torch.zeros_like(cols), valid, prompt_shape, batched)
+    return Entries(rows, cols, torch.zeros_like(cols), valid, prompt_shape, batched, mask)

@@ -27,11 +27,13 @@ class Selection:
         rows: batch rows, [batch] for a single position, else [batch, pos'].
         cols: columns of the prompt, same shape.
         valid: False where a row has no token for this entry, same shape.
+        mask: True at the real tokens [batch, pos].
     """
 
     rows: Tensor
     cols: Tensor
     valid: Tensor
+    mask: Tensor
 
 
 def parse(pos: Any, width: int) -> PositionSpec:
@@ -87,7 +89,7 @@ def select(pos: Any, mask: Tensor) -> Selection:
         rows, cols = torch.meshgrid(
             *(torch.arange(n, device="cpu") for n in mask.shape), indexing="ij"
         )
-        return Selection(rows, cols, mask)
+        return Selection(rows, cols, mask, mask)
     full = bool(mask.all())  # then all rows are alike, and one is looked at for all
     every = torch.arange(mask.shape[1], device="cpu")
     if isinstance(spec, int):
@@ -97,11 +99,11 @@ def select(pos: Any, mask: Tensor) -> Selection:
             cols = torch.stack(
                 [_pick(spec, r, real.nonzero()[:, 0]) for r, real in enumerate(mask)]
             )
-        return Selection(torch.arange(len(mask), device="cpu"), cols, _all_true(cols))
+        return Selection(torch.arange(len(mask), device="cpu"), cols, _all_true(cols), mask)
     if full:
         cols = _pick(spec, 0, every).expand(len(mask), -1)
         rows = torch.arange(len(mask), device="cpu")[:, None].expand_as(cols)
-        return Selection(rows, cols, _all_true(cols))
+        return Selection(rows, cols, _all_true(cols), mask)
     picked = [_pick(spec, row, real.nonzero()[:, 0]) for row, real in enumerate(mask)]
 
     # Rows of different lengths: fill up on the side on which the batch is padded.
@@ -113,7 +115,9 @@ def select(pos: Any, mask: Tensor) -> Selection:
         place = slice(width - len(found), width) if on_the_left else slice(0, len(found))
         cols[row, place] = found
         valid[row, place] = True
-    return Selection(torch.arange(len(mask), device="cpu")[:, None].expand_as(cols), cols, valid)
+    return Selection(
+        torch.arange(len(mask), device="cpu")[:, None].expand_as(cols), cols, valid, mask
+    )
 
 
 def spread_over(count: int, most: int) -> Tensor:

@@ -136,6 +136,18 @@ def _token_text(i: int, tokenizer: Any) -> str:
     return text
 
 
+def known_ids(tokenizer: Any, count: int) -> Tensor:
+    """Which of the ids below ``count`` are tokens of a tokenizer [count], on the CPU."""
+    known = torch.zeros(count, dtype=torch.bool, device="cpu")
+    if hasattr(tokenizer, "get_vocab"):
+        ids = torch.tensor(list(tokenizer.get_vocab().values()), dtype=torch.long, device="cpu")
+        known[ids[(ids >= 0) & (ids < count)]] = True
+        return known
+    pieces = tokenizer.convert_ids_to_tokens(list(range(count)))
+    known[[i for i, piece in enumerate(pieces) if piece is not None]] = True
+    return known
+
+
 def tokenizer_for(model: Any, tokenizer: Any, needed_for: str) -> Any:
     """Return the given tokenizer, or the one that the model carries.
 

@@ -6,7 +6,6 @@ Decided here: which prompts run together, and what happens when a batch fails or
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -22,7 +21,7 @@ from dla_hooks.calibration.prompt import short_prompt
 from dla_hooks.errors import DecompositionError, DLAError, UnsupportedModelError
 from dla_hooks.inputs.forms import pad_left
 from dla_hooks.residual.stream import Stream
-from dla_hooks.results.result import DirectLogitAttribution
+from dla_hooks.results.ranked import Result
 from dla_hooks.verification.recognise import stream_of
 
 
@@ -90,23 +89,24 @@ def side_by_side(answers: Sequence[Tensor], items: Sequence[Item], *, one_positi
     return pad_left([ids.expand(item.n_entries) for ids, item in pairs])[0]
 
 
-def split(batch: DirectLogitAttribution) -> Iterator[DirectLogitAttribution]:
+def split(batch: Result) -> Iterator[Result]:
     """Split the result of a batch that is padded on the left into one result per row.
 
     The numbers are copies on the CPU, so that the batch can be freed. ``gap`` and
     ``logit_gap`` are the batch's: the largest of its rows. Tokens and answers are left out.
     """
-    attribution, bias = batch.attribution.cpu(), batch.bias.cpu()
-    logit, positions = batch.logit.cpu(), batch.positions.cpu()
+    positions = batch.positions
     width = positions.shape[-1]
-    for row, real in enumerate((positions >= 0).reshape(len(positions), -1).sum(-1).tolist()):
+    real = (positions >= 0).reshape(len(positions), -1).sum(-1)
+    for row, n_real in enumerate(real.tolist()):
         place: tuple[slice, ...] = (slice(row, row + 1),)
         if positions.ndim > 1:
-            place += (slice(width - real, width),)
-        single = copy.copy(batch)
-        single.attribution = attribution[(slice(None), *place)].clone()
-        single.bias, single.logit = bias[place].clone(), logit[place].clone()
-        single.positions = positions[place].clone()
+            place += (slice(width - n_real, width),)
+        single = batch.at(place)
+        for name, value in vars(single).items():
+            if isinstance(value, Tensor):
+                setattr(single, name, value.cpu().clone())
+        single.beside = {name: value.cpu().clone() for name, value in single.beside.items()}
         single.tokens, single.answer, single.incorrect = [], [], None
         yield single
 
@@ -146,9 +146,7 @@ class Runner:
             plan = self._plan(answer, incorrect)
             plan(prompt.input_ids, attention_mask=prompt.mask, chunk_size=self._chunk_size)
 
-    def outcomes(
-        self, items: Sequence[Item]
-    ) -> Iterator[tuple[Item, DirectLogitAttribution | DLAError]]:
+    def outcomes(self, items: Sequence[Item]) -> Iterator[tuple[Item, Result | DLAError]]:
         """Yield every prompt with its result (still without texts) or its error, by batches."""
         lengths = [len(item.ids) for item in items]
         same_length = len(set(lengths)) > 1 and not self._may_pad()
@@ -183,7 +181,7 @@ class Runner:
         except UnsupportedModelError:  # it takes no mask
             return False
 
-    def _run(self, batch: Sequence[Item]) -> list[DirectLogitAttribution]:
+    def _run(self, batch: Sequence[Item]) -> list[Result]:
         ids, mask = pad_left([item.ids for item in batch])
         lay = partial(side_by_side, items=batch, one_position=self._one_position)
         correct = lay([item.correct for item in batch])

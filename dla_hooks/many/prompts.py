@@ -19,7 +19,7 @@ from dla_hooks.inputs.plain import check_dense
 from dla_hooks.inputs.prompts import Prompt, read_prompt, to_strings, tokenizer_for
 from dla_hooks.many.batches import Item
 from dla_hooks.residual.stream import Stream
-from dla_hooks.results.result import DirectLogitAttribution
+from dla_hooks.results.ranked import Result
 from dla_hooks.sources.cautions import warn_of_padding
 from dla_hooks.sources.prompt import check_length
 
@@ -197,7 +197,7 @@ class Names:
     def __init__(self, tokenizer: Any, answers_with: Any) -> None:
         self._prompts, self._answers = _Names(tokenizer), _Names(answers_with)
 
-    def put_on(self, result: DirectLogitAttribution, item: Item) -> DirectLogitAttribution:
+    def put_on(self, result: Result, item: Item) -> Result:
         """Say in a result which prompt and answers it is of."""
         result.tokens = [self._prompts.of(item.ids.tolist())]
         correct = item.correct.expand(item.n_entries).tolist()

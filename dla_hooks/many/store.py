@@ -17,8 +17,9 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ import torch
 from torch import Tensor
 
 from dla_hooks.errors import CheckpointError, InputError
+from dla_hooks.results.ranked import RankedAttribution, Result
 from dla_hooks.results.result import DirectLogitAttribution
-from dla_hooks.results.schema import row_columns, unpack
+from dla_hooks.results.schema import row_columns, unpack, words_as_json
 
 _FORMAT = "dla_hooks.many"
 _VERSION = 1
@@ -37,7 +39,7 @@ _UNFINISHED = ".unfinished"
 _ABANDONED = 24 * 60 * 60
 """Seconds after which an unfinished file counts as abandoned."""
 
-_Stored = tuple[int, bytes, DirectLogitAttribution]
+_Stored = tuple[int, bytes, Result]
 
 
 class Shards:
@@ -87,7 +89,7 @@ class Shards:
             if match
         )
 
-    def load(self, first: int, last: int) -> dict[int, tuple[bytes, DirectLogitAttribution]]:
+    def load(self, first: int, last: int) -> dict[int, tuple[bytes, Result]]:
         """The stored results of prompts ``first`` to ``last``: each prompt's digest and result.
 
         Windows come in order. Results in a file that belong to later windows are kept, so that
@@ -96,7 +98,7 @@ class Shards:
         Raises:
             CheckpointError: when a file is damaged.
         """
-        found: dict[int, tuple[bytes, DirectLogitAttribution]] = {}
+        found: dict[int, tuple[bytes, Result]] = {}
         ahead: dict[str, list[_Stored]] = {}
         for start, end, name in self._ranges:
             if start <= last and end >= first:
@@ -108,7 +110,7 @@ class Shards:
         self._ahead = ahead
         return found
 
-    def write(self, done: Sequence[tuple[int, bytes, DirectLogitAttribution]]) -> None:
+    def write(self, done: Sequence[tuple[int, bytes, Result]]) -> None:
         """Store results: each prompt's index, digest, and result without tokens and answers.
 
         Raises:
@@ -132,15 +134,13 @@ class Shards:
             "logit_gap": torch.tensor(
                 [r.logit_gap for r in results], dtype=torch.float64, device="cpu"
             ),
-            "attribution": torch.cat([r.attribution.flatten(1) for r in results], dim=1),
-            "bias": torch.cat([result.bias.flatten() for result in results]),
-            "logit": torch.cat([result.logit.flatten() for result in results]),
-            "positions": torch.cat([result.positions.flatten() for result in results]),
         }
-        one = results[0]
-        rest = {name: getattr(one, name) for name in ("labels", "unit", "model", "softcap")}
+        tensors |= _numbers(results)
+        one = max(results, key=lambda result: len(result.rows))  # a longer prompt has more sources
+        names = ("unit", "model", "softcap", *(() if _is_ranked(one) else ("labels",)))
+        rest = {name: getattr(one, name) for name in names}
         rest["one_position"] = one.logit.ndim == 1
-        rest |= {"rows": row_columns(one.rows), "words": asdict(one.words)}
+        rest |= {"rows": row_columns(one.rows), "words": words_as_json(one.words)}
         header = {
             "format": _FORMAT,
             "version": str(_VERSION),
@@ -215,21 +215,62 @@ class Shards:
             )
 
 
+_OF_ENTRY = ("attribution", "bias", "logit", "positions")
+_OF_RANKED = ("rest", "remainder")
+_MEANS, _BESIDE, _ROW_INDEX = "prompt_means", "beside.", "row_index"
+
+
+def _is_ranked(result: Result) -> bool:
+    return isinstance(result, RankedAttribution)
+
+
+def _numbers(results: Sequence[Result]) -> dict[str, Tensor]:
+    """All entries of all results, side by side; places that a result lacks hold no row."""
+    one, n_places = results[0], max(len(result.attribution) for result in results)
+
+    def side_by_side(of: Callable[[Result], Tensor], padding: float = 0) -> Tensor:
+        n_axes = one.logit.ndim  # of the entries
+        flat = [own.flatten(own.ndim - n_axes) for own in map(of, results)]
+        if flat[0].ndim == 1:
+            return torch.cat(flat)
+        more = [own.new_full((n_places - len(own), own.shape[1]), padding) for own in flat]
+        return torch.cat([torch.cat(pair) for pair in zip(flat, more, strict=True)], 1)
+
+    names = [*_OF_ENTRY, *(_OF_RANKED if _is_ranked(one) else ())]
+    tensors = {name: side_by_side(attrgetter(name)) for name in names}
+    if _is_ranked(one):  # "index" is that of the prompt
+        tensors[_ROW_INDEX] = side_by_side(attrgetter("index"), padding=-1)
+    for name in one.beside:
+        tensors[_BESIDE + name] = side_by_side(partial(_beside, name))
+    if getattr(one, _MEANS, None) is not None:
+        tensors[_MEANS] = torch.cat([getattr(result, _MEANS) for result in results], 1)
+    return tensors
+
+
+def _beside(name: str, result: Result) -> Tensor:
+    return result.beside[name]
+
+
 def _unpack(rest: dict[str, Any], tensors: dict[str, Tensor]) -> list[_Stored]:
     one_position = rest.pop("one_position")
     rest = unpack({}, rest)
+    made: type[Result] = RankedAttribution if _ROW_INDEX in tensors else DirectLogitAttribution
     found = []
     start = 0
     per_prompt = ("index", "digest", "n_entries", "gap", "logit_gap")
-    for index, digest, n, gap, logit_gap in zip(
-        *(tensors[name].tolist() for name in per_prompt), strict=True
-    ):
-        numbers: dict[str, Any] = {}
-        for name in ("attribution", "bias", "logit", "positions"):
-            own = tensors[name][..., start : start + n].clone()
-            numbers[name] = own if one_position else own.unsqueeze(-2)
+    lines = zip(*(tensors.pop(name).tolist() for name in per_prompt), strict=True)
+    means = tensors.pop(_MEANS, None)
+    for number, (index, digest, n, gap, logit_gap) in enumerate(lines):
+        numbers: dict[str, Any] = {"beside": {}}
+        for name, every in tensors.items():
+            own = every[..., start : start + n].clone()
+            own = own if one_position else own.unsqueeze(-2)
+            where = numbers["beside"] if name.startswith(_BESIDE) else numbers
+            where["index" if name == _ROW_INDEX else name.removeprefix(_BESIDE)] = own
+        if means is not None:
+            numbers[_MEANS] = means[:, number : number + 1].clone()
         start += n
-        result = DirectLogitAttribution(**numbers, **rest, gap=gap, logit_gap=logit_gap)
+        result = made(**numbers, **rest, gap=gap, logit_gap=logit_gap)
         found.append((index, bytes(digest), result))
     return found
 

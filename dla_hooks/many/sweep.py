@@ -21,7 +21,7 @@ from dla_hooks.many.batches import Runner, freed
 from dla_hooks.many.prompts import Names, Reader, Row, Rows
 from dla_hooks.many.store import Shards
 from dla_hooks.modules.user_hooks import callers_hooks
-from dla_hooks.results.result import DirectLogitAttribution
+from dla_hooks.results.ranked import Result
 from dla_hooks.units import DEFAULT_UNIT, UnitName, read_units
 from dla_hooks.units.base import Unit
 
@@ -45,7 +45,7 @@ def attribute_many(
     resume: str | Path | None = None,
     chunk_size: int | None = None,
     tag: str | None = None,
-) -> Generator[DirectLogitAttribution | DLAError, None, None]:
+) -> Generator[Result | DLAError, None, None]:
     """Attribute many prompts: one result for each, in the order that they come in.
 
     Prompts are read a window at a time, sorted by length, and run in batches that are padded on
@@ -87,10 +87,10 @@ def attribute_many(
             that was begun under another tag, or under none, is refused.
 
     Returns:
-        A generator of one :class:`DirectLogitAttribution` per prompt, whose ``attribution`` is
-        [component, 1] for a single position and [component, 1, pos'] otherwise, or the
-        :class:`DLAError` of a prompt that failed. ``gap`` and ``logit_gap`` are the largest of
-        the batch that the prompt ran in.
+        A generator of one result per prompt, as of :func:`direct_logit_attribution`: its
+        ``attribution`` is [component, 1] for a single position and [component, 1, pos'] otherwise.
+        Of a prompt that failed it gives the :class:`DLAError`. ``gap`` and ``logit_gap`` are the
+        largest of the batch that the prompt ran in.
 
     Raises:
         InputError: at once, for arguments that no prompt could be attributed with, and for a
@@ -156,7 +156,7 @@ def _results(
     shards: Shards | None,
     window: int,
     progress: bool | None,
-) -> Generator[DirectLogitAttribution | DLAError, None, None]:
+) -> Generator[Result | DLAError, None, None]:
     names = Names(reader.tokenizer, reader.backend.answer_tokenizer(reader.tokenizer))
     unread = iter(rows)
     hidden = None if progress is None else not progress  # None: only at a terminal
@@ -193,9 +193,9 @@ def _of_window(
     shards: Shards | None,
     names: Names,
     count: Callable[[int], Any],
-) -> dict[int, DirectLogitAttribution | DLAError]:
+) -> dict[int, Result | DLAError]:
     """Return the outcome of every prompt of a window, by index, after storing them."""
-    outcomes: dict[int, DirectLogitAttribution | DLAError] = {}
+    outcomes: dict[int, Result | DLAError] = {}
     stored = {} if shards is None else shards.load(batch[0].index, batch[-1].index)
     todo = []
     for row in batch:
@@ -219,7 +219,7 @@ def _of_window(
     new = []
     try:
         for item, outcome in runner.outcomes(todo):
-            if isinstance(outcome, DirectLogitAttribution):
+            if isinstance(outcome, Result):
                 new.append((item, outcome))
                 names.put_on(outcome, item)
             outcomes[item.index] = outcome

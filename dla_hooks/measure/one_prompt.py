@@ -21,8 +21,10 @@ from dla_hooks.measure.completeness import (
     identity_gap,
 )
 from dla_hooks.residual.hooked import changed_behind
+from dla_hooks.results.ranked import RankedAttribution
 from dla_hooks.results.result import DirectLogitAttribution
 from dla_hooks.sources.base import Source
+from dla_hooks.units.base import RankedSplit
 from dla_hooks.units.plan import Measurement, Plan, Recording
 
 _MOST_COLUMNS = 4
@@ -69,27 +71,52 @@ def measure(
 
 def results(
     measurement: Measurement, outcome: Outcome, source: Source, tokenizer: Any
-) -> dict[str, DirectLogitAttribution]:
+) -> dict[str, DirectLogitAttribution | RankedAttribution]:
     """A result for each unit."""
     plan, entries, reading = measurement.plan, measurement.entries, measurement.reading
     answer, incorrect = plan.target.names(entries, tokenizer)
-    return {
-        key: DirectLogitAttribution(
-            attribution=entries.unfold(split.values_CN),
-            labels=[row.label for row in split.rows],
-            unit=plan.units[key].unit.words.name,
-            bias=entries.unfold(reading.bias_N),
-            logit=entries.unfold(reading.value_N()),
-            gap=outcome.gap,
-            logit_gap=outcome.logit_gap,
-            positions=entries.positions(source.prompt.mask),
-            tokens=source.texts(tokenizer),
-            answer=list(answer),
-            incorrect=None if incorrect is None else list(incorrect),
-            model=plan.stream.backend.name,
-            softcap=plan.stream.softcap,
-            rows=list(split.rows),
-            words=plan.units[key].unit.words,
-        )
-        for key, split in measurement.splits.items()
-    }
+    found: dict[str, DirectLogitAttribution | RankedAttribution] = {}
+    for key, split in measurement.splits.items():
+        unit = plan.units[key].unit
+        common: dict[str, Any] = {
+            "unit": unit.words.name,
+            "words": unit.words,
+            "bias": entries.unfold(reading.bias_N),
+            "logit": entries.unfold(reading.value_N()),
+            "gap": outcome.gap,
+            "logit_gap": outcome.logit_gap,
+            "positions": entries.positions(source.prompt.mask),
+            "tokens": source.texts(tokenizer),
+            "answer": list(answer),
+            "incorrect": None if incorrect is None else list(incorrect),
+            "model": plan.stream.backend.name,
+            "softcap": plan.stream.softcap,
+        }
+        if split.beside:
+            common["beside"] = {name: entries.unfold(own) for name, own in split.beside.items()}
+        if isinstance(split, RankedSplit):
+            found[key] = _ranked(split, entries, common)
+        else:
+            found[key] = DirectLogitAttribution(
+                attribution=entries.unfold(split.values_CN),
+                labels=[row.label for row in split.rows],
+                rows=list(split.rows),
+                **common,
+            )
+    return found
+
+
+def _ranked(split: RankedSplit, entries: Entries, common: dict[str, Any]) -> RankedAttribution:
+    means = None
+    if split.row_sums_RB is not None:
+        n_B = entries.rows.bincount(minlength=entries.prompt_shape[0])
+        means = split.row_sums_RB / n_B.to(split.row_sums_RB)
+    return RankedAttribution(
+        attribution=entries.unfold(split.values_KN),
+        index=entries.unfold(split.index_KN, padding=-1),
+        rows=split.rows,
+        rest=entries.unfold(split.rest_N),
+        remainder=entries.unfold(split.remainder_N),
+        prompt_means=means,
+        **common,
+    )

@@ -129,10 +129,28 @@ class Tap:
         """Count one run of the module, and read it if it is the wanted one."""
         self.fired += 1
         if self.fired == self.place.use.nth + 1:
-            look = self.on_activation
-            if torch.is_autocast_enabled(call.activation.device.type):
-                look = outside_autocast(look)
+            autocast = torch.is_autocast_enabled(call.activation.device.type)
+            look = outside_autocast(self.on_activation) if autocast else self.on_activation
             look(call)
+
+    def put_on(self, thread: int) -> Any:
+        """Watch the place, in one thread, until ``remove()`` is called on what this returns."""
+
+        # `rest` is (kwargs,) or (kwargs, output). While one thread removes its tap, another may
+        # call it without the kwargs. So check the thread before unpacking anything.
+        def before(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
+            if threading.get_ident() == thread:
+                self.count(Call(args, rest[0]))
+
+        def after(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
+            if threading.get_ident() == thread:
+                self.count(Call(args, rest[0], rest[1], before=False))
+
+        _mark(before, after)
+        module, first = self.place.module, self.place.first
+        if self.place.before:
+            return module.register_forward_pre_hook(before, with_kwargs=True, prepend=first)
+        return module.register_forward_hook(after, with_kwargs=True, prepend=first)
 
 
 def hidden_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -173,7 +191,7 @@ def tapped(taps: Sequence[Tap]) -> Iterator[None]:
     try:
         for tap in taps:
             tap.fired = 0
-            handles.append(_put_on(tap, threading.get_ident()))
+            handles.append(tap.put_on(threading.get_ident()))
         with torch.no_grad():
             yield
     finally:
@@ -190,24 +208,6 @@ def tapped(taps: Sequence[Tap]) -> Iterator[None]:
                 f"{tap.place.name} ran {tap.fired} times in one forward pass, not "
                 f"{tap.place.use.of} as expected. Gradient checkpointing and shared modules do it."
             )
-
-
-def _put_on(tap: Tap, thread: int) -> torch.utils.hooks.RemovableHandle:
-    # `rest` is (kwargs,) or (kwargs, output). While one thread removes its tap, another may call it
-    # without the kwargs. So check the thread before unpacking anything.
-    def before(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
-        if threading.get_ident() == thread:
-            tap.count(Call(args, rest[0]))
-
-    def after(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
-        if threading.get_ident() == thread:
-            tap.count(Call(args, rest[0], rest[1], before=False))
-
-    _mark(before, after)
-    module, first = tap.place.module, tap.place.first
-    if tap.place.before:
-        return module.register_forward_pre_hook(before, with_kwargs=True, prepend=first)
-    return module.register_forward_hook(after, with_kwargs=True, prepend=first)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ many targets there are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from einops import reduce
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dla_hooks.modules.norms import Norm, frozen_scale
 from dla_hooks.projection.directions import Directions
+from dla_hooks.projection.ledger import TopRows
 from dla_hooks.projection.tiles import Tile, View
 
 
@@ -87,6 +88,35 @@ def project_heads(
         else:
             products_TI = z_TI * tile.spread(u_KI)
             out_HN[:, tile.index] = reduce(products_TI, "t (h d) -> h t", "sum", h=n_heads)
+
+
+def project_neurons(
+    read: Callable[[slice | None], Tensor],
+    view: View,
+    folded: Directions,
+    ledger: TopRows,
+    rows: range,
+    out_N: Tensor,
+    scale_N: Tensor | None = None,
+) -> None:
+    """Rank a_i[entry n] * u_i[target of n] / scale[n] for every neuron i.
+
+    Args:
+        read: the activations that enter the last map, at some of the entries in view [n, d_mlp].
+        view: which target each entry has.
+        folded: u, the directions pulled back through that map.
+        ledger: takes the values.
+        rows: the numbers of these neurons in the ledger.
+        out_N: their sum at each entry, written in place.
+        scale_N: of the norm behind the map.
+    """
+    width, device = len(rows), out_N.device
+    for tile in view.tiles(width, device):
+        u_KI = tile.spread(folded.at(tile, device))
+        values_TI = read(tile.place).to(folded.dtype) * u_KI
+        if scale_N is not None:
+            values_TI /= scale_N[tile.index, None]
+        out_N[tile.index] = ledger.add(values_TI.T, rows, tile)
 
 
 def frozen_scales(norm: Norm, x: Tensor, y: Tensor, view: View, out_N: Tensor) -> list[Tensor]:

@@ -9,15 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dla_hooks.inputs.entries import Entries
+from dla_hooks.projection.strongest import Best, Every
 from dla_hooks.projection.tiles import Tile
 
-_MOST_HELD = 2**23
-"""Numbers of ranked rows that wait for the final scale: 32 MiB in float32."""
+_FEW_ENTRIES = 32
+"""Of so many entries, and one more for each prompt, all ranked rows wait for the final scale."""
+_MOST_HELD = 2**18
+"""Of more entries, so many numbers: 1 MiB in float32."""
 
 
 def all_finite(numbers: Tensor) -> bool:
@@ -93,6 +97,7 @@ class TopRows:
         dtype: of the numbers.
         n_beside: how many further numbers each row brings along.
         of_rows: whether a row means the same at each entry, so that its sum is asked for.
+        n_prompts: of how many prompts the entries are.
     """
 
     def __init__(
@@ -103,19 +108,28 @@ class TopRows:
         dtype: torch.dtype,
         n_beside: int = 0,
         of_rows: bool = True,
+        n_prompts: int = 1,
     ) -> None:
         n_numbers = 1 + n_beside
-        few = n_entries == 1 or n_numbers * n_rows * n_entries <= _MOST_HELD
-        self._whole = few and of_rows
+        few = n_entries <= _FEW_ENTRIES + n_prompts or n_numbers * n_rows * n_entries <= _MOST_HELD
+        self._of_rows = of_rows
         self._k = n_rows if k is None else min(k, n_rows)
-        n_places = n_rows if self._whole else self._k
-        self._shape, self._dtype = (n_numbers, n_places, n_entries), dtype
-        self._on: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+        self._whole = self._k == n_rows or (few and of_rows)
+        self._shape = n_numbers, n_entries, n_rows if self._whole else self._k
+        self._dtype = dtype
+        self._on: dict[torch.device, tuple[Every | Best, Tensor]] = {}
 
     def add(
-        self, values_RT: Tensor, rows_R: Tensor, tile: Tile, beside: Sequence[Tensor] = ()
-    ) -> None:
+        self,
+        values_RT: Tensor,
+        rows_R: Tensor | range,
+        tile: Tile,
+        beside: Sequence[Tensor] = (),
+    ) -> Tensor:
         """Add some rows at the entries of one tile.
+
+        This is fastest for neighbouring rows, given as a range, whose values lie in memory entry by
+        entry.
 
         Args:
             values_RT: their values, before the final norm's scale is divided out.
@@ -123,27 +137,17 @@ class TopRows:
                 for a place that holds none, whose value is 0.
             tile: the entries.
             beside: what else they bring along, each [R, T].
+
+        Returns:
+            The sum of these rows at each entry [T].
         """
-        values_PKN, index_KN, sum_N = self._state(values_RT.device)
-        rows_RT = rows_R.to(values_RT.device)
-        rows_RT = rows_RT[:, None].expand_as(values_RT) if rows_R.ndim == 1 else rows_RT
-        numbers = [each.to(self._dtype) for each in (values_RT, *beside)]
-        sum_N[tile.index] += numbers[0].sum(0)
-        if self._whole:
-            entries_T = torch.arange(len(sum_N), device=sum_N.device)[tile.index]
-            where = (rows_RT >= 0).nonzero(as_tuple=True)
-            place = rows_RT[where], entries_T[where[1]]
-            index_KN[place] = place[0]
-            for held_KN, each_RT in zip(values_PKN, numbers, strict=True):
-                held_KN[place] = each_RT[where]
-            return
-        kept = _strongest(numbers[0], rows_RT, self._k)
-        new_PRT = torch.stack([each.gather(0, kept) for each in numbers])
-        both_PRT = torch.cat((values_PKN[:, :, tile.index], new_PRT), 1)
-        names_RT = torch.cat((index_KN[:, tile.index], rows_RT.gather(0, kept)))
-        kept = _strongest(both_PRT[0], names_RT, self._k)
-        values_PKN[:, :, tile.index] = _taken(both_PRT, kept)
-        index_KN[:, tile.index] = names_RT.gather(0, kept)
+        rows, sum_N = self._state(values_RT.device)
+        numbers = [each.T.to(self._dtype) for each in (values_RT, *beside)]
+        sum_T = numbers[0].sum(1)
+        sum_N[tile.index] += sum_T
+        names = rows_R.t().to(values_RT.device) if isinstance(rows_R, Tensor) else rows_R
+        rows.add(numbers, names, tile)
+        return sum_T
 
     def gathered(self, scale_N: Tensor, entries: Entries) -> Top:
         """The kept numbers, on one device.
@@ -152,41 +156,30 @@ class TopRows:
             scale_N: what the values (not what they brought along) are divided by.
             entries: all entries.
         """
-        device = scale_N.device
-        self._state(device)
-        states = [[t.to(device) for t in state] for state in self._on.values()]
-        values_PKN = torch.cat([state[0] for state in states], 1)
-        index_KN = torch.cat([state[1] for state in states])
-        values_PKN[0] /= scale_N
+        self._state(scale_N.device)
+        rows, sum_N = self._on.pop(scale_N.device)
+        others = list(self._on.values())
+        self._on.clear()
+        if others:
+            same_kind: list[Any] = [each for each, _ in others]
+            rows = rows.joined(same_kind)
+            sum_N = sum_N + sum(each_N.to(sum_N.device) for _, each_N in others)
+        rows.values_PNR[0] /= scale_N[:, None]
         sums_RB = None
-        if self._whole:  # each row was written on one device, and is zero on the others
-            values_RN = values_PKN[0].unflatten(0, (-1, self._shape[1])).sum(0)
-            sums_RB = values_RN.new_zeros(len(values_RN), entries.prompt_shape[0])
-            sums_RB.index_add_(1, entries.rows.to(device), values_RN)
-        kept = _strongest(values_PKN[0], index_KN, self._k)
-        values_PKN, index_KN = _taken(values_PKN, kept), index_KN.gather(0, kept)
-        sum_N = torch.stack([state[2] for state in states]).sum(0) / scale_N
-        return Top(values_PKN[0], index_KN, sum_N, sums_RB, tuple(values_PKN[1:]))
+        if self._whole and self._of_rows:
+            values_NR = rows.values_PNR[0]
+            sums_BR = values_NR.new_zeros(entries.prompt_shape[0], values_NR.shape[1])
+            sums_RB = sums_BR.index_add_(0, entries.rows.to(values_NR.device), values_NR).T
+        values_PNK, names_NK = rows.best(self._k)
+        values_KN, *beside = values_PNK.transpose(1, 2)
+        return Top(values_KN, names_NK.T, sum_N / scale_N, sums_RB, tuple(beside))
 
-    def _state(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    def _state(self, device: torch.device) -> tuple[Every | Best, Tensor]:
         if device not in self._on:
-            self._on[device] = (
-                torch.zeros(self._shape, dtype=self._dtype, device=device),
-                torch.full(self._shape[1:], -1, dtype=torch.long, device=device),
-                torch.zeros(self._shape[2], dtype=self._dtype, device=device),
-            )
+            kind: type[Every | Best] = Every if self._whole else Best
+            sum_N = torch.zeros(self._shape[1], dtype=self._dtype, device=device)
+            self._on[device] = kind(*self._shape, self._dtype, device), sum_N
         return self._on[device]
-
-
-def _strongest(values_RT: Tensor, names_RT: Tensor, k: int) -> Tensor:
-    """Which rows to keep at each entry [<= k, T], the strongest first."""
-    # An empty place (number -1) is weaker than any row, and than a row of zero.
-    strength = values_RT.abs().masked_fill_(names_RT < 0, -1.0)
-    return strength.topk(min(k, len(strength)), dim=0).indices
-
-
-def _taken(values_PRT: Tensor, kept_KT: Tensor) -> Tensor:
-    return values_PRT.gather(1, kept_KT.expand(len(values_PRT), -1, -1))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ activation of that piece.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +26,7 @@ class Tile:
     """Some of the entries in view, read together.
 
     Attributes:
-        place: which of the entries in view, or None for all of them.
+        place: which of the entries in view, or None for all of them (or where nobody asks).
         index: their places among all entries: a slice, or indices on the device.
         size: their number.
         targets: their targets, on the CPU: one for all [1], one for each [size], or the distinct
@@ -79,6 +80,16 @@ class View:
     def __len__(self) -> int:
         return len(self.inside)
 
+    @property
+    def n_prompts(self) -> int:
+        """The rows of the batch."""
+        return self._batch
+
+    @property
+    def entries(self) -> Entries:
+        """All entries of the call."""
+        return self._entries
+
     def part(self, start: int, stop: int) -> View:
         """The view of some columns of the prompt; this one, if these are its own."""
         if range(start, stop) == self.columns:
@@ -126,26 +137,43 @@ class View:
             found = self._tiles[key] = self._cut(*key)
         return found
 
+    def by_prompt(self, size: int, device: torch.device) -> Iterator[tuple[int, Tensor, Tile]]:
+        """Cut the entries in view into tiles of one prompt each.
+
+        Args:
+            size: the most entries of a tile.
+            device: of the activations.
+
+        Yields:
+            The prompt's row in the batch, the columns of these entries among those that are run
+            [T], and the tile.
+        """
+        rows = self._entries.rows[self.inside]
+        for row in rows.unique().tolist():
+            for here in self.inside[rows == row].split(size):
+                columns = self._entries.cols[here] - self.columns.start
+                yield row, columns.to(device), self._tile(None, here, device)
+
     def _cut(self, width: int, device: torch.device) -> list[Tile]:
         elements = _TILE_ELEMENTS.get(device.type, _TILE_ELEMENTS_ELSEWHERE)
         size = max(1, elements // max(1, width))
-        n, run, tiles = len(self), self._run, []
+        n, tiles = len(self), []
         for start in range(0, n, size):
             stop = min(start + size, n)
             place = None if (start, stop) == (0, n) else slice(start, stop)
-            here = self.inside[start:stop]
-            index: slice | Tensor = here.to(device)
-            if run is not None:
-                index = slice(run.start + start, run.start + stop)
-            targets, which = self._entries.target[index if run is not None else here], None
-            if len(targets) > 1:
-                distinct, which_T = targets.unique(return_inverse=True)
-                if len(distinct) == 1:
-                    targets = distinct
-                elif 2 * len(distinct) <= len(targets):  # few entries have a target of their own
-                    targets, which = distinct, which_T.to(device)
-            tiles.append(Tile(place, index, stop - start, targets, which))
+            tiles.append(self._tile(place, self.inside[start:stop], device))
         return tiles
+
+    def _tile(self, place: slice | None, here: Tensor, device: torch.device) -> Tile:
+        run, which = _run_of(here), None
+        targets = self._entries.target[here if run is None else run]
+        if len(targets) > 1:
+            distinct, which_T = targets.unique(return_inverse=True)
+            if len(distinct) == 1:
+                targets = distinct
+            elif 2 * len(distinct) <= len(targets):  # few entries have a target of their own
+                targets, which = distinct, which_T.to(device)
+        return Tile(place, here.to(device) if run is None else run, len(here), targets, which)
 
     def _indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device not in self._on:

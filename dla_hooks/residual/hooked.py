@@ -27,18 +27,18 @@ class Hooked(NamedTuple):
     Attributes:
         number: the block's place in the stack; the number of blocks for the last stream.
         block: the block; None for the last stream.
+        at_input: whether the place is the block's input, or the last stream.
         place: where the hooks are.
-        at_input: whether that is the block's input, or the last stream.
-        after: how many of the block's writes run before it.
-        response: what the block's output multiplies a change there by; None is one.
+        after: how many of the block's writes stand before it.
+        response: inside of a block, what its output multiplies a change there by; None is one.
     """
 
     number: int
     block: Block | None
-    place: Place
     at_input: bool
-    after: int
-    response: Tensor | None
+    place: Place
+    after: int = 0
+    response: Tensor | None = None
 
     @property
     def label(self) -> str:
@@ -58,15 +58,15 @@ def hooked_places(stream: Stream) -> Iterator[Hooked]:
     """Find the caller's hooks at and in the blocks, in stream order."""
     for number, block in enumerate(stream.blocks):
         if is_hooked(block.input):
-            yield Hooked(number, block, block.input, True, 0, block.gain)
+            yield Hooked(number, block, True, block.input)
         for one in sorted(block.carriers, key=lambda carrier: carrier.after):
             if is_hooked(one.place):
-                yield Hooked(number, block, one.place, False, one.after, one.response)
+                yield Hooked(number, block, False, one.place, one.after, one.response)
         output = block.input._replace(before=False)
         if is_hooked(output):
-            yield Hooked(number, block, output, False, len(block.writes), None)
+            yield Hooked(number, block, False, output, len(block.writes))
     if is_hooked(stream.last):
-        yield Hooked(len(stream.blocks), None, stream.last, True, 0, None)
+        yield Hooked(len(stream.blocks), None, True, stream.last)
 
 
 def hook_factor(hooked: Hooked, factors: Mapping[str, Tensor | None]) -> Tensor | None:
@@ -76,9 +76,11 @@ def hook_factor(hooked: Hooked, factors: Mapping[str, Tensor | None]) -> Tensor 
         hooked: where they write.
         factors: from :func:`dla_hooks.residual.gains.path_factors`, of the block's constant.
     """
-    if hooked.block is None:
+    block = hooked.block
+    if block is None:
         return None
-    return product(hooked.response, factors[constant_label(hooked.block)])
+    response = block.gain if hooked.at_input else hooked.response
+    return product(response, factors[constant_label(block)])
 
 
 def decoders(stream: Stream) -> list[nn.Module]:

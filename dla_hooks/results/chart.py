@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dla_hooks.errors import InputError, MissingExtraError
-from dla_hooks.results.data import ResultData, real_entries
+from dla_hooks.results.data import EntryData, real_entries
 from dla_hooks.results.marks import INK, KINDS, has_square
-from dla_hooks.results.ranking import decimals, rows_and_remainder
+from dla_hooks.results.ranking import decimals, drawn
 from dla_hooks.results.wording import closing, place, printable, question
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ _FONT = "Helvetica, Arial, sans-serif"
 _PROMPT_WIDTH = 64
 
 
-def plot(data: ResultData) -> altair.Chart:
+def plot(data: EntryData) -> altair.Chart:
     """Draw a result as its unit says: a heatmap of layer by index, bars, or a line.
 
     Several batch rows or positions are drawn as their mean, and the title says so.
@@ -106,7 +106,7 @@ def _altair() -> Any:
     return altair
 
 
-def _title(alt: Any, data: ResultData) -> Any:
+def _title(alt: Any, data: EntryData) -> Any:
     title = f"{data.words.title}: {question(data)}"
     if int(real_entries(data)[0].sum()) > 1:
         title += " (mean)"
@@ -126,9 +126,10 @@ def _title(alt: Any, data: ResultData) -> Any:
     )
 
 
-def _not_drawn(data: ResultData) -> list[str]:
+def _not_drawn(data: EntryData) -> list[str]:
     """A line about the remainder, and one about rows that have no square in a heatmap."""
-    rows, remainder = rows_and_remainder(data)
+    all_rows = drawn(data)
+    rows, remainder = all_rows.rows, all_rows.remainder
     lines = []
     digits = decimals([remainder.value if remainder else 0.0, *(value for _, value in rows)])
     others = [value for row, value in rows if not has_square(row)]

@@ -1,13 +1,16 @@
-"""The fields of a result, and arithmetic on them. The views take this class, and nothing above it.
+"""The fields of a result, and arithmetic on them. The views take these classes, and nothing above.
 
 The fields are the schema of every file format, too: :mod:`dla_hooks.results.schema` reads them
-off this class. What they mean stands at :class:`dla_hooks.DirectLogitAttribution`.
+off them. What they mean stands at :class:`dla_hooks.DirectLogitAttribution`.
 """
 
 from __future__ import annotations
 
+import copy
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -16,8 +19,85 @@ from dla_hooks.errors import InputError
 from dla_hooks.results.rows import NO_WORDS, Row, Words, filled
 
 
+@dataclass(frozen=True)
+class RowMeans:
+    """Rows of a result, each as its mean over batch and positions.
+
+    Attributes:
+        rows: in the order of the result.
+        n_beyond: how many more rows there are, which come as one number.
+        beyond: that number.
+    """
+
+    rows: list[tuple[Row, float]]
+    n_beyond: int = 0
+    beyond: float = 0.0
+
+
+class EntryData:
+    """What all results have: numbers of entries, of which some belong to rows.
+
+    Its fields are those that the dataclasses below have in common.
+    """
+
+    attribution: Tensor  # [row or place, *batch_and_pos]
+    unit: str
+    bias: Tensor  # [*batch_and_pos]
+    logit: Tensor  # [*batch_and_pos]
+    gap: float
+    logit_gap: float
+    positions: Tensor  # [*batch_and_pos]
+    tokens: list[list[str]]
+    answer: list[str]
+    incorrect: list[str] | None
+    model: str
+    softcap: float | None
+    rows: Sequence[Row]
+    words: Words
+    target: Tensor | None  # [*batch_and_pos]
+    beside: dict[str, Tensor]  # each like attribution
+    keeps_some = False  # whether there are more rows than are kept
+
+    @property
+    def shape(self) -> torch.Size:
+        """The axes of the entries: ``[batch]`` or ``[batch, pos']``."""
+        return self.attribution.shape[1:]
+
+    def total(self) -> Tensor:
+        """The whole that the rows make up [*batch_and_pos]; with the bias it is the logit."""
+        raise NotImplementedError(f"{type(self).__name__} must sum its rows")
+
+    def row_means(self) -> RowMeans:
+        """The rows to show, each as its mean over batch and positions, padding left out."""
+        raise NotImplementedError(f"{type(self).__name__} must say which rows are shown")
+
+    def at(self, place: tuple[slice | int, ...]) -> Self:
+        """The same at a place of the batch and the positions; views, where these are kept."""
+        part = copy.copy(self)
+        part.attribution = self.attribution[(slice(None), *place)]
+        part.bias, part.logit = self.bias[place], self.logit[place]
+        if self.positions.shape == self.shape:
+            part.positions = self.positions[place]
+        if self.target is not None:
+            part.target = self.target[place]
+        part.beside = {name: own[(slice(None), *place)] for name, own in self.beside.items()}
+        return part
+
+    def _check_target(self) -> None:
+        if self.target is not None and self.target.shape != self.shape:
+            raise InputError(
+                f"target has shape {list(self.target.shape)}, and the result's entries have "
+                f"{list(self.shape)}; give one index into answer for each entry"
+            )
+
+
+def no_positions() -> Tensor:
+    """The positions of a result that does not say them."""
+    return torch.zeros(0, dtype=torch.long, device="cpu")
+
+
 @dataclass(repr=False, eq=False)
-class ResultData:
+class ResultData(EntryData):
     """Numbers with labels, without any view.
 
     Raises:
@@ -27,44 +107,38 @@ class ResultData:
     attribution: Tensor  # [row, *batch_and_pos]
     labels: list[str]
     unit: str
-    bias: Tensor  # [*batch_and_pos]
-    logit: Tensor  # [*batch_and_pos]
+    bias: Tensor
+    logit: Tensor
     gap: float
     logit_gap: float = float("nan")
-    positions: Tensor = field(
-        default_factory=lambda: torch.zeros(0, dtype=torch.long, device="cpu")
-    )
+    positions: Tensor = field(default_factory=no_positions)
     tokens: list[list[str]] = field(default_factory=list)
     answer: list[str] = field(default_factory=list)
     incorrect: list[str] | None = None
     model: str = ""
     softcap: float | None = None
-    rows: list[Row] = field(default_factory=list)
+    rows: Sequence[Row] = field(default_factory=list)
     words: Words = NO_WORDS
-    target: Tensor | None = None  # [*batch_and_pos]
+    target: Tensor | None = None
+    beside: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.rows, self.words = filled(self.labels, self.unit, self.rows, self.words)
+        self.rows, self.words = filled(self.labels, self.unit, list(self.rows), self.words)
         n_rows = self.attribution.shape[0] if self.attribution.ndim else 0
         if n_rows != len(self.labels):
             raise InputError(
                 f"attribution has {n_rows} rows, and there are {len(self.labels)} labels; give "
                 "one label for each row"
             )
-        if self.target is not None and self.target.shape != self.shape:
-            raise InputError(
-                f"target has shape {list(self.target.shape)}, and the result's entries have "
-                f"{list(self.shape)}; give one index into answer for each entry"
-            )
-
-    @property
-    def shape(self) -> torch.Size:
-        """The axes of the entries: ``[batch]`` or ``[batch, pos']``."""
-        return self.attribution.shape[1:]
+        self._check_target()
 
     def mean(self) -> Tensor:
         """Each row's mean over batch and positions, padding left out [row]."""
         return self.attribution.reshape(len(self.labels), self.shape.numel()).nanmean(-1)
+
+    def row_means(self) -> RowMeans:
+        """Every row with its mean."""
+        return RowMeans(list(zip(self.rows, self.mean().tolist(), strict=True)))
 
     def total(self) -> Tensor:
         """The whole that the rows make up [*batch_and_pos]; with the bias it is the logit.
@@ -76,7 +150,7 @@ class ResultData:
         return self.attribution.sum(0)
 
 
-def real_entries(data: ResultData) -> tuple[Tensor, Tensor]:
+def real_entries(data: EntryData) -> tuple[Tensor, Tensor]:
     """The entries that are no padding, and whose row each belongs to, both [*batch_and_pos].
 
     One prompt may have several entries at one position: one for each answer.
@@ -84,12 +158,12 @@ def real_entries(data: ResultData) -> tuple[Tensor, Tensor]:
     if located(data):
         valid = data.positions >= 0
     else:  # padding has a number in no row
-        valid = ~(data.attribution if data.labels else data.logit[None]).isnan().all(0)
+        valid = ~(data.attribution if len(data.attribution) else data.logit[None]).isnan().all(0)
     ones = valid.new_ones(data.shape).long()
     return valid, ones.cumsum(0) - 1 if len(data.tokens) > 1 else ones - 1
 
 
-def located(data: ResultData) -> bool:
+def located(data: EntryData) -> bool:
     """Whether the result says which tokens it is about (one made by hand need not)."""
     return bool(data.tokens) and data.positions.shape == data.shape
 
@@ -99,7 +173,7 @@ def entry_mean(values: Tensor) -> float:
     return float(values.double().nanmean())
 
 
-def names_of_entries(data: ResultData, names: list[str] | None) -> list[str | None]:
+def names_of_entries(data: EntryData, names: list[str] | None) -> list[str | None]:
     """The name of every entry, flattened, padding included; None where it is unknown.
 
     Args:
@@ -135,8 +209,10 @@ def _laid_out(n_names: int, shape: torch.Size) -> Tensor | None:
     return None
 
 
-def ranked(labels: list[str], means: Tensor, k: int, *, largest: bool) -> list[tuple[str, float]]:
-    """The ``k`` largest or smallest of labelled values, the most extreme first.
+def most_extreme(
+    rows: Sequence[Row], means: Tensor, k: int, *, largest: bool
+) -> list[tuple[str, float]]:
+    """The ``k`` largest or smallest of the rows' values, the most extreme first.
 
     Raises:
         InputError: when ``k`` is no int, or negative.
@@ -146,6 +222,6 @@ def ranked(labels: list[str], means: Tensor, k: int, *, largest: bool) -> list[t
         raise InputError(f"k must be an int that is not negative, got {k!r}")
     last = -torch.inf if largest else torch.inf  # what has no value is ranked behind all else
     order = means.nan_to_num(nan=last, posinf=torch.inf, neginf=-torch.inf)
-    rows = order.topk(min(count, len(labels)), largest=largest).indices
-    values = means[rows]
-    return [(labels[row], value) for row, value in zip(rows.tolist(), values.tolist(), strict=True)]
+    found = order.topk(min(count, len(rows)), largest=largest).indices
+    pairs = zip(found.tolist(), means[found].tolist(), strict=True)
+    return [(rows[row].label, value) for row, value in pairs]

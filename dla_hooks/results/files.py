@@ -20,10 +20,21 @@ from dla_hooks.results.schema import unpack
 
 _T = TypeVar("_T")
 
-RESULT, SUMMARY = "dla_hooks.result", "dla_hooks.summary"
-_NEWEST = {RESULT: 2, SUMMARY: 1}
-_CALLED = {RESULT: "saved attribution", SUMMARY: "saved summary"}
-_CONTENT = {RESULT: "result", SUMMARY: "summary"}  # the header's entry for what is no tensor
+RESULT, RANKED, SUMMARY = "dla_hooks.result", "dla_hooks.ranked", "dla_hooks.summary"
+PROMOTED = "dla_hooks.promoted"
+_NEWEST = {RESULT: 2, RANKED: 1, SUMMARY: 1, PROMOTED: 1}
+_CALLED = {
+    RESULT: "saved attribution",
+    RANKED: "saved ranked attribution",
+    SUMMARY: "saved summary",
+    PROMOTED: "saved list of promoted tokens",
+}
+_CONTENT = {
+    RESULT: "result",
+    RANKED: "result",
+    SUMMARY: "summary",
+    PROMOTED: "result",
+}  # the header's entry for what is no tensor
 
 
 def write(path: Any, form: str, tensors: dict[str, Tensor], plain: dict[str, Any]) -> Path:
@@ -31,7 +42,7 @@ def write(path: Any, form: str, tensors: dict[str, Tensor], plain: dict[str, Any
 
     Args:
         path: a string or a path.
-        form: :data:`RESULT` or :data:`SUMMARY`.
+        form: :data:`RESULT`, :data:`RANKED`, :data:`SUMMARY` or :data:`PROMOTED`.
         tensors: of any device.
         plain: what JSON can hold.
 

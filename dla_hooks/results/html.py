@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-from dla_hooks.results.data import ResultData
+from dla_hooks.results.data import EntryData
 from dla_hooks.results.ranking import strongest
 from dla_hooks.results.wording import closing, headline, nothing_in, printable
 
@@ -15,7 +15,7 @@ _HTML_ROWS = 24
 _UP, _DOWN = "#4393c3", "#d6604d"
 
 
-def as_html(data: ResultData) -> str:
+def as_html(data: EntryData) -> str:
     """A result as one self-contained, escaped piece of html with inline styles."""
     nothing = nothing_in(data)
     if nothing:

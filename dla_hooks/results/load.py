@@ -6,12 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dla_hooks.results import files
+from dla_hooks.results.promoted import PromotedTokens
+from dla_hooks.results.ranked import RankedAttribution
 from dla_hooks.results.result import DirectLogitAttribution
 from dla_hooks.results.summary import Summary
 
+Saved = DirectLogitAttribution | RankedAttribution | Summary | PromotedTokens
 
-def load(path: str | Path) -> DirectLogitAttribution | Summary:
-    """Read what :meth:`DirectLogitAttribution.save` or :meth:`Summary.save` has written.
+
+def load(path: str | Path) -> Saved:
+    """Read what the ``save`` of a result or a summary has written.
 
     Example:
         >>> import tempfile, torch, dla_hooks
@@ -31,8 +35,10 @@ def load(path: str | Path) -> DirectLogitAttribution | Summary:
         InputError: when the file holds something else, or comes from a newer version.
         CheckpointError: when there is no such file, or it cannot be read.
     """
-    kinds: dict[str, Callable[..., DirectLogitAttribution | Summary]] = {
+    kinds: dict[str, Callable[..., Saved]] = {
         files.RESULT: DirectLogitAttribution,
+        files.RANKED: RankedAttribution,
         files.SUMMARY: Summary,
+        files.PROMOTED: PromotedTokens,
     }
     return files.read(path, kinds)

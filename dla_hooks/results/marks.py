@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from dla_hooks.results.data import ResultData, entry_mean
-from dla_hooks.results.ranking import decimals, largest, rows_and_remainder
+from dla_hooks.results.data import EntryData, entry_mean
+from dla_hooks.results.ranking import Drawn, decimals, drawn, largest
 from dla_hooks.results.rows import Row
 from dla_hooks.results.wording import printable
 
 INK = "#333333"
+_MOST_BARS = 30
 _UP, _DOWN, _FAINT = "#2166ac", "#b2182b", "#8a8a8a"
 
 
-def heatmap(alt: Any, data: ResultData) -> Any:
+def heatmap(alt: Any, data: EntryData) -> Any:
     """Layer 0 at the top, one square per row that has a number; other rows have none."""
-    rows = [(row, value) for row, value in rows_and_remainder(data)[0] if has_square(row)]
+    rows = [(row, value) for row, value in drawn(data).rows if has_square(row)]
     if not rows:
         return bars(alt, data)
     several = len({row.kind for row, _ in rows}) > 1
@@ -75,12 +76,16 @@ def heatmap(alt: Any, data: ResultData) -> Any:
     return alt.layer(squares, numbers)
 
 
-def bars(alt: Any, data: ResultData) -> Any:
-    """In the order of the stream; below, the bias and what they all sum to."""
-    rows, _ = rows_and_remainder(data)
+def bars(alt: Any, data: EntryData) -> Any:
+    """In the order of the stream; below, the bias and what they all sum to.
+
+    Of a result that keeps some of many rows, the strongest are drawn, and the others in one.
+    """
+    all_rows = drawn(data)
+    rows = _few(all_rows) if data.keeps_some else _named(all_rows.rows)
     bias, logit = entry_mean(data.bias), entry_mean(data.logit)
     total = "logit" if data.incorrect is None else "logit difference"
-    values = [_coloured(label, value) for label, value in [*_named(rows), ("bias", bias)]]
+    values = [_coloured(label, value) for label, value in [*rows, ("bias", bias)]]
     values.append({"label": total, "value": finite(logit), "colour": INK})
     order = [bar["label"] for bar in values]
     step = 22 if len(values) <= 30 else 14
@@ -126,9 +131,9 @@ def bars(alt: Any, data: ResultData) -> Any:
     )
 
 
-def line(alt: Any, data: ResultData) -> Any:
+def line(alt: Any, data: EntryData) -> Any:
     """The rows in their order, from left to right."""
-    rows, _ = rows_and_remainder(data)
+    rows = drawn(data).rows
     values = [_coloured(label, value) for label, value in _named(rows)]
     step = max(13, min(34, 640 // max(len(rows), 1)))
     base = alt.Chart(
@@ -156,7 +161,7 @@ def line(alt: Any, data: ResultData) -> Any:
     return alt.layer(zero.encode(y="zero:Q"), base.mark_line(color=_FAINT, strokeWidth=1.5), points)
 
 
-KINDS: dict[str, Callable[[Any, ResultData], Any]] = {
+KINDS: dict[str, Callable[[Any, EntryData], Any]] = {
     "bars": bars,
     "line": line,
     "heatmap": heatmap,
@@ -179,6 +184,19 @@ def _lane(row: Row, several: bool) -> str:
     if row.sub:
         layer += f".{row.sub}"
     return f"{layer} {row.kind}".lstrip() if several else layer
+
+
+def _few(all_rows: Drawn) -> list[tuple[str, float]]:
+    """The strongest rows by value, then those that are not drawn, and the remainder."""
+    rows = sorted(_named(all_rows.rows), key=lambda row: abs(row[1]), reverse=True)
+    shown, others = rows[:_MOST_BARS], rows[_MOST_BARS:]
+    n_others = len(others) + all_rows.n_beyond
+    found = sorted(shown, key=lambda row: row[1], reverse=True)
+    if n_others:
+        found.append((f"{n_others} more", sum(value for _, value in others) + all_rows.beyond))
+    if all_rows.remainder is not None:
+        found.append((all_rows.remainder.label, all_rows.remainder.value))
+    return found
 
 
 def _named(rows: list[tuple[Row, float]]) -> list[tuple[str, float]]:

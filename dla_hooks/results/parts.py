@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import difflib
 import operator
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from dla_hooks.errors import ArgumentTypeError, InputError, LabelError, PositionError
-from dla_hooks.results.data import ResultData, names_of_entries, real_entries
+from dla_hooks.results.data import EntryData, ResultData, names_of_entries, real_entries
 
-_Data = TypeVar("_Data", bound=ResultData)
+_Data = TypeVar("_Data", bound=EntryData)
 _NEAR = 3
 
 
@@ -24,20 +24,40 @@ def row_named(data: ResultData, label: Any) -> Tensor:
         LabelError: (a KeyError) for a label that no row has; it names those most like it.
         ArgumentTypeError: for what is no string.
     """
-    if not isinstance(label, str):
-        raise ArgumentTypeError(
-            f"a row is looked up by its label, a string like {next(iter(data.labels), 'embed')!r}; "
-            f"got {label!r:.80}. By its number it is result.attribution[number]."
-        )
+    check_label(label, next(iter(data.labels), "embed"))
     try:
         return data.attribution[data.labels.index(label)]
     except ValueError:
-        near = difflib.get_close_matches(label, data.labels, _NEAR, 0.0)
-        like = f"; near it are {', '.join(map(repr, near))}" if near else ""
-        raise LabelError(
-            f"no row of this {data.unit} result is called {label!r:.80}{like}. All names are in "
-            "result.labels."
-        ) from None
+        raise unknown_label(data.unit, label, data.labels, "result.labels") from None
+
+
+def check_label(label: Any, example: str) -> None:
+    """Refuse what is no label.
+
+    Raises:
+        ArgumentTypeError: for what is no string.
+    """
+    if not isinstance(label, str):
+        raise ArgumentTypeError(
+            f"a row is looked up by its label, a string like {example!r}; "
+            f"got {label!r:.80}. By its number it is result.attribution[number]."
+        )
+
+
+def unknown_label(unit: str, label: str, labels: Sequence[str], where: str) -> LabelError:
+    """The error for a label that no row has; it names those most like it.
+
+    Args:
+        unit: of the result.
+        label: that was given.
+        labels: that there are, or some of them.
+        where: all of them are.
+    """
+    near = difflib.get_close_matches(label, labels, _NEAR, 0.0)
+    like = f"; near it are {', '.join(map(repr, near))}" if near else ""
+    return LabelError(
+        f"no row of this {unit} result is called {label!r:.80}{like}. All names are in {where}."
+    )
 
 
 def one_prompt(data: _Data, index: Any) -> _Data:
@@ -49,7 +69,7 @@ def one_prompt(data: _Data, index: Any) -> _Data:
     """
     first_axis = data.shape[0] if data.shape else 1
     n_prompts = len(data.tokens) or first_axis
-    row = _counted(index, n_prompts, "the batch", "rows")
+    row = counted(index, n_prompts, "the batch", "rows")
     if n_prompts == 1:  # one prompt with several answers, or without a batch axis, is whole
         return _cut(data, ())
     if n_prompts != first_axis:
@@ -58,7 +78,8 @@ def one_prompt(data: _Data, index: Any) -> _Data:
             "a single prompt can be taken from it where they are as many"
         )
     part = _cut(data, (slice(row, row + 1),))
-    return replace(part, tokens=data.tokens[row : row + 1])
+    part.tokens = data.tokens[row : row + 1]
+    return part
 
 
 def one_position(data: _Data, index: Any) -> _Data:
@@ -75,7 +96,7 @@ def one_position(data: _Data, index: Any) -> _Data:
             f"one has the shape {list(data.attribution.shape)}: a single position was selected, "
             "or there is no axis for the batch"
         )
-    place = _counted(index, data.shape[1], "the selected positions", "entries")
+    place = counted(index, data.shape[1], "the selected positions", "entries")
     return _cut(data, (slice(None), place))
 
 
@@ -120,20 +141,13 @@ def head_grid(data: ResultData) -> Tensor:
 def _cut(data: _Data, place: tuple[slice | int, ...]) -> _Data:
     """The entries at a place of the batch and the positions."""
     whole = torch.arange(data.shape.numel(), device="cpu").reshape(data.shape)
-    answer, incorrect = _own_names(data, whole[place].flatten().tolist())
-    return replace(
-        data,
-        attribution=data.attribution[(slice(None), *place)],
-        bias=data.bias[place],
-        logit=data.logit[place],
-        positions=data.positions[place] if data.positions.shape == data.shape else data.positions,
-        answer=answer,
-        incorrect=incorrect,
-        target=None,
-    )
+    part = data.at(place)
+    part.answer, part.incorrect = _own_names(data, whole[place].flatten().tolist())
+    part.target = None
+    return part
 
 
-def _own_names(data: ResultData, entries: list[int]) -> tuple[list[str], list[str] | None]:
+def _own_names(data: EntryData, entries: list[int]) -> tuple[list[str], list[str] | None]:
     """The answers of some entries: one name where they are all the same, else one for each."""
     answers = names_of_entries(data, data.answer)
     incorrects = names_of_entries(data, data.incorrect)
@@ -146,7 +160,7 @@ def _own_names(data: ResultData, entries: list[int]) -> tuple[list[str], list[st
     return known, None if data.incorrect is None else [wrong or "" for _, wrong in pairs]
 
 
-def _counted(index: Any, size: int, where: str, what: str) -> int:
+def counted(index: Any, size: int, where: str, what: str) -> int:
     """An index from either end as one from the start."""
     if isinstance(index, bool) or not hasattr(index, "__index__"):
         raise ArgumentTypeError(f"an index into {where} must be an int, got {index!r:.80}")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from dla_hooks.results.data import ResultData
+from dla_hooks.results.data import EntryData
 from dla_hooks.results.rows import Row
 
 
@@ -51,47 +51,70 @@ class Shown:
         return decimals([self.largest, self.remainder.value if self.remainder else 0.0])
 
 
-def strongest(data: ResultData, limit: int) -> Shown:
+def strongest(data: EntryData, limit: int) -> Shown:
     """The rows with the largest absolute means; of running sums, evenly spaced ones.
 
     Args:
         data: any.
         limit: how many rows at most, a remainder not counted.
     """
-    rows, remainder = _named(data)
+    all_rows = drawn(data)
+    rows = _named(all_rows)
     if data.words.cumulative:
         return _spaced(rows, limit)
     rows.sort(key=lambda row: _or(-1.0, abs(row[1])), reverse=True)
-    return _by_value(rows[:limit], rows[limit:], remainder)
+    return _by_value(rows[:limit], rows[limit:], all_rows)
 
 
-def both_ends(data: ResultData, k: int) -> Shown:
+def both_ends(data: EntryData, k: int) -> Shown:
     """The ``k`` largest and the ``k`` most negative rows; of running sums, evenly spaced ones."""
-    rows, remainder = _named(data)
+    all_rows = drawn(data)
+    rows = _named(all_rows)
     if data.words.cumulative:
         return _spaced(rows, 2 * k)
     rows = _descending(rows)
     if len(rows) <= 2 * k:
-        return _by_value(rows, [], remainder)
-    return _by_value(rows[:k] + rows[len(rows) - k :], rows[k : len(rows) - k], remainder, k)
+        return _by_value(rows, [], all_rows)
+    return _by_value(rows[:k] + rows[len(rows) - k :], rows[k : len(rows) - k], all_rows, k)
 
 
-def in_order(data: ResultData) -> Shown:
+def in_order(data: EntryData) -> Shown:
     """Every row, in the order of the result."""
-    rows, remainder = _named(data)
-    return Shown(rows, len(rows), "", remainder, largest(value for _, value in rows))
+    all_rows = drawn(data)
+    rows = _named(all_rows)
+    most = largest(value for _, value in rows)
+    note = _left_out([], all_rows, most)
+    return Shown(rows, len(rows), note, all_rows.remainder, most)
 
 
-def rows_and_remainder(data: ResultData) -> tuple[list[tuple[Row, float]], Remainder | None]:
-    """Every row with its mean in the order of the result, and the remainder apart."""
+@dataclass(frozen=True)
+class Drawn:
+    """All that a result can show of its rows.
+
+    Attributes:
+        rows: each with its mean, in the order of the result.
+        remainder: what is no row of the unit, or None.
+        n_beyond: how many more rows there are.
+        beyond: what these hold together.
+    """
+
+    rows: list[tuple[Row, float]]
+    remainder: Remainder | None
+    n_beyond: int
+    beyond: float
+
+
+def drawn(data: EntryData) -> Drawn:
+    """The rows with their means, the remainder apart."""
     rows, remainder, words = [], None, data.words
-    for row, value in zip(data.rows, data.mean().tolist(), strict=True):
+    means = data.row_means()
+    for row, value in means.rows:
         if words.remainder and row.label == words.remainder:
             short = f"no {words.index}" if words.index else "the rest"
             remainder = Remainder(row.label, value, words.remainder_is, short)
         else:
             rows.append((row, value))
-    return rows, remainder
+    return Drawn(rows, remainder, means.n_beyond, means.beyond)
 
 
 def decimals(values: Sequence[float]) -> int:
@@ -107,9 +130,8 @@ def largest(values: Iterable[float]) -> float:
     return max((abs(value) for value in values if math.isfinite(value)), default=0.0)
 
 
-def _named(data: ResultData) -> tuple[list[tuple[str, float]], Remainder | None]:
-    rows, remainder = rows_and_remainder(data)
-    return [(row.label, value) for row, value in rows], remainder
+def _named(all_rows: Drawn) -> list[tuple[str, float]]:
+    return [(row.label, value) for row, value in all_rows.rows]
 
 
 def _or(otherwise: float, value: float) -> float:
@@ -124,18 +146,24 @@ def _descending(rows: list[tuple[str, float]]) -> list[tuple[str, float]]:
 def _by_value(
     shown: list[tuple[str, float]],
     rest: list[tuple[str, float]],
-    remainder: Remainder | None,
+    all_rows: Drawn,
     gap_at: int | None = None,
 ) -> Shown:
     shown = _descending(shown)
-    note = ""
     most = largest(value for _, value in shown)
-    if rest:
-        total = sum(value for _, value in rest)
-        note = f"{len(rest)} more rows, together {total:+.{decimals([most, total])}f}"
+    note = _left_out(rest, all_rows, most)
     if gap_at is None:  # those left out are the weakest: they stand between the signs
         gap_at = sum(value > 0 for _, value in shown)
-    return Shown(shown, gap_at, note, remainder, most)
+    return Shown(shown, gap_at, note, all_rows.remainder, most)
+
+
+def _left_out(rest: list[tuple[str, float]], all_rows: Drawn, most: float) -> str:
+    """A line about the rows that are not shown, with those beyond what the result can show."""
+    n = len(rest) + all_rows.n_beyond
+    if not n:
+        return ""
+    total = sum(value for _, value in rest) + all_rows.beyond
+    return f"{n} more row{'s' * (n > 1)}, together {total:+.{decimals([most, total])}f}"
 
 
 def _spaced(rows: list[tuple[str, float]], limit: int) -> Shown:

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any
 
 from torch import Tensor
 
 from dla_hooks.results import files, parts, table
-from dla_hooks.results.chart import plot
-from dla_hooks.results.data import ResultData, ranked
-from dla_hooks.results.html import as_html
+from dla_hooks.results.data import ResultData, most_extreme
 from dla_hooks.results.rows import Row
 from dla_hooks.results.schema import pack
-from dla_hooks.results.text import as_text
-
-if TYPE_CHECKING:
-    import altair
-    import pandas
+from dla_hooks.results.views import Views
 
 
-class DirectLogitAttribution(ResultData):
+class DirectLogitAttribution(ResultData, Views):
     """Who wrote a logit, or a difference of logits.
 
     ``total() + bias == logit``, to within ``gap``. The total is ``attribution.sum(0)``, or
@@ -67,6 +61,7 @@ class DirectLogitAttribution(ResultData):
         words: what the unit says of its rows: a sentence, the kind of chart, the name of a column.
         target: which of ``answer`` and ``incorrect`` each entry is about [*batch_and_pos]; None
             where there is one for all, or one for each in their order.
+        beside: further numbers of each row, by name, each like ``attribution``.
     """
 
     __module__ = "dla_hooks"
@@ -80,11 +75,11 @@ class DirectLogitAttribution(ResultData):
         Raises:
             InputError: when ``k`` is no int, or negative.
         """
-        return ranked(self.labels, self.mean(), k, largest=True)
+        return most_extreme(self.rows, self.mean(), k, largest=True)
 
     def bottom(self, k: int = 5) -> list[tuple[str, float]]:
         """The ``k`` rows that push the logit down the most, most negative first."""
-        return ranked(self.labels, self.mean(), k, largest=False)
+        return most_extreme(self.rows, self.mean(), k, largest=False)
 
     def __getitem__(self, label: str) -> Tensor:
         """The numbers [*batch_and_pos] of one row.
@@ -101,40 +96,9 @@ class DirectLogitAttribution(ResultData):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __bool__(self) -> bool:
-        return True  # a result without rows is still a result
-
     def __iter__(self) -> Iterator[tuple[Row, Tensor]]:
         """Each row's record with its numbers [*batch_and_pos]."""
         return zip(self.rows, self.attribution, strict=True)
-
-    def prompt(self, index: int) -> DirectLogitAttribution:
-        """The result of one row of the batch.
-
-        Its axes are the same, the batch with one entry; padded entries stay NaN. Several answers
-        of one prompt stay together. ``gap`` and ``logit_gap`` are those of the whole batch.
-
-        Args:
-            index: of the row, from either end.
-
-        Raises:
-            PositionError: (an IndexError) when the batch has no such row.
-            ArgumentTypeError: when ``index`` is no int.
-        """
-        return parts.one_prompt(self, index)
-
-    def position(self, index: int) -> DirectLogitAttribution:
-        """The result at one of the selected positions: [row, batch], without the position axis.
-
-        Args:
-            index: among the selected positions, from either end.
-
-        Raises:
-            InputError: when the result has no axis of positions behind its batch axis.
-            PositionError: (an IndexError) when no such position was selected.
-            ArgumentTypeError: when ``index`` is no int.
-        """
-        return parts.one_position(self, index)
 
     @property
     def heads(self) -> Tensor:
@@ -151,71 +115,6 @@ class DirectLogitAttribution(ResultData):
     def records(self) -> list[dict[str, Any]]:
         """The lines of :meth:`to_dataframe`, as dictionaries."""
         return table.records(self)
-
-    def to_dataframe(self) -> pandas.DataFrame:
-        """One line per row, batch entry and position (extra ``pandas``).
-
-        Returns:
-            Columns ``label``, ``kind``, ``layer``, ``sub`` and ``head`` (empty where the row has
-            none; a unit may count something else than heads and names the column so), ``row``,
-            ``position``, ``token``, ``answer``, ``incorrect``, ``attribution``; padding is left
-            out. ``sub`` counts the attentions of a block, from 0.
-
-        Raises:
-            MissingExtraError: when pandas is not installed.
-        """
-        return table.frame(self.records(), table.columns(self.words))
-
-    @overload
-    def to_json(self, path: None = None) -> str: ...
-    @overload
-    def to_json(self, path: str | Path) -> Path: ...
-    def to_json(self, path: str | Path | None = None) -> str | Path:
-        """Everything in the result as JSON; what is no number there is null.
-
-        Args:
-            path: of a file to write, or None for the text itself.
-
-        Returns:
-            The text, or the path of the file.
-
-        Raises:
-            InputError: when the file cannot be written.
-        """
-        text = table.json_text(self)
-        return text if path is None else files.write_text(path, text)
-
-    @overload
-    def to_csv(self, path: None = None) -> str: ...
-    @overload
-    def to_csv(self, path: str | Path) -> Path: ...
-    def to_csv(self, path: str | Path | None = None) -> str | Path:
-        """The lines of :meth:`to_dataframe` as CSV; needs no pandas.
-
-        Args:
-            path: of a file to write, or None for the text itself.
-
-        Returns:
-            The text, or the path of the file.
-
-        Raises:
-            InputError: when the file cannot be written.
-        """
-        text = table.csv_text(self)
-        return text if path is None else files.write_text(path, text)
-
-    def plot(self) -> altair.Chart:
-        """A picture (extra ``plot``): a heatmap of layers, bars, or a line, as its unit says.
-
-        Returns:
-            An Altair chart; it draws itself in a notebook, and ``chart.save("plot.png")`` writes
-            png, svg, or html (with ``inline=True`` html that needs no network).
-
-        Raises:
-            MissingExtraError: when Altair is not installed.
-            InputError: when the result holds no number.
-        """
-        return plot(self)
 
     def save(self, path: str | Path) -> Path:
         """Write the result to one safetensors file, whose header holds the rest as JSON.
@@ -241,9 +140,3 @@ class DirectLogitAttribution(ResultData):
 
     def _ipython_key_completions_(self) -> list[str]:
         return self.labels
-
-    def __repr__(self) -> str:
-        return as_text(self)
-
-    def _repr_html_(self) -> str:
-        return as_html(self)

@@ -46,6 +46,16 @@ class Run:
             return Row(label, self.kind, self.layer, self.sub, self.index, number)
         return Row(label, self.kind, self.layer, self.sub, number)
 
+    def number_of(self, label: str) -> int | None:
+        """Which of them has a label, or None."""
+        before, there, after = self.label.partition("{}")
+        if not there:
+            return 0 if label == before else None
+        number = label[len(before) : len(label) - len(after)]
+        if not (number.isascii() and number.isdecimal() and int(number) < self.n):
+            return None
+        return int(number) if label == f"{before}{int(number)}{after}" else None
+
 
 class RowRuns(Sequence[Row]):
     """A sequence of records, made on demand.
@@ -80,6 +90,14 @@ class RowRuns(Sequence[Row]):
 
     def __iter__(self) -> Iterator[Row]:
         return (run.row(number) for run in self.runs for number in range(run.n))
+
+    def number_of(self, label: str) -> int | None:
+        """The number of the row with a label, or None."""
+        for start, run in zip(self.starts, self.runs, strict=True):
+            number = run.number_of(label)
+            if number is not None:
+                return start + number
+        return None
 
     def __eq__(self, other: Any) -> bool:
         return isinstance(other, RowRuns) and self.runs == other.runs

@@ -13,8 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
+from dla_hooks.results.row_runs import RowRuns, Run
 from dla_hooks.results.rows import Row, Words
 
+_BESIDE = "beside."
 _ROW_COLUMNS = tuple(field.name for field in fields(Row) if field.name != "label")
 
 
@@ -26,11 +28,18 @@ def pack(data: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
         value = getattr(data, field.name)
         if isinstance(value, Tensor):
             tensors[field.name] = value
+        elif field.name == "beside":
+            tensors |= {f"{_BESIDE}{name}": own for name, own in value.items()}
         elif field.name == "rows":
             plain["rows"] = row_columns(value)
         else:
-            plain[field.name] = asdict(value) if isinstance(value, Words) else value
+            plain[field.name] = words_as_json(value) if isinstance(value, Words) else value
     return tensors, plain
+
+
+def words_as_json(words: Words) -> dict[str, Any]:
+    """Words as a dictionary that JSON can hold."""
+    return {**asdict(words), "beside": list(words.beside)}
 
 
 def unpack(tensors: dict[str, Tensor], plain: dict[str, Any]) -> dict[str, Any]:
@@ -39,25 +48,43 @@ def unpack(tensors: dict[str, Tensor], plain: dict[str, Any]) -> dict[str, Any]:
     Raises:
         KeyError, TypeError, ValueError: for what :func:`pack` does not make.
     """
-    given = {**tensors, **plain}
+    given: dict[str, Any] = {**tensors, **plain}
+    beside = {name: given.pop(name) for name in tensors if name.startswith(_BESIDE)}
+    if beside:
+        given["beside"] = {name.removeprefix(_BESIDE): own for name, own in beside.items()}
     if "rows" in given:
-        given["rows"] = rows_from(given["labels"], given["rows"])
+        given["rows"] = rows_from(given.get("labels"), given["rows"])
     if "words" in given:
         given["words"] = Words(**given["words"])
     return given
 
 
 def row_columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
-    """Rows as columns ``kind``, ``layer``, ``sub``, ``index``, aligned with their labels."""
-    return {name: [getattr(row, name) for row in rows] for name in _ROW_COLUMNS}
+    """Rows as columns ``kind``, ``layer``, ``sub``, ``index``, aligned with their labels.
+
+    Of runs of rows, the columns of the runs.
+    """
+    if isinstance(rows, RowRuns):
+        return {
+            field.name: [getattr(run, field.name) for run in rows.runs] for field in fields(Run)
+        }
+    names = [name for name in _ROW_COLUMNS if name != "source" or any(row.source for row in rows)]
+    return {name: [getattr(row, name) for row in rows] for name in names}
 
 
-def rows_from(labels: Sequence[str], columns: dict[str, list[Any]]) -> list[Row]:
+def rows_from(labels: Sequence[str] | None, columns: dict[str, list[Any]]) -> Sequence[Row]:
     """The other way round.
+
+    Args:
+        labels: one for each row; None for runs of rows.
+        columns: of the rows or runs.
 
     Raises:
         TypeError, ValueError: for columns that are none of :func:`row_columns`.
     """
+    if labels is None:
+        lines = zip(*columns.values(), strict=True)
+        return RowRuns(Run(**dict(zip(columns, line, strict=True))) for line in lines)
     lines = zip(labels, *columns.values(), strict=True)
     return [Row(label, **dict(zip(columns, line, strict=True))) for label, *line in lines]
 

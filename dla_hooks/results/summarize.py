@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from dla_hooks.errors import DLAError, InputError
-from dla_hooks.results.data import ResultData, real_entries
+from dla_hooks.results.data import EntryData, ResultData, real_entries
 from dla_hooks.results.moments import Moments
-from dla_hooks.results.result import DirectLogitAttribution
+from dla_hooks.results.ranked import Result
+from dla_hooks.results.ranked_data import RankedData
+from dla_hooks.results.row_runs import RowRuns
+from dla_hooks.results.rows import Row
 from dla_hooks.results.summary import Subject, Summary, mismatch
 
 
-def summarize(results: Iterable[DirectLogitAttribution | DLAError]) -> Summary:
+def summarize(results: Iterable[Result | DLAError]) -> Summary:
     """Means over prompts, with standard errors, in one pass and constant memory.
 
     Each prompt is one sample: its mean over its positions, padding left out. A prompt without any
@@ -28,7 +32,7 @@ def summarize(results: Iterable[DirectLogitAttribution | DLAError]) -> Summary:
         InputError: when there is no result, for anything that is neither a result nor an error,
             and for results that differ in unit, labels, or in being differences.
     """
-    if not isinstance(results, Iterable) or isinstance(results, ResultData):
+    if not isinstance(results, Iterable) or isinstance(results, EntryData):
         raise InputError(
             f"results must be an iterable of attributions, got one {type(results).__name__}; "
             "put it in a list: summarize([result])"
@@ -41,7 +45,7 @@ def summarize(results: Iterable[DirectLogitAttribution | DLAError]) -> Summary:
         if isinstance(result, DLAError):
             n_failed, failure = n_failed + 1, failure or f"{type(result).__name__}: {result}"
             continue
-        if not isinstance(result, ResultData):
+        if not isinstance(result, (ResultData, RankedData)):
             raise InputError(
                 f"results must be attributions (or errors), got {type(result).__name__} "
                 f"at index {index}: {result!r:.80}"
@@ -53,7 +57,7 @@ def summarize(results: Iterable[DirectLogitAttribution | DLAError]) -> Summary:
         if different:
             raise InputError(f"results cannot be averaged: the {different} (result {index})")
         model = model if model == result.model else ""
-        samples = _samples(result)
+        samples = _samples(result, index)
         if samples.shape[1]:
             new = Moments.of(samples)
             moments = new if moments is None else moments.merged(new)
@@ -67,26 +71,52 @@ def summarize(results: Iterable[DirectLogitAttribution | DLAError]) -> Summary:
     return Summary.of_moments(moments, first, n_failed=n_failed, model=model)
 
 
-def _subject(result: ResultData) -> Subject:
+def _subject(result: Result) -> Subject:
     """What a result is about; it keeps none of its numbers alive."""
+    rows, words = result.rows, result.words
+    if isinstance(result, RankedData):
+        rows = _all_rows(rows, words.remainder)
     return Subject(
         unit=result.unit,
-        labels=list(result.labels),
+        labels=[row.label for row in rows],
         difference=result.incorrect is not None,
-        rows=list(result.rows),
-        words=result.words,
+        rows=list(rows),
+        words=words,
         softcap=result.softcap,
     )
 
 
-def _samples(result: ResultData) -> Tensor:
+def _all_rows(rows: Sequence[Row], remainder: str) -> Sequence[Row]:
+    """Every row of a ranked result, made once for all results of one model."""
+    if isinstance(rows, RowRuns):
+        return _made(rows, remainder)
+    return [*rows, Row(remainder, remainder)]
+
+
+@lru_cache(maxsize=2)
+def _made(rows: RowRuns, remainder: str) -> tuple[Row, ...]:
+    return (*rows, Row(remainder, remainder))
+
+
+def _samples(result: Result, number: int) -> Tensor:
     """One sample per prompt [row + 2, prompt], the last two rows being bias and logit."""
     valid, row_of = real_entries(result)
     valid, row_of = valid.cpu(), row_of.cpu()
-    parts = (result.attribution, result.bias[None], result.logit[None])
+    first = result.remainder[None] if isinstance(result, RankedData) else result.attribution
+    parts = (first, result.bias[None], result.logit[None])
     values: Tensor = torch.cat([part.detach().cpu().double() for part in parts])[:, valid]
     if len(result.tokens) <= 1:  # most often: one prompt
-        return values.mean(1, keepdim=True) if values.shape[1] else values
-    rows, place, n = row_of[valid].unique(return_inverse=True, return_counts=True)
-    sums: Tensor = values.new_zeros(len(values), len(rows)).index_add_(1, place, values)
-    return sums.div(n)
+        found = values.mean(1, keepdim=True) if values.shape[1] else values
+        prompts = torch.zeros(found.shape[1], dtype=torch.long, device="cpu")
+    else:
+        prompts, place, n = row_of[valid].unique(return_inverse=True, return_counts=True)
+        sums: Tensor = values.new_zeros(len(values), len(prompts)).index_add_(1, place, values)
+        found = sums.div(n)
+    if not isinstance(result, RankedData):
+        return found
+    if result.prompt_means is None:
+        raise InputError(
+            f"results cannot be averaged: the rows of a {result.unit} result do not mean the same "
+            f"in each prompt, or are too many numbers for so many positions (result {number})"
+        )
+    return torch.cat((result.prompt_means.cpu().double()[:, prompts], found))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dla_hooks.errors import ArgumentTypeError, InputError
 from dla_hooks.results import files, table
-from dla_hooks.results.data import ResultData, ranked
+from dla_hooks.results.data import ResultData, most_extreme
 from dla_hooks.results.moments import Moments
 from dla_hooks.results.rows import NO_WORDS, Row, Words, filled
 from dla_hooks.results.schema import pack
@@ -186,11 +186,11 @@ class Summary:
         Args:
             k: how many; no more than there are rows.
         """
-        return ranked(self.labels, self.mean, k, largest=True)
+        return most_extreme(self.rows, self.mean, k, largest=True)
 
     def bottom(self, k: int = 5) -> list[tuple[str, float]]:
         """The ``k`` rows that push the logit down the most, most negative first."""
-        return ranked(self.labels, self.mean, k, largest=False)
+        return most_extreme(self.rows, self.mean, k, largest=False)
 
     def to_dataframe(self) -> pandas.DataFrame:
         """One line per row (extra ``pandas``).

@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dla_hooks._version import __version__
 from dla_hooks.errors import MissingExtraError
-from dla_hooks.results.data import ResultData, located, names_of_entries, real_entries
+from dla_hooks.results.data import EntryData, ResultData, located, names_of_entries, real_entries
 from dla_hooks.results.rows import Row, Words
 from dla_hooks.results.schema import as_json, pack
 
@@ -23,18 +24,20 @@ _OF_ENTRY = ("row", "position", "token", "answer", "incorrect")
 
 def row_columns(words: Words) -> tuple[str, ...]:
     """The columns that say which row a line is about."""
-    return ("label", "kind", "layer", "sub", words.index or "head")
+    own = ("label", "kind", "layer", "sub", words.index or "head")
+    return (*own, "source") if words.sources else own
 
 
 def columns(words: Words) -> tuple[str, ...]:
     """The columns of :func:`records`, in their order."""
-    return (*row_columns(words), *_OF_ENTRY, "attribution")
+    token = ("source_token",) if words.sources else ()
+    return (*row_columns(words), *token, *_OF_ENTRY, "attribution", *words.beside)
 
 
 def describe(row: Row, words: Words) -> dict[str, Any]:
     """One row's :func:`row_columns`, None where it has no such number."""
-    values = (row.label, row.kind, row.layer, row.sub, row.index)
-    return dict(zip(row_columns(words), values, strict=True))
+    values = (row.label, row.kind, row.layer, row.sub, row.index, row.source)
+    return dict(zip(row_columns(words), values, strict=False))
 
 
 def records(data: ResultData) -> list[dict[str, Any]]:
@@ -43,16 +46,24 @@ def records(data: ResultData) -> list[dict[str, Any]]:
     Returns:
         Keys are :func:`columns`: those of the row, ``row`` of the batch, ``position`` and
         ``token`` there, ``answer`` and ``incorrect`` as text (None where unknown), and
-        ``attribution``.
+        ``attribution``, and whatever the unit puts beside it.
     """
-    entries = _entries(data)
-    values = data.attribution.reshape(len(data.labels), data.shape.numel()).tolist()
+    found = entries(data)
+    numbers = numbers_of(data)
     lines = []
-    for row, row_of_values in zip(data.rows, values, strict=True):
+    for place, row in enumerate(data.rows):
         own = describe(row, data.words)
-        for flat, entry in entries:
-            lines.append({**own, **entry, "attribution": row_of_values[flat]})
+        for flat, entry in found:
+            of_row = {name: values[place][flat] for name, values in numbers.items()}
+            lines.append({**own, **entry, **of_row})
     return lines
+
+
+def numbers_of(data: EntryData) -> dict[str, list[list[float]]]:
+    """The attribution and what stands beside it, each [row or place][flat entry]."""
+    numbers = {"attribution": data.attribution, **data.beside}
+    flat = data.shape.numel()
+    return {name: each.reshape(len(each), flat).tolist() for name, each in numbers.items()}
 
 
 def frame(lines: list[dict[str, Any]], columns: tuple[str, ...]) -> pandas.DataFrame:
@@ -68,17 +79,27 @@ def frame(lines: list[dict[str, Any]], columns: tuple[str, ...]) -> pandas.DataF
     return pandas.DataFrame(lines, columns=list(columns))
 
 
-def as_dict(data: ResultData) -> dict[str, Any]:
+def as_dict(data: EntryData) -> dict[str, Any]:
     """Everything in a result, as what JSON can hold: NaN is None, tensors are nested lists.
 
-    ``attribution`` is [row][*batch_and_pos], aligned with ``labels`` and the lists in ``rows``.
+    ``attribution`` is [row][*batch_and_pos], aligned with ``labels`` and the lists in ``rows``; of
+    a result that keeps the strongest of many rows, ``labels`` is as ``attribution`` is.
     """
     tensors, plain = pack(data)
+    if "index" in tensors:
+        plain = {"labels": _labels(data.rows, tensors["index"].tolist()), **plain}
     about = {"format": _FORMAT, "version": _VERSION, "dla_hooks": __version__}
     return {name: as_json(value) for name, value in {**about, **plain, **tensors}.items()}
 
 
-def json_text(data: ResultData) -> str:
+def _labels(rows: Sequence[Row], index: Any) -> Any:
+    """The label of each of nested row numbers; None where there is none."""
+    if isinstance(index, list):
+        return [_labels(rows, own) for own in index]
+    return rows[index].label if index >= 0 else None
+
+
+def json_text(data: EntryData) -> str:
     """:func:`as_dict` as the text of a JSON file."""
     fields = (  # one line per field, which indent=1 would make one per number
         f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False, allow_nan=False)}"
@@ -87,16 +108,16 @@ def json_text(data: ResultData) -> str:
     return "{\n" + ",\n".join(fields) + "\n}\n"
 
 
-def csv_text(data: ResultData) -> str:
-    """:func:`records` as the text of a CSV file."""
+def csv_text(lines: list[dict[str, Any]], columns: tuple[str, ...]) -> str:
+    """Lines as the text of a CSV file."""
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns(data.words))
+    writer = csv.DictWriter(text, columns)
     writer.writeheader()
-    writer.writerows(records(data))
+    writer.writerows(lines)
     return text.getvalue()
 
 
-def _entries(data: ResultData) -> list[tuple[int, dict[str, Any]]]:
+def entries(data: EntryData) -> list[tuple[int, dict[str, Any]]]:
     """Each entry that is no padding: its flat index, and what its lines have in common."""
     valid, row_of = real_entries(data)
     answers = names_of_entries(data, data.answer)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dla_hooks.results.data import ResultData
+from dla_hooks.results.data import EntryData, ResultData
 from dla_hooks.results.ranking import Shown, strongest
 from dla_hooks.results.wording import closing, headline, nothing_in, printable, sum_line
 
@@ -16,7 +16,7 @@ _HALF_BAR = 12
 _NARROW = 9  # half a bar that leaves room for two words beside it
 
 
-def as_text(data: ResultData) -> str:
+def as_text(data: EntryData) -> str:
     """A result in at most 25 lines, its strongest rows with bars."""
     nothing = nothing_in(data)
     if nothing:

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 
-from dla_hooks.results.data import ResultData, entry_mean, located, real_entries
+from dla_hooks.results.data import EntryData, entry_mean, located, real_entries
 from dla_hooks.results.ranking import decimals
 
 NO_ENTRY = "no position is selected"
 NO_ROW = "there is no row"
 
 
-def nothing_in(data: ResultData) -> str:
+def nothing_in(data: EntryData) -> str:
     """Why there is nothing to show: no entry, or no row. "" where there is something."""
     if data.attribution.numel():
         return ""
     return NO_ROW if data.shape.numel() else NO_ENTRY
 
 
-def question(data: ResultData) -> str:
+def question(data: EntryData) -> str:
     """Which logit, or difference: ``' Paris' - ' London'``."""
     if not data.answer:
         return "a logit"
@@ -29,7 +29,7 @@ def question(data: ResultData) -> str:
     return first if len(pairs) == 1 else f"{first} and {len(pairs) - 1} more"
 
 
-def place(data: ResultData, width: int = 60) -> str:
+def place(data: EntryData, width: int = 60) -> str:
     """Where it was read, and what the numbers are means over.
 
     Args:
@@ -65,7 +65,7 @@ def place(data: ResultData, width: int = 60) -> str:
     return f"mean over {n} entries, {over} positions of {text}"
 
 
-def headline(data: ResultData, with_model: bool = True) -> str:
+def headline(data: EntryData, with_model: bool = True) -> str:
     """Which logit, where, and of which model: one line."""
     where = place(data)
     comma = "," if where.startswith("mean") else ""
@@ -73,7 +73,7 @@ def headline(data: ResultData, with_model: bool = True) -> str:
     return printable(f"{head} · {data.model}" if data.model and with_model else head)
 
 
-def closing(data: ResultData) -> list[str]:
+def closing(data: EntryData) -> list[str]:
     """The sum that the rows are held to, and how well it holds: two lines."""
     checked = (
         "not checked against the model's logits"
@@ -84,7 +84,7 @@ def closing(data: ResultData) -> list[str]:
     return [sum_line(data, mean=several), f"gap {data.gap:.1e}, {checked}"]
 
 
-def sum_line(data: ResultData, *, mean: bool) -> str:
+def sum_line(data: EntryData, *, mean: bool) -> str:
     """The sum that the rows are held to.
 
     Args:
@@ -103,7 +103,7 @@ def sum_line(data: ResultData, *, mean: bool) -> str:
     return f"{start} {total:+.{digits}f}  + bias {bias:+.{digits}f}  = {logit:+.{digits}f}, {what}"
 
 
-def prompt(data: ResultData, row: int, width: int) -> str:
+def prompt(data: EntryData, row: int, width: int) -> str:
     """One row's prompt, quoted, elided in the middle."""
     text = (" " if ids_only(data) else "").join(data.tokens[row])
     return repr(elided(text, width))
@@ -123,12 +123,12 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def quoted(data: ResultData, token: str) -> str:
+def quoted(data: EntryData, token: str) -> str:
     """A token as it is named: in quotes, for its spaces, or by its id without a tokenizer."""
     return f"token {token}" if ids_only(data) else repr(token)
 
 
-def ids_only(data: ResultData) -> bool:
+def ids_only(data: EntryData) -> bool:
     """Whether there was no tokenizer, so that the tokens' names are their ids."""
     names = [name for row in data.tokens for name in row]
     return bool(names) and all(name.isdecimal() for name in [*names, *data.answer])

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dla_hooks.stacks.heads import stack_head_results
 from dla_hooks.stacks.logit_attrs import apply_ln_to_stack, logit_attrs
 from dla_hooks.stacks.neurons import stack_neuron_results
+from dla_hooks.stacks.promoted import promoted_tokens
 from dla_hooks.stacks.residual import accumulated_resid, decompose_resid
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "apply_ln_to_stack",
     "decompose_resid",
     "logit_attrs",
+    "promoted_tokens",
     "stack_head_results",
     "stack_neuron_results",
 ]

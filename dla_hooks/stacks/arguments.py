@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -28,7 +29,10 @@ def inputs_of(model: Any, input: Any, options: dict[str, Any]) -> Inputs:
     unknown = set(options) - set(known)
     if unknown:
         raise TypeError(f"unexpected keyword arguments: {', '.join(sorted(unknown))}")
-    return read_call(model, input, **{**known, **options}, purpose=None)
+    given = {**known, **options}
+    # Vectors are kept of one whole run, however long the prompt is.
+    whole = sys.maxsize if given["cache"] is None else None
+    return read_call(model, input, **given, purpose=None, chunk_size=whole)
 
 
 def measured(
@@ -51,18 +55,6 @@ def measured(
         forget(inputs.stream.model)  # it may have changed in a way that leaves no trace
         refuse_second_run(inputs.stream.model, error)
     return measure(inputs_of(model, input, options))
-
-
-def kind_of(label: str) -> str:
-    """Read off a write's label whether it is attention, an MLP (experts are), or another mixer.
-
-    >>> kind_of("0_attn_out"), kind_of("3_shared_mlp_out"), kind_of("2_mixer_out")
-    ('attn', 'mlp', 'other')
-    """
-    name = label.partition("_")[2]
-    if any(word in name for word in ("attn", "cross")):
-        return "attn"
-    return "mlp" if any(word in name for word in ("mlp", "moe", "expert")) else "other"
 
 
 def place_of(stream: Stream, layer: int | None, mlp_input: bool) -> int:

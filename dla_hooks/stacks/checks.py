@@ -106,7 +106,14 @@ class WriteSum:
         self._watched = kept.check and kept.watch([Tap(write.place, self._see)])
 
     @outside_autocast
-    def hold(self, z: object, linear: nn.Module, W_MI: Tensor, after: object | None) -> None:
+    def hold(
+        self,
+        z: object,
+        linear: nn.Module,
+        W_MI: Tensor,
+        after: object | None,
+        hooks_NM: Tensor | None = None,
+    ) -> None:
         """Compare both, after the run.
 
         Args:
@@ -114,6 +121,7 @@ class WriteSum:
             linear: that module.
             W_MI: its matrix [d_model, width].
             after: the key of the scale of the norm that follows it, or None.
+            hooks_NM: what the caller's hooks wrote to it on its way to the stream, or None.
 
         Raises:
             DecompositionError: when they differ by more than rounding.
@@ -134,6 +142,8 @@ class WriteSum:
             scale = self._kept.flat(after).to(parts)
             beta = self._kept.norm(after).beta.to(self._along) @ self._along
             parts, size = parts / scale + beta.to(parts), self._size + size / scale[:, 0]
+        if hooks_NM is not None:
+            parts = parts + _along(hooks_NM.to(self._along.dtype), self._along).to(parts)
         _hold(self._kept, self._what, parts, whole, size, through_norm=after is not None)
 
     def _see(self, call: Call) -> None:

@@ -14,22 +14,38 @@ from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.modules.autocast import outside_autocast
 from dla_hooks.modules.linear import check_readable, matrix
 from dla_hooks.residual.gains import path_factors, times
-from dla_hooks.residual.stream import HeadSite
+from dla_hooks.residual.stream import HeadSite, WriteSite
 from dla_hooks.stacks.arguments import Stack, finish, measured, place_of, scale_at, stream_at
 from dla_hooks.stacks.checks import StreamSum, WriteSum
 from dla_hooks.stacks.kept import Kept
 
 
 @dataclass(frozen=True)
-class _Heads:
-    """The heads of one write: their labels' beginning, and what is kept of them."""
+class KeptHeads:
+    """The heads of one write: their labels' beginning, and what is kept of them.
+
+    Attributes:
+        layer: ``L3``; ``L3.1`` for a block's second attention.
+        write: what they make up, with the output bias.
+        site: where they are seen.
+        z: the key of z.
+        after: the key of the scale of the norm that follows, or None.
+        factor: what the write is multiplied by on its way to the end of the stack.
+        whole: holds them against the write.
+    """
 
     layer: str
+    write: WriteSite
     site: HeadSite
     z: Any
     after: Any
     factor: Tensor | None
     whole: WriteSum
+
+    @property
+    def labels(self) -> list[str]:
+        """The labels of the heads."""
+        return [f"{self.layer}H{head}" for head in range(self.site.n_heads)]
 
 
 def stack_head_results(
@@ -78,7 +94,7 @@ def stack_head_results(
         stream = inputs.stream
         end = place_of(stream, layer, False)
         kept = Kept.of(inputs, pos_slice, check)
-        plan = _plan(kept, end)
+        plan = plan_heads(kept, end)
         if not plan and end:
             raise UnsupportedModelError(f"{stream.backend.name} has no attention heads to stack")
         whole = stream_at(kept, end) if incl_remainder or not plan else None
@@ -88,7 +104,7 @@ def stack_head_results(
         sum_of_all.hold()
 
         rows = [row for heads in plan for row in _rows(kept, heads)]
-        labels = [f"{heads.layer}H{head}" for heads in plan for head in range(heads.site.n_heads)]
+        labels = [label for heads in plan for label in heads.labels]
         if incl_remainder:
             rows.append(kept[whole] - sum(rows))
             labels.append("remainder")
@@ -98,7 +114,12 @@ def stack_head_results(
     return measured(model, input, options, measure)
 
 
-def _plan(kept: Kept, end: int) -> list[_Heads]:
+def plan_heads(kept: Kept, end: int) -> list[KeptHeads]:
+    """Keep the heads of all blocks before a place in the stack.
+
+    Raises:
+        UnsupportedModelError: for an output projection that cannot be read through.
+    """
     stream, plan = with_head_widths(kept.stream), []
     factors = path_factors(stream, end)
     for block in stream.blocks[:end]:
@@ -110,26 +131,46 @@ def _plan(kept: Kept, end: int) -> list[_Heads]:
             if not site.d_head:
                 check_readable(site.linear, site.name)
             z = kept.heads(site)
-            after = None if site.post_norm_place is None else kept.scale(site.post_norm_place)
+            norm = site.post_norm_place
+            after = None if norm is None else kept.scale(norm.ahead)
             layer = f"L{block.layer}.{several}" if several else f"L{block.layer}"
             whole = WriteSum(kept, write, "the heads")
-            plan.append(_Heads(layer, site, z, after, factors[write.label], whole))
+            plan.append(KeptHeads(layer, write, site, z, after, factors[write.label], whole))
             several += 1
     return plan
 
 
 @outside_autocast
-def _rows(kept: Kept, heads: _Heads) -> list[Tensor]:
+def _rows(kept: Kept, heads: KeptHeads) -> list[Tensor]:
     """What each head of one attention wrote [*batch_and_pos, d_model], after the run."""
-    site, z_I = heads.site, kept[heads.z]
-    W_MI = matrix(site.linear)
-    heads.whole.hold(heads.z, site.linear, W_MI, heads.after)
+    W_MI = matrix(heads.site.linear)
+    heads.whole.hold(heads.z, heads.site.linear, W_MI, heads.after)
+    scale = None if heads.after is None else kept[heads.after]
+    return written_by_heads(kept, heads, W_MI, kept[heads.z], scale)
+
+
+def written_by_heads(
+    kept: Kept, heads: KeptHeads, W_MI: Tensor, z_I: Tensor, scale: Tensor | None
+) -> list[Tensor]:
+    """What each head of one attention wrote, as it stands at the end of the stack.
+
+    Args:
+        kept: what was kept.
+        heads: which of it.
+        W_MI: the output projection's matrix [d_model, head * d_head].
+        z_I: z at some entries [..., head * d_head].
+        scale: of the norm that follows, there [..., 1], or None.
+
+    Returns:
+        A vector [..., d_model] for each head.
+    """
+    site = heads.site
     W_HDM = W_MI.T.to(z_I).reshape(site.n_heads, site.d_head, -1)
     z_HD = z_I.unflatten(-1, (site.n_heads, site.d_head))
     rows = []
     for head in range(site.n_heads):
         wrote = z_HD[..., head, :] @ W_HDM[head]
-        if heads.after is not None:
-            wrote = kept.norm(heads.after).at_scale_one(wrote) / kept[heads.after].to(wrote)
+        if scale is not None:
+            wrote = kept.norm(heads.after).at_scale_one(wrote) / scale.to(wrote)
         rows.append(times(wrote, heads.factor))
     return rows

@@ -15,8 +15,9 @@ from dla_hooks.errors import InputError, PositionError, UnsupportedModelError
 from dla_hooks.inputs.positions import parse
 from dla_hooks.modules.linear import matrix
 from dla_hooks.residual.gains import path_factors, times
+from dla_hooks.residual.kinds import kind_of
 from dla_hooks.residual.stream import Stream
-from dla_hooks.stacks.arguments import Stack, kind_of, measured, place_of, scale_at, stream_at
+from dla_hooks.stacks.arguments import Stack, measured, place_of, scale_at, stream_at
 from dla_hooks.stacks.checks import StreamSum, WriteSum
 from dla_hooks.stacks.kept import Kept
 
@@ -139,7 +140,7 @@ def _plan(kept: Kept, end: int) -> list[_Neurons]:
         for write in block.writes:
             if kind_of(write.label) != "mlp":
                 continue
-            place, linear = neurons(stream, block, write)
+            place, linear = neurons(stream, write)
             acts = kept.neurons(place)
             after = None if write.post_norm is None else kept.scale(write.place)
             layer = f"L{block.layer}.{several}" if several else f"L{block.layer}"

@@ -37,7 +37,7 @@ class OwnLogits:
         self._kept, self._scale = kept, scale
         both = [targets.correct, *([] if targets.incorrect is None else [targets.incorrect])]
         self._ids = torch.cat(both).unique()[:_MOST_TOKENS]
-        self.columns = self._columns() if kept.check and kept.live else None
+        self.columns = columns_of(kept)
         self._last = None if self.columns is None else kept.last_stream()
 
     @outside_autocast
@@ -74,9 +74,16 @@ class OwnLogits:
         if not gap <= relative * spread + coarse:
             raise failure(kept, "the last stream's logits", gap, spread, relative)
 
-    def _columns(self) -> Tensor | None:
-        kept = self._kept
-        if kept.changes_behind and len(kept.entries):  # at any position
-            every: Tensor = kept.entries.cols.unique()
-            return every
-        return columns_to_check(kept.entries, kept.inputs.source.prompt, kept.stream.vocabulary)
+
+def columns_of(kept: Kept) -> Tensor | None:
+    """The columns of the prompt where the model's own logits are wanted; None where they are not.
+
+    A few of the selected ones; all of them where the caller may change what stands behind the
+    last stream, at any position.
+    """
+    if not (kept.check and kept.live):
+        return None
+    if kept.changes_behind and len(kept.entries):
+        every: Tensor = kept.entries.cols.unique()
+        return every
+    return columns_to_check(kept.entries, kept.inputs.source.prompt, kept.stream.vocabulary)

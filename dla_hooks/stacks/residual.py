@@ -13,12 +13,12 @@ from dla_hooks.call import Inputs
 from dla_hooks.errors import InputError
 from dla_hooks.residual.gains import constant_label, path_factors, product, times
 from dla_hooks.residual.hooked import Hooked, hook_factor, hook_label, hooked_places
+from dla_hooks.residual.kinds import kind_of
 from dla_hooks.residual.stream import Stream
 from dla_hooks.stacks.arguments import (
     Stack,
     apply_final_norm,
     finish,
-    kind_of,
     measured,
     place_of,
     scale_at,

@@ -154,7 +154,14 @@ class Target:
         Raises:
             ShapeMismatchError: when the two do not broadcast; it names both shapes.
         """
-        return one_target(selection.rows, selection.cols, selection.valid, prompt_shape, batched)
+        return one_target(
+            selection.rows,
+            selection.cols,
+            selection.valid,
+            prompt_shape,
+            batched,
+            selection.mask,
+        )
 
     def own_and_theirs(self, reading: Reading, observed: Observed) -> tuple[Tensor, Tensor]:
         """The same numbers twice, at the observed entries: from the stream, and from the model.

@@ -108,6 +108,7 @@ class TokenTarget(Target):
             valid,
             prompt_shape,
             batched,
+            selection.mask,
         )
 
     def own_and_theirs(self, reading: Reading, observed: Observed) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,8 @@ import dataclasses
 import importlib
 import pkgutil
 from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dla_hooks.errors import InputError
@@ -23,7 +25,7 @@ from dla_hooks.results.rows import Words
 if TYPE_CHECKING:
     from dla_hooks.units.base import Unit
 
-_SHARED = {"base", "parts", "plan"}
+_SHARED = {"base", "head_layer", "head_rows", "parts", "plan", "source_layer"}
 """Files of this folder that hold no unit."""
 
 UnitName = str
@@ -43,18 +45,27 @@ def unit_names() -> tuple[str, ...]:
 
 
 def units_of(architecture: Architecture) -> tuple[str, ...]:
-    """The names of the units that models of a declared architecture can be split into.
+    """The names of the units that all models of a declared architecture can be split into.
 
     A unit may need a part of the declaration, which is the field of :class:`dla_hooks.Write` that
-    is called as the unit in the plural: ``heads`` for ``head``. All others need none.
+    is called as the unit in the plural: ``heads`` for ``head``. Others need nothing, or look for
+    what they need in the model itself (``of_every_model = False``); of these no declaration tells.
     """
 
     def has(name: str) -> bool:
         needs = f"{name}s"
-        writes = architecture.writes
-        return needs not in _DECLARED or any(getattr(write, needs) is not None for write in writes)
+        if needs not in _DECLARED:
+            return _of_every_model(name)
+        return any(getattr(write, needs) is not None for write in architecture.writes)
 
     return tuple(filter(has, _NAMES))
+
+
+@lru_cache
+def _of_every_model(name: str) -> bool:
+    """What the class says, read from the text of its file: loading it would load torch."""
+    path = Path(__path__[0], f"{name}.py")
+    return "\n    of_every_model = False\n" not in path.read_text(encoding="utf-8")
 
 
 def unit_class(name: str) -> type[Unit]:

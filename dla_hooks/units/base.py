@@ -132,10 +132,12 @@ class Unit:
         words: its name, and what it says of its rows.
         reads_each_write: whether it needs every write by itself; otherwise what a block added may
             come in one, as from a cache that holds the stream around each block only.
+        of_every_model: whether every model that is declared for it has it.
     """
 
     words: ClassVar[Words]
     reads_each_write: ClassVar[bool] = True
+    of_every_model: ClassVar[bool] = True
 
     def places(self, stream: Stream) -> list[Place]:
         """The places whose activations it is made of, besides the final norm's scale."""

@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 from typer.testing import CliRunner
-from units import UNIT_NAMES
+from units import EVERY_UNIT, UNIT_NAMES
 from zoo import build, tiny_tokenizer
 
 import dla_hooks
@@ -238,7 +238,7 @@ class TestErrors:
         "args",
         [
             ("attribute", "m", "p"),
-            ("attribute", "m", "p", "--answer", "a", "--unit", "neuron"),
+            ("attribute", "m", "p", "--answer", "a", "--unit", "token"),
             ("attribute", "m", "p", "--answer", "a", "--dtype", "int8"),
             ("attribute", "m", "p", "--answer", "a", "--top", "0"),
             ("attribute", "m", "p", "--answer", "a", "--device-map", "balanced"),
@@ -356,7 +356,7 @@ class TestDemo:
 
 class TestStartsFast:
     def test_options_are_those_of_the_library(self):
-        assert [unit.value for unit in Unit] == list(UNIT_NAMES)
+        assert [unit.value for unit in Unit] == list(EVERY_UNIT)
         assert tuple(dtype.value for dtype in Dtype) == DTYPES
         assert tuple(where.value for where in DeviceMap) == DEVICE_MAPS
 

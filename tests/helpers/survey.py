@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from mapping_zoo import MODEL_TYPES, CannotBuild, build_any, example_ids_any
 from transformers.utils import logging
-from units import UNIT_NAMES
+from units import EVERY_UNIT, UNIT_NAMES
 
 from dla_hooks import DLAError, UnsupportedModelError, direct_logit_attribution
 from dla_hooks.calibration.mid_streams import mid_streams
@@ -32,6 +32,8 @@ from dla_hooks.verification.recognise import stream_of
 
 RIGHT, REFUSED, ABSENT, WRONG = "right", "refused", "cannot be built here", "WRONG"
 ANSWER, INCORRECT = 5, 7
+FINER = tuple(name for name in EVERY_UNIT if name not in (*UNIT_NAMES, "adapter", "feature"))
+"""Units of some models. Adapters and dictionaries are brought along by a user."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Finding:
         gap: of its parts against the stream, over the logits' spread.
         logit_gap: of its parts and bias against the model's own logits, over their spread.
         reason: why it is refused, or cannot be built.
+        lacking: why it has no rows of each finer unit that it does not have.
     """
 
     verdict: str
@@ -55,6 +58,7 @@ class Finding:
     gap: float = 0.0
     logit_gap: float = 0.0
     reason: str = ""
+    lacking: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def survey_type(model_type: str, seed: int = 0, attn: str | None = None, **changes: Any) -> Finding:
@@ -75,31 +79,35 @@ def examine(model: Any, ids: torch.Tensor, logits: torch.Tensor) -> Finding:
     """Hold every unit of a model against the logits that it gave."""
     name = type(model).__name__
     units: list[str] = []
+    lacking: dict[str, str] = {}
     gap = logit_gap = 0.0
     try:
-        for unit in UNIT_NAMES:
+        for unit in (*UNIT_NAMES, *FINER):
             try:
                 result = direct_logit_attribution(
                     model, ids, ANSWER, INCORRECT, unit=unit, pos=None
                 )
             except UnsupportedModelError as error:
-                if unit == "head" and "no attention heads" in str(error):
-                    continue
-                raise
+                if unit in FINER:
+                    lacking[unit] = _first_line(str(error)).replace("|", "/")
+                elif unit != "head" or "no attention heads" not in str(error):
+                    raise
+                continue
             units.append(unit)
             spread = float((logits.amax(-1) - logits.amin(-1)).mean())
             cap = result.softcap
             plain = logits if cap is None else cap * torch.atanh(logits / cap)
             truth = plain[..., ANSWER] - plain[..., INCORRECT]
-            whole = result.attribution[-1] if unit == "layer" else result.attribution.sum(0)
             gap = max(gap, result.gap / spread)
-            logit_gap = max(logit_gap, float((whole + result.bias - truth).abs().max()) / spread)
+            off = float((result.total() + result.bias - truth).abs().max())
+            logit_gap = max(logit_gap, off / spread)
     except UnsupportedModelError as error:
         return Finding(REFUSED, name, reason=_reason(str(error)))
     except DLAError as error:
         return Finding(WRONG, name, reason=f"{type(error).__name__}: {_first_line(str(error))}")
     verdict = RIGHT if logit_gap < 1e-5 else WRONG
-    return Finding(verdict, name, tuple(units), special(stream_of(model)), gap, logit_gap)
+    what = special(stream_of(model))
+    return Finding(verdict, name, tuple(units), what, gap, logit_gap, lacking=lacking)
 
 
 def special(stream: Stream) -> tuple[str, ...]:
@@ -158,6 +166,9 @@ def page(findings: dict[str, Finding]) -> str:
     for name, f in right.items():
         row = (name, f.model_class, " ".join(f.units), "; ".join(f.special))
         lines.append(f"| {' | '.join(row)} | {f.gap:.0e} | {f.logit_gap:.0e} |")
+    lines += ["", "## Without a finer unit", "", "| model type | unit | why |", "|---|---|---|"]
+    for name, f in right.items():
+        lines += [f"| {name} | {unit} | {why} |" for unit, why in f.lacking.items()]
     for verdict, title in ((REFUSED, "Refused"), (ABSENT, "Not built by the survey")):
         lines += ["", f"## {title}", "", "| model type | why |", "|---|---|"]
         chosen = ((name, f) for name, f in findings.items() if f.verdict == verdict)

@@ -176,7 +176,7 @@ def test_omitted_unembedding_bias_is_refused(monkeypatch, spec):
 
 @pytest.mark.parametrize("spec", ["gpt2", "gemma2", "gpt_oss", "olmo2-bias-tied", "llama-bias"])
 def test_wrong_head_projection_is_refused(monkeypatch, spec):
-    import dla_hooks.units.head as head
+    import dla_hooks.units.head_layer as head
 
     pull_back = dla_hooks.modules.linear.pull_back
     monkeypatch.setattr(head, "pull_back", lambda module, d: pull_back(module, d).roll(1, -1))
@@ -186,7 +186,7 @@ def test_wrong_head_projection_is_refused(monkeypatch, spec):
 
 @pytest.mark.parametrize("spec", ["gpt2", "gpt_oss", "olmo2-bias-tied", "llama-bias"])
 def test_omitted_output_bias_is_refused(monkeypatch, spec):
-    import dla_hooks.units.head as head
+    import dla_hooks.units.head_layer as head
 
     monkeypatch.setattr(head, "bias_of", lambda module: None)
     with pytest.raises(DecompositionError, match="the heads in"):

@@ -12,7 +12,7 @@ from units import UNIT_NAMES
 
 import dla_hooks.projection.directions
 import dla_hooks.projection.tiles
-import dla_hooks.units.head
+import dla_hooks.units.head_layer
 from dla_hooks import direct_logit_attribution
 from dla_hooks.projection.directions import Directions
 
@@ -132,7 +132,7 @@ def test_target_per_position_is_looked_up_by_tiles(model, ids, monkeypatch):
         dla_hooks.projection.tiles, "_TILE_ELEMENTS", {"cpu": rows_in_a_tile * width}
     )
     made, kept = [], []
-    then, pull_back = Directions.then, dla_hooks.units.head.pull_back
+    then, pull_back = Directions.then, dla_hooks.units.head_layer.pull_back
 
     def remembered(self, change):
         kept.append(then(self, change))
@@ -143,7 +143,7 @@ def test_target_per_position_is_looked_up_by_tiles(model, ids, monkeypatch):
         return pull_back(module, d)
 
     monkeypatch.setattr(Directions, "then", remembered)
-    monkeypatch.setattr(dla_hooks.units.head, "pull_back", counted)
+    monkeypatch.setattr(dla_hooks.units.head_layer, "pull_back", counted)
     direct_logit_attribution(model, ids, ids.roll(-1), unit="head", **ALL)
     assert made
     assert max(made) <= rows_in_a_tile
@@ -174,14 +174,14 @@ def test_projection_in_16_bits_is_folded_by_pieces(ids):
 
 
 def test_projection_is_folded_once_per_call(model, ids, monkeypatch):
-    pull_back = dla_hooks.units.head.pull_back
+    pull_back = dla_hooks.units.head_layer.pull_back
     folded = []
 
     def counted(module, d):
         folded.append((module, len(d)))
         return pull_back(module, d)
 
-    monkeypatch.setattr(dla_hooks.units.head, "pull_back", counted)
+    monkeypatch.setattr(dla_hooks.units.head_layer, "pull_back", counted)
     for options in ({}, ALL, {"pos": [3, 200, 300], "chunk_size": 100}, {**ALL, "chunk_size": 50}):
         folded.clear()
         direct_logit_attribution(model, ids, 5, 7, unit="head", **options)

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from units import UNIT_NAMES
+from units import EVERY_UNIT
 
 import dla_hooks
 
@@ -59,7 +59,7 @@ def test_public_names_are_on_a_page(pages):
 
 
 def test_units_are_on_a_page(pages):
-    assert [name for name in UNIT_NAMES if f'`"{name}"`' not in pages] == []
+    assert [name for name in EVERY_UNIT if f'`"{name}"`' not in pages] == []
 
 
 def test_errors_are_on_a_page(pages):
@@ -79,7 +79,7 @@ def test_commands_and_flags_are_documented(pages):
             assert says or flag == "PROMPT", f"{name} {flag} has no help"
 
 
-@pytest.mark.parametrize("name", ["DirectLogitAttribution", "Summary"])
+@pytest.mark.parametrize("name", ["DirectLogitAttribution", "Summary", "PromotedTokens"])
 def test_fields_and_methods_of_results_are_on_a_page(pages, name):
     cls = CLASSES[name]
     for field in dataclasses.fields(cls):

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from units import UNIT_NAMES
+from units import EVERY_UNIT, UNIT_NAMES
 
 from dla_hooks.units import unit_class
 
@@ -173,7 +173,7 @@ result.plot()
 summary = dla_hooks.summarize(dla_hooks.attribute_many(
     model, [PROMPT], " are", unit="halves", tokenizer=tokenizer))
 assert "halves" in repr(summary)
-assert "component, halves, head, layer" in shown("attribute", "--help")
+assert ", halves, head, layer" in shown("attribute", "--help")
 assert " llama component halves head layer " in shown("list")
 assert "halves: the embeddings" in shown(
     "attribute", "demo", PROMPT, "--answer", " are", "--unit", "halves")
@@ -187,14 +187,15 @@ except dla_hooks.InputError as error:
     assert "'halves'" in out
 
 
-@pytest.mark.parametrize("name", UNIT_NAMES)
+@pytest.mark.parametrize("name", EVERY_UNIT)
 def test_a_deleted_unit_is_mentioned_no_more(copy, name):
     (copy / "dla_hooks" / "units" / f"{name}.py").unlink()
     others = tuple(other for other in UNIT_NAMES if other != name)
+    every = tuple(other for other in EVERY_UNIT if other != name)
     out = run(
         copy,
         f"""
-others, deleted = {others}, {name!r}
+others, every, deleted = {others}, {every}, {name!r}
 found = attribute(unit=others)
 assert tuple(found) == others
 for result in found.values():
@@ -204,10 +205,10 @@ for make in (lambda: attribute(unit=deleted), lambda: attribute(unit=(deleted, o
     try:
         make()
     except dla_hooks.InputError as error:
-        assert f"unit must be one of {{others}}, got {{deleted!r}}" in str(error)
+        assert f"unit must be one of {{every}}, got {{deleted!r}}" in str(error)
     else:
         raise AssertionError("the unit is still there")
-assert ", ".join(others) + ". [default: " in shown("attribute", "--help")
+assert ", ".join(every) + ". [default: " in shown("attribute", "--help")
 assert " llama " + " ".join(others) + " " in shown("list")
 assert shown("demo").startswith("A small GPT-2")
 shown("attribute", "demo", PROMPT, "--answer", " are", "--unit", others[-1])
@@ -217,7 +218,7 @@ print(reference_page())
     assert mentions(out, name, unit_class(name).__name__) == []
 
 
-@pytest.mark.parametrize("name", UNIT_NAMES)
+@pytest.mark.parametrize("name", EVERY_UNIT)
 def test_no_other_module_names_a_unit(name):
     found = {}
     for path in sorted((ROOT / "dla_hooks").rglob("*.py")):

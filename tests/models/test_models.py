@@ -21,7 +21,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from units import UNIT_NAMES
+from units import EVERY_UNIT, UNIT_NAMES
 from zoo import build, example_ids
 
 import dla_hooks.modules.hooks
@@ -141,8 +141,8 @@ def test_a_model_in_training_mode_is_refused():
 
 
 def test_unknown_units_are_listed():
-    with pytest.raises(InputError, match=re.escape(f"{UNIT_NAMES}, got 'neuron'")):
-        direct_logit_attribution(build("gpt2"), IDS, 5, unit="neuron")
+    with pytest.raises(InputError, match=re.escape(f"{EVERY_UNIT}, got 'token'")):
+        direct_logit_attribution(build("gpt2"), IDS, 5, unit="token")
     with pytest.raises(InputError, match="got None"):
         direct_logit_attribution(build("gpt2"), IDS, 5, unit=None)
 
@@ -235,7 +235,7 @@ def test_model_is_unchanged_after_exception(unit):
 
 def test_hooks_are_removed_when_registration_fails(monkeypatch):
     model = build("gpt2")
-    put_on, calls = dla_hooks.modules.hooks._put_on, []
+    put_on, calls = dla_hooks.modules.hooks.Tap.put_on, []
 
     def fails_at_the_fourth(tap, thread):
         calls.append(tap)
@@ -243,7 +243,7 @@ def test_hooks_are_removed_when_registration_fails(monkeypatch):
             raise RuntimeError("no more")
         return put_on(tap, thread)
 
-    monkeypatch.setattr(dla_hooks.modules.hooks, "_put_on", fails_at_the_fourth)
+    monkeypatch.setattr(dla_hooks.modules.hooks.Tap, "put_on", fails_at_the_fourth)
     with pytest.raises(RuntimeError, match="no more"):
         direct_logit_attribution(model, IDS, 5)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

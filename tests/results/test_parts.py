@@ -18,6 +18,7 @@ from dla_hooks import (
     InputError,
     LabelError,
     PositionError,
+    RankedAttribution,
     Summary,
     direct_logit_attribution,
     load,
@@ -232,7 +233,7 @@ def test_labels_that_are_not_as_many_as_rows_are_refused():
 
 
 def test_public_classes_say_the_module_that_users_import_from(attribute):
-    for one in (DirectLogitAttribution, Summary):
+    for one in (DirectLogitAttribution, RankedAttribution, Summary):
         assert one.__module__ == "dla_hooks"
     result = attribute(unit="head")
     for other in (pickle.loads(pickle.dumps(result)), copy.deepcopy(result)):
@@ -240,7 +241,7 @@ def test_public_classes_say_the_module_that_users_import_from(attribute):
         assert repr(other) == repr(result)
 
 
-@pytest.mark.parametrize("subject", [DirectLogitAttribution, Summary, load])
+@pytest.mark.parametrize("subject", [DirectLogitAttribution, RankedAttribution, Summary, load])
 def test_examples_in_docstrings_hold(subject):
     examples = [
         test
@@ -255,6 +256,6 @@ def test_examples_in_docstrings_hold(subject):
 def test_every_field_is_documented():
     from dataclasses import fields
 
-    for one in (DirectLogitAttribution, Summary):
+    for one in (DirectLogitAttribution, RankedAttribution, Summary):
         named = re.findall(r"^    (\w+): ", inspect.getdoc(one), re.MULTILINE)
         assert named == [field.name for field in fields(one)]

@@ -195,7 +195,7 @@ def test_every_kind_of_file_is_read_by_load_and_no_other(model, tmp_path):
     with pytest.raises(InputError, match=r"no saved summary \(it is a saved attribution, which"):
         Summary.load(one)
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(InputError, match="no saved attribution or saved summary"):
+    with pytest.raises(InputError, match="no saved attribution or .*saved summary"):
         load(tmp_path / "other.safetensors")
 
 

@@ -441,3 +441,22 @@ def test_what_is_no_stack_is_refused_by_name(primitive, stack):
     more = (5,) if primitive == "logit_attrs" else ()
     with pytest.raises(DLAError, match="residual_stack must be a floating-point tensor"):
         getattr(dla_hooks, primitive)(model, ids, stack, *more)
+
+
+def test_prompts_that_the_verb_runs_in_chunks_run_at_once(monkeypatch):
+    model, ids = build("llama"), example_ids("llama", length=12)
+    calls = {
+        "decompose_resid": {},
+        "accumulated_resid": {"incl_mid": True},
+        "stack_head_results": {},
+        "stack_neuron_results": {},
+    }
+    expected = {name: getattr(dla_hooks, name)(model, ids, **more) for name, more in calls.items()}
+    promoted = dla_hooks.promoted_tokens(model, ids, pos=None)
+    monkeypatch.setattr("dla_hooks.sources.live.LONG_PROMPT", 8)
+    monkeypatch.setattr("dla_hooks.sources.live.AUTOMATIC_CHUNK", 4)
+    for name, more in calls.items():
+        torch.testing.assert_close(getattr(dla_hooks, name)(model, ids, **more), expected[name])
+    attrs = dla_hooks.logit_attrs(model, ids, expected["decompose_resid"], 5)
+    assert attrs.shape[1:] == ids.shape
+    assert torch.equal(dla_hooks.promoted_tokens(model, ids, pos=None).up_ids, promoted.up_ids)

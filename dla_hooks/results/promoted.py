@@ -1,0 +1,236 @@
+"""The result of :func:`dla_hooks.promoted_tokens`: ranked tokens for each row."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+from dla_hooks.errors import ArgumentTypeError, InputError, LabelError
+from dla_hooks.results import files, promoted_views
+from dla_hooks.results.parts import counted
+from dla_hooks.results.promoted_data import NUMBERS, PromotedData, checked_count
+from dla_hooks.results.schema import pack
+from dla_hooks.results.table import frame
+
+if TYPE_CHECKING:
+    import pandas
+
+_NEAR = 3
+
+
+class PromotedTokens(PromotedData):
+    """The tokens that each row pushes up and down the most.
+
+    ``result["L3H0"]`` is the result of that row alone, ``result.top("L3H0")`` its tokens. Logits
+    are before any softcap, and less their row's mean over all tokens that are ranked.
+
+    Example:
+        >>> import torch
+        >>> from dla_hooks import PromotedTokens
+        >>> result = PromotedTokens(
+        ...     labels=["embed"],
+        ...     unit="component",
+        ...     up=torch.tensor([[[2.0, 1.0]]]),
+        ...     up_ids=torch.tensor([[[4, 0]]]),
+        ...     down=torch.tensor([[[-3.0, -1.0]]]),
+        ...     down_ids=torch.tensor([[[1, 2]]]),
+        ...     mean=torch.tensor([[0.5]]),
+        ...     names={0: " a", 1: " b", 2: " c", 4: " d"},
+        ...     n_tokens=5,
+        ... )
+        >>> result.top("embed"), result.bottom("embed", 1)
+        ([(' d', 2.0), (' a', 1.0)], [(' b', -3.0)])
+
+    Attributes:
+        labels: the name of each row.
+        unit: the name of the unit that made the rows.
+        up: the largest logits, less the mean, the largest first [row, *batch_and_pos, k]; NaN at
+            padding.
+        up_ids: their tokens; -1 at padding.
+        down: the smallest ones, the smallest first [row, *batch_and_pos, k].
+        down_ids: their tokens.
+        mean: each row's mean logit over the tokens [row, *batch_and_pos].
+        names: the text of every token that is listed, by its id (the id without a tokenizer).
+        n_tokens: how many tokens are ranked.
+        gap: the largest difference between the rows' sum with the bias and the model's own logits,
+            where these were looked at; NaN when the call was not checked.
+        positions: which token of its row of the batch each entry belongs to [*batch_and_pos]; -1
+            for padding.
+        tokens: the tokens of each row of the batch, as text.
+        model: the model's class and type.
+        softcap: the cap that the model puts on its logits, or None.
+        words: what the unit says of its rows.
+    """
+
+    __module__ = "dla_hooks"
+
+    def __getitem__(self, label: str) -> PromotedTokens:
+        """One row alone.
+
+        Raises:
+            LabelError: (a KeyError) for a label that no row has; it names those most like it.
+            ArgumentTypeError: for what is no string.
+        """
+        if not isinstance(label, str):
+            raise ArgumentTypeError(f"a row is looked up by its label, a string; got {label!r:.80}")
+        if label not in self.labels:
+            near = difflib.get_close_matches(label, self.labels, _NEAR, 0.0)
+            like = f"; near it are {', '.join(map(repr, near))}" if near else ""
+            raise LabelError(
+                f"no row of this {self.unit} result is called {label!r:.80}{like}. All names are "
+                "in result.labels."
+            )
+        row = self.labels.index(label)
+        return self._cut((slice(row, row + 1),), labels=[label])
+
+    def __contains__(self, label: object) -> bool:
+        return label in self.labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def top(self, label: str, k: int | None = None) -> list[tuple[str, float]]:
+        """The tokens that one row pushes up the most: ``(token, logit)``, the largest first.
+
+        Args:
+            label: of the row.
+            k: how many; None is all that are listed.
+
+        Raises:
+            LabelError: (a KeyError) for a label that no row has.
+            InputError: for a result of several entries: take one with :meth:`prompt` and
+                :meth:`position`.
+        """
+        return self._listed(label, k, "up")
+
+    def bottom(self, label: str, k: int | None = None) -> list[tuple[str, float]]:
+        """The tokens that one row pushes down the most, the most negative first."""
+        return self._listed(label, k, "down")
+
+    def prompt(self, index: int) -> PromotedTokens:
+        """The result of one row of the batch, whose axis is kept with one entry.
+
+        Raises:
+            PositionError: (an IndexError) when the batch has no such row.
+            ArgumentTypeError: when ``index`` is no int.
+        """
+        row = counted(index, self.shape[0] if self.shape else 1, "the batch", "rows")
+        tokens = self.tokens[row : row + 1]
+        return self._cut((slice(None), slice(row, row + 1))[: self.mean.ndim], tokens=tokens)
+
+    def position(self, index: int) -> PromotedTokens:
+        """The result at one of the selected positions, without the axis of positions.
+
+        Raises:
+            InputError: when the result has no axis of positions behind its batch axis.
+            PositionError: (an IndexError) when no such position was selected.
+            ArgumentTypeError: when ``index`` is no int.
+        """
+        if len(self.shape) != 2:
+            raise InputError(
+                "one position can be taken from a result with the axes [batch, position]; this "
+                f"one has {list(self.shape)}: a single position was selected"
+            )
+        place = counted(index, self.shape[1], "the selected positions", "entries")
+        return self._cut((slice(None), slice(None), place))
+
+    def records(self) -> list[dict[str, Any]]:
+        """The lines of :meth:`to_dataframe`, as dictionaries."""
+        return promoted_views.records(self)
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """One line per row, batch entry, position and listed token (extra ``pandas``).
+
+        Returns:
+            Columns ``label``, ``row``, ``position``, ``rank`` (1, 2, … for the largest, -1, -2, …
+            for the smallest), ``token_id``, ``token``, ``logit``; padding is left out.
+
+        Raises:
+            MissingExtraError: when pandas is not installed.
+        """
+        return frame(self.records(), promoted_views.COLUMNS)
+
+    @overload
+    def to_json(self, path: None = None) -> str: ...
+    @overload
+    def to_json(self, path: str | Path) -> Path: ...
+    def to_json(self, path: str | Path | None = None) -> str | Path:
+        """Everything in the result as JSON; what is no number there is null.
+
+        Args:
+            path: of a file to write, or None for the text itself.
+
+        Raises:
+            InputError: when the file cannot be written.
+        """
+        text = promoted_views.json_text(self)
+        return text if path is None else files.write_text(path, text)
+
+    @overload
+    def to_csv(self, path: None = None) -> str: ...
+    @overload
+    def to_csv(self, path: str | Path) -> Path: ...
+    def to_csv(self, path: str | Path | None = None) -> str | Path:
+        """The lines of :meth:`to_dataframe` as CSV; needs no pandas.
+
+        Args:
+            path: of a file to write, or None for the text itself.
+
+        Raises:
+            InputError: when the file cannot be written.
+        """
+        text = promoted_views.csv_text(self)
+        return text if path is None else files.write_text(path, text)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the result to one safetensors file; :func:`dla_hooks.load` reads it.
+
+        Args:
+            path: of the file to write; by custom it ends in ``.safetensors``.
+
+        Raises:
+            InputError: for what is no path.
+            CheckpointError: when it cannot be written there.
+        """
+        return files.write(path, files.PROMOTED, *pack(self))
+
+    @classmethod
+    def load(cls, path: str | Path) -> PromotedTokens:
+        """Read a result back.
+
+        Raises:
+            CheckpointError: when there is no such file, or it cannot be read.
+            InputError: when the file holds something else, or comes from a newer version.
+        """
+        return files.read(path, {files.PROMOTED: cls})
+
+    def _listed(self, label: str, k: int | None, way: str) -> list[tuple[str, float]]:
+        one = self[label]
+        if one.mean.numel() != 1:
+            raise InputError(
+                f"the result has {one.mean.numel()} entries {list(self.shape)}, and each ranks its "
+                "own tokens; take one first, with prompt(i) and position(j)"
+            )
+        numbers, ids = getattr(one, way).flatten().tolist(), getattr(one, f"{way}_ids").flatten()
+        found = [(self.names[i], value) for i, value in zip(ids.tolist(), numbers, strict=True)]
+        return found[: None if k is None else checked_count(k)]
+
+    def _cut(self, place: tuple[slice | int, ...], **others: Any) -> PromotedTokens:
+        cut = {name: getattr(self, name)[place] for name in NUMBERS}
+        if self.positions.shape == self.shape:
+            cut["positions"] = self.positions[place[1:]]
+        return replace(self, **cut, **others)
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return self.labels
+
+    def __repr__(self) -> str:
+        return promoted_views.as_text(self)
+
+    def _repr_html_(self) -> str:
+        return promoted_views.as_html(self)

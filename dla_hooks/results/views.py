@@ -1,0 +1,127 @@
+"""What can be done with any result: cut, shown, drawn, written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, overload
+
+from dla_hooks.results import files, parts, table
+from dla_hooks.results.chart import plot
+from dla_hooks.results.data import EntryData
+from dla_hooks.results.html import as_html
+from dla_hooks.results.text import as_text
+
+if TYPE_CHECKING:
+    import altair
+    import pandas
+
+
+class Views(EntryData):
+    """The methods that :class:`DirectLogitAttribution` and :class:`RankedAttribution` share."""
+
+    def prompt(self, index: int) -> Self:
+        """The result of one row of the batch.
+
+        Its axes are the same, the batch with one entry; padded entries stay NaN. Several answers
+        of one prompt stay together. ``gap`` and ``logit_gap`` are those of the whole batch.
+
+        Args:
+            index: of the row, from either end.
+
+        Raises:
+            PositionError: (an IndexError) when the batch has no such row.
+            ArgumentTypeError: when ``index`` is no int.
+        """
+        return parts.one_prompt(self, index)
+
+    def position(self, index: int) -> Self:
+        """The result at one of the selected positions: [row, batch], without the position axis.
+
+        Args:
+            index: among the selected positions, from either end.
+
+        Raises:
+            InputError: when the result has no axis of positions behind its batch axis.
+            PositionError: (an IndexError) when no such position was selected.
+            ArgumentTypeError: when ``index`` is no int.
+        """
+        return parts.one_position(self, index)
+
+    def records(self) -> list[dict[str, Any]]:
+        """The lines of :meth:`to_dataframe`, as dictionaries."""
+        raise NotImplementedError(f"{type(self).__name__} must say its lines")
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """One line per row, batch entry and position (extra ``pandas``).
+
+        Returns:
+            Columns ``label``, ``kind``, ``layer``, ``sub`` and ``head`` (empty where the row has
+            none; a unit may count something else than heads and names the column so), for rows
+            that read one token ``source`` and ``source_token``, then ``row``, ``position``,
+            ``token``, ``answer``, ``incorrect``, ``attribution``, and the numbers that the unit
+            puts beside it; padding is left out. ``sub`` counts the attentions of a block, from 0.
+
+        Raises:
+            MissingExtraError: when pandas is not installed.
+        """
+        return table.frame(self.records(), table.columns(self.words))
+
+    @overload
+    def to_json(self, path: None = None) -> str: ...
+    @overload
+    def to_json(self, path: str | Path) -> Path: ...
+    def to_json(self, path: str | Path | None = None) -> str | Path:
+        """Everything in the result as JSON; what is no number there is null.
+
+        Args:
+            path: of a file to write, or None for the text itself.
+
+        Returns:
+            The text, or the path of the file.
+
+        Raises:
+            InputError: when the file cannot be written.
+        """
+        text = table.json_text(self)
+        return text if path is None else files.write_text(path, text)
+
+    @overload
+    def to_csv(self, path: None = None) -> str: ...
+    @overload
+    def to_csv(self, path: str | Path) -> Path: ...
+    def to_csv(self, path: str | Path | None = None) -> str | Path:
+        """The lines of :meth:`to_dataframe` as CSV; needs no pandas.
+
+        Args:
+            path: of a file to write, or None for the text itself.
+
+        Returns:
+            The text, or the path of the file.
+
+        Raises:
+            InputError: when the file cannot be written.
+        """
+        text = table.csv_text(self.records(), table.columns(self.words))
+        return text if path is None else files.write_text(path, text)
+
+    def plot(self) -> altair.Chart:
+        """A picture (extra ``plot``): a heatmap of layers, bars, or a line, as its unit says.
+
+        Returns:
+            An Altair chart; it draws itself in a notebook, and ``chart.save("plot.png")`` writes
+            png, svg, or html (with ``inline=True`` html that needs no network).
+
+        Raises:
+            MissingExtraError: when Altair is not installed.
+            InputError: when the result holds no number.
+        """
+        return plot(self)
+
+    def __bool__(self) -> bool:
+        return True  # a result without rows is still a result
+
+    def __repr__(self) -> str:
+        return as_text(self)
+
+    def _repr_html_(self) -> str:
+        return as_html(self)

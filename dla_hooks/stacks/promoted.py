@@ -1,0 +1,194 @@
+"""The tokens that each row of a unit promotes and demotes most, without any answer.
+
+The unembedding is read once for a tile of positions, a slice of the vocabulary at a time; of each
+slice's logits only the running ranks are kept.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dla_hooks.call import Inputs
+from dla_hooks.errors import InputError
+from dla_hooks.inputs.prompts import known_ids, to_strings
+from dla_hooks.results.promoted import PromotedTokens
+from dla_hooks.stacks.arguments import measured
+from dla_hooks.stacks.checks import StreamSum
+from dla_hooks.stacks.every_logit import EveryLogit
+from dla_hooks.stacks.kept import Kept
+from dla_hooks.stacks.row_vectors import (
+    ComponentVectors,
+    FinalNorm,
+    HeadVectors,
+    LayerVectors,
+    RowVectors,
+)
+from dla_hooks.stacks.token_ranks import rank_tokens
+from dla_hooks.units import DEFAULT_UNIT, UnitName, read_units
+from dla_hooks.units.base import Unit
+from dla_hooks.units.head import Heads
+
+_WITH_VECTORS = ("component", "layer", "head")
+
+
+def promoted_tokens(
+    model: Any,
+    input: Any = None,
+    *,
+    unit: UnitName | Unit = DEFAULT_UNIT,
+    pos: Any = -1,
+    k: int = 10,
+    tokenizer: Any = None,
+    cache: Any = None,
+    attention_mask: Any = None,
+    prepend_bos: bool | None = None,
+    check: bool = True,
+) -> PromotedTokens:
+    """Find the tokens whose logits each row pushes up and down the most, without any answer.
+
+    A row's logits are W_U times its part of the last stream, with the final norm's gain and its
+    scale at this position, less their mean over the vocabulary: what is the same for every token
+    decides nothing. A softcap comes after it; what the model adds for a token whatever the prompt
+    (biases of the unembedding and of the final norm) is in no row.
+
+    Nothing of the size rows x vocabulary is built. Kept are the activations that the rows are made
+    of, at the selected positions: [position, d_model] for every component, or z of every layer's
+    heads. The vectors of the rows are made for a few positions at a time. An adapted or quantised
+    unembedding that computes in 16 bits is read exactly, but its time grows with the square of
+    the vocabulary.
+
+    Args:
+        model: of any kind that :func:`direct_logit_attribution` takes.
+        input: as there; None with a ``cache``.
+        unit: into which rows: "component", "layer" (running sums) or "head", which ends with the
+            ``remainder`` that no head wrote; or an object of such a unit's class.
+        pos: which positions, as there; an int drops the axis.
+        k: how many tokens each way; at most as many as there are.
+        tokenizer: for strings, and for the tokens' names. Rows of the unembedding that it has no
+            token for (a padded vocabulary) are left out of ranks and of the mean. Without one all
+            rows count.
+        cache: an ``ActivationCache`` to take activations from, as there.
+        attention_mask: for padded ids, as there.
+        prepend_bos: for strings, as there.
+        check: at a few positions, hold the rows' sum and the bias against the model's own logits,
+            for every token that the model does not mask. A cache does not say which logits the
+            model gave.
+
+    Returns:
+        A :class:`PromotedTokens`, whose logits are [row, *batch_and_pos, k].
+
+    Raises:
+        InputError: for an argument that cannot be used; subclasses say which.
+        PositionError: (an IndexError) for a position that some row does not have.
+        UnsupportedModelError: for a model that is no sum of writes, or has no such rows.
+        DecompositionError: when the rows do not sum to the model's own logits. What hooks of the
+            caller write to the logits themselves is in no row.
+
+    >>> import dla_hooks
+    >>> model, tokenizer = dla_hooks.demo.load()
+    >>> found = dla_hooks.promoted_tokens(
+    ...     model, "The keys near the cabinet", unit="layer", k=2, tokenizer=tokenizer)
+    >>> [token for token, logit in found.top("final_post")]
+    [' are', ' lunch']
+    """
+    chosen = _with_vectors(unit)
+    count = _count(k)
+
+    def measure(inputs: Inputs) -> PromotedTokens:
+        counted = _counted(inputs)
+        kept = Kept.of(inputs, pos, check)
+        final = FinalNorm(kept)
+        rows = _rows(chosen, inputs, kept, final)
+        sum_of_all = StreamSum(kept, len(kept.stream.blocks))
+        every = EveryLogit(kept)
+        logits = kept.run(every.columns)
+        sum_of_all.hold()
+        if check:
+            rows.hold()
+        every.see(logits)
+        ranks = rank_tokens(kept, final, rows, every, counted, count)
+        named = kept.stream.backend.answer_tokenizer(inputs.tokenizer)
+        ids = torch.cat((ranks.up_ids.flatten(), ranks.down_ids.flatten())).unique().tolist()
+        ids = [i for i in ids if i >= 0]  # -1 stands at padding
+        return PromotedTokens(
+            labels=rows.labels,
+            unit=chosen.words.name,
+            up=ranks.up,
+            up_ids=ranks.up_ids,
+            down=ranks.down,
+            down_ids=ranks.down_ids,
+            mean=ranks.mean,
+            names=dict(zip(ids, to_strings(ids, named), strict=True)),
+            n_tokens=ranks.n_tokens,
+            gap=every.gap,
+            positions=kept.entries.positions(inputs.source.prompt.mask),
+            tokens=inputs.source.texts(inputs.tokenizer),
+            model=kept.stream.backend.name,
+            softcap=kept.stream.softcap,
+            words=chosen.words,
+        )
+
+    options = {
+        "cache": cache,
+        "tokenizer": tokenizer,
+        "attention_mask": attention_mask,
+        "prepend_bos": prepend_bos,
+    }
+    return measured(model, input, options, measure)
+
+
+def _with_vectors(unit: Any) -> Unit:
+    """The one unit, of those whose rows are vectors.
+
+    Raises:
+        InputError: for any other.
+    """
+    units, single = read_units(unit)
+    if not single:
+        raise InputError(f"promoted_tokens takes one unit at a time, got {unit!r:.80}")
+    (found,) = units.values()
+    if found.words.name not in _WITH_VECTORS:
+        raise InputError(
+            f"promoted_tokens has no vectors for the rows of unit {found.words.name!r}; it takes "
+            f"{', '.join(map(repr, _WITH_VECTORS))}"
+        )
+    return found
+
+
+def _count(k: Any) -> int:
+    count = operator.index(k) if hasattr(k, "__index__") and not isinstance(k, bool) else 0
+    if count < 1:
+        raise InputError(f"k must be a positive int, the tokens to list each way; got {k!r:.80}")
+    return count
+
+
+def _rows(unit: Unit, inputs: Inputs, kept: Kept, final: FinalNorm) -> RowVectors:
+    if isinstance(unit, Heads):
+        conventions = inputs.model.conventions(None, unit.fold_value_biases)
+        return HeadVectors(kept, final, conventions.fold_value_biases)
+    return (
+        LayerVectors(kept, final) if unit.words.name == "layer" else ComponentVectors(kept, final)
+    )
+
+
+def _counted(inputs: Inputs) -> Tensor | None:
+    """Which rows of the unembedding stand for a token [vocabulary]; None for all.
+
+    Raises:
+        InputError: where fewer than two do.
+    """
+    stream, tokenizer = inputs.stream, inputs.tokenizer
+    counted = None
+    if tokenizer is not None and not stream.backend.scores_labels:
+        counted = known_ids(tokenizer, stream.vocabulary)
+    n_tokens = stream.vocabulary if counted is None else int(counted.sum())
+    if n_tokens < 2:
+        raise InputError(
+            f"{stream.backend.name} scores {n_tokens} of the tokens that can be named, and ranks "
+            "need two; give the model's own tokenizer, or none"
+        )
+    return counted

@@ -1,0 +1,278 @@
+"""Adapters: each write, split into what the base put out and what each active adapter added.
+
+An adapter on the map that a sublayer ends with (or on the embeddings) writes to the stream itself:
+its part is the adapter's own output, for the input that this run gave it. Adapters elsewhere (on
+queries, keys, values, gates, hidden layers) change what the base's map reads; they have no direct
+part, and what they do is within the base's. ``disable_adapter`` changes both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+
+from dla_hooks.backends import Conventions
+from dla_hooks.calibration.adapted_writes import Ending, endings
+from dla_hooks.calibration.norm_constants import norm_at
+from dla_hooks.errors import HookError, UnsupportedModelError
+from dla_hooks.modules.adapters import (
+    adapted_modules,
+    at_work,
+    check_added,
+    is_copied,
+    state_of_adapters,
+)
+from dla_hooks.modules.hooks import Call, Place, Tap
+from dla_hooks.projection.adapted import AdaptedModule
+from dla_hooks.projection.kernels import project
+from dla_hooks.projection.ledger import FixedRows
+from dla_hooks.projection.tiles import View
+from dla_hooks.projection.way_out import WayOut, WayRecorder
+from dla_hooks.residual.stream import Stream, WriteSite
+from dla_hooks.results.rows import Row, Words
+from dla_hooks.units.base import Claim, Recorder, Split, Unit, UnitPlan
+from dla_hooks.units.parts import EMBED, POSITIONS, Parts, PartsPlan
+
+_BASE, _HOOK = "base", "hook"
+_INSTEAD = "Attribute components instead (leave out unit=)"
+
+
+class Adapters(Unit):
+    """``embed``, ``0_attn_out[base]``, ``0_attn_out[NAME]``, ``0_mlp_out``, …: by adapter.
+
+    For models with PEFT adapters: LoRA, rsLoRA and DoRA, several at once, on linear maps, on
+    embeddings, and on parameters of experts. Writes that no adapter ends keep the labels of the
+    components; so do all, where the adapters are merged or switched off. What a copy of a module
+    writes (``modules_to_save``) is the adapter's alone.
+
+    A DoRA multiplies what the base puts out by its magnitudes: the base's part is behind these.
+
+    Adapters of queries, keys, values, gates and hidden layers have no part of their own: what they
+    change is within the base's. Compare the model with and without them for that.
+
+    Raises:
+        UnsupportedModelError: for a model without adapters, and for one whose adapters write to
+            the stream without adding a term: IA3, other methods, the adapters of single experts.
+    """
+
+    words = Words(
+        name="adapter",
+        title="Components by adapter",
+        sentence="components: each split into what the base wrote and what each adapter added",
+    )
+    of_every_model = False
+
+    def places(self, stream: Stream) -> list[Place]:
+        """The embeddings and every write."""
+        embeddings = [stream.embedding]
+        if stream.positions is not None:
+            embeddings.append(stream.positions)
+        return [*embeddings, *(write.place for write in stream.writes)]
+
+    def prepare(self, parts: PartsPlan, conventions: Conventions) -> UnitPlan:
+        """Find what each adapter ends in.
+
+        Raises:
+            UnsupportedModelError: as the class says.
+        """
+        stream = parts.stream
+        adapted = list(adapted_modules(stream.model))
+        if not adapted:
+            raise UnsupportedModelError(
+                f"{stream.backend.name} has no PEFT adapters, so no write of it has an adapter's "
+                "part; attribute components instead (leave out unit=)"
+            )
+        taken = {_BASE, _HOOK} & {name for _, module in adapted for name in at_work(module)}
+        if taken:
+            raise UnsupportedModelError(
+                f"an adapter is called {min(taken)!r}, as one of the rows of this unit is; load it "
+                "under another name"
+            )
+        ended, copies = endings(stream), dict[str, str]()
+        for label, found in ended.items():
+            for one in filter(lambda one: is_copied(one.module), found):
+                copies[label] = at_work(one.module)[0]
+        sites = [
+            _of_write(parts, write, ended[write.label])
+            for write in stream.writes
+            if ended.get(write.label) and write.label not in copies
+        ]
+        for label, place in ((EMBED, stream.embedding), (POSITIONS, stream.positions)):
+            within = set() if place is None else set(place.module.modules())
+            for path, module in adapted:
+                if module not in within or not at_work(module):
+                    continue
+                assert place is not None
+                if is_copied(module) and module is place.module:
+                    copies[label] = at_work(module)[0]
+                else:
+                    sites.append(_of_table(parts, label, place, path, module))
+        return _AdaptersPlan(self, parts, sites, copies)
+
+
+@dataclass(frozen=True)
+class _Site:
+    """A part of the stream that adapters end in.
+
+    Attributes:
+        label: the part's.
+        modules: what adapters end in there.
+        whole: whether there is nothing else; there is one module then.
+        way: from there to the stream.
+    """
+
+    label: str
+    modules: list[AdaptedModule]
+    whole: bool
+    way: WayOut
+
+
+def _of_write(parts: PartsPlan, write: WriteSite, found: list[Ending]) -> _Site:
+    whole = any(one.whole for one in found)
+    if whole and len(found) > 1:
+        paths = ", ".join(one.path for one in found)
+        raise UnsupportedModelError(
+            f"{write.label} ends in several adapted modules, one within the other: {paths}. "
+            f"{_INSTEAD}"
+        )
+    places = [Place(one.module, one.path, write.use) for one in found]
+    places.append(Place(write.module, write.name, write.use))
+    post_norm = None if write.post_norm is None else write.place
+    norm = None if post_norm is None else norm_at(parts.stream, post_norm)
+    way = WayOut(parts.directions(write.label), places, post_norm, norm)
+    modules = [AdaptedModule(one.module, one.path, write.use, way.at_output) for one in found]
+    return _Site(write.label, modules, whole, way)
+
+
+def _of_table(parts: PartsPlan, label: str, place: Place, path: str, module: nn.Module) -> _Site:
+    if is_copied(module):
+        raise UnsupportedModelError(f"{path} is a copied part of the embeddings. {_INSTEAD}")
+    check_added(module, path)
+    directions = parts.of_embeddings() if label == EMBED else parts.directions(label)
+    if directions is None or module is not place.module:
+        raise UnsupportedModelError(
+            f"{path} is adapted, and more than a factor stands between it and the stream, so that "
+            f"its adapter has no part of its own there. {_INSTEAD}"
+        )
+    # Hooks of the caller's on the token embeddings have a row of their own.
+    way = WayOut(directions, [] if label == EMBED else [place])
+    return _Site(label, [AdaptedModule(module, path, place.use, directions)], True, way)
+
+
+class _AdaptersPlan(UnitPlan):
+    """All adapters' parts on one model and target."""
+
+    def __init__(
+        self, unit: Unit, parts: PartsPlan, sites: list[_Site], copies: dict[str, str]
+    ) -> None:
+        super().__init__(unit)
+        self.sites, self.copies, self.dtype = sites, copies, parts.stream.work_dtype
+        self._model = parts.stream.model
+        self._state = state_of_adapters(self._model)
+
+    def recorder(self, view: View) -> Recorder:
+        """A recorder for one prompt.
+
+        Raises:
+            HookError: when adapters were switched or merged since; the plan is then made anew.
+        """
+        if state_of_adapters(self._model) != self._state:
+            raise HookError("adapters were switched on or off, or merged, while the model was read")
+        return _AdaptersRecorder(self, view)
+
+
+class _AdaptersRecorder(Recorder):
+    """All adapters' parts in one run."""
+
+    def __init__(self, plan: _AdaptersPlan, view: View) -> None:
+        self._plan = plan
+        self._sites = [_SiteRecorder(site, len(view), plan.dtype) for site in plan.sites]
+
+    def taps(self, view: View) -> list[Tap]:
+        """What adapters end in, and the norms behind."""
+        return [tap for site in self._sites for tap in site.taps(view)]
+
+    def finish(self, parts: Parts) -> Split:
+        """The components' rows; in place of one that adapters end, its base's and theirs."""
+        found: dict[str, dict[str, Tensor]] = {}
+        claims, seen = list[Claim](), list[tuple[str, float]]()
+        components = dict(zip((row.label for row in parts.rows), parts.values_CN, strict=True))
+        for site in self._sites:
+            found[site.label], claim = site.finish(parts, components[site.label])
+            claims.append(claim)
+            seen += site.way.norms()
+        found |= {k: {name: components[k]} for k, name in self._plan.copies.items()}
+        rows, values = list[Row](), list[Tensor]()
+        for row in parts.rows:
+            split = found.get(row.label)
+            if split is None:
+                rows.append(row)
+                values.append(components[row.label])
+                continue
+            rows += [replace(row, label=f"{row.label}[{name}]") for name in split]
+            values += split.values()
+        return Split(rows, torch.stack(values), claims, seen)
+
+
+class _SiteRecorder:
+    """One part of the stream that adapters end in, in one run."""
+
+    def __init__(self, site: _Site, n_entries: int, dtype: torch.dtype) -> None:
+        self._site, self.label = site, site.label
+        self.way = WayRecorder(site.way, n_entries, dtype)
+        # For each module its terms and its whole output.
+        sizes = [len(module.names) + 1 for module in site.modules]
+        *self._first, n_rows = accumulate(sizes, initial=0)
+        self._rows = FixedRows(n_rows, n_entries, dtype)
+
+    def taps(self, view: View) -> list[Tap]:
+        site, rows, taps = self._site, self._rows, self.way.taps(view)
+        for module, first in zip(site.modules, self._first, strict=True):
+            last = first + len(module.names)
+            taps += module.taps(view, [partial(rows.row, n) for n in range(first, last)])
+            if not site.whole:
+                taps.append(self._see_output(module, last, view))
+        return taps
+
+    def finish(self, parts: Parts, whole_N: Tensor) -> tuple[dict[str, Tensor], Claim]:
+        """The parts by name, and the claim that they sum to the whole."""
+        site, final_N = self._site, parts.reading.scale_N
+        way = self.way.finish(final_N, parts.entries)
+        values_CN = self._rows.gathered(final_N.device)
+        found, outputs_N = {_BASE: torch.zeros_like(final_N)}, torch.zeros_like(final_N)
+        for module, first in zip(site.modules, self._first, strict=True):
+            constant_K = module.constant()
+            if constant_K is not None:
+                values_CN[first] += parts.entries.of_target(constant_K.to(final_N.device))
+            outputs_N += values_CN[first + len(module.names)] / way.scale_N
+            for number, name in enumerate(module.names, start=first):
+                key, value_N = name or _BASE, values_CN[number] / way.scale_N
+                found[key] = found[key] + value_N if key in found else value_N
+        if site.whole:
+            if way.beta_N is not None:
+                found[_BASE] = found[_BASE] + way.beta_N
+            if way.hooks_N is not None:
+                found[_HOOK] = way.hooks_N
+            name = f"the parts of {site.label} (of its base and its adapters)"
+            sum_N = torch.stack([*found.values()]).sum(0)
+            return found, Claim([name], sum_N[None], whole_N[None], site.way.norm is not None)
+        added_N = torch.stack([*found.values()]).sum(0)
+        paths = " and ".join(module.path for module in site.modules)
+        claim = Claim([f"the terms of {paths}"], added_N[None], outputs_N[None])
+        # What the sublayer writes besides these modules is the base's.
+        found[_BASE] = found[_BASE] + whole_N - outputs_N
+        if way.hooks_N is not None:
+            found[_BASE] = found[_BASE] - way.hooks_N
+            found[_HOOK] = way.hooks_N
+        return found, claim
+
+    def _see_output(self, module: AdaptedModule, row: int, view: View) -> Tap:
+        def see(call: Call) -> None:
+            x = call.activation
+            project(x, view, self._site.way.at_output, self._rows.row(row, x.device))
+
+        return Tap(module.place, see)

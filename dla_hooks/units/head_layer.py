@@ -1,0 +1,69 @@
+"""The heads of one layer, with the directions that they are projected on."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dla_hooks.calibration.norm_constants import norm_at
+from dla_hooks.modules import norms
+from dla_hooks.modules.hooks import Place
+from dla_hooks.modules.linear import at_hand, bias_of, check_readable, pull_back
+from dla_hooks.projection.directions import Directions
+from dla_hooks.residual.stream import WriteSite
+from dla_hooks.results.rows import Row
+from dla_hooks.units.parts import PartsPlan
+
+
+class HeadLayer:
+    """The heads of one layer, with the directions that they are projected on.
+
+    Args:
+        parts: the parts of the stream.
+        write: what the layer's attention writes.
+        constant_I: what to take off every z [head * d_head], or None.
+        rows: its heads' rows among the unit's.
+    """
+
+    def __init__(
+        self, parts: PartsPlan, write: WriteSite, constant_I: Tensor | None, rows: slice
+    ) -> None:
+        assert write.heads is not None
+        stream = parts.stream
+        self.label, self.site, self.rows = write.label, write.heads, rows
+        self.n_heads = write.heads.n_heads
+        self.module = Place(write.module, write.name, write.use)
+        self.constant_I = constant_I
+        self.in_stream = self.at_output = parts.directions(write.label)
+        self.post_norm: norms.Norm | None = None
+        self.beta_M: Tensor | None = None
+        place = self.site.post_norm_place
+        if place is not None:
+            self.post_norm = norm = norm_at(stream, place)
+            self.beta_M = norm.beta if bool(norm.beta.any()) else None
+            self.at_output = self.in_stream.then(norm.pull_back)
+        linear = self.site.linear
+        check_readable(linear, self.site.name)
+        self.bias_M = bias_of(linear)
+        self.folded = self.at_output.then(lambda d_KM: pull_back(linear, d_KM))
+        if at_hand(linear):
+            # Fold before the run: between the model's own matrix products this is several times
+            # slower (cold caches). An offloaded weight is at hand when the model has just read it.
+            self.folded.prepare()
+
+    def way_to_stream(self) -> list[tuple[Place, Directions]]:
+        """What the projection, attention and the post-norm put out, and what it is projected on."""
+        site, found = self.site, []
+        if site.linear is site.proj:
+            found.append((site.place, self.at_output))
+        if self.module.module is not site.proj:
+            found.append((self.module, self.at_output))
+        if site.post_norm_place is not None:
+            found.append((site.post_norm_place, self.in_stream))
+        return found
+
+
+def rows_of(write: WriteSite, sub: int) -> list[Row]:
+    """The heads of a block's attention; those of a second one are L0.1H0, L0.1H1, …"""
+    assert write.heads is not None
+    layer, n_heads = f"L{write.layer}.{sub}" if sub else f"L{write.layer}", write.heads.n_heads
+    return [Row(f"{layer}H{h}", "head", write.layer, sub, h) for h in range(n_heads)]

@@ -1,0 +1,191 @@
+"""The heads of a model on one target, and what is recorded of them in one run."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from dla_hooks.calibration.head_widths import with_head_widths
+from dla_hooks.calibration.value_biases import head_constants
+from dla_hooks.errors import UnsupportedModelError
+from dla_hooks.modules import norms
+from dla_hooks.modules.hooks import Call, Tap
+from dla_hooks.modules.user_hooks import is_hooked
+from dla_hooks.projection.directions import of_constants
+from dla_hooks.projection.hook_writes import HookWrites
+from dla_hooks.projection.kernels import frozen_scales, project_heads
+from dla_hooks.projection.ledger import FixedRows
+from dla_hooks.projection.tiles import View
+from dla_hooks.results.rows import Row
+from dla_hooks.units.base import Claim, Recorder, Split, Unit, UnitPlan
+from dla_hooks.units.head_layer import HeadLayer, rows_of
+from dla_hooks.units.parts import Parts, PartsPlan
+
+
+class HeadsPlan(UnitPlan):
+    """The heads on one model and target.
+
+    Args:
+        unit: the unit, whose remainder they have.
+        parts: the parts of the stream.
+        fold_value_biases: move each head's constant part to the remainder.
+        among: the labels of the writes whose heads are taken; None is all.
+    """
+
+    def __init__(
+        self,
+        unit: Unit,
+        parts: PartsPlan,
+        fold_value_biases: bool,
+        among: Container[str] | None = None,
+    ) -> None:
+        super().__init__(unit)
+        stream = with_head_widths(parts.stream)
+        constants = head_constants(stream) if fold_value_biases else {}
+        self.layers: list[HeadLayer] = []
+        self.rows: list[Row] = []
+        for block in stream.blocks:
+            with_heads = [write for write in block.writes if write.heads is not None]
+            for sub, write in enumerate(with_heads):
+                if among is not None and write.label not in among:
+                    continue
+                first = len(self.rows)
+                self.rows += rows_of(write, sub)
+                place = slice(first, len(self.rows))
+                self.layers.append(HeadLayer(parts, write, constants.get(write.label), place))
+        if not self.layers:
+            raise UnsupportedModelError(
+                f"{type(stream.backend.root).__name__} has no attention heads with a direct path "
+                "to the stream; attribute whole sublayers instead (leave out unit=)"
+            )
+        # What a layer writes besides its heads: the projection's bias, and the post-norm's beta.
+        biases = [(layer.at_output, layer.bias_M) for layer in self.layers]
+        betas = [(layer.in_stream, layer.beta_M) for layer in self.layers]
+        self.constants = of_constants(biases), of_constants(betas)
+        remainder = unit.words.remainder
+        self.rows.append(Row(remainder, remainder))
+        self.dtype = stream.work_dtype
+
+    def recorder(self, view: View) -> HeadsRecorder:
+        return HeadsRecorder(self, view)
+
+
+class HeadsRecorder(Recorder):
+    """All layers' heads in one run."""
+
+    def __init__(self, plan: HeadsPlan, view: View) -> None:
+        self._plan, n_layers = plan, len(plan.layers)
+        self._values = FixedRows(len(plan.rows), len(view), plan.dtype)
+        # Besides the heads, for each layer: what was taken off them, and the post-norm's scale.
+        self._aside = FixedRows(2 * n_layers, len(view), plan.dtype)
+        self._misfits: dict[str, list[Tensor]] = {}
+        # What the caller's hooks write between z and the stream, by the number of the layer.
+        self._hooks: dict[int, HookWrites] = {}
+        for number, layer in enumerate(plan.layers):
+            writes = [(place, d) for place, d in layer.way_to_stream() if is_hooked(place)]
+            if writes:
+                self._hooks[number] = HookWrites(writes, len(view), plan.dtype)
+
+    def taps(self, view: View) -> list[Tap]:
+        """Every output projection, and every post-norm behind one."""
+        layers = enumerate(self._plan.layers)
+        taps = [tap for number, layer in layers for tap in self._taps(number, layer, view)]
+        return taps + [tap for writes in self._hooks.values() for tap in writes.taps(view)]
+
+    def post_scale(self, number: int, device: torch.device) -> Tensor:
+        """The scale of the post-norm behind one layer at each entry [N], as far as it was seen."""
+        return self._aside.row(len(self._plan.layers) + number, device)
+
+    def finish(self, parts: Parts) -> Split:
+        reading, layers = parts.reading, self._plan.layers
+        values_CN = self._values.gathered(reading.scale_N.device)
+        heads_CN, rest_N = values_CN.split([len(values_CN) - 1, 1])
+        beside_LN, scale_LN = self._aside.gathered(values_CN.device).split(len(layers))
+        (biases_LK, betas_LK), of_target = self._plan.constants, parts.entries.of_target
+        if biases_LK is not None:
+            beside_LN += of_target(biases_LK.to(beside_LN.device))
+        for number, layer in enumerate(layers):
+            if layer.post_norm is not None:
+                values_CN[layer.rows] /= scale_LN[number]
+                beside_LN[number] /= scale_LN[number]
+        if betas_LK is not None:
+            beside_LN += of_target(betas_LK.to(beside_LN.device))
+        heads_CN /= reading.scale_N
+        beside_LN /= reading.scale_N
+        hooks = self._written(scale_LN, parts)
+        for number, written_N in hooks.items():
+            beside_LN[number] += written_N
+        whole_N = reading.value_N() - reading.bias_N
+        torch.sub(whole_N, heads_CN.sum(0), out=rest_N[0])
+        seen = [(name, norms.largest(misfits)) for name, misfits in self._misfits.items()]
+        claims = self._claims(values_CN, beside_LN, parts)
+        return Split(*self._with_hooks(values_CN, hooks), claims, seen)
+
+    def _taps(self, number: int, layer: HeadLayer, view: View) -> list[Tap]:
+        norm, place = layer.post_norm, layer.site.post_norm_place
+        scale_row = len(self._plan.layers) + number
+
+        def see_z(call: Call) -> None:
+            z = layer.site.z(call)
+            heads_HN = self._values.on(z.device)[layer.rows]
+            off_N = None if layer.constant_I is None else self._aside.row(number, z.device)
+            project_heads(z, view, layer.folded, heads_HN, layer.constant_I, off_N)
+
+        taps = [Tap(layer.site.place, see_z)]
+        if place is None or norm is None:
+            return taps
+
+        def see_post_norm(call: Call) -> None:
+            x, y = call.entered, call.left
+            misfits = frozen_scales(norm, x, y, view, self._aside.row(scale_row, x.device))
+            self._misfits.setdefault(layer.site.post_norm_name, []).extend(misfits)
+
+        def see_post_scale(scale: Tensor) -> None:
+            self._aside.row(scale_row, scale.device).copy_(view.take(scale)[:, 0])
+
+        return [*taps, Tap(place.ahead, see_post_norm, see_post_scale)]
+
+    def _written(self, scale_LN: Tensor, parts: Parts) -> dict[int, Tensor]:
+        """What the caller's hooks wrote between z and the stream, by the number of the layer."""
+        final_N, found = parts.reading.scale_N, {}
+        for number, writes in self._hooks.items():
+            layer, written = self._plan.layers[number], writes.finish(final_N.device)
+            if layer.post_norm is not None:  # what stands before it is divided by its scale, too
+                for (place, _), row_N in zip(writes.places, written, strict=True):
+                    if place != layer.site.post_norm_place:
+                        row_N /= scale_LN[number]
+            found[number] = written.sum(0) / final_N
+        return found
+
+    def _with_hooks(self, values_CN: Tensor, hooks: dict[int, Tensor]) -> tuple[list[Row], Tensor]:
+        """The rows, with what hooks wrote beside the heads of their layer."""
+        if not hooks:
+            return self._plan.rows, values_CN
+        rows, values = list[Row](), list[Tensor]()
+        for number, layer in enumerate(self._plan.layers):
+            rows += self._plan.rows[layer.rows]
+            values += values_CN[layer.rows]
+            if number in hooks:
+                label = rows[-1].label.partition("H")[0] + "hook"
+                rows.append(replace(rows[-1], label=label, kind="hook", index=None))
+                values.append(hooks[number])
+        rest_N = values_CN[-1] - torch.stack(list(hooks.values())).sum(0)
+        return [*rows, self._plan.rows[-1]], torch.stack([*values, rest_N])
+
+    def _claims(self, values_CN: Tensor, beside_LN: Tensor, parts: Parts) -> list[Claim]:
+        """Each layer's heads, with the biases, make up what that layer's attention wrote."""
+        claims, layers = [], self._plan.layers
+        each_HN = values_CN.split([layer.n_heads for layer in layers] + [1])[:-1]
+        wrote_LN = beside_LN + torch.stack([heads_HN.sum(0) for heads_HN in each_HN])
+        seen = [n for n, layer in enumerate(layers) if layer.label not in parts.missing]
+        for through_norm in (False, True):
+            kept = [n for n in seen if (layers[n].post_norm is not None) == through_norm]
+            if kept:
+                names = [f"the heads in {layers[n].site.name}" for n in kept]
+                whole_LN = parts.of([layers[n].label for n in kept])
+                heads_LN = wrote_LN if len(kept) == len(layers) else wrote_LN[kept]
+                claims.append(Claim(names, heads_LN, whole_LN, through_norm))
+        return claims

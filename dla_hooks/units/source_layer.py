@@ -1,0 +1,217 @@
+"""Which heads the sources of a model are looked at for, and which rows these make."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dla_hooks.calibration.attention_form import AttentionForm, AttentionForms, attention_forms
+from dla_hooks.calibration.head_widths import with_head_widths
+from dla_hooks.errors import InputError, UnsupportedModelError
+from dla_hooks.modules.attention_interface import why_unseen
+from dla_hooks.residual.stream import Stream
+from dla_hooks.results.row_runs import Run
+
+_HEAD = re.compile(r"L([0-9]+)(?:\.([0-9]+))?H([0-9]+)")
+_INSTEAD = "Whole heads can be attributed"
+
+Head = tuple[int, int, int]
+"""(layer, sub, head): see :class:`dla_hooks.results.rows.Row`."""
+
+
+def as_heads(heads: Any) -> tuple[Head, ...] | None:
+    """Read the option ``heads``.
+
+    Raises:
+        InputError: for anything but pairs (layer, head) and labels.
+    """
+    if heads is None:
+        return None
+    if isinstance(heads, str) or not isinstance(heads, Iterable):
+        raise InputError(f"heads must be a list of heads, such as ['L3H5'], or None; got {heads!r}")
+    found = tuple(dict.fromkeys(map(_as_head, heads)))
+    if not found:
+        raise InputError("heads is empty: name one or more, or leave it out for all heads")
+    return found
+
+
+def as_layers(layers: Any) -> tuple[int, ...] | None:
+    """Read the option ``layers``.
+
+    Raises:
+        InputError: for anything but numbers.
+    """
+    if layers is None:
+        return None
+    if isinstance(layers, str) or not isinstance(layers, Iterable):
+        raise InputError(
+            f"layers must be a list of layers, such as [3, 5], or None; got {layers!r}"
+        )
+    found = tuple(dict.fromkeys(layers))
+    wrong = [layer for layer in found if not _is_number(layer)]
+    if wrong or not found:
+        raise InputError(
+            f"layers must hold the numbers of layers, counted from 0; got {wrong[0]!r}"
+            if wrong
+            else "layers is empty: name one or more, or leave it out for all layers"
+        )
+    return found
+
+
+def _as_head(head: Any) -> Head:
+    if isinstance(head, str):
+        match = _HEAD.fullmatch(head)
+        if match:
+            layer, sub, number = (int(digits or 0) for digits in match.groups())
+            return layer, sub, number
+    elif isinstance(head, (tuple, list)) and len(head) == 2 and all(map(_is_number, head)):
+        return head[0], 0, head[1]
+    raise InputError(f"heads must hold labels such as 'L3H5' or pairs (layer, head); got {head!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+@dataclass(frozen=True)
+class SourceLayer:
+    """The chosen heads of one write.
+
+    Attributes:
+        label: of the write.
+        name: of its rows, before the head: ``L3``, ``L3.1``.
+        layer: the block.
+        sub: which of its attentions.
+        heads: the numbers of the chosen heads.
+        form: how their z comes to be.
+        place: the places of these heads among all chosen ones.
+    """
+
+    label: str
+    name: str
+    layer: int
+    sub: int
+    heads: tuple[int, ...]
+    form: AttentionForm
+    place: slice
+
+
+def source_layers(
+    stream: Stream, heads: Sequence[Head] | None, layers: Sequence[int] | None
+) -> list[SourceLayer]:
+    """Choose heads of a model, and measure how their z comes to be.
+
+    Raises:
+        InputError: for a layer or head that is not there.
+        UnsupportedModelError: where the tokens that a chosen head reads cannot be told apart.
+    """
+    model = type(stream.backend.root).__name__
+    sized = with_head_widths(stream)
+    own = {
+        (block.layer, sub): write
+        for block in sized.blocks
+        for sub, write in enumerate(w for w in block.writes if w.heads is not None)
+    }
+    if not own:
+        raise UnsupportedModelError(
+            f"{model} has no attention heads with a direct path to the stream; attribute whole "
+            "sublayers instead (leave out unit=)"
+        )
+    _check_layers(model, len(stream.blocks), {layer for layer, _ in own}, layers)
+    unseen = why_unseen()
+    if unseen is not None:
+        raise UnsupportedModelError(
+            f"which tokens its heads read cannot be seen: {unseen}. {_INSTEAD}"
+        )
+    forms = attention_forms(sized)
+    found: list[SourceLayer] = []
+    n_before = 0
+    for (layer, sub), write in own.items():
+        assert write.heads is not None
+        numbers = range(write.heads.n_heads)
+        chosen = _chosen(model, (layer, sub), numbers, heads)
+        if not chosen or (layers is not None and layer not in layers):
+            continue
+        if write.label in forms.unseen and heads is None and layers is None:
+            continue  # left in the remainder, unless it is asked for
+        _check_form(model, write.label, write.heads.name, forms)
+        place = slice(n_before, n_before + len(chosen))
+        name = f"L{layer}.{sub}" if sub else f"L{layer}"
+        form = forms.of[write.label]
+        found.append(SourceLayer(write.label, name, layer, sub, chosen, form, place))
+        n_before = place.stop
+    missing = set(heads or ()) - {(one.layer, one.sub, h) for one in found for h in one.heads}
+    if missing and layers is None:
+        layer, sub, head = min(missing)
+        name = f"L{layer}.{sub}" if sub else f"L{layer}"
+        raise InputError(
+            f"{model} has no head {name}H{head}; its blocks are 0 to {len(stream.blocks) - 1}, and "
+            "each counts its heads from 0"
+        )
+    if not found and (heads is not None or layers is not None):
+        raise InputError("no head is in both heads= and layers=; give one of the two")
+    if not found:
+        raise UnsupportedModelError(_unseen(model, next(iter(own.values())).name))
+    return found
+
+
+def runs_of(layers: Sequence[SourceLayer], sum: str | None, n_sources: int) -> list[Run]:
+    """The rows of some layers, one run for each head, each layer, or all of them."""
+    n = n_sources
+    if sum == "heads":
+        return [Run("<{}", "source", n=n, of_sources=True)]
+    if sum == "layer":
+        return [Run(f"{o.name}<{{}}", "layer", o.layer, o.sub, None, n, True) for o in layers]
+    return [
+        Run(f"{one.name}H{head}<{{}}", "head", one.layer, one.sub, head, n, True)
+        for one in layers
+        for head in one.heads
+    ]
+
+
+def _check_layers(model: str, n: int, with_heads: set[int], layers: Sequence[int] | None) -> None:
+    for layer in layers or ():
+        if layer >= n:
+            raise InputError(f"{model} has the layers 0 to {n - 1}, and no layer {layer}")
+        if layer not in with_heads:
+            raise InputError(
+                f"layer {layer} of {model} has no attention heads; those that have are "
+                f"{', '.join(map(str, sorted(with_heads)))}"
+            )
+
+
+def _chosen(
+    model: str, place: tuple[int, int], numbers: range, heads: Sequence[Head] | None
+) -> tuple[int, ...]:
+    """The heads of one write that are asked for, in order."""
+    if heads is None:
+        return tuple(numbers)
+    asked = sorted(head for *where, head in heads if tuple(where) == place)
+    for head in asked:
+        if head not in numbers:
+            raise InputError(
+                f"layer {place[0]} of {model} has the heads 0 to {len(numbers) - 1}, and no head "
+                f"{head}"
+            )
+    return tuple(asked)
+
+
+def _check_form(model: str, label: str, name: str, forms: AttentionForms) -> None:
+    if label in forms.unseen:
+        raise UnsupportedModelError(_unseen(model, name))
+    if label in forms.reasons:
+        raise UnsupportedModelError(
+            f"which tokens the heads of {model} read cannot be told: {forms.reasons[label]}. "
+            f"{_INSTEAD}; layers= leaves this layer out"
+        )
+
+
+def _unseen(model: str, name: str) -> str:
+    return (
+        f"{name} of {model} is reached without a call of transformers' attention "
+        "functions (it computes attention in a loop of its own, or has none, as Mamba, linear "
+        "attention and the models of TransformerLens), so that which tokens its heads read cannot "
+        f"be seen. {_INSTEAD}; a newer transformers may have ported this model"
+    )
