@@ -46,7 +46,7 @@ def readout(run: SyntheticRun, logits: Tensor) -> tuple[float, float | None]:
         y = value_at(module, y).double().cpu()
     linear = W @ y
     seen = logits[row, ids] if cap is None else cap * torch.atanh(logits[row, ids] / cap)
-    if not bool(seen.isfinite().all()):
+    if cap is not None and bool((logits[row, ids].abs() >= 0.999 * cap).all()):
         raise refusal(
             stream,
             f"its logits stand at their cap of {cap:g} even where the final norm puts out next to "
@@ -65,10 +65,11 @@ def readout(run: SyntheticRun, logits: Tensor) -> tuple[float, float | None]:
     off = float((scale * ours - seen).norm() / seen.norm())
     rounding = torch.finfo(coarsest(run.dtypes.read)).eps
     if not off <= 1e-4 + 16 * rounding:
+        best = f"even a best fit is off by {off:.1e}" if off < math.inf else "nothing fits them"
         raise refusal(
             stream,
-            "its logits are not the unembedding of the final norm's output: even a best fit is "
-            f"off by {off:.1e}; another layer or nonlinearity stands between them",
+            f"its logits are not the unembedding of the final norm's output: {best}; another layer "
+            "or nonlinearity stands between them",
         )
     return (1.0 if abs(scale - 1) < 1e-6 + rounding else scale), cap
 
