@@ -77,8 +77,8 @@ class HookedTransformerBackend(Backend):
 
     def neurons(self, block: nn.Module) -> tuple[nn.Module, str, nn.Module] | None:
         mlp: Any = getattr(block, "mlp", None)
-        if mlp is None or not hasattr(mlp, "hook_post"):
-            return None
+        if mlp is None or not hasattr(mlp, "hook_post") or not hasattr(mlp, "W_out"):
+            return None  # experts
         return mlp.hook_post, "mlp.hook_post", as_linear(mlp.W_out.T, getattr(mlp, "b_out", None))
 
     def encode(self, text: str, tokenizer: Any, prepend_bos: bool | None) -> list[int]:

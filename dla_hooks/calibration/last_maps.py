@@ -106,37 +106,47 @@ def _site(stream: Stream, block: Block, write: WriteSite, found: _Found) -> Neur
 
 
 class _Seen:
-    """What a short run shows of the writes that may be an MLP's."""
+    """What a short run shows of the writes that may be an MLP's.
+
+    Attributes:
+        of: for each write the calls in its block whose output has its shape, in order, and what
+            was written, ahead of a declared post-norm.
+    """
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
         self._calls: list[SeenCall] = []
+        self._wrote: dict[str, Tensor] = {}
         self.of: dict[str, tuple[list[SeenCall], Tensor]] = {}
 
     def run(self) -> None:
-        stream, modules = self._stream, dict[nn.Module, str]()
-        taps = list[Tap]()
+        stream, modules, around = self._stream, dict[nn.Module, str](), list[Tap]()
         for block in stream.blocks:
             if block.module not in modules:
-                place = Place(block.module, block.name, Use(0, ANY_NUMBER), before=True)
-                taps.append(EveryCall(place, lambda _: self._calls.clear()))
+                place = Place(block.module, block.name, Use(0, ANY_NUMBER))
+                around += [EveryCall(place.entered, self._begin), EveryCall(place, self._end)]
             for path, module in block.module.named_modules():
                 modules.setdefault(module, f"{block.name}.{path}")
         inside = [watched(module, name, self._calls.append) for module, name in modules.items()]
         candidates = [w for w in stream.writes if w.heads is None and kind_of(w.label) != "attn"]
-        # Behind the taps inside: what a write's own module puts out is among the calls, too.
         writes = [Tap(write.place, self._see(write)) for write in candidates]
-        with tapped([*taps, *inside, *writes]):
+        with tapped([*inside, *writes, *around]):
             stream.backend.run_synthetic(short_prompt(stream), None)
             for tap in inside:
                 tap.fired = max(tap.fired, 1)  # a module that never runs is no mistake here
 
+    def _begin(self, _: Call) -> None:
+        self._calls.clear()
+        self._wrote.clear()
+
+    def _end(self, _: Call) -> None:
+        for label, wrote in self._wrote.items():  # only what has its shape can hand it on
+            self.of[label] = [one for one in self._calls if one.left.shape == wrote.shape], wrote
+
     def _see(self, write: WriteSite) -> Callable[[Call], None]:
         def see(call: Call) -> None:
-            wrote = flat(call.entered if write.post_norm is not None else call.left)
-            # Only what has the shape of the write can hand it on.
-            alike = [one for one in self._calls if one.left.shape == wrote.shape]
-            self.of[write.label] = alike, wrote
+            before_norm = write.post_norm is not None
+            self._wrote[write.label] = flat(call.entered if before_norm else call.left)
 
         return see
 
@@ -146,7 +156,9 @@ def _measure(stream: Stream) -> dict[str, _Found]:
     seen.run()
     found = {}
     for block in stream.blocks:
-        paths = {module: path for path, module in block.module.named_modules()}
+        every = block.module.named_modules(remove_duplicate=False)
+        longest_first = sorted(every, key=lambda one: -len(one[0]))
+        paths = {module: path for path, module in longest_first}
         for write in block.writes:
             if write.label in seen.of:
                 calls, wrote = seen.of[write.label]
@@ -166,15 +178,16 @@ def _way(
     wrote: Tensor,
 ) -> _Found | None:
     """How the neurons of one write reach it; None where no single linear map makes it."""
-    named = stream.backend.neurons(block.module) is not None
-    inner = None
-    if named:  # the MLP whose parameters the backend names
-        mlp = next((one for one in calls if paths.get(one.module) == "mlp"), None)
-        inner = None if mlp is None else mlp.module
+    named = stream.backend.neurons(block.module)
+    # The module whose parameter the map is, where the backend names it.
+    inner = None if named is None else block.module.get_submodule(named[1].rpartition(".")[0])
+    if inner is not None and all(call.module is not inner for call in calls):
+        before = _handed_on(paths, calls, wrote)  # some bridges go past it, to the map itself
+        return _Found(None, before) if before else None
     map_path, before = _to_map(paths, calls, wrote, inner)
     if before or write.post_norm is not None:
         return _Found(map_path, before) if before else None
-    for call in calls:  # an MLP may end in a norm of its own
+    for call in reversed(calls):  # an MLP may end in a norm of its own
         behind = _ratio(call.left, wrote)
         if behind is None or call.entered.shape != wrote.shape or same(call.entered, call.left):
             continue

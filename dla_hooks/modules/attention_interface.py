@@ -41,6 +41,7 @@ class AttentionCall:
         options: all else that it got, by name: ``scaling``, ``softcap``, …
         implementation: its name in the registry; ``eager`` for the model's own.
         output: what it returned [batch, query, head, d_value].
+        weights: its weights [batch, head, query, source], where the model itself shows them.
     """
 
     module: nn.Module
@@ -51,6 +52,7 @@ class AttentionCall:
     options: Mapping[str, Any]
     implementation: str
     output: Tensor
+    weights: Tensor | None = None
 
 
 Look = Callable[[AttentionCall], Tensor | None]
@@ -98,7 +100,7 @@ def why_unseen() -> str | None:
         return None
     return (
         f"transformers {transformers.__version__} does not show what attention is computed from "
-        "(its registry of attention functions is read past any watch); install transformers 5"
+        "(its registry of attention functions is read past any watch); transformers 5.23 does"
     )
 
 

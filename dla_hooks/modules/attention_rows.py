@@ -79,6 +79,8 @@ def attention_weights(
         softmax_dtype: to compute the softmax in; None is the same.
     """
     options = call.options
+    if call.weights is not None:
+        return call.weights[row, block.heads].index_select(1, queries).to(dtype)
     q_HTD = call.query[row, block.heads].index_select(1, queries).to(dtype)
     k_VSD = call.key[row, block.shared].to(dtype)
     scaling = options.get("scaling")

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dla_hooks.modules.autocast import outside_autocast
 from dla_hooks.modules.hooks import Call, Tap
 from dla_hooks.modules.user_hooks import hooked_modules, silenced
 from dla_hooks.modules.weights import is_sharded
@@ -175,6 +176,7 @@ def is_sorted(module: nn.Module) -> bool:
     return bool(vars(module)["config"]._experts_implementation == "grouped_mm")
 
 
+@outside_autocast
 def pull_back_down(module: nn.Module, d_M: Tensor) -> tuple[Tensor, Tensor]:
     """A direction at the experts' outputs, as one at the input of each one's down map.
 
@@ -253,4 +255,4 @@ class DownInputs(Tap):
     def _look(self, rows: Tensor) -> None:
         self.fired += 1
         if self.fired == self.place.use.nth + 1:
-            self.on_rows(rows)
+            outside_autocast(self.on_rows)(rows)

@@ -128,5 +128,5 @@ def _check_gates(call: AttentionCall, row: int, block: HeadBlock, gate_THD: Tens
         raise DecompositionError(
             "attention returned exactly zero in a channel whose values are not zero, so that what "
             "its output is multiplied by cannot be told; leave this layer out (layers=), or "
-            "attribute whole heads (unit='head')"
+            "attribute whole heads"
         )

@@ -77,7 +77,9 @@ class ExpertRows:
 
     def __init__(self, n_rows: int, top: int | None, like_N: Tensor) -> None:
         n = len(like_N)
-        self._tile = Tile(None, slice(0, n), n, torch.zeros(1, dtype=torch.long), None)
+        self._tile = Tile(
+            None, slice(0, n), n, torch.zeros(1, dtype=torch.long, device="cpu"), None
+        )
         self.top = None if top is None else TopRows(top, n_rows, n, like_N.dtype, n_beside=2)
         # Values, weights, votes.
         self.all = like_N.new_zeros((3, n_rows if top is None else 0, n))

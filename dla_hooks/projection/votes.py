@@ -181,7 +181,7 @@ class SharedVotes:
         for number, one in enumerate(self._experts):
             taps.append(Tap(one.place, self._see(2 * number + 1, view, one.directions)))
             if one.gate is not None:
-                alone = Directions.held(torch.ones(1, 1, dtype=one.directions.dtype))
+                alone = Directions.held(torch.ones(1, 1, dtype=one.directions.dtype, device="cpu"))
                 taps.append(Tap(one.gate, self._see(2 * number, view, alone)))
         return taps
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
@@ -13,6 +13,7 @@ from dla_hooks.errors import InputError
 from dla_hooks.results.data import EntryData, RowMeans, entry_mean, no_positions, real_entries
 from dla_hooks.results.row_runs import RowRuns
 from dla_hooks.results.rows import Row, Words
+from dla_hooks.results.wording import quoted
 
 _MOST_SHOWN = 100
 
@@ -89,7 +90,7 @@ class RankedData(EntryData):
         remainder = entry_mean(self.remainder)
         beyond = entry_mean(self.total()) - remainder - float(values.double().sum())
         pairs = zip(numbers.tolist(), values.tolist(), strict=True)
-        rows = [(self.rows[number], value) for number, value in pairs]
+        rows = [(self._named(self.rows[number]), value) for number, value in pairs]
         n_beyond = len(self.rows) - len(rows)
         rows.append((Row(self.words.remainder, self.words.remainder), remainder))
         return RowMeans(rows, n_beyond, beyond if n_beyond else 0.0)
@@ -106,6 +107,12 @@ class RankedData(EntryData):
             fits = isinstance(rows, slice) and n_prompts == self.shape[0]
             part.prompt_means = part.prompt_means[:, rows] if whole and fits else None
         return part
+
+    def _named(self, row: Row) -> Row:
+        """The row, with the token that it reads behind its label, where there is one prompt."""
+        if row.source is None or len(self.tokens) != 1:
+            return row
+        return replace(row, label=f"{row.label} {quoted(self, self.tokens[0][row.source])}")
 
     def kept_means(self) -> tuple[Tensor, Tensor]:
         """The rows that are kept at some entry, and their sums there over all entries' number."""

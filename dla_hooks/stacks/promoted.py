@@ -30,7 +30,6 @@ from dla_hooks.stacks.row_vectors import (
 from dla_hooks.stacks.token_ranks import rank_tokens
 from dla_hooks.units import DEFAULT_UNIT, UnitName, read_units
 from dla_hooks.units.base import Unit
-from dla_hooks.units.head import Heads
 
 _WITH_VECTORS = ("component", "layer", "head")
 
@@ -167,12 +166,10 @@ def _count(k: Any) -> int:
 
 
 def _rows(unit: Unit, inputs: Inputs, kept: Kept, final: FinalNorm) -> RowVectors:
-    if isinstance(unit, Heads):
-        conventions = inputs.model.conventions(None, unit.fold_value_biases)
-        return HeadVectors(kept, final, conventions.fold_value_biases)
-    return (
-        LayerVectors(kept, final) if unit.words.name == "layer" else ComponentVectors(kept, final)
-    )
+    if unit.words.index:  # heads, of the three
+        fold = getattr(unit, "fold_value_biases", None)
+        return HeadVectors(kept, final, inputs.model.conventions(None, fold).fold_value_biases)
+    return (LayerVectors if unit.words.cumulative else ComponentVectors)(kept, final)
 
 
 def _counted(inputs: Inputs) -> Tensor | None:

@@ -29,7 +29,7 @@ from dla_hooks.units.base import Claim, RankedSplit, Recorder, Split, Unit, Unit
 from dla_hooks.units.head_layer import HeadLayer
 from dla_hooks.units.head_rows import HeadsPlan
 from dla_hooks.units.parts import Parts, PartsPlan
-from dla_hooks.units.source_layer import as_heads, as_layers, runs_of, source_layers
+from dla_hooks.units.source_layer import as_heads, as_layers, hook_points, runs_of, source_layers
 
 
 class SourceTokens(Unit):
@@ -41,8 +41,8 @@ class SourceTokens(Unit):
     was read there, not why the head looked there. A token that a head does not read at all is no
     row. Value biases are part of what is read (``fold_value_biases`` does not apply).
 
-    Layers without attention (Mamba, linear attention) are left in the ``remainder``. Models whose
-    attention does not come by the registry of transformers are refused.
+    Layers without attention (Mamba, linear attention) are left in the ``remainder``. Models of
+    transformers whose attention does not come by its registry of attention functions are refused.
 
     Args:
         heads: only these: pairs (layer, head), or labels such as ``"L3H5"``. None is all.
@@ -88,10 +88,14 @@ class SourceTokens(Unit):
         self.top, self.sum = top, sum
 
     def places(self, stream: Stream) -> list[Place]:
-        """Every attention module, z behind it, the post-norms, and the last stream."""
+        """Every z, the values and weights where the model shows them, and the post-norms."""
         sites = [write.heads for write in stream.writes if write.heads is not None]
-        found = [p for site in sites for p in (site.place, site.post_norm_place) if p is not None]
-        return [*found, stream.last]
+        found = [
+            place
+            for site in sites
+            for place in (*(hook_points(site) or ()), site.place, site.post_norm_place)
+        ]
+        return [*(place for place in found if place is not None), stream.last]
 
     def prepare(self, parts: PartsPlan, conventions: Conventions) -> UnitPlan:
         """Fold the directions through every output projection, and measure what stands before it.
@@ -147,11 +151,14 @@ class _SourceRecorder(Recorder):
     def taps(self, view: View) -> list[Tap]:
         """Every attention function, every z, and every post-norm behind one."""
         found = self._heads.taps(view)
-        for number, (_, ours) in enumerate(self._plan.layers):
+        for number, (layer, ours) in enumerate(self._plan.layers):
             site = ours.site
-            name = f"the attention function of {site.name.rpartition('.')[0] or site.name}"
-            place = Place(site.attention, name, site.use)
-            found.append(AttentionTap(place, self._see_call(number)))
+            if layer.points is None:
+                name = f"the attention function of {site.name.rpartition('.')[0] or site.name}"
+                place = Place(site.attention, name, site.use)
+                found.append(AttentionTap(place, self._see_call(number)))
+            else:
+                found += self._at_points(number, *layer.points)
             found.append(Tap(site.place.entered.ahead, self._see_z(number, view)))
             if site.post_norm_place is not None:
                 # Behind all hooks: the heads' own tap, which finds the scale, is ahead of them.
@@ -204,6 +211,23 @@ class _SourceRecorder(Recorder):
             self._calls[number] = call
 
         return see
+
+    def _at_points(self, number: int, values: Place, weights: Place) -> list[Tap]:
+        """The same, where the model itself shows its values and weights."""
+        seen, d_head = list[Tensor](), self._plan.layers[number][1].site.d_head
+
+        def see_weights(call: Call) -> None:
+            # Bridges show the heads of values side by side.
+            v, p = (
+                seen.pop().flatten(2).unflatten(-1, (-1, d_head)).transpose(1, 2),
+                call.activation,
+            )
+            self._calls[number] = AttentionCall(weights.module, p, v, v, None, {}, "", p, p)
+
+        return [
+            Tap(values, lambda call: seen.append(call.activation)),
+            Tap(weights, see_weights),
+        ]
 
     def _see_z(self, number: int, view: View) -> Callable[[Call], None]:
         layer, ours = self._plan.layers[number]
@@ -262,4 +286,5 @@ class _SourceRecorder(Recorder):
 
 def _is_hooked(ours: HeadLayer) -> bool:
     """Whether the caller's hooks change z on its way into the output projection."""
-    return is_hooked(ours.site.place.entered)
+    site = ours.site
+    return is_hooked(site.place.entered if site.linear is site.proj else site.place)

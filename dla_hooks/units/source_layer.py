@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
+
+from torch import nn
 
 from dla_hooks.calibration.attention_form import AttentionForm, AttentionForms, attention_forms
 from dla_hooks.calibration.head_widths import with_head_widths
 from dla_hooks.errors import InputError, UnsupportedModelError
 from dla_hooks.modules.attention_interface import why_unseen
-from dla_hooks.residual.stream import Stream
+from dla_hooks.modules.hooks import Place
+from dla_hooks.residual.stream import HeadSite, Stream
 from dla_hooks.results.row_runs import Run
 
 _HEAD = re.compile(r"L([0-9]+)(?:\.([0-9]+))?H([0-9]+)")
@@ -87,6 +90,8 @@ class SourceLayer:
         heads: the numbers of the chosen heads.
         form: how their z comes to be.
         place: the places of these heads among all chosen ones.
+        points: where the model itself shows its values and weights; None where these are seen in
+            the attention function.
     """
 
     label: str
@@ -96,6 +101,20 @@ class SourceLayer:
     heads: tuple[int, ...]
     form: AttentionForm
     place: slice
+    points: tuple[Place, Place] | None = None
+
+
+def hook_points(site: HeadSite) -> tuple[Place, Place] | None:
+    """The hook points of TransformerLens for the values and the weights of one attention."""
+    found = [getattr(site.attention, name, None) for name in ("hook_v", "hook_pattern")]
+    if site.linear is site.proj or not all(isinstance(point, nn.Module) for point in found):
+        return None
+    prefix = site.name.rpartition(".")[0]
+    values, weights = (cast("nn.Module", point) for point in found)
+    return (
+        Place(values, f"{prefix}.hook_v", site.use),
+        Place(weights, f"{prefix}.hook_pattern", site.use),
+    )
 
 
 def source_layers(
@@ -120,12 +139,7 @@ def source_layers(
             "sublayers instead (leave out unit=)"
         )
     _check_layers(model, len(stream.blocks), {layer for layer, _ in own}, layers)
-    unseen = why_unseen()
-    if unseen is not None:
-        raise UnsupportedModelError(
-            f"which tokens its heads read cannot be seen: {unseen}. {_INSTEAD}"
-        )
-    forms = attention_forms(sized)
+    forms = _forms(sized, model)
     found: list[SourceLayer] = []
     n_before = 0
     for (layer, sub), write in own.items():
@@ -140,7 +154,8 @@ def source_layers(
         place = slice(n_before, n_before + len(chosen))
         name = f"L{layer}.{sub}" if sub else f"L{layer}"
         form = forms.of[write.label]
-        found.append(SourceLayer(write.label, name, layer, sub, chosen, form, place))
+        points = hook_points(write.heads)
+        found.append(SourceLayer(write.label, name, layer, sub, chosen, form, place, points))
         n_before = place.stop
     missing = set(heads or ()) - {(one.layer, one.sub, h) for one in found for h in one.heads}
     if missing and layers is None:
@@ -169,6 +184,20 @@ def runs_of(layers: Sequence[SourceLayer], sum: str | None, n_sources: int) -> l
         for one in layers
         for head in one.heads
     ]
+
+
+def _forms(sized: Stream, model: str) -> AttentionForms:
+    """How z comes to be, in each write with heads."""
+    sites = {write.label: write.heads for write in sized.writes if write.heads is not None}
+    if all(hook_points(site) for site in sites.values()):
+        plain = AttentionForm(False, sized.work_dtype)
+        return AttentionForms(dict.fromkeys(sites, plain), {}, ())
+    unseen = why_unseen()
+    if unseen is not None:
+        raise UnsupportedModelError(
+            f"which tokens the heads of {model} read cannot be seen: {unseen}. {_INSTEAD}"
+        )
+    return attention_forms(sized)
 
 
 def _check_layers(model: str, n: int, with_heads: set[int], layers: Sequence[int] | None) -> None:
@@ -211,7 +240,7 @@ def _check_form(model: str, label: str, name: str, forms: AttentionForms) -> Non
 def _unseen(model: str, name: str) -> str:
     return (
         f"{name} of {model} is reached without a call of transformers' attention "
-        "functions (it computes attention in a loop of its own, or has none, as Mamba, linear "
-        "attention and the models of TransformerLens), so that which tokens its heads read cannot "
-        f"be seen. {_INSTEAD}; a newer transformers may have ported this model"
+        "functions (it computes attention in a loop of its own, or has none, as Mamba and linear "
+        f"attention), so that which tokens its heads read cannot be seen. {_INSTEAD}; a newer "
+        "transformers may have ported this model"
     )

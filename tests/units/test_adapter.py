@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from mapping_zoo import build_any, example_ids_any
 from oracle_families import family_of, final_norm, frozen_norm, module_at
 from zoo import build, example_ids
 
@@ -421,8 +422,6 @@ def test_an_adapter_that_is_called_as_a_row_is_refused():
 
 
 def test_shared_experts_with_a_gate_are_refused_and_without_one_are_split():
-    from mapping_zoo import build_any, example_ids_any
-
     weighed = build_any("qwen2_moe")
     config = peft.LoraConfig(r=2, target_modules=r".*shared_expert\.down_proj")
     with pytest.raises(UnsupportedModelError, match=r"shared_expert.down_proj.*weighed"):
@@ -501,3 +500,24 @@ def test_a_broken_split_is_seen(monkeypatch):
     )
     with pytest.raises(dla_hooks.DecompositionError, match="base and its adapters"):
         attribute(model, ids)
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        *("bitnet", "codegen", "ernie4_5_moe", "exaone4", "gemma4_text", "glm4", "longcat_flash"),
+        *("granitemoeshared", "lfm2", "olmoe", "phi3", "qwen3_next", "stablelm", "xglm"),
+    ],
+)
+def test_other_families_with_all_their_linear_maps_adapted_add_up(model_type):
+    base = build_any(model_type)
+    model = filled(peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules="all-linear")))
+    ids = example_ids_any(model_type)
+    result, whole = attribute(model, ids), attribute(model, ids, unit="component")
+    assert any(label.endswith("_out[default]") for label in result.labels)
+    for label in whole.labels:
+        split = [name for name in result.labels if name == label or name.startswith(f"{label}[")]
+        total = sum(result[name] for name in split)
+        torch.testing.assert_close(total, whole[label], rtol=1e-5, atol=1e-5, msg=label)
+    off = {name for name in result.labels if name.endswith("[default]")}
+    assert all(result[name].abs().max() > 1e-6 for name in off)
