@@ -15,7 +15,7 @@ from dla_hooks.inputs.prompts import Prompt, encode
 from dla_hooks.modules.autocast import outside_autocast
 from dla_hooks.modules.compiled import eagerly
 from dla_hooks.modules.faults import synthetic_run
-from dla_hooks.modules.user_hooks import needs_hooks, silenced
+from dla_hooks.modules.user_hooks import needed_hooks, silenced
 from dla_hooks.modules.version import State, is_training, modules_of, state_of
 
 
@@ -219,10 +219,10 @@ class Backend:
     def without_user_hooks(self) -> Iterator[None]:
         """Run eagerly, and without the caller's hooks: they belong to the caller's prompt.
 
-        Where a model was found to run with them only, they stay on.
+        Where a model was found to run with some of them only, these stay on.
         """
-        modules = () if needs_hooks(self.model) else self.hookable()
-        with eagerly(self.compiled), silenced(modules):
+        needed = needed_hooks(self.model)
+        with eagerly(self.compiled), silenced(one for one in self.hookable() if one not in needed):
             yield
 
     def hookable(self) -> Iterable[nn.Module]:

@@ -11,7 +11,8 @@ from torch import Tensor
 from dla_hooks.calibration.block_run import run_block, same
 from dla_hooks.calibration.mid_streams import mid_streams
 from dla_hooks.errors import UnsupportedModelError
-from dla_hooks.residual.gains import times
+from dla_hooks.residual.gains import product, times
+from dla_hooks.residual.hooked import Hooked, hooked_places
 from dla_hooks.residual.stream import Block, Stream
 
 
@@ -35,6 +36,23 @@ class MidStream:
         for write, response in zip(writes, self.responses, strict=True):
             x = x + times(write, response)
         return x if self.constant is None else x + self.constant.to(x)
+
+    def hooks(self, stream: Stream, place: int) -> Iterator[tuple[Hooked, Tensor | None]]:
+        """The caller's hooks inside of the block and ahead of this stream, with their factors.
+
+        Args:
+            stream: the located model.
+            place: of the block in ``stream.blocks``.
+        """
+        block = stream.blocks[place]
+        for hooked in hooked_places(stream):
+            inside = hooked.number == place and not hooked.at_input
+            if inside and hooked.after <= len(self.responses):
+                here, there = self.gain, block.gain
+                if hooked.after:
+                    k = hooked.after - 1
+                    here, there = self.responses[k], block.writes[k].response
+                yield hooked, product(hooked.response, _over(here, there))
 
 
 def mid_stream(stream: Stream, place: int) -> MidStream | None:

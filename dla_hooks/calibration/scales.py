@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dla_hooks.backends import Backend
 from dla_hooks.calibration.prompt import short_prompt
+from dla_hooks.calibration.readout import readout
 from dla_hooks.calibration.synthetic_run import SyntheticRun, refusal
 from dla_hooks.errors import HookError, NonFiniteError
 from dla_hooks.modules.autocast import autocast_is_on
@@ -41,6 +42,8 @@ class BlockScales:
         gain: the factor of the input, [] or [d_model].
         responses: the factor of each write, [] or [d_model].
         constant: the vector that is added besides [d_model].
+        carriers: what carries the stream on: its number, how many writes run before it, and its
+            factor.
     """
 
     index: int
@@ -48,6 +51,7 @@ class BlockScales:
     gain: Tensor | None
     responses: tuple[Tensor | None, ...]
     constant: Tensor | None
+    carriers: tuple[tuple[int, int, Tensor | None], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class Scales:
     logit_scale: float
     softcap: float | None
     vocabulary: int
+    ahead: int
     under_autocast: bool
 
 
@@ -105,8 +110,15 @@ def _apply(stream: Stream, scales: Scales) -> Stream:
         )
         # This runs in every call. Most blocks are plain sums and stay as they are.
         plain = found.gain is None and found.constant is None and len(writes) == len(block.writes)
+        plain = plain and not block.carriers
         if not plain or any(a is not b for a, b in zip(writes, block.writes, strict=True)):
-            block = replace(block, writes=writes, gain=found.gain, constant=found.constant)
+            carriers = tuple(
+                replace(block.carriers[number], after=after, response=response)
+                for number, after, response in found.carriers
+            )
+            block = replace(
+                block, writes=writes, gain=found.gain, constant=found.constant, carriers=carriers
+            )
         blocks.append(block)
     return replace(
         stream,
@@ -120,6 +132,7 @@ def _apply(stream: Stream, scales: Scales) -> Stream:
         logit_scale=scales.logit_scale,
         softcap=scales.softcap,
         vocabulary=scales.vocabulary,
+        ahead=scales.ahead,
     )
 
 
@@ -137,8 +150,9 @@ def _measure(stream: Stream) -> Scales:
         synthetic.check_together(position, block, [gain, *responses])
         constant = synthetic.constant(position)
         kept = constant if bool(constant.any()) else None
-        blocks.append(BlockScales(index, writes, gain, tuple(responses), kept))
-    scale, cap = synthetic.readout(logits)
+        carriers = tuple(synthetic.carriers(position, block))
+        blocks.append(BlockScales(index, writes, gain, tuple(responses), kept, carriers))
+    scale, cap = readout(synthetic, logits)
     has_positions, response = synthetic.positions() if stream.positions else (False, None)
     return Scales(
         blocks=tuple(blocks),
@@ -151,6 +165,7 @@ def _measure(stream: Stream) -> Scales:
         logit_scale=scale,
         softcap=cap,
         vocabulary=logits.shape[-1],
+        ahead=synthetic.ahead,
         under_autocast=stream.backend.under_autocast,
     )
 

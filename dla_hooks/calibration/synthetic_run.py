@@ -7,23 +7,20 @@ unembedding. Each has its own row of the batch. The results are for
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dla_hooks.calibration.logits import finest_that_holds, that_move
+from dla_hooks.calibration.logits import finest_that_holds
 from dla_hooks.calibration.prompt import short_prompt
 from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.modules.hooks import Call, Edit, Place, Tap, Use, edited, tapped
-from dla_hooks.modules.linear import rows as rows_of
-from dla_hooks.modules.linear import value_at
 from dla_hooks.modules.vjp import dtype_of
 from dla_hooks.residual.stream import Block, Stream, coarsest
 
-_TOKENS = 64  # enough to recognise the map to the vocabulary
+_LENGTH = 2
 
 
 def refusal(stream: Stream, what: str) -> UnsupportedModelError:
@@ -58,8 +55,9 @@ class SyntheticRun:
 
     Row 0 of the batch is zero everywhere. Then come two rows for the input and two for each write.
     The first has +-1 in every channel and shows a factor to the last bit. The second has noise and
-    shows whether the block is linear. The last row has noise everywhere at once. It shows whether
-    one term depends on another, as with a gate.
+    shows whether the block is linear. Two rows follow for each carrier, in which the same is added
+    to what it has. The last row has noise everywhere at once. It shows whether one term depends on
+    another, as with a gate.
     """
 
     def __init__(
@@ -69,7 +67,8 @@ class SyntheticRun:
         self.live = live
         self.norm_use = norm_use
         self.n_slots = 1 + max(len(writes) for _, writes in live)
-        self.n_rows = 1 + 2 * self.n_slots + 1
+        n_carriers = max(len(stream.blocks[index].carriers) for index, _ in live)
+        self.n_rows = 1 + 2 * (self.n_slots + n_carriers) + 1
         generator = torch.Generator().manual_seed(4)
         d_model = stream.d_model
         self.signs = torch.ones(d_model, dtype=torch.float64, device="cpu")
@@ -85,17 +84,21 @@ class SyntheticRun:
         )
         self.together = together.to(torch.bfloat16).double()
         self.outputs: dict[int, Tensor] = {}
+        self.ahead = 0  # positions that the model puts before those of the prompt
         self.dtypes = Dtypes()
+        self._calls: list[tuple[nn.Module, bool]] = []  # of all places that are changed, in order
+        # By the label of a write: whether each row reads another stream than row 0 does.
+        self._reads: dict[str, Tensor] = {}
 
     def run(self) -> Tensor:
         """Logits [rows, vocabulary] at the last token."""
-        prompt = short_prompt(self.stream, batch=self.n_rows, length=2)
+        prompt = short_prompt(self.stream, batch=self.n_rows, length=_LENGTH)
         prompt.input_ids.copy_(prompt.input_ids[:1].expand_as(prompt.input_ids))
         blocks = [self.stream.blocks[index] for index, _ in self.live]
         taps = [Tap(block.input, self._keep(i - 1)) for i, block in enumerate(blocks) if i]
         norm = self.stream.final_norm._replace(use=self.norm_use)
         taps.append(Tap(norm.entered, self._keep(len(blocks) - 1)))
-        edits = [self._edit(norm, self._normed(), self.dtypes.read)]
+        edits = [self._edit(norm, self.normed(), self.dtypes.read)]
         if self.stream.positions is not None:
             # The input of block 0 for positions alone.
             taps.append(Tap(blocks[0].input, self._keep(-1)))
@@ -108,6 +111,16 @@ class SyntheticRun:
                 edits.append(
                     self._edit(block.writes[j].place, self._slot(slot), self.dtypes.writes)
                 )
+        carriers = {
+            (carrier.place.module, carrier.place.before): self._add(carrier.place, number)
+            for block in blocks
+            for number, carrier in enumerate(block.carriers)
+        }
+        edits += carriers.values()
+        for block, (_, writes) in zip(blocks, self.live, strict=True):
+            for write in (block.writes[j] for j in writes if block.carriers):
+                read = Place(write.module, write.name, write.use)
+                taps.append(Tap(read, self._keep_read(write.label)))
         # Taps first: they must see what reaches a block before it is replaced.
         with tapped(taps), edited(edits):
             logits = self.stream.backend.run_synthetic(prompt, None)
@@ -119,12 +132,8 @@ class SyntheticRun:
 
     def factor(self, position: int, slot: int, block: Block) -> Tensor | None:
         """The factor of a block's input (slot 0) or of one of its writes."""
-        out = self.outputs[position] - self.outputs[position][0]
-        of_signs, of_noise = out[1 + 2 * slot], out[2 + 2 * slot]
-        factor = of_signs * self.signs
-        expected = factor * self.noise
+        factor, off = self._seen(position, slot)
         tolerance = self._tolerance()
-        off = float((of_noise - expected).norm() / (expected.norm() + of_noise.norm() + 1e-30))
         if slot == 0 and self.dtypes.stream == {torch.float64} and off > 1e-12:
             self.dtypes.stream.add(torch.float32)  # as Mamba does, whatever the model's dtype
         if not off <= tolerance:
@@ -140,13 +149,52 @@ class SyntheticRun:
                 f"{block.name} does not carry its input on: one of the modules that are said to "
                 "write to the stream returns the stream itself",
             )
-        if bool((factor == factor[0]).all()):
-            # One number for all channels. In 16 bits noise gives it more precisely than +-1 does.
-            fit = of_noise @ self.noise / self.noise.square().sum()
-            rounded = self.dtypes.rounding() > 1e-6
-            factor = fit if rounded and factor[0] != 1 else factor[0]
-            return None if factor == 1 else factor
-        return factor
+        return self._simplest(factor, position, slot)
+
+    def carriers(self, position: int, block: Block) -> Iterator[tuple[int, int, Tensor | None]]:
+        """Those of a block that carry the stream on.
+
+        Yields:
+            The number of each, how many writes stand before it, and its factor. A write does that
+            runs before it, or does not read what it puts out.
+        """
+        writes = [block.writes[j] for j in self.live[position][1]]
+        for number, carrier in enumerate(block.carriers):
+            place, slot = carrier.place, self.n_slots + number
+            factor, off = self._seen(position, slot)
+            as_counted = self._calls.count((place.module, place.before)) == place.use.of
+            if as_counted and off <= self._tolerance() and bool(factor.any()):
+                after = sum(
+                    self._when(write.place) < self._when(place)
+                    or not self._reads[write.label][1 + 2 * slot]
+                    for write in writes
+                )
+                yield number, after, self._simplest(factor, position, slot)
+
+    def _seen(self, position: int, slot: int) -> tuple[Tensor, float]:
+        """The factor [d_model] that the rows of a slot show, and how far that is from linear."""
+        out = self.outputs[position] - self.outputs[position][0]
+        of_signs, of_noise = out[1 + 2 * slot], out[2 + 2 * slot]
+        factor = of_signs * self.signs
+        expected = factor * self.noise
+        off = float((of_noise - expected).norm() / (expected.norm() + of_noise.norm() + 1e-30))
+        return factor, off
+
+    def _simplest(self, factor: Tensor, position: int, slot: int) -> Tensor | None:
+        """A factor as one number, where all channels have the same; None for one."""
+        if not bool((factor == factor[0]).all()):
+            return factor
+        # In 16 bits noise gives it more precisely than +-1 does.
+        of_noise = self.outputs[position][2 + 2 * slot] - self.outputs[position][0]
+        fit = of_noise @ self.noise / self.noise.square().sum()
+        rounded = self.dtypes.rounding() > 1e-6
+        one = fit if rounded and factor[0] != 1 else factor[0]
+        return None if one == 1 else one
+
+    def _when(self, place: Place) -> int:
+        """When a changed place was called in the use that is meant, among all changed places."""
+        key, nth = (place.module, place.before), place.use.nth
+        return [n for n, call in enumerate(self._calls) if call == key][nth:][:1][0]
 
     def check_together(self, position: int, block: Block, factors: list[Tensor | None]) -> None:
         """Refuse a block whose terms depend on each other.
@@ -187,67 +235,14 @@ class SyntheticRun:
         """The output of a block for zeros everywhere [d_model]."""
         return self.outputs[position][0]
 
-    def readout(self, logits: Tensor) -> tuple[float, float | None]:
-        """The logit scale and the softcap."""
-        stream = self.stream
-        moves = that_move(logits)
-        if not bool(moves.any()):
-            raise refusal(
-                stream,
-                "none of its logits depends on what the final norm puts out, as where the "
-                "unembedding is zero, so there is nothing to attribute; load weights for it",
-            )
-        cap = self._cap(logits, moves)
-        moving = moves.nonzero()[:, 0]
-        shuffled = torch.randperm(
-            len(moving), generator=torch.Generator().manual_seed(5), device="cpu"
-        )
-        ids = moving[shuffled[:_TOKENS]]
-        W, b = (t.double().cpu() for t in rows_of(stream.unembed, ids, torch.float64))
-        # The largest of the small rows that a cap does not bend.
-        row = next(
-            (r for r in (1, 4) if cap is None or float(logits[r, ids].abs().max()) < cap / 2), 5
-        )
-        y = self._normed()[row]
-        for module in stream.after_norm:
-            y = value_at(module, y).double().cpu()
-        linear = W @ y
-        seen = logits[row, ids] if cap is None else cap * torch.atanh(logits[row, ids] / cap)
-        # The bias is scaled along with the rest: seen = k * (linear + b).
-        ours = linear + b
-        if not bool(ours.any()):
-            raise refusal(
-                stream,
-                "its unembedding makes nothing of any stream, as one whose weights are all zero, "
-                "so that there is nothing to attribute; load weights for it",
-            )
-        scale = float(ours @ seen / ours.square().sum())
-        off = float((scale * ours - seen).norm() / seen.norm())
-        rounding = torch.finfo(coarsest(self.dtypes.read)).eps
-        if not off <= 1e-4 + 16 * rounding:
-            raise refusal(
-                stream,
-                "its logits are not the unembedding of the final norm's output: even a best fit is "
-                f"off by {off:.1e}; another layer or nonlinearity stands between them",
-            )
-        return (1.0 if abs(scale - 1) < 1e-6 + rounding else scale), cap
-
-    def _cap(self, logits: Tensor, moves: Tensor) -> float | None:
-        """The value that most logits stop at when what enters the unembedding doubles."""
-        large, larger = logits[2][moves].abs(), logits[3][moves].abs()
-        usual = float(larger.median())
-        # A few tokens may be large for a reason of their own, as a bias.
-        if usual < math.inf and abs(usual - float(large.median())) <= 1e-3 * usual:
-            return float(larger[larger <= 1.001 * usual].max())
-        return None
-
     def _slot(self, slot: int) -> Tensor:
         rows = torch.zeros(self.n_rows, self.stream.d_model, dtype=torch.float64, device="cpu")
         rows[1 + 2 * slot], rows[2 + 2 * slot] = self.signs, self.noise
-        rows[-1] = self.together[slot]
+        if slot < self.n_slots:
+            rows[-1] = self.together[slot]
         return rows
 
-    def _normed(self) -> Tensor:
+    def normed(self) -> Tensor:
         """Rows for the final norm's output: zeros, small noise, and noise that reaches a cap."""
         sizes = torch.zeros(self.n_rows, 1, dtype=torch.float64, device="cpu")
         sizes[1], sizes[2], sizes[3], sizes[4], sizes[5] = 0.25, 1e3, 2e3, 0.02, 0.001
@@ -268,11 +263,31 @@ class SyntheticRun:
 
     def _edit(self, place: Place, rows: Tensor, seen: set[torch.dtype] | None = None) -> Edit:
         def change(x: Tensor) -> Tensor:
+            self._calls.append((place.module, place.before))
             if seen is not None:
                 seen.add(x.dtype)
             return self._fill(place.name, x, rows)
 
         return Edit(place.module, change, place.before)
+
+    def _add(self, place: Place, number: int) -> Edit:
+        """What a block's carrier has, and in two rows something besides."""
+        rows = self._slot(self.n_slots + number)
+
+        def change(x: Tensor) -> Tensor:
+            self._calls.append((place.module, place.before))
+            width = self.n_rows * self.stream.d_model
+            fits = x.shape[-1:] == (self.stream.d_model,) and x.numel() % width == 0
+            return x + self._fill(place.name, x, rows) if fits and x.numel() else x
+
+        return Edit(place.module, change, place.before, optional=True)
+
+    def _keep_read(self, label: str) -> Callable[[Call], None]:
+        def keep(call: Call) -> None:
+            rows = call.entered.detach().double().cpu().reshape(self.n_rows, -1)
+            self._reads[label] = (rows - rows[:1]).norm(dim=-1) > 1e-3 * rows[0].norm()
+
+        return keep
 
     def _keep(self, position: int) -> Callable[[Call], None]:
         def keep(call: Call) -> None:
@@ -280,5 +295,6 @@ class SyntheticRun:
             self.dtypes.stream.add(x.dtype)
             rows = x.detach().double().cpu().reshape(self.n_rows, -1, x.shape[-1])
             self.outputs[position] = rows[:, 0].clone()
+            self.ahead = rows.shape[1] - _LENGTH
 
         return keep

@@ -18,7 +18,7 @@ from dla_hooks.attribution import Plan, prepare
 from dla_hooks.backends import Backend
 from dla_hooks.calibration.invariance import padding_is_ignored
 from dla_hooks.calibration.prompt import short_prompt
-from dla_hooks.errors import DecompositionError, DLAError
+from dla_hooks.errors import DecompositionError, DLAError, UnsupportedModelError
 from dla_hooks.inputs.forms import pad_left
 from dla_hooks.residual.stream import Stream
 from dla_hooks.results.ranked import Result
@@ -149,7 +149,7 @@ class Runner:
     def outcomes(self, items: Sequence[Item]) -> Iterator[tuple[Item, Result | DLAError]]:
         """Yield every prompt with its result (still without texts) or its error, by batches."""
         lengths = [len(item.ids) for item in items]
-        same_length = len(set(lengths)) > 1 and not padding_is_ignored(self.stream, left=True)
+        same_length = len(set(lengths)) > 1 and not self._may_pad()
         order = batches_of(lengths, self._max_tokens, same_length=same_length)
         pending = [[items[i] for i in batch] for batch in reversed(order)]
         while pending:
@@ -173,6 +173,13 @@ class Runner:
                 pending += [batch[half:], batch[:half]]
             elif failure is not None:
                 yield batch[0], failure
+
+    def _may_pad(self) -> bool:
+        """Whether prompts of different lengths may run together."""
+        try:
+            return padding_is_ignored(self.stream, left=True)
+        except UnsupportedModelError:  # it takes no mask
+            return False
 
     def _run(self, batch: Sequence[Item]) -> list[Result]:
         ids, mask = pad_left([item.ids for item in batch])

@@ -23,6 +23,7 @@ from torch import Tensor
 from dla_hooks.calibration.scales import check_weights
 from dla_hooks.errors import DecompositionError, NonFiniteError
 from dla_hooks.inputs.prompts import Prompt
+from dla_hooks.modules.user_hooks import has_callers
 from dla_hooks.projection.ledger import all_finite
 from dla_hooks.residual.stream import coarsest
 from dla_hooks.targets.base import Observed
@@ -280,6 +281,11 @@ def _failure(
         why = (
             "Autocast is on, under which the model's own products are rounded to 16 bits: call "
             "this outside of it, or with check=False"
+        )
+    elif stream.softcap is not None and has_callers(stream.model._forward_hooks):
+        why = (
+            "Where a hook of yours on the whole model changes logits, it does so behind their cap, "
+            "and no row can show it. Put it on the unembedding"
         )
     else:
         why = trace_report(stream, prompt).diagnosis()

@@ -116,20 +116,21 @@ class Tap:
             module runs, since a block may change its input in place.
         on_scale: for a norm: called with its scale [batch, pos, 1] if the source of activations
             stores that instead of the norm's input and output.
+        optional: whether the module may also never run.
     """
 
     place: Place
     on_activation: Callable[[Call], None]
     on_scale: Callable[[Tensor], None] | None = None
+    optional: bool = False
     fired: int = field(default=0, init=False)
 
     def count(self, call: Call) -> None:
         """Count one run of the module, and read it if it is the wanted one."""
         self.fired += 1
         if self.fired == self.place.use.nth + 1:
-            look = self.on_activation
-            if torch.is_autocast_enabled(call.activation.device.type):
-                look = outside_autocast(look)
+            autocast = torch.is_autocast_enabled(call.activation.device.type)
+            look = outside_autocast(self.on_activation) if autocast else self.on_activation
             look(call)
 
     def put_on(self, thread: int) -> Any:
@@ -154,8 +155,7 @@ class Tap:
 
 def hidden_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The hidden states among a module's arguments: in transformers, the first tensor."""
-    candidates = (*args, kwargs.get("hidden_states"), *kwargs.values())
-    for value in candidates:
+    for value in (*args, kwargs.get("hidden_states"), *kwargs.values()):
         if isinstance(value, Tensor):
             return value
     raise HookError("a module that should read the stream was called without any tensor")
@@ -198,16 +198,15 @@ def tapped(taps: Sequence[Tap]) -> Iterator[None]:
         for handle in handles:
             handle.remove()
     for tap in taps:
-        if tap.fired == 0:
+        if tap.fired == 0 and not tap.optional:
             raise HookError(
                 f"{tap.place.name} never ran during the forward pass, so what it writes was not "
                 "seen. A fused, compiled or skipped module does this; run the plain eager model."
             )
-        use = tap.place.use
-        if use.of and tap.fired != use.of:
+        if tap.place.use.of and tap.fired not in (tap.place.use.of, 0):
             raise HookError(
-                f"{tap.place.name} ran {tap.fired} times in one forward pass, where {use.of} was "
-                "expected. Gradient checkpointing and modules that share a part do this."
+                f"{tap.place.name} ran {tap.fired} times in one forward pass, not "
+                f"{tap.place.use.of} as expected. Gradient checkpointing and shared modules do it."
             )
 
 
@@ -219,11 +218,13 @@ class Edit:
         module: the module to change.
         change: a function from the hidden states to their replacement.
         at_input: True to change the input, False to change the output.
+        optional: whether a call without hidden states is passed by.
     """
 
     module: nn.Module
     change: Callable[[Tensor], Tensor]
     at_input: bool = False
+    optional: bool = False
 
 
 @contextmanager
@@ -247,6 +248,8 @@ def _put_in(edit: Edit, thread: int) -> torch.utils.hooks.RemovableHandle:
         if threading.get_ident() != thread:
             return None
         (kwargs,) = rest
+        if edit.optional and not any(isinstance(x, Tensor) for x in (*args, *kwargs.values())):
+            return None
         new = edit.change(hidden_in(args, kwargs))
         for i, value in enumerate(args):
             if isinstance(value, Tensor):
@@ -255,10 +258,9 @@ def _put_in(edit: Edit, thread: int) -> torch.utils.hooks.RemovableHandle:
         return args, {**kwargs, key: new}
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if threading.get_ident() != thread:
+        if threading.get_ident() != thread or (edit.optional and tensor_in(output) is None):
             return None
-        new = edit.change(hidden_out(output))
-        return with_tensor(output, new)
+        return with_tensor(output, edit.change(hidden_out(output)))
 
     _mark(before, after)
     if edit.at_input:

@@ -140,10 +140,13 @@ def _scale_at_zero(norm: Norm, x_NM: Tensor, y_NM: Tensor) -> float:
     """The root of the epsilon, from small vectors and what the norm made of them."""
     x_NM = x_NM.to(y_NM)
     squares, (s, _) = x_NM.square().mean(-1), frozen_scale(norm, x_NM, y_NM)
-    if not bool(torch.isfinite(s).all() and norm.gamma.any()):
+    seen = torch.isfinite(s)
+    if not bool(seen.any() and norm.gamma.any()):
         return 1.0  # its weights are not finite, or every product is zero, whatever the scale
-    # Rounding hides the epsilon beneath a larger square, and the output beneath a larger epsilon.
-    best = int((squares.sqrt() / s - 0.5**0.5).abs().argmin())
+    # Rounding hides the epsilon beneath a larger square, and the output beneath a larger epsilon:
+    # in 16 bits a bias may hide it whole.
+    off = (squares.sqrt() / s - 0.5**0.5).abs()
+    best = int(off.masked_fill(~seen, torch.inf).argmin())
     return float((s[best].square() - squares[best]).clamp(min=0).sqrt())
 
 

@@ -16,15 +16,15 @@ from __future__ import annotations
 import functools
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, MutableMapping
+from collections.abc import Collection, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from dla_hooks.errors import DLAError, UnsupportedModelError
+from dla_hooks.errors import DLAError, UnsupportedModelError, warn
 from dla_hooks.modules.hooks import Place, is_ours
 
 _LIBRARIES = ("torch", "transformers", "accelerate", "peft", "deepspeed")
@@ -39,8 +39,9 @@ and at the logits."""
 
 _lock = threading.RLock()
 
-_need_hooks: WeakSet[nn.Module] = WeakSet()
-"""Models that run only with a hook of their caller's, as one that casts before the unembedding."""
+_need_hooks: WeakKeyDictionary[nn.Module, WeakSet[nn.Module]] = WeakKeyDictionary()
+"""Models that run only with hooks of their caller's, as one that casts before the unembedding; and
+the modules whose hooks stay on."""
 
 _Table = MutableMapping[Any, Any]
 
@@ -129,30 +130,68 @@ def hooked_modules(modules: Iterable[nn.Module]) -> list[nn.Module]:
     ]
 
 
-def needs_hooks(model: nn.Module) -> bool:
-    """True for a model that was found to run with its caller's hooks only."""
-    return model in _need_hooks
+def needed_hooks(model: nn.Module) -> Collection[nn.Module]:
+    """The modules whose hooks stay on in synthetic runs: the model does not run without them."""
+    return _need_hooks.get(model, ())
 
 
-def switch_hooks(model: nn.Module, modules: Iterable[nn.Module]) -> str | None:
-    """Let synthetic runs have the caller's hooks, or no longer: the model does not run as it is.
+def switch_hooks(model: nn.Module, modules: Iterable[nn.Module]) -> Iterator[str]:
+    """Let synthetic runs have some of the caller's hooks: the model does not run as it is.
+
+    The first to be tried are those on modules of another dtype, which something must cast for. A
+    hook that acts once would be spent, so that others stay off where these are enough.
 
     Args:
         model: the model.
         modules: those of its modules whose hooks may be the caller's.
 
-    Returns:
-        How it runs from now on, in words; None where there are no hooks to switch.
+    Yields:
+        How it runs from now on, in words.
     """
-    if model in _need_hooks:
-        _need_hooks.discard(model)
-        return "without your hooks"
+    before = _need_hooks.pop(model, WeakSet())
+    if before:
+        yield "without your hooks"
     hooked = hooked_modules(modules)
-    if not hooked:
-        return None
-    _need_hooks.add(model)
-    path = next(path for path, one in model.named_modules() if one is hooked[0])
-    return f"with your hooks ({path or 'the model'} has one)"
+    cast = _of_other_dtype(model, hooked)
+    for kept in (cast, hooked):
+        if kept and set(kept) != set(before) and (kept is hooked or len(cast) < len(hooked)):
+            _need_hooks[model] = WeakSet(kept)
+            path = next(path for path, one in model.named_modules() if one is kept[0])
+            yield f"with your hooks ({path or 'the model'} has one)"
+    _need_hooks.pop(model, None)
+    if before:
+        _need_hooks[model] = before
+
+
+def warn_of_hooks_that_stay(model: nn.Module) -> None:
+    """Warn of hooks that stay on in synthetic runs, and may do more than the model needs."""
+    kept = list(needed_hooks(model))
+    more = [one for one in kept if one not in _of_other_dtype(model, kept) or _several(one)]
+    paths = [path or "the model" for path, one in model.named_modules() if one in more]
+    if paths:
+        warn(
+            f"the model does not run without hooks of yours, so those on {', '.join(paths[:3])} "
+            "are also called in the runs on made-up tokens that measure it. One that acts once, or "
+            "records, is spent there. Put a cast that the model needs on the module that needs it, "
+            "and nothing else there"
+        )
+
+
+def _of_other_dtype(model: nn.Module, modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Those whose weights are all of another dtype than most of the model's."""
+    usual = Counter(weight.dtype for weight in model.parameters()).most_common(1)
+    return [
+        module
+        for module in modules
+        if (dtypes := {weight.dtype for weight in module.parameters()})
+        and usual[0][0] not in dtypes
+    ]
+
+
+def _several(module: nn.Module) -> bool:
+    """Whether more hooks are on a module than one at each end, as a cast needs."""
+    tables = module._forward_hooks, module._forward_pre_hooks
+    return any(sum(is_callers(hook) for hook in table.values()) > 1 for table in tables)
 
 
 def callers_hooks(model: nn.Module) -> Iterator[str]:

@@ -70,20 +70,44 @@ class LogitHooks:
         return (rows[n:] - rows[:n]) * scales[:, None]
 
     def _write(self, logits_BSV: Tensor, view: View, place: slice) -> None:
-        entries, inside, width = self._entries, view.inside, len(view.columns)
-        if logits_BSV.ndim != 3 or logits_BSV.shape[1] < width:
-            raise UnsupportedModelError(
-                f"with your hooks on the unembedding its output has the shape "
-                f"{tuple(logits_BSV.shape)}, for a prompt of {width} positions; which of them it "
-                "has cannot be told. Take off a hook that keeps some positions only"
-            )
-        logits_BSV = logits_BSV[:, -width:]  # the model may put positions before the prompt
-        column = entries.cols[inside] - view.columns.start
         out_RN = self._rows.on(logits_BSV.device)[place]
-        for some in torch.arange(len(inside), device="cpu").split(_AT_ONCE):
-            here = inside[some]
-            logits_EV = logits_BSV[entries.rows[here], column[some]]
-            for readout, out_N in zip(self._readouts, out_RN, strict=True):
-                if readout.of_logits is not None:
-                    found = readout.of_logits(logits_EV, entries.target[here])
-                    out_N[here.to(out_N.device)] = found.to(out_N)
+        pick_logits(logits_BSV, view, self._entries, self._readouts, out_RN, "the unembedding")
+
+
+def pick_logits(
+    logits_BSV: Tensor,
+    view: View,
+    entries: Entries,
+    readouts: Sequence[Readout],
+    out_RN: Tensor,
+    where: str,
+) -> None:
+    """Read each readout out of logits, at the entries in view.
+
+    Args:
+        logits_BSV: for every position in view.
+        view: what is looked at.
+        entries: all that are read.
+        readouts: the readings.
+        out_RN: where they go.
+        where: the logits come from, for the message of an error.
+
+    Raises:
+        UnsupportedModelError: when there are logits for some positions only.
+    """
+    inside, width = view.inside, len(view.columns)
+    if logits_BSV.ndim != 3 or logits_BSV.shape[1] < width:
+        raise UnsupportedModelError(
+            f"with your hooks on {where} its output has the shape "
+            f"{tuple(logits_BSV.shape)}, for a prompt of {width} positions; which of them it "
+            "has cannot be told. Take off a hook that keeps some positions only"
+        )
+    logits_BSV = logits_BSV[:, -width:]  # the model may put positions before the prompt
+    column = entries.cols[inside] - view.columns.start
+    for some in torch.arange(len(inside), device="cpu").split(_AT_ONCE):
+        here = inside[some]
+        logits_EV = logits_BSV[entries.rows[here], column[some]]
+        for readout, out_N in zip(readouts, out_RN, strict=True):
+            if readout.of_logits is not None:
+                found = readout.of_logits(logits_EV, entries.target[here])
+                out_N[here.to(out_N.device)] = found.to(out_N)

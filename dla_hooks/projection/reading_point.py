@@ -25,6 +25,7 @@ from dla_hooks.projection.hook_writes import HookWrites
 from dla_hooks.projection.kernels import frozen_scales, project, project_squares
 from dla_hooks.projection.ledger import FixedRows
 from dla_hooks.projection.logit_hooks import LogitHooks, hooks_logits
+from dla_hooks.projection.output_hooks import OutputHooks, Outputs
 from dla_hooks.projection.readout import Readout
 from dla_hooks.projection.tiles import View
 
@@ -41,6 +42,7 @@ class ReadingPoint:
         unembed: the module that makes logits of what is read, or None.
         rounds: whether the stream is added up in 16 bits. Its size, by which rounding is judged, is
             then measured.
+        outputs: the modules whose output holds what comes behind the stream.
     """
 
     stream: Place
@@ -49,6 +51,7 @@ class ReadingPoint:
     dtype: torch.dtype
     unembed: nn.Module | None = None
     rounds: bool = False
+    outputs: Outputs = field(default_factory=Outputs)
 
 
 @dataclass(frozen=True)
@@ -115,11 +118,15 @@ class PointRecorder:
         self._logits: LogitHooks | None = None
         if point.unembed is not None and hooks_logits(point.unembed):
             self._logits = LogitHooks(point.unembed, readouts, entries, point.dtype)
+        self._outputs: OutputHooks | None = None
+        outputs = point.outputs.hooked()
+        if outputs:
+            self._outputs = OutputHooks(outputs, readouts, entries, point.dtype)
 
     @property
     def needs_all_logits(self) -> bool:
         """Whether the model's logits are needed at every entry: hooks of the caller's add there."""
-        return self._logits is not None
+        return self._logits is not None or self._outputs is not None
 
     def taps(self, view: View) -> list[Tap]:
         """Return the taps for a run of the entries in view."""
@@ -138,6 +145,8 @@ class PointRecorder:
             taps += self._logits.taps(view)
         if self._behind is not None:
             taps += self._behind.taps(view)
+        if self._outputs is not None:
+            taps += self._outputs.taps(view)
         if place is None or norm is None:
             return taps
 
@@ -158,11 +167,14 @@ class PointRecorder:
             scale_N.fill_(1)
         target_N = self._entries.target.to(rows.device)
         biases = [readout.bias_K.to(rows.device)[target_N] for readout in self._readouts]
-        hooks = {}
+        hooks = dict[str, Tensor]()
         if self._behind is not None:
             hooks[FINAL_HOOK] = self._behind.finish(rows.device)
         if self._logits is not None:
             hooks[LOGIT_HOOK] = self._logits.finish(rows.device)
+        outputs = {} if self._outputs is None else self._outputs.finish(rows.device)
+        for label, added_RN in outputs.items():
+            hooks[label] = added_RN + hooks.get(label, 0)
         misfit = norms.largest(self._misfits)
         size_N = rows[-1].sqrt() / scale_N if self._point.rounds else None
         return Reading(scale_N, total_RN / scale_N, torch.stack(biases), misfit, hooks, size_N)

@@ -1,4 +1,4 @@
-"""Where the caller's hooks write to the stream between the writes of its blocks."""
+"""Where the caller's hooks write to the stream, beside the writes of its blocks."""
 
 from __future__ import annotations
 
@@ -22,19 +22,23 @@ from dla_hooks.residual.stream import Block, Stream
 
 
 class Hooked(NamedTuple):
-    """One end of a block, or the last stream, with hooks of the caller's on it.
+    """A place of the stream with hooks of the caller's on it: no write, and ahead of the last norm.
 
     Attributes:
         number: the block's place in the stack; the number of blocks for the last stream.
         block: the block; None for the last stream.
-        at_input: True for the block's input, False for its output.
+        at_input: whether the place is the block's input, or the last stream.
         place: where the hooks are.
+        after: how many of the block's writes stand before it.
+        response: inside of a block, what its output multiplies a change there by; None is one.
     """
 
     number: int
     block: Block | None
     at_input: bool
     place: Place
+    after: int = 0
+    response: Tensor | None = None
 
     @property
     def label(self) -> str:
@@ -43,7 +47,7 @@ class Hooked(NamedTuple):
 
 
 def hook_label(block: Block) -> str:
-    """The label of what the caller's hooks write at a block's input and output.
+    """The label of what the caller's hooks write in a block, beside its own writes.
 
     It is one row, as ``3_hook``.
     """
@@ -51,12 +55,16 @@ def hook_label(block: Block) -> str:
 
 
 def hooked_places(stream: Stream) -> Iterator[Hooked]:
-    """Find the caller's hooks at the blocks' inputs and outputs, in stream order."""
+    """Find the caller's hooks at and in the blocks, in stream order."""
     for number, block in enumerate(stream.blocks):
-        for at_input in (True, False):
-            place = block.input._replace(before=at_input)
-            if is_hooked(place):
-                yield Hooked(number, block, at_input, place)
+        if is_hooked(block.input):
+            yield Hooked(number, block, True, block.input)
+        for one in sorted(block.carriers, key=lambda carrier: carrier.after):
+            if is_hooked(one.place):
+                yield Hooked(number, block, False, one.place, one.after, one.response)
+        output = block.input._replace(before=False)
+        if is_hooked(output):
+            yield Hooked(number, block, False, output, len(block.writes))
     if is_hooked(stream.last):
         yield Hooked(len(stream.blocks), None, True, stream.last)
 
@@ -71,24 +79,44 @@ def hook_factor(hooked: Hooked, factors: Mapping[str, Tensor | None]) -> Tensor 
     block = hooked.block
     if block is None:
         return None
-    later = factors[constant_label(block)]
-    return product(block.gain, later) if hooked.at_input else later
+    response = block.gain if hooked.at_input else hooked.response
+    return product(response, factors[constant_label(block)])
+
+
+def decoders(stream: Stream) -> list[nn.Module]:
+    """The modules around the final norm, from the outermost below the model itself."""
+    found = list[nn.Module]()
+    holder: object = stream.backend.root
+    for part in stream.final_norm.name.split(".")[:-1]:
+        holder = getattr(holder, part, None) or getattr(holder, "base_model", None)
+        if isinstance(holder, nn.Module):
+            found.append(holder)
+    return found
+
+
+def places_hooked(stream: Stream) -> str:
+    """Where a hook of the caller's may change how many positions the stream has.
+
+    Returns:
+        The path of the first such place: the embeddings, or what enters the model, its decoder or
+        a block. Empty where there is none.
+    """
+    around = (stream.model, stream.backend.root, *decoders(stream))
+    found = {stream.embedding.name or "the embeddings": is_hooked(stream.embedding)}
+    found |= {"the model": any(has_callers(one._forward_pre_hooks) for one in around)}
+    found |= {block.name: is_hooked(block.input) for block in stream.blocks}
+    return next((path for path, hooked in found.items() if hooked), "")
 
 
 def changed_behind(stream: Stream) -> bool:
     """Tell whether the caller may change activations behind the last stream, out of sight.
 
-    A hook on the output of the model or of its decoder does that, and so do a ``forward`` or a
-    wrapper that was put there or around the unembedding, and a hook inside of the latter. No row
-    shows it. The check must then see all logits. A model's own class is taken for what it is.
+    A hook on the output of the model or of its decoder may do that, and so do a ``forward`` or a
+    wrapper that was put there or around the unembedding, and a hook inside of the latter. The check
+    must then see all logits. A model's own class is taken for what it is.
     """
-    root, name = stream.backend.root, stream.final_norm.name
-    behind = [stream.backend.model, root, stream.unembed]
-    holder: object = root
-    for part in name.split(".")[:-1]:
-        holder = getattr(holder, part, None) or getattr(holder, "base_model", None)
-        if isinstance(holder, nn.Module):
-            behind.append(holder)
+    root = stream.backend.root
+    behind = [stream.backend.model, root, stream.unembed, *decoders(stream)]
     if any(
         has_callers(one._forward_hooks) or is_replaced(one) or is_wrapper(one, root)
         for one in behind

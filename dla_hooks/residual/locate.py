@@ -17,6 +17,7 @@ from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.modules.hooks import Place, Use
 from dla_hooks.modules.linear import input_width, output_width
 from dla_hooks.residual.architecture import Architecture, Write
+from dla_hooks.residual.carriers import with_carriers
 from dla_hooks.residual.look import child, descend, look
 from dla_hooks.residual.stream import Block, HeadSite, Stream, WriteSite
 
@@ -138,7 +139,7 @@ class _Finder:
                 names = ", ".join(self.first_names())
                 raise self.refusal(f"{name} has none of the modules {names}")
             blocks.append(Block(layer, module, name, use, writes))
-        return self.with_uses(tuple(blocks))
+        return with_carriers(self.with_uses(tuple(blocks)))
 
     def first_names(self) -> list[str]:
         """What at least one of the writes of each block is found by."""

@@ -116,6 +116,24 @@ class WriteSite:
 
 
 @dataclass(frozen=True)
+class Carrier:
+    """A module in a block that carries the stream on, or a term to it, and writes nothing itself.
+
+    BLOOM's attention adds its input to what it wrote; a dropout stands behind a write. What the
+    caller's hooks change there enters the stream.
+
+    Attributes:
+        place: its input or its output.
+        after: how many of the block's writes run before it, once it is measured.
+        response: what the block's output multiplies a change there by; None is one.
+    """
+
+    place: Place
+    after: int = 0
+    response: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Block:
     """One block of the stack, or one use of a block that is used several times.
 
@@ -127,6 +145,7 @@ class Block:
         writes: the terms that it adds to the stream, in order.
         gain: the factor of its input, [] or [d_model]; None is one.
         constant: the vector that it adds besides its writes [d_model]; None is nothing.
+        carriers: modules in it that carry the stream on; before they are measured, those that may.
     """
 
     layer: int
@@ -136,6 +155,7 @@ class Block:
     writes: tuple[WriteSite, ...]
     gain: Tensor | None = None
     constant: Tensor | None = None
+    carriers: tuple[Carrier, ...] = ()
 
     @property
     def input(self) -> Place:
@@ -164,6 +184,7 @@ class Stream:
         write_dtype: the coarsest in which a write leaves its module.
         read_dtype: the coarsest of the final norm's output, the unembedding and the logits.
         positions_response: what the stream's beginning multiplies positions by; None is one.
+        ahead: how many positions the model puts before those of a prompt.
         version: of the model, as its scales were measured.
         remembered: whether the answers come from an earlier call.
         position_limit: the longest prompt that can run, or None where there is no fixed limit.
@@ -186,6 +207,7 @@ class Stream:
     logit_scale: float = 1.0
     softcap: float | None = None
     positions_response: Tensor | None = None
+    ahead: int = 0
     version: int = 0
     remembered: bool = False
 

@@ -25,6 +25,7 @@ from dla_hooks.inputs.prompts import Prompt, to_strings
 from dla_hooks.modules.hooks import Call, Tap, tapped
 from dla_hooks.modules.user_hooks import callers_hooks
 from dla_hooks.projection.tiles import View
+from dla_hooks.residual.hooked import places_hooked
 from dla_hooks.residual.stream import Stream
 from dla_hooks.sources.base import Source
 from dla_hooks.sources.prompt import refusing_length
@@ -60,8 +61,10 @@ class Live(Source):
         for chunk, run in chunks(self._stream.backend, self.prompt, columns, self._chunk_size):
             piece = view.part(chunk.start, chunk.stop)
             looks = taps(piece) if piece is view or len(piece) else []
-            if self.prompt.extras:
-                looks = [Tap(self._stream.last, partial(self._check_width, chunk)), *looks]
+            if self.prompt.extras or places_hooked(self._stream):
+                check = partial(self._check_width, chunk)
+                places = filter(None, (self._stream.last, self._stream.positions))
+                looks = [*(Tap(place, check, optional=True) for place in places), *looks]
             with tapped(looks), refusing_length(self._stream, self.prompt):
                 logits.append(run())
         if columns is None:
@@ -74,13 +77,24 @@ class Live(Source):
         Raises:
             UnsupportedModelError: with both numbers.
         """
-        shape = call.activation.shape
-        if shape[:-1].numel() != self.prompt.shape[0] * len(chunk):
+        shape, stream = call.activation.shape, self._stream
+        ahead = 0 if chunk.start else stream.ahead
+        if shape[:-1].numel() in [n * (ahead + len(chunk)) for n in (1, self.prompt.shape[0])]:
+            return  # positions may be shared by the rows
+        makes = f"a stream of shape {list(shape)} for {list(self.prompt.shape)} ids"
+        hooked = places_hooked(stream)
+        if hooked and not self.prompt.extras:
             raise UnsupportedModelError(
-                f"{self._stream.backend.name} makes other positions of this input than its ids "
-                f"have: a stream of shape {list(shape)} for {list(self.prompt.shape)} ids. Which "
-                "position is which cannot be told; give one placeholder id for each position"
+                f"a hook of yours on {hooked} makes other positions than the prompt has: {makes}, "
+                "as with a soft prompt put before the tokens. Which position is which cannot be "
+                "told. Take the hook off, and give the embeddings themselves, one for each "
+                'position: {"inputs_embeds": ...} as input'
             )
+        raise UnsupportedModelError(
+            f"{stream.backend.name} makes other positions of this input than its ids have: "
+            f"{makes}. Which position is which cannot be told; give one placeholder id for each "
+            "position"
+        )
 
     def texts(self, tokenizer: Any) -> list[list[str]]:
         """The tokens of every row, as text; padding left out. Embeddings are question marks."""

@@ -211,8 +211,8 @@ def failure(kept: Kept, what: str, gap: float, size: float, allowed: float) -> D
         )
     else:
         why = trace_report(stream, kept.inputs.source.prompt).diagnosis()
+    relative = f"which is {gap / size:.1e} of" if size > 1e-12 * gap else "which is nothing like"
     return DecompositionError(
-        f"{stream.backend.name}: {what} miss what the model computed by {gap:.3g}, which is "
-        f"{gap / max(size, 1e-300):.1e} of their size ({size:.3g}); {allowed:.0e} is allowed in "
-        f"{dtype}. {why}"
+        f"{stream.backend.name}: {what} miss what the model computed by {gap:.3g}, {relative} "
+        f"their size ({size:.3g}); {allowed:.0e} of it is allowed in {dtype}. {why}"
     )

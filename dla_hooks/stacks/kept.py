@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dla_hooks.calibration.mid_terms import MidStream
 from dla_hooks.call import Inputs
 from dla_hooks.errors import DecompositionError
 from dla_hooks.inputs import positions
@@ -17,6 +18,7 @@ from dla_hooks.modules import norms
 from dla_hooks.modules.hooks import Call, Place, Tap
 from dla_hooks.projection.logit_hooks import hooks_logits
 from dla_hooks.projection.tiles import View
+from dla_hooks.residual.gains import times
 from dla_hooks.residual.hooked import changed_behind
 from dla_hooks.residual.stream import Block, HeadSite, Stream, WriteSite
 from dla_hooks.tolerance import misfit_tolerance
@@ -129,6 +131,20 @@ class Kept:
 
         self._taps.append(Tap(place, see))
         return key
+
+    def to_mid(self, place: int, mid: MidStream) -> Callable[[Tensor], Tensor]:
+        """Keep what a block adds ahead of its mid stream; for a function from its input to that."""
+        stream = self.stream
+        writes = [self.write(w) for w in stream.blocks[place].writes[: len(mid.responses)]]
+        hooks = [(self.hook(one.place), factor) for one, factor in mid.hooks(stream, place)]
+
+        def of(x: Tensor) -> Tensor:
+            x = mid.of(x, [self[write] for write in writes])
+            for key, factor in hooks:
+                x = x + times(self[key], factor)
+            return x
+
+        return of
 
     def last_stream(self) -> Any:
         """Keep what the final norm reads."""

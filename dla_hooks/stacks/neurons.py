@@ -100,16 +100,13 @@ def stack_neuron_results(
             raise UnsupportedModelError(f"{stream.backend.name} has no MLP neurons to stack")
         start = stream_at(kept, end)
         mid = mid_stream(stream, end) if mlp_input else None
-        first = [] if mid is None else stream.blocks[end].writes[: len(mid.responses)]
-        writes = [kept.write(write) for write in first]
+        to_mid = None if mid is None else kept.to_mid(end, mid)
         sum_of_all = StreamSum(kept, end + mlp_input)
         scale = scale_at(kept, end, mlp_input) if apply_ln else None
         kept.run()
         sum_of_all.hold()
 
-        x = kept[start]
-        if mid is not None:
-            x = mid.of(x, [kept[write] for write in writes])
+        x = kept[start] if to_mid is None else to_mid(kept[start])
         centred = scale is not None and kept.norm(scale).centred
         if centred:
             x = x - x.mean(-1, keepdim=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from dla_hooks.calibration.mid_terms import MidStream, mid_stream
 from dla_hooks.call import Inputs
 from dla_hooks.errors import InputError
 from dla_hooks.residual.gains import constant_label, path_factors, product, times
-from dla_hooks.residual.hooked import hook_factor, hook_label, hooked_places
+from dla_hooks.residual.hooked import Hooked, hook_factor, hook_label, hooked_places
 from dla_hooks.residual.kinds import kind_of
 from dla_hooks.residual.stream import Stream
 from dla_hooks.stacks.arguments import (
@@ -86,10 +87,8 @@ def decompose_resid(
         where = kept.positions() if incl_embeds and stream.positions is not None else None
         plan: list[tuple[str, Any]] = []  # a key for a write; a vector for a constant
         hooks: dict[str, list[tuple[Any, Tensor | None]]] = {}  # by label: a key, and its factor
-        for hooked in hooked_places(stream) if mode == "all" else ():
-            if hooked.number < end or (hooked.number == end and hooked.at_input):
-                factor = factors["end"] if hooked.number == end else hook_factor(hooked, factors)
-                hooks.setdefault(hooked.label, []).append((kept.hook(hooked.place), factor))
+        for hooked, factor in _hooks(stream, end, mid, factors) if mode == "all" else ():
+            hooks.setdefault(hooked.label, []).append((kept.hook(hooked.place), factor))
         for place, block in enumerate(stream.blocks[: end + mlp_input]):
             inside = mid is not None and place == end
             for write in block.writes[: len(mid.responses) if mid and inside else None]:
@@ -136,6 +135,18 @@ def decompose_resid(
         return finish(torch.stack(rows), labels, scale, kept, return_labels)
 
     return measured(model, input, options, measure)
+
+
+def _hooks(
+    stream: Stream, end: int, mid: MidStream | None, factors: dict[str, Tensor | None]
+) -> Iterator[tuple[Hooked, Tensor | None]]:
+    """The caller's hooks ahead of the stream before a block, or in its middle."""
+    for hooked in hooked_places(stream):
+        if hooked.number < end:
+            yield hooked, hook_factor(hooked, factors)
+        elif hooked.number == end and hooked.at_input:
+            yield hooked, factors["end"]
+    yield from mid.hooks(stream, end) if mid else ()
 
 
 def _factors(stream: Stream, end: int, mid: MidStream | None) -> dict[str, Tensor | None]:
@@ -192,27 +203,23 @@ def accumulated_resid(
         stream = inputs.stream
         end, last = place_of(stream, layer, mlp_input), len(stream.blocks)
         kept = Kept.of(inputs, pos_slice, check)
-        plan: list[tuple[str, Any, MidStream | None, list[Any]]] = []
+        plan: list[tuple[str, Any, Callable[[Tensor], Tensor] | None]] = []
         for place, block in enumerate(stream.blocks[: end + 1]):
             start = kept.block_input(block)
-            plan.append((f"{block.layer}_pre", start, None, []))
+            plan.append((f"{block.layer}_pre", start, None))
             wanted = incl_mid if place < end else mlp_input
             mid = mid_stream(stream, place) if wanted else None
             if mid is not None:
-                writes = [kept.write(write) for write in block.writes[: len(mid.responses)]]
-                plan.append((f"{block.layer}_mid", start, mid, writes))
+                plan.append((f"{block.layer}_mid", start, kept.to_mid(place, mid)))
         if end == last:
-            plan.append(("final_post", kept.last_stream(), None, []))
-        computed = any(mid is not None for _, _, mid, _ in plan)
+            plan.append(("final_post", kept.last_stream(), None))
+        computed = any(to_mid is not None for *_, to_mid in plan)
         whole = StreamSum(kept, end + mlp_input if computed else 0)
         scale = scale_at(kept, end, mlp_input) if apply_ln and end < last else None
         kept.run()
         whole.hold()
 
-        rows = []
-        for _, start, mid, writes in plan:
-            x = kept[start]
-            rows.append(x if mid is None else mid.of(x, [kept[write] for write in writes]))
+        rows = [kept[start] if mid is None else mid(kept[start]) for _, start, mid in plan]
         stack = torch.stack(rows)
         if apply_ln and end == last:
             stack = apply_final_norm(stream, stack)

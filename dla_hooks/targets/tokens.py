@@ -26,8 +26,10 @@ from dla_hooks.modules.autocast import outside_autocast
 from dla_hooks.modules.linear import at_hand, mean_row, pull_back, rows, value_at
 from dla_hooks.modules.norms import Norm
 from dla_hooks.projection.directions import Directions, few
+from dla_hooks.projection.output_hooks import Outputs
 from dla_hooks.projection.reading_point import Reading, ReadingPoint
 from dla_hooks.projection.readout import Readout
+from dla_hooks.residual.hooked import decoders
 from dla_hooks.residual.stream import Stream, coarsest
 from dla_hooks.targets.base import Observed, Target
 from dla_hooks.tolerance import is_coarse
@@ -162,8 +164,12 @@ def final_point(stream: Stream) -> ReadingPoint:
     """The last stream, read through the final norm."""
     norm = norm_at(stream, stream.final_norm)
     rounds = is_coarse(coarsest((stream.stream_dtype, stream.write_dtype)))
+    models = list(dict.fromkeys((stream.backend.model, stream.backend.root)))
+    if stream.softcap is not None or stream.backend.scores_labels:
+        models = []
+    outputs = Outputs(() if stream.after_norm else decoders(stream), models)
     return ReadingPoint(
-        stream.last, stream.final_norm, norm, stream.work_dtype, stream.unembed, rounds
+        stream.last, stream.final_norm, norm, stream.work_dtype, stream.unembed, rounds, outputs
     )
 
 

@@ -222,8 +222,8 @@ class _Layer:
 
     def _step(self, parts: Parts) -> int:
         """The last of the stream's steps that stands at a place of the stream."""
-        before, end = parts.places[self.at.block]
-        return end if self.at.layer is None else before + self.at.n_before
+        steps = parts.places[self.at.block]
+        return steps[-1 if self.at.layer is None else self.at.n_before]
 
 
 class _FeaturesPlan(UnitPlan):

@@ -49,14 +49,14 @@ class Layers(Unit):
         for number, (block, n_first) in enumerate(
             zip(stream.blocks, mid_streams(stream), strict=True)
         ):
-            before, _ = parts.places[number]
+            places = parts.places[number]
             rows.append(Row(f"{block.layer}_pre", "pre", block.layer))
-            steps.append(before)
+            steps.append(places[0])
             if n_first is not None:
                 rows.append(Row(f"{block.layer}_mid", "mid", block.layer))
-                steps.append(before + n_first)
+                steps.append(places[n_first])
         rows.append(Row("final_post", "post"))
-        steps.append(parts.places[-1][1])
+        steps.append(parts.places[-1][0])
         values_CN = parts.steps_SN.cumsum(0)[steps]
         for label, added_RN in sorted(parts.reading.hooks_RN.items()):  # behind the last stream
             rows.append(Row(label, "hook"))

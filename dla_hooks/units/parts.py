@@ -1,8 +1,8 @@
 """The parts: every term of the residual stream, measured one by one in every run.
 
 Whatever the unit, the parts are what a call is checked by: their sum must be the last stream's own
-projection. Some units are made of them. What the caller's hooks write at the input or output of a
-block is a part, too; it is there in runs on a model with such hooks.
+projection. Some units are made of them. What the caller's hooks write to the stream beside the
+writes is a part, too; it is there in runs on a model with such hooks.
 """
 
 from __future__ import annotations
@@ -105,8 +105,8 @@ class PartsRecorder:
     Args:
         plan: the parts.
         entries: all that are read.
-        missing: why the source of activations does not have a place, or None. Parts at such
-            places are left out; only a unit that needs them says so.
+        missing: why the source does not have a place, or None. Its part is then left out, and only
+            a unit that needs it says so.
     """
 
     def __init__(self, plan: PartsPlan, entries: Entries, missing: Missing) -> None:
@@ -142,10 +142,10 @@ class PartsRecorder:
             values_CN[row] = self._entries.of_target(of_K.to(device))
         finite_C = None if all_finite(values_CN) else torch.isfinite(values_CN).all(-1)
         values_CN /= reading.scale_N
-        hooks, of_embeddings = dict[tuple[int, bool], Tensor](), None
+        hooks, of_embeddings = list[tuple[Hooked, Tensor]](), None
         if self._hooks is not None:
             written = self._hooks.finish(device) / reading.scale_N
-            hooks = {(h.number, h.at_input): w for h, w in zip(self._hooked, written, strict=False)}
+            hooks = list(zip(self._hooked, written, strict=False))
             of_embeddings = written[-1] if len(written) > len(hooks) else None
         return Parts(
             plan, values_CN, self._missing, finite_C, reading, self._entries, hooks, of_embeddings
@@ -174,8 +174,7 @@ class Parts:
             were.
         reading: what the final norm saw: the whole stream, measured apart.
         entries: where.
-        hooks: what the caller's hooks wrote to the input (True) or output (False) of a block, by
-            its place in the stack; the number of blocks stands for the last stream.
+        hooks: what the caller's hooks wrote to the stream at and in the blocks, in its order.
         hook_of_embeddings_N: what they wrote to the token embeddings, or None. The first of
             ``raw_CN`` holds it, too.
     """
@@ -186,7 +185,7 @@ class Parts:
     finite_C: Tensor | None
     reading: Reading
     entries: Entries
-    hooks: Mapping[tuple[int, bool], Tensor]
+    hooks: Sequence[tuple[Hooked, Tensor]]
     hook_of_embeddings_N: Tensor | None = None
 
     @property
@@ -223,27 +222,30 @@ class Parts:
         raw, n = self.raw_CN, self.plan.n_embeddings
         if not self.hooks:
             return raw if n == 1 else torch.cat((raw[:1], raw[n:]))
-        steps = [raw[0]]
-        for number, block in enumerate(self.plan.stream.blocks):
-            steps += self._hook(number, True)
-            steps += [raw[self.plan.row_of[label]] for label in _labels(block)]
-            steps += self._hook(number, False)
-        steps += self._hook(len(self.plan.stream.blocks), True)
-        return torch.stack(steps)
+        return torch.stack(self._steps[0])
+
+    @property
+    def places(self) -> Sequence[Sequence[int]]:
+        """Of each block and of the last stream: the last step before its writes, after one, …"""
+        return self._steps[1]
 
     @cached_property
-    def places(self) -> list[tuple[int, int]]:
-        """For each block, the last step before its own writes and its own last step.
-
-        One more pair is for the last stream.
-        """
-        found, end = [], 0
-        for number, block in enumerate(self.plan.stream.blocks):
-            before = end + ((number, True) in self.hooks)
-            end = before + len(_labels(block)) + ((number, False) in self.hooks)
-            found.append((before, end))
-        last = end + ((len(found), True) in self.hooks)
-        return [*found, (last, last)]
+    def _steps(self) -> tuple[list[Tensor], list[list[int]]]:
+        """The steps, and their places."""
+        raw, row_of, stack = self.raw_CN, self.plan.row_of, self.plan.stream.blocks
+        steps, places = [raw[0]], list[list[int]]()
+        for number in range(len(stack) + 1):
+            here = [(one, wrote) for one, wrote in self.hooks if one.number == number]
+            steps += [wrote for one, wrote in here if one.at_input]
+            places.append([len(steps) - 1])
+            labels = _labels(stack[number]) if number < len(stack) else []
+            inside = [(one.after, wrote) for one, wrote in here if not one.at_input]
+            steps += [wrote for after, wrote in inside if not after]
+            for n_writes, label in enumerate(labels, start=1):
+                steps.append(raw[row_of[label]])
+                steps += [wrote for after, wrote in inside if after == n_writes]
+                places[-1].append(len(steps) - 1)
+        return steps, places
 
     @cached_property
     def sum_N(self) -> Tensor:
@@ -252,9 +254,7 @@ class Parts:
         sum_N = self.raw_CN.sum(0)
         if n > 1:  # the first is the sum of these
             sum_N = self.raw_CN[0] + self.raw_CN[n:].sum(0)
-        for written_N in self.hooks.values():
-            sum_N = sum_N + written_N
-        return sum_N
+        return sum((written_N for _, written_N in self.hooks), sum_N)
 
     def of(self, labels: Sequence[str]) -> Tensor:
         """What some writes contributed [labels, N]."""
@@ -273,11 +273,11 @@ class Parts:
         found += [(row, raw[1]) for row in plan.rows[1 : plan.n_embeddings]]
         for number, block in enumerate(plan.stream.blocks):
             found += [(rows[label], raw[plan.row_of[label]]) for label in _labels(block)]
-            written = [*self._hook(number, True), *self._hook(number, False)]
+            written = self._wrote(number)
             if written:
                 row = Row(hook_label(block), "hook", block.layer)
                 found.append((row, torch.stack(written).sum(0)))
-        last = self._hook(len(plan.stream.blocks), True)
+        last = self._wrote(len(plan.stream.blocks))
         behind = {label: added_RN[0] for label, added_RN in self.reading.hooks_RN.items()}
         if last:
             behind[FINAL_HOOK] = last[0] + behind.get(FINAL_HOOK, 0)
@@ -285,9 +285,8 @@ class Parts:
             found.append((Row(label, "hook"), behind[label]))
         return found
 
-    def _hook(self, block: int, at_input: bool) -> list[Tensor]:
-        key = block, at_input
-        return [self.hooks[key]] if key in self.hooks else []
+    def _wrote(self, number: int) -> list[Tensor]:
+        return [wrote for one, wrote in self.hooks if one.number == number]
 
     def _require(self, labels: Iterable[str]) -> None:
         for label in labels:

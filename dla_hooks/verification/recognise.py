@@ -10,7 +10,7 @@ from dla_hooks.backends import Backend, backend_of
 from dla_hooks.calibration.scales import with_scales
 from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.modules.faults import SyntheticRunError, described_error
-from dla_hooks.modules.user_hooks import switch_hooks
+from dla_hooks.modules.user_hooks import switch_hooks, warn_of_hooks_that_stay
 from dla_hooks.modules.version import Remembered
 from dla_hooks.residual.architecture import Architecture
 from dla_hooks.residual.locate import locate
@@ -53,18 +53,22 @@ def located(backend: Backend) -> Stream:
     try:
         return _located(backend)
     except SyntheticRunError as error:
-        how = switch_hooks(backend.model, backend.hookable())
-        if how is None:
+        how, last = "", error
+        for way in switch_hooks(backend.model, backend.hookable()):
+            how = way
+            try:
+                found = _located(backend)
+            except SyntheticRunError as again:
+                last = again
+            else:
+                warn_of_hooks_that_stay(backend.model)
+                return found
+        if not how:
             raise
-        try:
-            return _located(backend)
-        except SyntheticRunError as again:
-            switch_hooks(backend.model, backend.hookable())
-            raise UnsupportedModelError(
-                f"{error}. {how[0].upper()}{how[1:]} it fails, too "
-                f"({described_error(again.cause)}). Where the model needs a hook to run at "
-                "all, let that hook take any batch and length"
-            ) from again
+        raise UnsupportedModelError(
+            f"{error}. {how[0].upper()}{how[1:]} it fails, too ({described_error(last.cause)}). "
+            "Where the model needs a hook to run at all, let that hook take any batch and length"
+        ) from last
 
 
 def _located(backend: Backend) -> Stream:

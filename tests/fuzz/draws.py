@@ -14,7 +14,17 @@ import torch
 from bench import Bench, bench_of
 from guest import belongings, left_behind
 from interventions import NAMES, TABLE
-from questions import Question, Wrong, ask, hold, hold_many, hold_stacks, prepared, question_of
+from questions import (
+    Question,
+    Wrong,
+    ask,
+    hold,
+    hold_many,
+    hold_neurons,
+    hold_stacks,
+    prepared,
+    question_of,
+)
 from truth import Truth, plainly, truth_of
 
 import dla_hooks
@@ -26,7 +36,8 @@ class Outcome:
 
     Attributes:
         kind: "right", "right in sum" (where an intervention leaves no formula for rows),
-            "refused", "discarded" (the model itself does not run so) or "failed".
+            "refused", "discarded" (the model itself does not run so), "warned" (wrong, with a
+            warning that says why) or "failed".
         what: the refusal or the failure, in short.
         said: the draw, in words.
         seconds: how long it took.
@@ -65,8 +76,8 @@ def outcome_of(seed: int, without: tuple[str, ...] = ()) -> Outcome:
     """
     start = time.perf_counter()
     rng = random.Random(seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always", dla_hooks.DLAWarning)
         bench = bench_of(rng)
         found = Outcome("right", said=bench.said)
         try:
@@ -78,6 +89,8 @@ def outcome_of(seed: int, without: tuple[str, ...] = ()) -> Outcome:
             found.error = str(error)
         except Wrong as wrong:
             found.kind, found.what, found.error = "failed", _short(str(wrong)), str(wrong)
+            if any("on made-up tokens that measure it" in str(one.message) for one in warned):
+                found.kind = "warned"  # a hook with a memory beside a cast
         except Exception as error:
             found.kind, found.error = "failed", traceback.format_exc()
             found.what = f"raised {type(error).__name__}: {_short(str(error))}"
@@ -107,6 +120,13 @@ def _settle(bench: Bench, found: Outcome, without: tuple[str, ...]) -> None:
         return
     if question.way == "stacks":
         found.kind = _as_guest(bench, lambda: hold_stacks(bench, question, truth))
+        return
+    if question.way == "neurons":
+        found.kind = _as_guest(bench, lambda: hold_neurons(bench, truth))
+        return
+    if question.way == "unchecked":  # nothing is promised of its numbers
+        _as_guest(bench, lambda: ask(bench, question))
+        found.kind = "right in sum"
         return
     plan = None
     if question.way == "plan":

@@ -13,7 +13,7 @@ from truth import Truth, plainly
 import dla_hooks
 
 UNITS = ["component", "layer", "head"]
-WAYS = ["once", "once", "once", "twice", "plan", "plan", "many", "stacks"]
+WAYS = ["once", "once", "once", "twice", "plan", "plan", "many", "stacks", "neurons", "unchecked"]
 
 
 class Wrong(Exception):
@@ -131,6 +131,8 @@ def ask(bench: Bench, question: Question, plan: Any = None) -> Any:
             given["chunk_size"] = question.chunk
         if plan is not None:
             return plan(bench.ids, **given)
+        if question.way == "unchecked":
+            given["check"] = False
         return dla_hooks.direct_logit_attribution(
             bench.model, bench.ids, *question.given, **_options(question), **given
         )
@@ -335,4 +337,28 @@ def hold_stacks(bench: Bench, question: Question, truth: Truth) -> str:
     due = due[..., token] - (0 if wrong is None else due[..., wrong])
     allowed = 3 * _allowed(bench) * max(truth.size, float(attrs[:, real].abs().max()))
     _close("the stack's logits", attrs.sum(0)[real], due[real], allowed)
+    return "right"
+
+
+def hold_neurons(bench: Bench, truth: Truth) -> str:
+    """The neurons of each layer, against what its MLP wrote: they differ by a bias."""
+    given: dict[str, Any] = {"attention_mask": bench.mask, "pos_slice": None}
+    with bench.running():
+        stack, labels = dla_hooks.stack_neuron_results(
+            bench.model, bench.ids, return_labels=True, incl_remainder=True, **given
+        )
+    real = torch.ones_like(bench.ids, dtype=torch.bool) if bench.mask is None else bench.mask.bool()
+    if truth.to_logits is None:
+        return "right in sum"
+    size = max(float(x[real].abs().max()) for x in truth.written.values())
+    layers = [label.partition("N")[0] for label in labels]
+    for number, block in enumerate(bench.blocks):
+        mine = [n for n, layer in enumerate(layers) if layer == f"L{number}"]
+        if not mine or block.post_mlp is not None:
+            continue
+        bias = (truth.written[f"{number}_mlp_out"] - stack[mine].sum(0).double())[real]
+        allowed = 3 * _allowed(bench) * size
+        _close(f"neurons of layer {number}", bias, bias[:1].expand_as(bias), allowed)
+    whole = truth.streams["final_post"][real]
+    _close("neurons and remainder", stack.sum(0).double()[real], whole, 3 * _allowed(bench) * size)
     return "right"

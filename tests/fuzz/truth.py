@@ -179,7 +179,10 @@ def truth_of(bench: Bench, ids: Tensor, mask: Tensor | None) -> Truth:
     gamma = _gamma(formula, norm, x)
     normed = eyes(norm, "out before")
     bias = normed - _centred(formula, x) / s * gamma  # the norm's own, or nothing
-    found.behind["final_hook"] = (eyes(norm, "out after") - normed) @ weight * k
+    # Hooks on the norm's output and, behind it, on the decoder's.
+    read = eyes(head, "in before")
+    read = read if read.shape == normed.shape else eyes(norm, "out after")
+    found.behind["final_hook"] = (read - normed) @ weight * k
     moved = (eyes(head, "in after") - eyes(head, "in before")) @ weight * k
     added = logits - plain_logits
     # A mask is so large that the logits beneath it are rounded away: no row can be told from it.

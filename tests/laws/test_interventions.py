@@ -306,27 +306,83 @@ def test_bias_on_the_logits_is_a_row():
     holds(model, ids, result)
 
 
-@pytest.mark.parametrize("replaced", [False, True])
 @pytest.mark.parametrize("spec", ["llama", "gpt2"])
-def test_change_behind_the_stream_at_one_position_is_refused(spec, replaced):
-    """No row shows what is done to the decoder's output; the check looks at every position."""
+def test_forward_behind_the_stream_that_changes_one_position_is_refused(spec):
+    """No row shows what a replaced forward does; the check looks at every position."""
     model, ids = build(spec), example_ids(spec, batch=2, length=40)
     decoder = model.base_model
+    forward = decoder.forward
 
-    def halve(module, args, out):
+    def halved(*args, **kwargs):
+        out = forward(*args, **kwargs)
         if out.last_hidden_state.shape[1] > 5:
             out.last_hidden_state[:, 5] *= 0.5
         return out
 
-    if replaced:
-        forward = decoder.forward
-        decoder.forward = lambda *args, **kwargs: halve(None, None, forward(*args, **kwargs))
-    else:
-        decoder.register_forward_hook(halve)
+    decoder.forward = halved
     plan = dla_hooks.prepare(model, 7)
     for pos in (None, slice(0, 30)):
         with pytest.raises(dla_hooks.DecompositionError):
             plan(ids, pos=pos)
+
+
+def changes_output(name, change):
+    """A hook that changes a tensor of the output in place, puts another there, or changes none."""
+
+    def hook(module, args, out):
+        if change == "nothing":
+            return None
+        x = getattr(out, name)
+        if change == "in place":
+            x[:, 3:].mul_(0.5).add_(0.3)
+            return None
+        x = x.clone()
+        x[:, 2] += torch.linspace(-1, 1, x.shape[-1], dtype=x.dtype)
+        return type(out)(**{**out, name: x})
+
+    return hook
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("change", ["in place", "another", "nothing"])
+@pytest.mark.parametrize("place", ["model", "decoder"])
+@pytest.mark.parametrize(
+    "spec", ["llama-bias", "gpt2", "gemma2-no-caps", "granite", "bloom", "opt"]
+)
+def test_hook_on_the_output_of_the_model_or_decoder_is_a_row(spec, place, change, seed):
+    model, ids = build(spec, seed=seed), example_ids(spec, batch=2, length=7)
+    plan = dla_hooks.prepare(model, 5, 7, unit=tuple(UNIT_NAMES))
+    clean = plan(ids, pos=None)
+    inner = getattr(model.base_model, "decoder", model.base_model)  # OPT goes past its own
+    module, name, label = {
+        "model": (model, "logits", "logit_hook"),
+        "decoder": (inner, "last_hidden_state", "final_hook"),
+    }[place]
+    module.register_forward_hook(changes_output(name, change))
+    for pos in (None, 3, slice(2, 5)):
+        for result in plan(ids, pos=pos).values():
+            whole = result.attribution[-1] if result.unit == "layer" else result.attribution.sum(0)
+            with torch.no_grad():
+                logits = model(ids).logits.double()
+            due = (logits[..., 5] - logits[..., 7])[:, pos if pos is not None else slice(None)]
+            torch.testing.assert_close((whole + result.bias).double(), due, rtol=0, atol=1e-5)
+    found, before = plan(ids, pos=None)["component"], clean["component"]
+    assert (label in found.labels) == (change != "nothing")
+    if change != "nothing":
+        moved = (found.logit - before.logit).double()
+        torch.testing.assert_close(found[label].double(), moved, rtol=1e-5, atol=1e-6)
+        assert found[label][:, 3 if change == "in place" else 2].abs().min() > 0
+
+
+def test_hook_on_capped_logits_is_refused_where_it_changes_them():
+    """Behind a cap nothing adds up."""
+    model, ids = build("gemma2"), example_ids("gemma2")
+    handle = model.register_forward_hook(changes_output("logits", "nothing"))
+    holds(model, ids, direct_logit_attribution(model, ids, 5))
+    handle.remove()
+    model.register_forward_hook(changes_output("logits", "in place"))
+    with pytest.raises(dla_hooks.DecompositionError, match="behind their cap"):
+        direct_logit_attribution(model, ids, 5)
 
 
 def test_hook_on_the_model_sees_all_its_logits():
@@ -423,11 +479,11 @@ def test_hook_on_the_unembedding_sees_all_positions_in_primitives(spec, verb):
     assert seen == [(2, 7)]
 
 
+@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("ask", ["plan", "once", "primitive"])
-@pytest.mark.parametrize("spec", ["llama", "gpt2"])
-def test_hook_that_acts_once_behind_the_stream_is_refused_after_other_calls(spec, ask):
+def test_hook_that_acts_once_behind_a_cap_is_refused_after_other_calls(ask, seed):
     """A second run, without the hook, would add up."""
-    model, ids = build(spec), example_ids(spec)
+    model, ids = build("gemma2", seed=seed), example_ids("gemma2")
     plan = dla_hooks.prepare(model, 5)
     stack = dla_hooks.decompose_resid(model, ids)
     asks = {
@@ -439,20 +495,41 @@ def test_hook_that_acts_once_behind_the_stream_is_refused_after_other_calls(spec
 
     def once(module, args, out):
         handle.remove()
-        out.last_hidden_state.mul_(0.5).add_(0.3)
+        out.logits.mul_(0.5).add_(0.3)
 
-    def add():
-        nonlocal handle
-        handle = model.base_model.register_forward_hook(once)
-
-    handle = None
-    add()
+    handle = model.register_forward_hook(once)
     other = model.register_forward_hook(lambda *_: None)
     with pytest.raises(dla_hooks.DecompositionError, match="has a hook of yours"):
         asks[ask]()
     other.remove()
     after = asks[ask]()
     assert torch.equal(getattr(after, "attribution", after), getattr(before, "attribution", before))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("place", ["model", "decoder"])
+@pytest.mark.parametrize("spec", ["llama", "gpt2"])
+def test_hook_that_acts_once_behind_the_stream_is_spent_on_the_callers_run(spec, place, seed):
+    model, ids = build(spec, seed=seed), example_ids(spec)
+    module, name = {
+        "model": (model, "logits"),
+        "decoder": (model.base_model, "last_hidden_state"),
+    }[place]
+
+    def once(module, args, out):
+        handle.remove()
+        getattr(out, name).mul_(0.5).add_(0.3)
+
+    handle = module.register_forward_hook(once)
+    with torch.no_grad():
+        due = model(ids).logits[:, -1, 5]
+        plain = model(ids).logits[:, -1, 5]
+    for expected in (due, plain):
+        if expected is due:
+            handle = module.register_forward_hook(once)
+        result = direct_logit_attribution(model, ids, 5)
+        torch.testing.assert_close(result.logit, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(result.attribution.sum(0) + result.bias, expected)
 
 
 def test_weight_changed_without_a_trace_beside_a_hook_is_measured_anew_by_the_next_call():

@@ -14,7 +14,7 @@ from quantised import bitsandbytes_model, eight_bits, four_bits, torchao_model
 from torch import nn
 from zoo import build
 
-from dla_hooks import InputError, attribute_many
+from dla_hooks import InputError, UnsupportedModelError, attribute_many, direct_logit_attribution
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of PEFT and the quantising libraries
 
@@ -227,3 +227,31 @@ def test_fingerprint_is_the_same_in_another_process(tmp_path):
     assert done.returncode == 0, done.stderr
     found = done.stdout.split("\n")
     assert [line for line in found if line] == ["plain 2 0", "adapted 2 0", "torchao 2 0"]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_model_without_an_attention_mask_runs_prompts_of_one_length_together(name, seed):
+    model = build(name, seed=seed)
+    kind, rows = type(model), []
+
+    class WithoutMask(kind):
+        def forward(self, input_ids):
+            rows.append(tuple(input_ids.shape))
+            return kind.forward(self, input_ids)
+
+    model.__class__ = WithoutMask
+    prompts = [[4, 5, 6, 7], [8, 9, 10], [11, 12, 13, 14], [15, 16, 17]]
+    direct_logit_attribution(model, prompts[0], 5)
+    rows.clear()
+    found = list(attribute_many(model, prompts, 5, 7, unit="head"))
+    assert {(2, 4), (2, 3)} <= set(rows)
+    for ids, result in zip(prompts, found, strict=True):
+        with torch.no_grad():
+            logits = kind.forward(model, torch.tensor([ids])).logits[0, -1]
+        total = result.attribution.sum(0) + result.bias
+        torch.testing.assert_close(total.squeeze(), logits[5] - logits[7], rtol=0, atol=1e-6)
+    with pytest.raises(UnsupportedModelError, match="no attention mask"):
+        direct_logit_attribution(
+            model, torch.tensor([[4, 5], [6, 7]]), 5, attention_mask=torch.tensor([[1, 1], [0, 1]])
+        )
