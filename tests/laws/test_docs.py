@@ -181,7 +181,7 @@ def test_wrong_examples_in_docstrings_fail():
     assert "Expected" in "".join(said)
 
 
-@pytest.mark.parametrize("page", ["inputs", "interventions"])
+@pytest.mark.parametrize("page", ["inputs", "interventions", "units"])
 def test_examples_of_pages_run(page):
     found = doctest.testfile(str(ROOT / "docs" / f"{page}.md"), module_relative=False)
     assert found.attempted > 10
