@@ -35,7 +35,8 @@ from dla_hooks.projection.way_out import WayOut, WayRecorder
 from dla_hooks.residual.stream import Stream, WriteSite
 from dla_hooks.results.rows import Row, Words
 from dla_hooks.units.base import Claim, Recorder, Split, Unit, UnitPlan
-from dla_hooks.units.parts import EMBED, POSITIONS, Parts, PartsPlan
+from dla_hooks.units.parts import Parts
+from dla_hooks.units.parts_plan import EMBED, POSITIONS, PartsPlan
 
 _BASE, _HOOK = "base", "hook"
 _INSTEAD = "Attribute components instead (leave out unit=)"

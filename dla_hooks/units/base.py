@@ -21,7 +21,8 @@ from dla_hooks.modules.hooks import Place, Tap
 from dla_hooks.projection.tiles import View
 from dla_hooks.residual.stream import Stream
 from dla_hooks.results.rows import Row, Words
-from dla_hooks.units.parts import Parts, PartsPlan
+from dla_hooks.units.parts import Parts
+from dla_hooks.units.parts_plan import PartsPlan
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,8 @@ from dla_hooks.residual.gains import times
 from dla_hooks.residual.stream import Stream
 from dla_hooks.results.rows import Row, Words
 from dla_hooks.units.base import Claim, RankedSplit, Recorder, Split, Unit, UnitPlan
-from dla_hooks.units.parts import Parts, PartsPlan
+from dla_hooks.units.parts import Parts
+from dla_hooks.units.parts_plan import PartsPlan
 
 
 class Experts(Unit):

@@ -32,7 +32,8 @@ from dla_hooks.residual.stream import Stream
 from dla_hooks.results.row_runs import RowRuns, Run
 from dla_hooks.results.rows import Words
 from dla_hooks.units.base import Claim, RankedSplit, Recorder, Unit, UnitPlan
-from dla_hooks.units.parts import Parts, PartsPlan
+from dla_hooks.units.parts import Parts
+from dla_hooks.units.parts_plan import PartsPlan
 
 
 class Features(Unit):

@@ -17,7 +17,7 @@ from dla_hooks.residual.stream import Stream
 from dla_hooks.results.rows import Words
 from dla_hooks.units.base import Unit, UnitPlan
 from dla_hooks.units.head_rows import HeadsPlan
-from dla_hooks.units.parts import PartsPlan
+from dla_hooks.units.parts_plan import PartsPlan
 
 
 class Heads(Unit):

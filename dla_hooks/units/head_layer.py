@@ -11,7 +11,7 @@ from dla_hooks.modules.linear import at_hand, bias_of, check_readable, pull_back
 from dla_hooks.projection.directions import Directions
 from dla_hooks.residual.stream import WriteSite
 from dla_hooks.results.rows import Row
-from dla_hooks.units.parts import PartsPlan
+from dla_hooks.units.parts_plan import PartsPlan
 
 
 class HeadLayer:

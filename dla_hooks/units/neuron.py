@@ -32,7 +32,8 @@ from dla_hooks.residual.stream import Stream, WriteSite
 from dla_hooks.results.row_runs import RowRuns, Run
 from dla_hooks.results.rows import Words
 from dla_hooks.units.base import Claim, RankedSplit, Recorder, Unit, UnitPlan
-from dla_hooks.units.parts import Parts, PartsPlan
+from dla_hooks.units.parts import Parts
+from dla_hooks.units.parts_plan import PartsPlan
 
 _FEW = 4
 """Entries that are at most one in so many positions are copied out of what is held."""

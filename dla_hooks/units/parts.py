@@ -14,89 +14,24 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from dla_hooks.calibration.embedding_factor import embeddings_enter
 from dla_hooks.errors import CacheEntryError
 from dla_hooks.inputs.entries import Entries
 from dla_hooks.modules.hooks import Call, Place, Tap
 from dla_hooks.modules.user_hooks import EMBED_HOOK, FINAL_HOOK, is_hooked
-from dla_hooks.projection.directions import Directions
+from dla_hooks.projection.held import HeldRows
 from dla_hooks.projection.hook_writes import HookWrites
 from dla_hooks.projection.kernels import project
 from dla_hooks.projection.ledger import FixedRows, all_finite
 from dla_hooks.projection.reading_point import Reading
 from dla_hooks.projection.tiles import View
-from dla_hooks.residual.gains import constant_label, path_factors, product, times
-from dla_hooks.residual.hooked import Hooked, hook_factor, hook_label, hooked_places
-from dla_hooks.residual.stream import Block, Stream
+from dla_hooks.residual.gains import constant_label
+from dla_hooks.residual.hooked import Hooked, hook_label, hooked_places
+from dla_hooks.residual.stream import Block
 from dla_hooks.results.rows import Row
-
-EMBED, POSITIONS = "embed", "pos_embed"
+from dla_hooks.units.parts_plan import EMBED, POSITIONS, PartsPlan
 
 Missing = Callable[[Place], CacheEntryError | None]
 """Why a source of activations does not have a place; None where it has it."""
-
-
-class PartsPlan:
-    """The parts of one model's stream, with the directions that each is projected on.
-
-    Args:
-        stream: the located model.
-        directions: of the target, at the last stream.
-
-    Attributes:
-        rows: a record for each part, in stream order; hooks are not among them.
-        n_embeddings: how many of them begin the stream.
-        row_of: the row of each part, by its label.
-    """
-
-    def __init__(self, stream: Stream, directions: Directions) -> None:
-        self.stream = stream
-        self.rows = [Row(EMBED, EMBED)]
-        if stream.positions is not None:
-            self.rows.append(Row(POSITIONS, POSITIONS))
-        self.n_embeddings = len(self.rows)
-        for block in stream.blocks:
-            self.rows += [Row(write.label, write.kind, block.layer) for write in block.writes]
-            if block.constant is not None:
-                self.rows.append(Row(constant_label(block), "constant", block.layer))
-        self.row_of = {row.label: index for index, row in enumerate(self.rows)}
-        self._factors = path_factors(stream)
-        self._target = directions
-        directions.prepare()
-        self._directions = {row.label: self._times(self._factors[row.label]) for row in self.rows}
-        # What a block adds besides its writes, by its row; no run has to show it.
-        self.constants_K = {
-            self.row_of[label]: self._directions[label].of_constant(block.constant)
-            for label, block in ((constant_label(block), block) for block in stream.blocks)
-            if block.constant is not None
-        }
-
-    def directions(self, label: str) -> Directions:
-        """What one part is projected on: the target's directions, through all later gains."""
-        return self._directions[label]
-
-    def of_hooks(self, hooked: Hooked) -> Directions:
-        """What the caller's hooks write at a place is projected on these."""
-        return self._times(hook_factor(hooked, self._factors))
-
-    def of_embeddings(self) -> Directions | None:
-        """The same for the token embeddings; None where these are no term, as behind a norm."""
-        is_linear, factor = embeddings_enter(self.stream)
-        return self._times(product(factor, self._factors[EMBED])) if is_linear else None
-
-    def recorder(self, entries: Entries, missing: Missing) -> PartsRecorder:
-        """A recorder for one prompt.
-
-        Args:
-            entries: all that are read.
-            missing: why the source of activations does not have a place; None where it has it.
-        """
-        return PartsRecorder(self, entries, missing)
-
-    def _times(self, factor: Tensor | None) -> Directions:
-        if factor is None:
-            return self._target
-        return self._target.then(lambda d_KM: times(d_KM, factor))
 
 
 class PartsRecorder:
@@ -128,6 +63,9 @@ class PartsRecorder:
             if directions is not None:
                 writes.append((stream.embedding, directions))
         self._hooks = HookWrites(writes, len(entries), dtype) if writes else None
+        size = len(plan.rows), stream.d_model
+        fits = HeldRows.fit(len(entries), len(plan.target), *size)
+        self._held = HeldRows(*size, dtype) if fits else None
 
     def taps(self, view: View) -> list[Tap]:
         """What to watch while the entries in view are run."""
@@ -138,6 +76,8 @@ class PartsRecorder:
         """The parts, after the run."""
         plan, device = self._plan, reading.scale_N.device
         values_CN = self._rows.gathered(device)
+        if self._held is not None:
+            self._held.add_along(plan.target.only(device), values_CN[:, 0])
         for row, of_K in plan.constants_K.items():
             values_CN[row] = self._entries.of_target(of_K.to(device))
         finite_C = None if all_finite(values_CN) else torch.isfinite(values_CN).all(-1)
@@ -153,10 +93,14 @@ class PartsRecorder:
 
     def _tap(self, label: str, place: Place, view: View) -> Tap:
         row, directions = self._plan.row_of[label], self._plan.directions(label)
+        held = self._held if directions is self._plan.target else None
 
         def see(call: Call) -> None:
             x = call.activation
-            project(x, view, directions, self._rows.row(row, x.device))
+            if held is not None:
+                held.keep(row, x, view)
+            else:
+                project(x, view, directions, self._rows.row(row, x.device))
 
         return Tap(place, see)
 

@@ -17,7 +17,8 @@ from dla_hooks.projection.tiles import View
 from dla_hooks.residual.stream import Stream
 from dla_hooks.targets.base import Target
 from dla_hooks.units.base import RankedSplit, Split, Unit, UnitPlan
-from dla_hooks.units.parts import Missing, Parts, PartsPlan
+from dla_hooks.units.parts import Missing, Parts, PartsRecorder
+from dla_hooks.units.parts_plan import PartsPlan
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Recording:
         self.view = view = View(entries)
         target = plan.target
         self._point = PointRecorder(target.point, target.readouts, entries)
-        self._parts = plan.parts.recorder(entries, missing)
+        self._parts = PartsRecorder(plan.parts, entries, missing)
         self._units = {key: unit.recorder(view) for key, unit in plan.units.items()}
 
     @property

@@ -28,7 +28,8 @@ from dla_hooks.results.rows import Words
 from dla_hooks.units.base import Claim, RankedSplit, Recorder, Split, Unit, UnitPlan
 from dla_hooks.units.head_layer import HeadLayer
 from dla_hooks.units.head_rows import HeadsPlan
-from dla_hooks.units.parts import Parts, PartsPlan
+from dla_hooks.units.parts import Parts
+from dla_hooks.units.parts_plan import PartsPlan
 from dla_hooks.units.source_layer import as_heads, as_layers, hook_points, runs_of, source_layers
 
 
