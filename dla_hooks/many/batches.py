@@ -20,6 +20,7 @@ from dla_hooks.calibration.invariance import padding_is_ignored
 from dla_hooks.calibration.prompt import short_prompt
 from dla_hooks.errors import DecompositionError, DLAError, UnsupportedModelError
 from dla_hooks.inputs.forms import pad_left
+from dla_hooks.modules.user_hooks import hooked_modules
 from dla_hooks.residual.stream import Stream
 from dla_hooks.results.ranked import Result
 from dla_hooks.verification.recognise import stream_of
@@ -175,7 +176,12 @@ class Runner:
                 yield batch[0], failure
 
     def _may_pad(self) -> bool:
-        """Whether prompts of different lengths may run together."""
+        """Whether prompts of different lengths may run together.
+
+        Hooks of the caller's may count positions from the left, or read padding.
+        """
+        if hooked_modules(self._backend.hookable()):
+            return False
         try:
             return padding_is_ignored(self.stream, left=True)
         except UnsupportedModelError:  # it takes no mask

@@ -49,9 +49,10 @@ def attribute_many(
     """Attribute many prompts: one result for each, in the order that they come in.
 
     Prompts are read a window at a time, sorted by length, and run in batches that are padded on
-    the left; where a model reads its padding (recurrent layers, some position tables), prompts of
-    one length run together. Each result is that of its prompt run alone, up to rounding, on the
-    CPU. Memory holds one window of prompts and results, however many there are.
+    the left. Where a model reads its padding (recurrent layers, some position tables), or carries
+    hooks of yours, prompts of one length run together. Each result is that of its prompt run
+    alone, up to rounding, on the CPU. Memory holds one window of prompts and results, however
+    many there are.
 
     A prompt that fails (empty, too long, an answer of several tokens, …) does not stop the rest:
     its error is yielded in the place of its result, with ``prompt_index`` set. A batch that fails

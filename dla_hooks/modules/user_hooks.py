@@ -89,7 +89,8 @@ def is_replaced(module: nn.Module) -> bool:
 
 def has_callers(table: Any) -> bool:
     """Tell whether a table of hooks holds one of the caller's."""
-    return bool(table) and any(is_callers(hook) for hook in table.values())
+    # A list: another thread may put a hook of ours on meanwhile.
+    return bool(table) and any(is_callers(hook) for hook in list(table.values()))
 
 
 def is_hooked(place: Place) -> bool:
@@ -115,7 +116,7 @@ def library_hooks(module: nn.Module) -> tuple[int, ...]:
     return tuple(
         key
         for table in tables
-        for key, hook in table.items()
+        for key, hook in list(table.items())
         if not is_ours(hook) and not is_callers(hook)
     )
 
@@ -191,7 +192,7 @@ def _of_other_dtype(model: nn.Module, modules: Iterable[nn.Module]) -> list[nn.M
 def _several(module: nn.Module) -> bool:
     """Whether more hooks are on a module than one at each end, as a cast needs."""
     tables = module._forward_hooks, module._forward_pre_hooks
-    return any(sum(is_callers(hook) for hook in table.values()) > 1 for table in tables)
+    return any(sum(is_callers(hook) for hook in list(table.values())) > 1 for table in tables)
 
 
 def callers_hooks(model: nn.Module) -> Iterator[str]:
@@ -269,7 +270,7 @@ def check_global_hooks() -> None:
     """
     tables = torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks
     for table in tables:
-        for hook in table.values() if table else ():
+        for hook in list(table.values()) if table else ():
             if is_callers(hook):
                 name = getattr(hook, "__qualname__", type(hook).__qualname__)
                 raise UnsupportedModelError(

@@ -16,6 +16,8 @@ from oracle_families import Family, family_of, module_at
 from torch import Tensor, nn
 from zoo import ZOO, build, supports
 
+import dla_hooks
+
 NAMES = [spec.name for spec in ZOO]
 DTYPES = [torch.float64, torch.float64, torch.float32, torch.float32, torch.bfloat16]
 
@@ -134,6 +136,7 @@ class Bench:
             reset()
         with contextlib.ExitStack() as stack, warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            warnings.simplefilter("always", dla_hooks.DLAWarning)  # which draws look at
             for context in self.contexts:
                 stack.enter_context(context())
             yield

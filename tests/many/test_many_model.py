@@ -255,3 +255,23 @@ def test_model_without_an_attention_mask_runs_prompts_of_one_length_together(nam
         direct_logit_attribution(
             model, torch.tensor([[4, 5], [6, 7]]), 5, attention_mask=torch.tensor([[1, 1], [0, 1]])
         )
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_hooks_see_each_prompt_without_padding(seed):
+    """A hook that names a position from the left means another token in a padded row."""
+    model = build("gpt2", seed)
+    prompts = [torch.arange(1, 4), torch.arange(5, 11), torch.arange(2, 5)]
+    column = torch.linspace(-1, 1, model.config.n_embd)
+
+    def steer(module, args, output):
+        output[:, 1] += column.to(output)
+
+    handle = model.transformer.h[0].mlp.register_forward_hook(steer)
+    try:
+        alone = [direct_logit_attribution(model, ids[None], 5, 7) for ids in prompts]
+        together = list(attribute_many(model, prompts, 5, 7))
+    finally:
+        handle.remove()
+    for one, other in zip(alone, together, strict=True):
+        torch.testing.assert_close(other.attribution, one.attribution)

@@ -185,7 +185,7 @@ def test_unusable_caches_are_refused(model, ids, references):
     with pytest.raises(InputError, match="keeps no ActivationCache"):
         dla_hooks.cache_names(references.raw("gpt2"))
     with pytest.raises(InputError, match="unit must be"):
-        dla_hooks.cache_names(model, "neuron")
+        dla_hooks.cache_names(model, "token")
 
 
 def test_strings_follow_default_prepend_bos(model):

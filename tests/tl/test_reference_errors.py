@@ -44,7 +44,7 @@ def at(name, pos):
 ARGUMENTS = ("input", "answer", "incorrect", "options")
 
 SAME_CLASS = [
-    case("unknown unit", unit="neuron"),
+    case("unknown unit", unit="token"),
     case("unit in capitals", unit="Head"),
     case("unit None", unit=None),
     case("unit in a list of numbers", unit=[1]),
@@ -95,7 +95,7 @@ SAME_CLASS = [
     case("[2] less [2,1]", answer=TENSOR([5, 6]), incorrect=TENSOR([[5], [6]])),
     case("[1,1] less [1]", answer=TENSOR([[5]]), incorrect=TENSOR([5])),
     # Two mistakes: the one that is looked at first decides.
-    case("unit before position", unit="neuron", pos=7),
+    case("unit before position", unit="token", pos=7),
     case("answer missing before position", answer=None, pos=7),
     case("position before tokens", pos=7, answer=" Paris Berlin"),
     case("position before shapes", pos=[7], answer=TENSOR([5, 6, 7])),

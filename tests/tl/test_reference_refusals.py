@@ -86,7 +86,7 @@ def test_checks_run_in_fixed_order(references, kind, cached):
     model = getattr(references, kind)("gpt2")
     more = {"cache": model.run_with_cache(IDS)[1]} if cached else {}
     with pytest.raises(ValueError, match="unit"):
-        ours(model, None, None, unit="neuron", **more)
+        ours(model, None, None, unit="token", **more)
     with pytest.raises(ValueError, match="answer_tokens"):
         ours(model, None, None, **more)
     if not cached:
@@ -94,7 +94,7 @@ def test_checks_run_in_fixed_order(references, kind, cached):
             ours(model, None, 5)
     raw_bridge = references.bridged("gpt2", compatible=False)
     with pytest.raises(ValueError, match="unit"):
-        ours(raw_bridge, None, 5, unit="neuron", **more)
+        ours(raw_bridge, None, 5, unit="token", **more)
     with pytest.raises(ValueError, match="answer_tokens"):
         ours(raw_bridge, None, None, **more)
     with pytest.raises(ValueError, match="compatib"):
