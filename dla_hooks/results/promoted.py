@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
+import torch
+
 from dla_hooks.errors import ArgumentTypeError, InputError, LabelError
 from dla_hooks.results import files, promoted_views
 from dla_hooks.results.parts import counted
@@ -25,6 +27,10 @@ class PromotedTokens(PromotedData):
 
     ``result["L3H0"]`` is the result of that row alone, ``result.top("L3H0")`` its tokens. Logits
     are before any softcap, and less their row's mean over all tokens that are ranked.
+
+    Of rows that are too many, as neurons are, the strongest at each entry are there:
+    ``result["#1"]`` is the strongest, ``result["L3N17"]`` that neuron wherever it is among them,
+    and as at padding elsewhere.
 
     Example:
         >>> import torch
@@ -62,6 +68,10 @@ class PromotedTokens(PromotedData):
         model: the model's class and type.
         softcap: the cap that the model puts on its logits, or None.
         words: what the unit says of its rows.
+        index: for a unit that keeps the strongest rows of each entry, the number in ``rows`` of
+            what stands there [row, *batch_and_pos]; -1 for ``rest``, ``remainder`` and padding.
+            None where rows are the same everywhere.
+        rows: a record of every row that ``index`` counts; None without it.
     """
 
     __module__ = "dla_hooks"
@@ -75,18 +85,22 @@ class PromotedTokens(PromotedData):
         """
         if not isinstance(label, str):
             raise ArgumentTypeError(f"a row is looked up by its label, a string; got {label!r:.80}")
+        kept = self.kept_labels()
+        if label in kept and label not in self.labels:
+            return self._wherever(label)
         if label not in self.labels:
-            near = difflib.get_close_matches(label, self.labels, _NEAR, 0.0)
+            near = difflib.get_close_matches(label, [*self.labels, *kept], _NEAR, 0.0)
             like = f"; near it are {', '.join(map(repr, near))}" if near else ""
+            names = "result.labels" if self.index is None else "result.labels and records()"
             raise LabelError(
                 f"no row of this {self.unit} result is called {label!r:.80}{like}. All names are "
-                "in result.labels."
+                f"in {names}."
             )
         row = self.labels.index(label)
         return self._cut((slice(row, row + 1),), labels=[label])
 
     def __contains__(self, label: object) -> bool:
-        return label in self.labels
+        return label in self.labels or label in self.kept_labels()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -220,14 +234,33 @@ class PromotedTokens(PromotedData):
         found = [(self.names[i], value) for i, value in zip(ids.tolist(), numbers, strict=True)]
         return found[: None if k is None else checked_count(k)]
 
+    def _wherever(self, label: str) -> PromotedTokens:
+        """One row wherever it is among the strongest; elsewhere as at padding."""
+        assert self.index is not None
+        assert self.rows is not None
+        number = self.rows.number_of(label)
+        assert number is not None
+        there = self.index.eq(number)
+        place, nowhere = there.long().argmax(0, keepdim=True), ~there.any(0, keepdim=True)
+        cut = {}
+        for name in NUMBERS:
+            numbers = getattr(self, name)
+            by_token = numbers.ndim > there.ndim
+            at, out = (x[..., None] if by_token else x for x in (place, nowhere))
+            found = numbers.gather(0, at.expand(1, *numbers.shape[1:]))
+            cut[name] = found.masked_fill(out, torch.nan if found.is_floating_point() else -1)
+        return replace(self, labels=[label], index=None, rows=None, **cut)
+
     def _cut(self, place: tuple[slice | int, ...], **others: Any) -> PromotedTokens:
         cut = {name: getattr(self, name)[place] for name in NUMBERS}
+        if self.index is not None:
+            cut["index"] = self.index[place]
         if self.positions.shape == self.shape:
             cut["positions"] = self.positions[place[1:]]
         return replace(self, **cut, **others)
 
     def _ipython_key_completions_(self) -> list[str]:
-        return self.labels
+        return [*self.labels, *self.kept_labels()]
 
     def __repr__(self) -> str:
         return promoted_views.as_text(self)

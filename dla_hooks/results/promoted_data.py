@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dla_hooks.errors import InputError
+from dla_hooks.results.row_runs import RowRuns
 from dla_hooks.results.rows import NO_WORDS, Words, words_of
 
 NUMBERS = ("up", "up_ids", "down", "down_ids", "mean")
@@ -44,6 +45,8 @@ class PromotedData:
     model: str = ""
     softcap: float | None = None
     words: Words = NO_WORDS
+    index: Tensor | None = None  # [row, *batch_and_pos]
+    rows: RowRuns | None = None
 
     def __post_init__(self) -> None:
         self.names = {int(i): name for i, name in self.names.items()}  # files hold ids as text
@@ -61,6 +64,14 @@ class PromotedData:
                 "[row, *batch_and_pos]"
             )
 
+        if (self.index is None) != (self.rows is None):
+            raise InputError("index and rows go together: give both, or neither")
+        if self.index is not None and self.index.shape != self.mean.shape:
+            raise InputError(
+                f"index has shape {list(self.index.shape)}, and mean {list(self.mean.shape)}; give "
+                "one row number for each mean"
+            )
+
     @property
     def shape(self) -> torch.Size:
         """The axes of the entries: ``[batch]`` or ``[batch, pos']``."""
@@ -70,6 +81,19 @@ class PromotedData:
     def k(self) -> int:
         """How many tokens are listed each way."""
         return self.up.shape[-1]
+
+    def label_at(self, row: int, entry: int) -> str:
+        """The label of a row at an entry, by their numbers: of what stands there."""
+        if self.index is None or self.rows is None:
+            return self.labels[row]
+        number = int(self.index[row].flatten()[entry])
+        return self.labels[row] if number < 0 else self.rows[number].label
+
+    def kept_labels(self) -> list[str]:
+        """The labels of rows that stand at some entries only."""
+        if self.index is None or self.rows is None:
+            return []
+        return [self.rows[number].label for number in self.index[self.index >= 0].unique().tolist()]
 
 
 def checked_count(k: Any) -> int:

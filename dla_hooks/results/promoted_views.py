@@ -32,8 +32,9 @@ def records(data: PromotedData) -> list[dict[str, Any]]:
         for sign, ids, numbers in ((1, data.up_ids, data.up), (-1, data.down_ids, data.down))
     ]
     found = []
-    for number, label in enumerate(data.labels):
+    for number in range(len(data.labels)):
         for flat, row, position in entries:
+            label = data.label_at(number, flat)
             for sign, ids, numbers in ways:
                 pairs = zip(ids[number][flat], numbers[number][flat], strict=True)
                 for rank, (i, logit) in enumerate(pairs, start=1):
@@ -70,7 +71,7 @@ def as_text(data: PromotedData) -> str:
     lines = []
     for number in _shown_rows(data, entry, _TEXT_ROWS):
         up, down = (_tokens(data, way, number, entry, _TEXT_TOKENS) for way in ("up", "down"))
-        lines.append((printable(data.labels[number]), _joined(up), _joined(down)))
+        lines.append((printable(data.label_at(number, entry)), _joined(up), _joined(down)))
     widths = [max((len(line[i]) for line in lines), default=0) for i in range(2)]
     table = [f"  {a:<{widths[0]}}  ↑ {b:<{widths[1]}}  ↓ {c}" for a, b, c in lines]
     return "\n".join([*_head(data), *table, *_end(data, len(lines))])
@@ -83,7 +84,8 @@ def as_html(data: PromotedData) -> str:
     body, shown = [], [] if entry is None else _shown_rows(data, entry, _HTML_ROWS)
     titles = "".join(f'<th style="{cell}">{title}</th>' for title in ("", "up", "down"))
     for number in shown:
-        cells = [f'<td style="{cell};font-family:monospace">{escape(data.labels[number])}</td>']
+        label = escape(data.label_at(number, entry or 0))
+        cells = [f'<td style="{cell};font-family:monospace">{label}</td>']
         for way in ("up", "down"):
             listed = _tokens(data, way, number, entry or 0, _HTML_TOKENS)
             spans = [

@@ -30,7 +30,7 @@ def pack(data: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors[field.name] = value
         elif field.name == "beside":
             tensors |= {f"{_BESIDE}{name}": own for name, own in value.items()}
-        elif field.name == "rows":
+        elif field.name == "rows" and value is not None:
             plain["rows"] = row_columns(value)
         else:
             plain[field.name] = words_as_json(value) if isinstance(value, Words) else value
@@ -52,7 +52,7 @@ def unpack(tensors: dict[str, Tensor], plain: dict[str, Any]) -> dict[str, Any]:
     beside = {name: given.pop(name) for name in tensors if name.startswith(_BESIDE)}
     if beside:
         given["beside"] = {name.removeprefix(_BESIDE): own for name, own in beside.items()}
-    if "rows" in given:
+    if given.get("rows") is not None:
         given["rows"] = rows_from(given.get("labels"), given["rows"])
     if "words" in given:
         given["words"] = Words(**given["words"])
@@ -76,13 +76,13 @@ def rows_from(labels: Sequence[str] | None, columns: dict[str, list[Any]]) -> Se
     """The other way round.
 
     Args:
-        labels: one for each row; None for runs of rows.
+        labels: one for each row, which runs of rows do not read.
         columns: of the rows or runs.
 
     Raises:
         TypeError, ValueError: for columns that are none of :func:`row_columns`.
     """
-    if labels is None:
+    if labels is None or "label" in columns:
         lines = zip(*columns.values(), strict=True)
         return RowRuns(Run(**dict(zip(columns, line, strict=True))) for line in lines)
     lines = zip(labels, *columns.values(), strict=True)

@@ -113,6 +113,7 @@ class WriteSum:
         W_MI: Tensor,
         after: object | None,
         hooks_NM: Tensor | None = None,
+        factors: tuple[float, float] = (1.0, 1.0),
     ) -> None:
         """Compare both, after the run.
 
@@ -122,15 +123,18 @@ class WriteSum:
             W_MI: its matrix [d_model, width].
             after: the key of the scale of the norm that follows it, or None.
             hooks_NM: what the caller's hooks wrote to it on its way to the stream, or None.
+            factors: what the linear module's output is multiplied by, and the norm's.
 
         Raises:
             DecompositionError: when they differ by more than rounding.
         """
         if not self._watched:
             return
+        at_map, at_norm = factors
         d_KM, whole = self._along.T, self._whole
         if after is not None:
-            d_KM = self._kept.norm(after).pull_back(d_KM)
+            d_KM = self._kept.norm(after).pull_back(d_KM) * at_norm
+        d_KM = d_KM * at_map
         z_NI = self._kept.flat(z)
         u_KI = d_KM.to(W_MI.device) @ W_MI.to(d_KM.dtype)
         parts = (z_NI.to(u_KI.dtype) @ u_KI.T.to(z_NI.device)).to(whole)
@@ -140,7 +144,7 @@ class WriteSum:
             parts = parts + (bias.to(d_KM) @ d_KM.T).to(parts)
         if after is not None:
             scale = self._kept.flat(after).to(parts)
-            beta = self._kept.norm(after).beta.to(self._along) @ self._along
+            beta = self._kept.norm(after).beta.to(self._along) @ self._along * at_norm
             parts, size = parts / scale + beta.to(parts), self._size + size / scale[:, 0]
         if hooks_NM is not None:
             parts = parts + _along(hooks_NM.to(self._along.dtype), self._along).to(parts)

@@ -19,19 +19,16 @@ from dla_hooks.results.promoted import PromotedTokens
 from dla_hooks.stacks.arguments import measured
 from dla_hooks.stacks.checks import StreamSum
 from dla_hooks.stacks.every_logit import EveryLogit
+from dla_hooks.stacks.final_norm import FinalNorm
 from dla_hooks.stacks.kept import Kept
-from dla_hooks.stacks.row_vectors import (
-    ComponentVectors,
-    FinalNorm,
-    HeadVectors,
-    LayerVectors,
-    RowVectors,
-)
+from dla_hooks.stacks.neuron_vectors import NeuronVectors
+from dla_hooks.stacks.row_vectors import ComponentVectors, HeadVectors, LayerVectors, RowVectors
 from dla_hooks.stacks.token_ranks import rank_tokens
 from dla_hooks.units import DEFAULT_UNIT, UnitName, read_units
 from dla_hooks.units.base import Unit
 
-_WITH_VECTORS = ("component", "layer", "head")
+_NEURON = "neuron"
+_WITH_VECTORS = ("component", "layer", "head", _NEURON)
 
 
 def promoted_tokens(
@@ -55,8 +52,9 @@ def promoted_tokens(
     (biases of the unembedding and of the final norm) is in no row.
 
     Nothing of the size rows x vocabulary is built. Kept are the activations that the rows are made
-    of, at the selected positions: [position, d_model] for every component, or z of every layer's
-    heads. The vectors of the rows are made for a few positions at a time. An adapted or quantised
+    of, at the selected positions: [position, d_model] for every component, z of every layer's
+    heads, or the activations of every layer's neurons. The vectors of the rows are made for a few
+    positions at a time; of neurons, those of the strongest alone. An adapted or quantised
     unembedding that computes in 16 bits is read exactly, but its time grows with the square of
     the vocabulary.
 
@@ -64,7 +62,10 @@ def promoted_tokens(
         model: of any kind that :func:`direct_logit_attribution` takes.
         input: as there; None with a ``cache``.
         unit: into which rows: "component", "layer" (running sums) or "head", which ends with the
-            ``remainder`` that no head wrote; or an object of such a unit's class.
+            ``remainder`` that no head wrote; or an object of such a unit's class. Of neurons, as
+            with ``Neurons(top=5)``, the ``top`` strongest at each position: those whose vectors are
+            the largest behind the final norm, its gain included. ``#1``, ``#2``, … are followed by
+            the ``rest`` of the neurons and the ``remainder``.
         pos: which positions, as there; an int drops the axis.
         k: how many tokens each way; at most as many as there are.
         tokenizer: for strings, and for the tokens' names. Rows of the unembedding that it has no
@@ -129,6 +130,8 @@ def promoted_tokens(
             model=kept.stream.backend.name,
             softcap=kept.stream.softcap,
             words=chosen.words,
+            index=rows.index() if isinstance(rows, NeuronVectors) else None,
+            rows=rows.rows if isinstance(rows, NeuronVectors) else None,
         )
 
     options = {
@@ -155,6 +158,11 @@ def _with_vectors(unit: Any) -> Unit:
             f"promoted_tokens has no vectors for the rows of unit {found.words.name!r}; it takes "
             f"{', '.join(map(repr, _WITH_VECTORS))}"
         )
+    if found.words.name == _NEURON and getattr(found, "top", None) is None:
+        raise InputError(
+            f"promoted_tokens ranks tokens for the strongest neurons of each position, and "
+            f"{found!r} keeps all. Give how many: top=16"
+        )
     return found
 
 
@@ -166,7 +174,10 @@ def _count(k: Any) -> int:
 
 
 def _rows(unit: Unit, inputs: Inputs, kept: Kept, final: FinalNorm) -> RowVectors:
-    if unit.words.index:  # heads, of the three
+    if unit.words.name == _NEURON:
+        top, layers = getattr(unit, "top", None), getattr(unit, "layers", None)
+        return NeuronVectors(kept, final, top or 1, layers)
+    if unit.words.index:  # heads, of the others
         fold = getattr(unit, "fold_value_biases", None)
         return HeadVectors(kept, final, inputs.model.conventions(None, fold).fold_value_biases)
     return (LayerVectors if unit.words.cumulative else ComponentVectors)(kept, final)

@@ -23,6 +23,7 @@ from dla_hooks.modules.user_hooks import EMBED_HOOK, FINAL_HOOK, is_hooked
 from dla_hooks.residual.gains import constant_label, path_factors, product, times
 from dla_hooks.residual.hooked import Hooked, hook_factor, hook_label, hooked_places
 from dla_hooks.residual.stream import Block
+from dla_hooks.stacks.final_norm import FinalNorm
 from dla_hooks.stacks.heads import KeptHeads, plan_heads, written_by_heads
 from dla_hooks.stacks.kept import Kept
 
@@ -43,42 +44,6 @@ class RowVectors(Protocol):
 
     def at(self, place: slice) -> Tensor:
         """The rows at some entries [row, entries, d_model]."""
-
-
-class FinalNorm:
-    """The last stream through the final norm, and what the caller's hooks write behind it."""
-
-    def __init__(self, kept: Kept) -> None:
-        place = kept.stream.final_norm
-        self._kept, self._last = kept, kept.last_stream()
-        self._scale = kept.scale(place.ahead)
-        self._behind = kept.hook(place) if is_hooked(place) else None
-
-    @property
-    def is_hooked(self) -> bool:
-        """Whether hooks of the caller's write to the norm's output."""
-        return self._behind is not None
-
-    @property
-    def beta(self) -> Tensor:
-        """The norm's bias [d_model]."""
-        return self._kept.norm(self._scale).beta
-
-    def read(self, x: Tensor, place: slice) -> Tensor:
-        """Parts of the stream [..., entries, d_model], as they stand behind the norm."""
-        scale_N = self._kept.flat(self._scale)[place].to(x)
-        read: Tensor = self._kept.norm(self._scale).at_scale_one(x) / scale_N
-        return read
-
-    def behind(self, place: slice, like: Tensor) -> Tensor:
-        """What hooks write behind the norm [entries, d_model]."""
-        return self._kept.flat(self._behind)[place].to(like)
-
-    def whole(self, place: slice) -> Tensor:
-        """The last stream, read, with what hooks write behind it [entries, d_model]."""
-        x = self._kept.flat(self._last)[place].to(self._kept.stream.work_dtype)
-        read = self.read(x, place)
-        return read + self.behind(place, read) if self.is_hooked else read
 
 
 class _Step(NamedTuple):

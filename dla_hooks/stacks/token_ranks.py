@@ -14,8 +14,9 @@ from dla_hooks.modules.weights import run_device
 from dla_hooks.residual.stream import Stream
 from dla_hooks.stacks.every_logit import EveryLogit
 from dla_hooks.stacks.extremes import Extremes
+from dla_hooks.stacks.final_norm import FinalNorm
 from dla_hooks.stacks.kept import Kept
-from dla_hooks.stacks.row_vectors import FinalNorm, RowVectors
+from dla_hooks.stacks.row_vectors import RowVectors
 
 _VECTORS_AT_ONCE = 2048
 """Vectors that the unembedding is read for at once: enough that reading it costs little."""

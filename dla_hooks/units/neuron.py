@@ -8,16 +8,16 @@ value. The strongest neurons of each entry are kept, and the sum of all. What no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from dla_hooks.backends import Conventions
+from dla_hooks.calibration.chosen_neurons import chosen_neurons
 from dla_hooks.calibration.last_maps import NeuronSite, neuron_sites
 from dla_hooks.calibration.norm_constants import norm_at
-from dla_hooks.errors import InputError, UnsupportedModelError
 from dla_hooks.inputs.options import some_layers, whole_number
 from dla_hooks.modules import norms
 from dla_hooks.modules.hooks import Call, Place, Tap
@@ -98,7 +98,7 @@ class _NeuronsPlan(UnitPlan):
         self.top, stream = unit.top, parts.stream
         self.mlps: list[_Mlp] = []
         runs, n_rows = list[Run](), 0
-        for write, site, sub in _chosen(stream, unit.layers):
+        for write, site, sub in chosen_neurons(stream, unit.layers):
             mlp = _Mlp(parts, write, site, n_rows)
             layer = f"L{write.layer}.{sub}" if sub else f"L{write.layer}"
             runs.append(Run(f"{layer}N{{}}", "neuron", write.layer, sub, n=len(mlp.rows)))
@@ -255,39 +255,6 @@ class _NeuronsRecorder(Recorder):
                 whole_LN = parts.of([mlps[n].label for n in kept])
                 claims.append(Claim(names, wrote_LN[kept], whole_LN, through_norm))
         return claims
-
-
-def _chosen(
-    stream: Stream, layers: tuple[int, ...] | None
-) -> Iterable[tuple[WriteSite, NeuronSite, int]]:
-    """The writes with neurons in some layers, each with its number among those of its block."""
-    every = [block.layer for block in stream.blocks]
-    unknown = [layer for layer in layers or () if layer not in every]
-    if unknown:
-        raise InputError(
-            f"layers={unknown[0]} is not there: {stream.backend.name} runs the layers "
-            f"{every[0]} to {every[-1]}"
-        )
-    sites = neuron_sites(stream)
-    found = []
-    for block in stream.blocks:
-        own = [write for write in block.writes if write.label in sites]
-        if layers is not None and block.layer not in layers:
-            continue
-        if layers is not None and not own:
-            raise _no_neurons(f"layer {block.layer} of {stream.backend.name}", "leave it out")
-        found += [(write, sites[write.label], sub) for sub, write in enumerate(own)]
-    if not found:
-        raise _no_neurons(stream.backend.name, "attribute whole sublayers (leave out unit=)")
-    return found
-
-
-def _no_neurons(what: str, instead: str) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"{what} has no MLP whose output one linear map makes, and so no neurons with a direct "
-        "path to the stream; experts, and MLPs whose output is gated, have none. Instead, "
-        f"{instead}"
-    )
 
 
 def _times(directions: Directions, factor: float) -> Directions:
