@@ -200,6 +200,7 @@ class Names:
     def put_on(self, result: Result, item: Item) -> Result:
         """Say in a result which prompt and answers it is of."""
         result.tokens = [self._prompts.of(item.ids.tolist())]
+        result.of_tokens(len(item.ids))
         correct = item.correct.expand(item.n_entries).tolist()
         wrong = correct
         if item.incorrect is not None:

@@ -83,6 +83,9 @@ class EntryData:
         part.beside = {name: own[(slice(None), *place)] for name, own in self.beside.items()}
         return part
 
+    def of_tokens(self, n: int) -> None:
+        """Leave out what a prompt of ``n`` tokens does not have; here nothing."""
+
     def _check_target(self) -> None:
         if self.target is not None and self.target.shape != self.shape:
             raise InputError(

@@ -79,6 +79,8 @@ def one_prompt(data: _Data, index: Any) -> _Data:
         )
     part = _cut(data, (slice(row, row + 1),))
     part.tokens = data.tokens[row : row + 1]
+    for own in part.tokens:
+        part.of_tokens(len(own))
     return part
 
 

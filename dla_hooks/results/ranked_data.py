@@ -108,6 +108,18 @@ class RankedData(EntryData):
             part.prompt_means = part.prompt_means[:, rows] if whole and fits else None
         return part
 
+    def of_tokens(self, n: int) -> None:
+        """Leave out the rows that read tokens which a prompt of ``n`` tokens does not have."""
+        if not isinstance(self.rows, RowRuns) or (rows := self.rows.of_tokens(n)) == self.rows:
+            return
+        device = self.index.device
+        starts, fewer = (torch.tensor(of.starts, device=device) for of in (self.rows, rows))
+        run = (torch.searchsorted(starts, self.index.contiguous(), right=True) - 1).clamp(min=0)
+        moved = self.index + (fewer - starts)[run]
+        self.index = torch.where(self.index < 0, self.index, moved)[: len(rows)]
+        self.attribution, self.rows = self.attribution[: len(rows)], rows
+        self.beside = {name: own[: len(rows)] for name, own in self.beside.items()}
+
     def _named(self, row: Row) -> Row:
         """The row, with the token that it reads behind its label, where there is one prompt."""
         if row.source is None or len(self.tokens) != 1:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, overload
 
 from dla_hooks.results.rows import Row
@@ -98,6 +98,12 @@ class RowRuns(Sequence[Row]):
             if number is not None:
                 return start + number
         return None
+
+    def of_tokens(self, n: int) -> RowRuns:
+        """Without the rows that read tokens which a prompt of ``n`` tokens does not have."""
+        return RowRuns(
+            replace(run, n=min(run.n, n)) if run.of_sources else run for run in self.runs
+        )
 
     def __eq__(self, other: Any) -> bool:
         return isinstance(other, RowRuns) and self.runs == other.runs

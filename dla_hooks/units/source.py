@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dla_hooks.backends import Conventions
 from dla_hooks.errors import InputError
+from dla_hooks.inputs.options import some_layers
 from dla_hooks.modules.attention_interface import AttentionCall, AttentionTap
 from dla_hooks.modules.hooks import Call, Place, Tap
 from dla_hooks.modules.user_hooks import is_hooked
@@ -30,7 +31,7 @@ from dla_hooks.units.head_layer import HeadLayer
 from dla_hooks.units.head_rows import HeadsPlan
 from dla_hooks.units.parts import Parts
 from dla_hooks.units.parts_plan import PartsPlan
-from dla_hooks.units.source_layer import as_heads, as_layers, hook_points, runs_of, source_layers
+from dla_hooks.units.source_layer import as_heads, hook_points, runs_of, source_layers
 
 
 class SourceTokens(Unit):
@@ -47,7 +48,7 @@ class SourceTokens(Unit):
 
     Args:
         heads: only these: pairs (layer, head), or labels such as ``"L3H5"``. None is all.
-        layers: only the heads of these layers. None is all.
+        layers: only the heads of these layers, or of one. None is all.
         top: rows to keep at each position; None keeps all.
         sum: None; or "layer" for the sum over the heads of each layer, in rows ``L3<7``; or
             "heads" for the sum over all of them, in rows ``<7``. The weight beside such a row is
@@ -77,11 +78,12 @@ class SourceTokens(Unit):
     def __init__(
         self,
         heads: Iterable[str | tuple[int, int]] | None = None,
-        layers: Iterable[int] | None = None,
+        layers: int | Iterable[int] | None = None,
         top: int | None = 64,
         sum: str | None = None,
     ) -> None:
-        self.heads, self.layers = as_heads(heads), as_layers(layers)
+        self.heads = as_heads(heads)
+        self.layers = None if layers is None else some_layers(layers)
         if top is not None and (isinstance(top, bool) or not isinstance(top, int) or top < 1):
             raise InputError(f"top must be a positive number of rows, or None for all; got {top!r}")
         if sum not in (None, "layer", "heads"):

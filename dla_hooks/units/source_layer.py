@@ -40,29 +40,6 @@ def as_heads(heads: Any) -> tuple[Head, ...] | None:
     return found
 
 
-def as_layers(layers: Any) -> tuple[int, ...] | None:
-    """Read the option ``layers``.
-
-    Raises:
-        InputError: for anything but numbers.
-    """
-    if layers is None:
-        return None
-    if isinstance(layers, str) or not isinstance(layers, Iterable):
-        raise InputError(
-            f"layers must be a list of layers, such as [3, 5], or None; got {layers!r}"
-        )
-    found = tuple(dict.fromkeys(layers))
-    wrong = [layer for layer in found if not _is_number(layer)]
-    if wrong or not found:
-        raise InputError(
-            f"layers must hold the numbers of layers, counted from 0; got {wrong[0]!r}"
-            if wrong
-            else "layers is empty: name one or more, or leave it out for all layers"
-        )
-    return found
-
-
 def _as_head(head: Any) -> Head:
     if isinstance(head, str):
         match = _HEAD.fullmatch(head)

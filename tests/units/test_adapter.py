@@ -521,3 +521,15 @@ def test_other_families_with_all_their_linear_maps_adapted_add_up(model_type):
         torch.testing.assert_close(total, whole[label], rtol=1e-5, atol=1e-5, msg=label)
     off = {name for name in result.labels if name.endswith("[default]")}
     assert all(result[name].abs().max() > 1e-6 for name in off)
+
+
+@pytest.mark.parametrize("unit", ["head", "neuron", "source"])
+def test_other_units_of_the_adapted_maps_in_the_same_run(unit):
+    peft = pytest.importorskip("peft")
+    from zoo import build
+
+    config = peft.LoraConfig(r=3, target_modules=["o_proj", "down_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(build("llama", dtype=torch.float32), config).eval()
+    both = dla_hooks.direct_logit_attribution(model, [[3, 4, 5]], 7, unit=("adapter", unit))
+    alone = dla_hooks.direct_logit_attribution(model, [[3, 4, 5]], 7, unit=unit)
+    torch.testing.assert_close(both[unit].attribution, alone.attribution, atol=1e-5, rtol=1e-4)

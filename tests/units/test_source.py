@@ -545,8 +545,8 @@ class TestRefusals:
             ({"heads": ["3H5"]}, "heads must hold"),
             ({"heads": [(1, -2)]}, "heads must hold"),
             ({"heads": []}, "empty"),
-            ({"layers": 3}, "layers must be"),
-            ({"layers": [-1]}, "layers must hold"),
+            ({"layers": "3"}, "layers takes"),
+            ({"layers": [-1]}, "layers takes"),
             ({"layers": []}, "empty"),
         ],
         ids=str,
@@ -583,3 +583,31 @@ class TestRefusals:
                 dla_hooks.prepare(model, ANSWER, unit="source")
         finally:
             del REGISTRY._global_mapping["twice"]
+
+
+@pytest.mark.parametrize("sum", [None, "layer", "heads"])
+@pytest.mark.parametrize("pos", [-1, None])
+@pytest.mark.parametrize("top", [7, None])
+def test_a_prompt_of_a_batch_has_no_rows_of_tokens_that_only_others_have(sum, pos, top):
+    model, prompts = build("llama", dtype=torch.float32), [[3, 4], [5, 6, 7, 8, 9]]
+    options = {"unit": SourceTokens(sum=sum, top=top), "pos": pos}
+    alone = direct_logit_attribution(model, prompts[:1], ANSWER, **options)
+    batch = direct_logit_attribution(model, prompts, ANSWER, **options)
+    swept = next(dla_hooks.attribute_many(model, prompts, ANSWER, **options))
+    assert len(swept.rows) == len(alone.rows)
+    assert swept.attribution.shape == alone.attribution.shape == swept.beside["weight"].shape
+    for found in (swept, batch.prompt(0)):
+        assert found.rows == alone.rows
+        assert "2 more rows" not in repr(found)
+        assert "<2" not in found
+        assert "L0H0<2" not in found
+        there = {row.label: values for row, values in found}
+        assert there.keys() == {row.label for row, _ in alone}
+        for label, values in there.items():
+            values = values[~values.isnan()]
+            expected = alone[label][~alone[label].isnan()]
+            torch.testing.assert_close(values, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_layers_may_be_one_layer():
+    assert SourceTokens(layers=1).layers == SourceTokens(layers=torch.tensor([1])).layers == (1,)
