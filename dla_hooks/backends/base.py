@@ -15,7 +15,7 @@ from dla_hooks.inputs.prompts import Prompt, encode
 from dla_hooks.modules.autocast import outside_autocast
 from dla_hooks.modules.compiled import eagerly
 from dla_hooks.modules.faults import synthetic_run
-from dla_hooks.modules.user_hooks import needed_hooks, silenced, warn_of_hooks_that_stay
+from dla_hooks.modules.user_hooks import needed_hooks, silenced
 from dla_hooks.modules.version import State, is_training, modules_of, state_of
 
 
@@ -222,8 +222,6 @@ class Backend:
         Where a model was found to run with some of them only, these stay on.
         """
         needed = needed_hooks(self.model)
-        if needed:
-            warn_of_hooks_that_stay(self.model)
         with eagerly(self.compiled), silenced(one for one in self.hookable() if one not in needed):
             yield
 

@@ -123,11 +123,9 @@ def bias_of(module: nn.Module) -> Tensor | None:
 
 
 def at_hand(module: nn.Module) -> bool:
-    """True if the module's weights are in memory, so that it can be read before the run.
-
-    Within the run a module that is read by running it would show that to the taps inside of it.
-    """
-    return not any(weight.is_meta for weight in module.parameters())
+    """True if the module's plain weight is in memory, so that reading it again is free."""
+    weight: Any = getattr(module, "weight", None)
+    return _out_axis(module) is not None and not weight.is_meta
 
 
 def value_at(module: nn.Module, z: Tensor) -> Tensor:

@@ -275,3 +275,11 @@ def _flat(hook: Any) -> list[Any]:
         return []
     inner = getattr(hook, "hooks", None)  # accelerate's hooks in a row, which may be nested
     return [hook] if inner is None else [h for each in inner for h in _flat(each)]
+
+
+def in_memory(module: nn.Module) -> bool:
+    """True if a module's weights are in memory, so that it can be read before the run.
+
+    Within the run a module that is read by running it would show that to the taps inside of it.
+    """
+    return not any(weight.is_meta for weight in module.parameters())

@@ -7,7 +7,8 @@ from torch import Tensor
 from dla_hooks.calibration.norm_constants import norm_at
 from dla_hooks.modules import norms
 from dla_hooks.modules.hooks import Place
-from dla_hooks.modules.linear import at_hand, bias_of, check_readable, pull_back
+from dla_hooks.modules.linear import bias_of, check_readable, pull_back
+from dla_hooks.modules.weights import in_memory
 from dla_hooks.projection.directions import Directions
 from dla_hooks.residual.stream import WriteSite
 from dla_hooks.results.rows import Row
@@ -45,7 +46,7 @@ class HeadLayer:
         check_readable(linear, self.site.name)
         self.bias_M = bias_of(linear)
         self.folded = self.at_output.then(lambda d_KM: pull_back(linear, d_KM))
-        if at_hand(linear):
+        if in_memory(linear):
             # Fold before the run: between the model's own matrix products this is several times
             # slower (cold caches). An offloaded weight is at hand when the model has just read it.
             self.folded.prepare()

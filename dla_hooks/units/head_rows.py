@@ -14,8 +14,8 @@ from dla_hooks.calibration.value_biases import head_constants
 from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.modules import norms
 from dla_hooks.modules.hooks import Call, Tap
-from dla_hooks.modules.linear import at_hand
 from dla_hooks.modules.user_hooks import is_hooked
+from dla_hooks.modules.weights import in_memory
 from dla_hooks.projection.directions import of_constants
 from dla_hooks.projection.held import HeldRows
 from dla_hooks.projection.hook_writes import HookWrites
@@ -79,7 +79,7 @@ class HeadsPlan(UnitPlan):
         """Of every z, where the layers are so alike that one product can serve all; else None."""
         widths = {(layer.n_heads, layer.site.d_head) for layer in self.layers}
         plain = all(
-            layer.constant_I is None and at_hand(layer.site.linear) for layer in self.layers
+            layer.constant_I is None and in_memory(layer.site.linear) for layer in self.layers
         )
         ((n_heads, d_head), *others) = widths
         return n_heads * d_head if plain and not others else None

@@ -21,8 +21,9 @@ from dla_hooks.calibration.norm_constants import norm_at
 from dla_hooks.inputs.options import some_layers, whole_number
 from dla_hooks.modules import norms
 from dla_hooks.modules.hooks import Call, Place, Tap
-from dla_hooks.modules.linear import at_hand, bias_of, check_readable, input_width, pull_back
+from dla_hooks.modules.linear import bias_of, check_readable, input_width, pull_back
 from dla_hooks.modules.user_hooks import is_hooked
+from dla_hooks.modules.weights import in_memory
 from dla_hooks.projection.directions import Directions, of_constants
 from dla_hooks.projection.hook_writes import HookWrites
 from dla_hooks.projection.kernels import frozen_scales, project_neurons
@@ -143,7 +144,7 @@ class _Mlp:
         self.bias_M = bias_of(linear)
         self.rows = range(first, first + input_width(linear))
         self.folded = self.at_map.then(lambda d_KM: pull_back(linear, d_KM, site.name))
-        if at_hand(linear):
+        if in_memory(linear):
             self.folded.prepare()  # before the run, as heads do
         # Where the caller's hooks may write between the neurons and the stream.
         self.before = [(place, _times(before, factor)) for place, factor in site.before]

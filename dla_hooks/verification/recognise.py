@@ -10,7 +10,7 @@ from dla_hooks.backends import Backend, backend_of
 from dla_hooks.calibration.scales import with_scales
 from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.modules.faults import SyntheticRunError, described_error
-from dla_hooks.modules.user_hooks import switch_hooks
+from dla_hooks.modules.user_hooks import switch_hooks, warn_of_hooks_that_stay
 from dla_hooks.modules.version import Remembered
 from dla_hooks.residual.architecture import Architecture
 from dla_hooks.residual.locate import locate
@@ -57,9 +57,12 @@ def located(backend: Backend) -> Stream:
         for way in switch_hooks(backend.model, backend.hookable()):
             how = way
             try:
-                return _located(backend)
+                found = _located(backend)
             except SyntheticRunError as again:
                 last = again
+            else:
+                warn_of_hooks_that_stay(backend.model)
+                return found
         if not how:
             raise
         raise UnsupportedModelError(
