@@ -23,6 +23,7 @@ import typer
 import dla_hooks
 from dla_hooks import errors
 from dla_hooks.cli import app
+from dla_hooks.results.stored import Exported, Stored
 from dla_hooks.results.views import Views
 from dla_hooks.units import unit_class, unit_names
 
@@ -53,13 +54,13 @@ def _is_error(value: Any) -> bool:
 
 def members(cls: type) -> dict[str, Any]:
     """The public methods and properties that a class defines itself, or shares with others."""
-    shared = vars(Views) if issubclass(cls, Views) else {}
+    every = dict(vars(cls))
+    for base in (Views, Exported, Stored):
+        if issubclass(cls, base):
+            every = {**every, **{k: v for k, v in vars(base).items() if k not in every}}
     return {
         name: value
-        for name, value in {
-            **vars(cls),
-            **{k: v for k, v in shared.items() if k not in vars(cls)},
-        }.items()
+        for name, value in every.items()
         if not name.startswith("_")
         and (inspect.isroutine(value) or isinstance(value, (property, classmethod, staticmethod)))
     }

@@ -10,7 +10,7 @@ import copy
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -220,11 +220,21 @@ def most_extreme(
     Raises:
         InputError: when ``k`` is no int, or negative.
     """
-    count = operator.index(k) if hasattr(k, "__index__") and not isinstance(k, bool) else -1
-    if count < 0:
-        raise InputError(f"k must be an int that is not negative, got {k!r}")
+    count = checked_count(k)
     last = -torch.inf if largest else torch.inf  # what has no value is ranked behind all else
     order = means.nan_to_num(nan=last, posinf=torch.inf, neginf=-torch.inf)
     found = order.topk(min(count, len(rows)), largest=largest).indices
     pairs = zip(found.tolist(), means[found].tolist(), strict=True)
     return [(rows[row].label, value) for row, value in pairs]
+
+
+def checked_count(k: Any) -> int:
+    """How many of something are asked for.
+
+    Raises:
+        InputError: when ``k`` is no int, or negative.
+    """
+    count = operator.index(k) if hasattr(k, "__index__") and not isinstance(k, bool) else -1
+    if count < 0:
+        raise InputError(f"k must be an int that is not negative, got {k!r}")
+    return count

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dla_hooks.errors import ArgumentTypeError, InputError, LabelError
+from dla_hooks.errors import InputError
 from dla_hooks.results import files, promoted_views
-from dla_hooks.results.parts import counted
-from dla_hooks.results.promoted_data import NUMBERS, PromotedData, checked_count
-from dla_hooks.results.schema import pack
+from dla_hooks.results.data import checked_count
+from dla_hooks.results.parts import check_label, counted, unknown_label
+from dla_hooks.results.promoted_data import NUMBERS, PromotedData
+from dla_hooks.results.stored import Exported
 from dla_hooks.results.table import frame
 
 if TYPE_CHECKING:
     import pandas
 
-_NEAR = 3
 
-
-class PromotedTokens(PromotedData):
+class PromotedTokens(PromotedData, Exported):
     """The tokens that each row pushes up and down the most.
 
     ``result["L3H0"]`` is the result of that row alone, ``result.top("L3H0")`` its tokens. Logits
@@ -75,6 +72,7 @@ class PromotedTokens(PromotedData):
     """
 
     __module__ = "dla_hooks"
+    form = files.PROMOTED
 
     def __getitem__(self, label: str) -> PromotedTokens:
         """One row alone.
@@ -83,19 +81,13 @@ class PromotedTokens(PromotedData):
             LabelError: (a KeyError) for a label that no row has; it names those most like it.
             ArgumentTypeError: for what is no string.
         """
-        if not isinstance(label, str):
-            raise ArgumentTypeError(f"a row is looked up by its label, a string; got {label!r:.80}")
+        check_label(label, next(iter(self.labels), "embed"))
         kept = self.kept_labels()
         if label in kept and label not in self.labels:
             return self._wherever(label)
         if label not in self.labels:
-            near = difflib.get_close_matches(label, [*self.labels, *kept], _NEAR, 0.0)
-            like = f"; near it are {', '.join(map(repr, near))}" if near else ""
             names = "result.labels" if self.index is None else "result.labels and records()"
-            raise LabelError(
-                f"no row of this {self.unit} result is called {label!r:.80}{like}. All names are "
-                f"in {names}."
-            )
+            raise unknown_label(self.unit, label, [*self.labels, *kept], names)
         row = self.labels.index(label)
         return self._cut((slice(row, row + 1),), labels=[label])
 
@@ -104,9 +96,6 @@ class PromotedTokens(PromotedData):
 
     def __len__(self) -> int:
         return len(self.labels)
-
-    def __bool__(self) -> bool:
-        return True
 
     def top(self, label: str, k: int | None = None) -> list[tuple[str, float]]:
         """The tokens that one row pushes up the most: ``(token, logit)``, the largest first.
@@ -167,61 +156,7 @@ class PromotedTokens(PromotedData):
         Raises:
             MissingExtraError: when pandas is not installed.
         """
-        return frame(self.records(), promoted_views.COLUMNS)
-
-    @overload
-    def to_json(self, path: None = None) -> str: ...
-    @overload
-    def to_json(self, path: str | Path) -> Path: ...
-    def to_json(self, path: str | Path | None = None) -> str | Path:
-        """Everything in the result as JSON; what is no number there is null.
-
-        Args:
-            path: of a file to write, or None for the text itself.
-
-        Raises:
-            InputError: when the file cannot be written.
-        """
-        text = promoted_views.json_text(self)
-        return text if path is None else files.write_text(path, text)
-
-    @overload
-    def to_csv(self, path: None = None) -> str: ...
-    @overload
-    def to_csv(self, path: str | Path) -> Path: ...
-    def to_csv(self, path: str | Path | None = None) -> str | Path:
-        """The lines of :meth:`to_dataframe` as CSV; needs no pandas.
-
-        Args:
-            path: of a file to write, or None for the text itself.
-
-        Raises:
-            InputError: when the file cannot be written.
-        """
-        text = promoted_views.csv_text(self)
-        return text if path is None else files.write_text(path, text)
-
-    def save(self, path: str | Path) -> Path:
-        """Write the result to one safetensors file; :func:`dla_hooks.load` reads it.
-
-        Args:
-            path: of the file to write; by custom it ends in ``.safetensors``.
-
-        Raises:
-            InputError: for what is no path.
-            CheckpointError: when it cannot be written there.
-        """
-        return files.write(path, files.PROMOTED, *pack(self))
-
-    @classmethod
-    def load(cls, path: str | Path) -> PromotedTokens:
-        """Read a result back.
-
-        Raises:
-            CheckpointError: when there is no such file, or it cannot be read.
-            InputError: when the file holds something else, or comes from a newer version.
-        """
-        return files.read(path, {files.PROMOTED: cls})
+        return frame(self.records(), self._columns())
 
     def _listed(self, label: str, k: int | None, way: str) -> list[tuple[str, float]]:
         one = self[label]
@@ -258,6 +193,12 @@ class PromotedTokens(PromotedData):
         if self.positions.shape == self.shape:
             cut["positions"] = self.positions[place[1:]]
         return replace(self, **cut, **others)
+
+    def _columns(self) -> tuple[str, ...]:
+        return promoted_views.COLUMNS
+
+    def _as_dict(self) -> dict[str, Any]:
+        return promoted_views.as_dict(self)
 
     def _ipython_key_completions_(self) -> list[str]:
         return [*self.labels, *self.kept_labels()]

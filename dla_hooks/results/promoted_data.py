@@ -5,14 +5,13 @@ What they mean stands at :class:`dla_hooks.PromotedTokens`.
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dla_hooks.errors import InputError
+from dla_hooks.results.data import no_positions
 from dla_hooks.results.row_runs import RowRuns
 from dla_hooks.results.rows import NO_WORDS, Words, words_of
 
@@ -38,9 +37,7 @@ class PromotedData:
     names: dict[int, str]
     n_tokens: int
     gap: float = float("nan")
-    positions: Tensor = field(
-        default_factory=lambda: torch.zeros(0, dtype=torch.long, device="cpu")
-    )
+    positions: Tensor = field(default_factory=no_positions)
     tokens: list[list[str]] = field(default_factory=list)
     model: str = ""
     softcap: float | None = None
@@ -94,15 +91,3 @@ class PromotedData:
         if self.index is None or self.rows is None:
             return []
         return [self.rows[number].label for number in self.index[self.index >= 0].unique().tolist()]
-
-
-def checked_count(k: Any) -> int:
-    """A number of tokens.
-
-    Raises:
-        InputError: when ``k`` is no int, or negative.
-    """
-    count = operator.index(k) if hasattr(k, "__index__") and not isinstance(k, bool) else -1
-    if count < 0:
-        raise InputError(f"k must be an int that is not negative, got {k!r}")
-    return count

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import math
 from html import escape
 from typing import Any
@@ -43,24 +40,11 @@ def records(data: PromotedData) -> list[dict[str, Any]]:
     return found
 
 
-def json_text(data: PromotedData) -> str:
-    """Everything in the result as the text of a JSON file; NaN is null."""
+def as_dict(data: PromotedData) -> dict[str, Any]:
+    """Everything in the result, as what JSON can hold: NaN is None, tensors are nested lists."""
     tensors, plain = pack(data)
     about = {"format": _FORMAT, "version": _VERSION, "dla_hooks": __version__}
-    fields = (
-        f"  {json.dumps(key)}: {json.dumps(as_json(value), ensure_ascii=False, allow_nan=False)}"
-        for key, value in {**about, **plain, **tensors}.items()
-    )
-    return "{\n" + ",\n".join(fields) + "\n}\n"
-
-
-def csv_text(data: PromotedData) -> str:
-    """:func:`records` as the text of a CSV file."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS)
-    writer.writeheader()
-    writer.writerows(records(data))
-    return text.getvalue()
+    return {name: as_json(value) for name, value in {**about, **plain, **tensors}.items()}
 
 
 def as_text(data: PromotedData) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from dla_hooks.results.data import most_extreme
 from dla_hooks.results.ranked_data import RankedData, number_of
 from dla_hooks.results.result import DirectLogitAttribution
 from dla_hooks.results.rows import Row
-from dla_hooks.results.schema import pack
 from dla_hooks.results.views import Views
 
 REST, REMAINDER = "rest", "remainder"
@@ -80,6 +78,7 @@ class RankedAttribution(RankedData, Views):
     """
 
     __module__ = "dla_hooks"
+    form = files.RANKED
 
     def top(self, k: int = 5) -> list[tuple[str, float]]:
         """The ``k`` rows that push the logit up the most: ``(label, mean value)``, largest first.
@@ -119,28 +118,6 @@ class RankedAttribution(RankedData, Views):
                 line = {**nothing, "label": label, "kind": label, **entry}
                 lines.append({**line, "attribution": values[flat]})
         return lines
-
-    def save(self, path: str | Path) -> Path:
-        """Write the result to one safetensors file, whose header holds the rest as JSON.
-
-        Args:
-            path: of the file to write; by custom it ends in ``.safetensors``.
-
-        Raises:
-            InputError: for what is no path.
-            CheckpointError: when it cannot be written there.
-        """
-        return files.write(path, files.RANKED, *pack(self))
-
-    @classmethod
-    def load(cls, path: str | Path) -> RankedAttribution:
-        """Read a result back.
-
-        Raises:
-            CheckpointError: when there is no such file, or it cannot be read.
-            InputError: when the file holds something else, or comes from a newer version.
-        """
-        return files.read(path, {files.RANKED: cls})
 
     def __getitem__(self, label: str) -> Tensor:
         """The numbers [*batch_and_pos] of one row; NaN where it is not among the strongest.
@@ -184,9 +161,9 @@ class RankedAttribution(RankedData, Views):
         if self.shape.numel() > 1:
             raise InputError(
                 f"the rows of this {self.unit} result have no means over its "
-                f"{self.shape.numel()} entries: they do not mean the same at each, or are too many "
-                "numbers. Take one entry (result.prompt(i), result.position(j)), or select fewer "
-                "positions"
+                f"{self.shape.numel()} entries: rows that read tokens have none, nor have many "
+                "positions, nor one position of a whole batch. Take one entry "
+                "(result.prompt(i), result.position(j)), or select fewer positions"
             )
         numbers, values = self.kept_means()
         return most_extreme([self.rows[i] for i in numbers.tolist()], values, k, largest=largest)

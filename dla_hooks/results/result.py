@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +10,6 @@ from torch import Tensor
 from dla_hooks.results import files, parts, table
 from dla_hooks.results.data import ResultData, most_extreme
 from dla_hooks.results.rows import Row
-from dla_hooks.results.schema import pack
 from dla_hooks.results.views import Views
 
 
@@ -65,6 +63,7 @@ class DirectLogitAttribution(ResultData, Views):
     """
 
     __module__ = "dla_hooks"
+    form = files.RESULT
 
     def top(self, k: int = 5) -> list[tuple[str, float]]:
         """The ``k`` rows that push the logit up the most: ``(label, mean value)``, largest first.
@@ -115,28 +114,6 @@ class DirectLogitAttribution(ResultData, Views):
     def records(self) -> list[dict[str, Any]]:
         """The lines of :meth:`to_dataframe`, as dictionaries."""
         return table.records(self)
-
-    def save(self, path: str | Path) -> Path:
-        """Write the result to one safetensors file, whose header holds the rest as JSON.
-
-        Args:
-            path: of the file to write; by custom it ends in ``.safetensors``.
-
-        Raises:
-            InputError: for what is no path.
-            CheckpointError: when it cannot be written there.
-        """
-        return files.write(path, files.RESULT, *pack(self))
-
-    @classmethod
-    def load(cls, path: str | Path) -> DirectLogitAttribution:
-        """Read a result back; files of earlier versions, too.
-
-        Raises:
-            CheckpointError: when there is no such file, or it cannot be read.
-            InputError: when the file holds something else, or comes from a newer version.
-        """
-        return files.read(path, {files.RESULT: cls})
 
     def _ipython_key_completions_(self) -> list[str]:
         return self.labels

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +13,7 @@ from dla_hooks.results import files, table
 from dla_hooks.results.data import ResultData, most_extreme
 from dla_hooks.results.moments import Moments
 from dla_hooks.results.rows import NO_WORDS, Row, Words, filled
-from dla_hooks.results.schema import pack
+from dla_hooks.results.stored import Stored
 from dla_hooks.results.text import means_as_text
 
 if TYPE_CHECKING:
@@ -43,7 +42,7 @@ class Subject:
 
 
 @dataclass(repr=False, eq=False)
-class Summary:
+class Summary(Stored):
     """What many prompts have in common: each row's mean over prompts, and how sure it is.
 
     As in a single result the rows and the bias sum to the logit (where rows are running sums
@@ -213,28 +212,6 @@ class Summary:
             for row, mean, error in numbers
         ]
 
-    def save(self, path: str | Path) -> Path:
-        """Write the summary to one safetensors file, with all that merging needs.
-
-        Args:
-            path: of the file to write; by custom it ends in ``.safetensors``.
-
-        Raises:
-            InputError: for what is no path.
-            CheckpointError: when it cannot be written there.
-        """
-        return files.write(path, files.SUMMARY, *pack(self))
-
-    @classmethod
-    def load(cls, path: str | Path) -> Summary:
-        """Read a summary back.
-
-        Raises:
-            CheckpointError: when there is no such file, or it cannot be read.
-            InputError: when the file holds something else, or comes from a newer version.
-        """
-        return files.read(path, {files.SUMMARY: cls})
-
     def _subject(self) -> Subject:
         return Subject(self.unit, self.labels, self.difference, self.rows, self.words, self.softcap)
 
@@ -260,6 +237,7 @@ class Summary:
 
 
 Summary.__module__ = "dla_hooks"
+Summary.form = files.SUMMARY
 
 
 def mismatch(given: Subject, first: Subject) -> str:

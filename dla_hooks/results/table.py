@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dla_hooks._version import __version__
@@ -99,11 +99,11 @@ def _labels(rows: Sequence[Row], index: Any) -> Any:
     return rows[index].label if index >= 0 else None
 
 
-def json_text(data: EntryData) -> str:
-    """:func:`as_dict` as the text of a JSON file."""
+def json_text(named: Mapping[str, Any]) -> str:
+    """What JSON can hold as the text of a file."""
     fields = (  # one line per field, which indent=1 would make one per number
         f"  {json.dumps(key)}: {json.dumps(value, ensure_ascii=False, allow_nan=False)}"
-        for key, value in as_dict(data).items()
+        for key, value in named.items()
     )
     return "{\n" + ",\n".join(fields) + "\n}\n"
 

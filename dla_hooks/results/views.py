@@ -1,14 +1,14 @@
-"""What can be done with any result: cut, shown, drawn, written."""
+"""What can be done with any attribution: cut, shown, drawn."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, overload
+from typing import TYPE_CHECKING, Any, Self
 
-from dla_hooks.results import files, parts, table
+from dla_hooks.results import parts, table
 from dla_hooks.results.chart import plot
 from dla_hooks.results.data import EntryData
 from dla_hooks.results.html import as_html
+from dla_hooks.results.stored import Exported
 from dla_hooks.results.text import as_text
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import pandas
 
 
-class Views(EntryData):
+class Views(EntryData, Exported):
     """The methods that :class:`DirectLogitAttribution` and :class:`RankedAttribution` share."""
 
     def prompt(self, index: int) -> Self:
@@ -47,10 +47,6 @@ class Views(EntryData):
         """
         return parts.one_position(self, index)
 
-    def records(self) -> list[dict[str, Any]]:
-        """The lines of :meth:`to_dataframe`, as dictionaries."""
-        raise NotImplementedError(f"{type(self).__name__} must say its lines")
-
     def to_dataframe(self) -> pandas.DataFrame:
         """One line per row, batch entry and position (extra ``pandas``).
 
@@ -64,45 +60,7 @@ class Views(EntryData):
         Raises:
             MissingExtraError: when pandas is not installed.
         """
-        return table.frame(self.records(), table.columns(self.words))
-
-    @overload
-    def to_json(self, path: None = None) -> str: ...
-    @overload
-    def to_json(self, path: str | Path) -> Path: ...
-    def to_json(self, path: str | Path | None = None) -> str | Path:
-        """Everything in the result as JSON; what is no number there is null.
-
-        Args:
-            path: of a file to write, or None for the text itself.
-
-        Returns:
-            The text, or the path of the file.
-
-        Raises:
-            InputError: when the file cannot be written.
-        """
-        text = table.json_text(self)
-        return text if path is None else files.write_text(path, text)
-
-    @overload
-    def to_csv(self, path: None = None) -> str: ...
-    @overload
-    def to_csv(self, path: str | Path) -> Path: ...
-    def to_csv(self, path: str | Path | None = None) -> str | Path:
-        """The lines of :meth:`to_dataframe` as CSV; needs no pandas.
-
-        Args:
-            path: of a file to write, or None for the text itself.
-
-        Returns:
-            The text, or the path of the file.
-
-        Raises:
-            InputError: when the file cannot be written.
-        """
-        text = table.csv_text(self.records(), table.columns(self.words))
-        return text if path is None else files.write_text(path, text)
+        return table.frame(self.records(), self._columns())
 
     def plot(self) -> altair.Chart:
         """A picture (extra ``plot``): a heatmap of layers, bars, or a line, as its unit says.
@@ -117,11 +75,14 @@ class Views(EntryData):
         """
         return plot(self)
 
-    def __bool__(self) -> bool:
-        return True  # a result without rows is still a result
-
     def __repr__(self) -> str:
         return as_text(self)
 
     def _repr_html_(self) -> str:
         return as_html(self)
+
+    def _columns(self) -> tuple[str, ...]:
+        return table.columns(self.words)
+
+    def _as_dict(self) -> dict[str, Any]:
+        return table.as_dict(self)

@@ -48,6 +48,14 @@ def items(docstring: str, section: str) -> set[str]:
 # The pages
 
 
+def test_reference_page_has_what_results_share():
+    """What stands on a common base is a method of each result."""
+    stored = [cls for cls in CLASSES.values() if hasattr(cls, "save")]
+    assert len(stored) == 4
+    for cls in stored:
+        assert {"save", "load", "records", "to_dataframe"} <= set(reference.members(cls)), cls
+
+
 def test_reference_page_matches_docstrings():
     command = "python scripts/reference.py --write docs/reference.md"
     assert REFERENCE.read_text(encoding="utf-8") == reference.page(), f"stale: run `{command}`"
