@@ -24,11 +24,12 @@ from dla_hooks.results.row_runs import RowRuns, Run
 from dla_hooks.stacks.checks import WriteSum
 from dla_hooks.stacks.final_norm import FinalNorm
 from dla_hooks.stacks.kept import Kept
+from dla_hooks.stacks.row_vectors import RowVectors
 
 _COLUMNS_AT_ONCE = 1024
 
 
-class NeuronVectors:
+class NeuronVectors(RowVectors):
     """The strongest neurons, the rest of them, and what no neuron wrote.
 
     Args:
@@ -44,6 +45,8 @@ class NeuronVectors:
         InputError: for a layer that the model does not have.
         UnsupportedModelError: for a model, or a layer that was asked for, without neurons.
     """
+
+    rows: RowRuns
 
     def __init__(
         self, kept: Kept, final: FinalNorm, top: int, layers: tuple[int, ...] | None
@@ -62,14 +65,12 @@ class NeuronVectors:
         self._top = min(top, first)
         self._index_NK = torch.full((len(kept.entries), self._top), -1, device="cpu")
         self.labels = [*(f"#{place}" for place in range(1, self._top + 1)), "rest", "remainder"]
-        self.whole = slice(None)
         self._sizes: list[Tensor] | None = None
 
     def index(self) -> Tensor:
         """Which neurons the rows are [row, *batch_and_pos]; -1 for no neuron, and at padding."""
         no_neuron = self._index_NK.new_full((len(self._index_NK), 2), -1)
-        numbers = torch.cat((self._index_NK, no_neuron), -1).T.double()
-        return self._kept.entries.unfold(numbers).nan_to_num(nan=-1.0).long()
+        return self._kept.entries.unfold(torch.cat((self._index_NK, no_neuron), -1).T, padding=-1)
 
     @outside_autocast
     def hold(self) -> None:

@@ -7,6 +7,7 @@ slice's logits only the running ranks are kept.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,8 +28,28 @@ from dla_hooks.stacks.token_ranks import rank_tokens
 from dla_hooks.units import DEFAULT_UNIT, UnitName, read_units
 from dla_hooks.units.base import Unit
 
-_NEURON = "neuron"
-_WITH_VECTORS = ("component", "layer", "head", _NEURON)
+
+def _heads(unit: Any, inputs: Inputs, kept: Kept, final: FinalNorm) -> RowVectors:
+    conventions = inputs.model.conventions(None, unit.fold_value_biases)
+    return HeadVectors(kept, final, conventions.fold_value_biases)
+
+
+def _neurons(unit: Any, inputs: Inputs, kept: Kept, final: FinalNorm) -> RowVectors:
+    if unit.top is None:
+        raise InputError(
+            f"promoted_tokens ranks tokens for the strongest neurons of each position, and "
+            f"{unit!r} keeps all. Give how many: top=16"
+        )
+    return NeuronVectors(kept, final, unit.top, unit.layers)
+
+
+_VECTORS: dict[str, Callable[[Any, Inputs, Kept, FinalNorm], RowVectors]] = {
+    "component": lambda unit, inputs, kept, final: ComponentVectors(kept, final),
+    "layer": lambda unit, inputs, kept, final: LayerVectors(kept, final),
+    "head": _heads,
+    "neuron": _neurons,
+}
+"""What makes the rows of a unit as vectors, by the unit's name."""
 
 
 def promoted_tokens(
@@ -102,7 +123,7 @@ def promoted_tokens(
         counted = _counted(inputs)
         kept = Kept.of(inputs, pos, check)
         final = FinalNorm(kept)
-        rows = _rows(chosen, inputs, kept, final)
+        rows = _VECTORS[chosen.words.name](chosen, inputs, kept, final)
         sum_of_all = StreamSum(kept, len(kept.stream.blocks))
         every = EveryLogit(kept)
         logits = kept.run(every.columns)
@@ -130,8 +151,8 @@ def promoted_tokens(
             model=kept.stream.backend.name,
             softcap=kept.stream.softcap,
             words=chosen.words,
-            index=rows.index() if isinstance(rows, NeuronVectors) else None,
-            rows=rows.rows if isinstance(rows, NeuronVectors) else None,
+            index=rows.index(),
+            rows=rows.rows,
         )
 
     options = {
@@ -153,15 +174,10 @@ def _with_vectors(unit: Any) -> Unit:
     if not single:
         raise InputError(f"promoted_tokens takes one unit at a time, got {unit!r:.80}")
     (found,) = units.values()
-    if found.words.name not in _WITH_VECTORS:
+    if found.words.name not in _VECTORS:
         raise InputError(
             f"promoted_tokens has no vectors for the rows of unit {found.words.name!r}; it takes "
-            f"{', '.join(map(repr, _WITH_VECTORS))}"
-        )
-    if found.words.name == _NEURON and getattr(found, "top", None) is None:
-        raise InputError(
-            f"promoted_tokens ranks tokens for the strongest neurons of each position, and "
-            f"{found!r} keeps all. Give how many: top=16"
+            f"{', '.join(map(repr, _VECTORS))}"
         )
     return found
 
@@ -171,16 +187,6 @@ def _count(k: Any) -> int:
     if count < 1:
         raise InputError(f"k must be a positive int, the tokens to list each way; got {k!r:.80}")
     return count
-
-
-def _rows(unit: Unit, inputs: Inputs, kept: Kept, final: FinalNorm) -> RowVectors:
-    if unit.words.name == _NEURON:
-        top, layers = getattr(unit, "top", None), getattr(unit, "layers", None)
-        return NeuronVectors(kept, final, top or 1, layers)
-    if unit.words.index:  # heads, of the others
-        fold = getattr(unit, "fold_value_biases", None)
-        return HeadVectors(kept, final, inputs.model.conventions(None, fold).fold_value_biases)
-    return (LayerVectors if unit.words.cumulative else ComponentVectors)(kept, final)
 
 
 def _counted(inputs: Inputs) -> Tensor | None:

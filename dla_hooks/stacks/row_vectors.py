@@ -7,7 +7,7 @@ they are asked for.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,27 +23,35 @@ from dla_hooks.modules.user_hooks import EMBED_HOOK, FINAL_HOOK, is_hooked
 from dla_hooks.residual.gains import constant_label, path_factors, product, times
 from dla_hooks.residual.hooked import Hooked, hook_factor, hook_label, hooked_places
 from dla_hooks.residual.stream import Block
+from dla_hooks.results.row_runs import RowRuns
 from dla_hooks.stacks.final_norm import FinalNorm
 from dla_hooks.stacks.heads import KeptHeads, plan_heads, written_by_heads
 from dla_hooks.stacks.kept import Kept
 
 
-class RowVectors(Protocol):
+class RowVectors:
     """The rows of one unit.
 
     Attributes:
         labels: of the rows.
         whole: which of them make up the whole.
+        rows: a record of every row that there is, where each entry has rows of its own.
     """
 
     labels: list[str]
-    whole: slice
+    whole: slice = slice(None)
+    rows: RowRuns | None = None
 
     def hold(self) -> None:
         """Hold rows against what they are parts of, besides the sum of all."""
 
     def at(self, place: slice) -> Tensor:
         """The rows at some entries [row, entries, d_model]."""
+        raise NotImplementedError(f"{type(self).__name__} must make its rows")
+
+    def index(self) -> Tensor | None:
+        """The number in ``rows`` of each row at each entry; None where rows are the same."""
+        return None
 
 
 class _Step(NamedTuple):
@@ -55,15 +63,27 @@ class _Step(NamedTuple):
 
 
 class _InBlock(NamedTuple):
-    """What one block adds: hooks at its input, its own writes by label, hooks at its output."""
+    """What one block adds: its own writes by label, and what hooks write at and in it.
+
+    Of hooks there are, in the order of the stream, those at its input, and those behind so many of
+    its writes.
+    """
 
     block: Block
-    before: _Step | None
     own: dict[str, _Step]
-    after: _Step | None
+    at_input: list[_Step]
+    hooks: list[tuple[int, _Step]]
+
+    def behind(self, n_writes: int) -> list[_Step]:
+        """What hooks write behind so many of its writes."""
+        return [step for after, step in self.hooks if after == n_writes]
+
+    def all_hooks(self) -> list[_Step]:
+        """What hooks write at and in it."""
+        return [*self.at_input, *(step for _, step in self.hooks)]
 
 
-class ComponentVectors:
+class ComponentVectors(RowVectors):
     """The components: embeddings, writes, constants, and what the caller's hooks write."""
 
     def __init__(self, kept: Kept, final: FinalNorm) -> None:
@@ -80,20 +100,22 @@ class ComponentVectors:
             if linear:
                 hook = kept.hook(stream.embedding)
                 self._embed_hook = _Step(hook, None, product(factor, factors["embed"]))
-        hooks: dict[tuple[int, bool], _Step] = {}
+        hooks: dict[int, list[tuple[Hooked, _Step]]] = {}
         for hooked in hooked_places(stream):
-            hooks[hooked.number, hooked.at_input] = _of_hook(kept, hooked, factors)
+            step = _Step(kept.hook(hooked.place), None, hook_factor(hooked, factors))
+            hooks.setdefault(hooked.number, []).append((hooked, step))
         self._blocks = []
         for number, block in enumerate(stream.blocks):
             own = {w.label: _Step(kept.write(w), None, factors[w.label]) for w in block.writes}
             if block.constant is not None:
                 label = constant_label(block)
                 own[label] = _Step(None, block.constant, factors[label])
-            around = hooks.get((number, True)), hooks.get((number, False))
-            self._blocks.append(_InBlock(block, around[0], own, around[1]))
-        self._at_end = hooks.get((len(stream.blocks), True))
+            here = hooks.get(number, [])
+            at_input = [step for hooked, step in here if hooked.at_input]
+            others = [(hooked.after, step) for hooked, step in here if not hooked.at_input]
+            self._blocks.append(_InBlock(block, own, at_input, others))
+        self._at_end = next((step for _, step in hooks.get(len(stream.blocks), [])), None)
         self.labels = self._labels()
-        self.whole = slice(None)
 
     def _labels(self) -> list[str]:
         labels = ["embed"]
@@ -103,12 +125,9 @@ class ComponentVectors:
             labels.append("pos_embed")
         for part in self._blocks:
             labels += part.own
-            if part.before or part.after:
+            if part.all_hooks():
                 labels.append(hook_label(part.block))
         return [*labels, FINAL_HOOK] if self._at_end or self._final.is_hooked else labels
-
-    def hold(self) -> None:
-        """Nothing to hold besides the sum of all, which every unit is held to."""
 
     def at(self, place: slice) -> Tensor:
         """The rows at some entries [row, entries, d_model]."""
@@ -120,7 +139,7 @@ class ComponentVectors:
                 rows[0] = rows[0] - rows[-1]
         for part in self._blocks:
             rows += [self._of(step, place, start) for step in part.own.values()]
-            hooks = [self._of(s, place, start) for s in (part.before, part.after) if s]
+            hooks = [self._of(step, place, start) for step in part.all_hooks()]
             if hooks:
                 rows.append(torch.stack(hooks).sum(0))
         read = self._final.read(torch.stack(rows), place)
@@ -165,15 +184,16 @@ class LayerVectors(ComponentVectors):
         running = self._start(place)
         rows = []
         for part, n_first in zip(self._blocks, self._mids, strict=True):
-            if part.before:
-                running = running + self._of(part.before, place, running)
-            rows.append(running)
-            for count, step in enumerate(part.own.values(), start=1):
+            for step in part.at_input:
                 running = running + self._of(step, place, running)
+            rows.append(running)
+            own = list(part.own.values())
+            for count in range(len(own) + 1):
+                added = own[count - 1 : count] if count else []
+                for step in (*added, *part.behind(count)):
+                    running = running + self._of(step, place, running)
                 if count == n_first:
                     rows.append(running)
-            if part.after:
-                running = running + self._of(part.after, place, running)
         if self._at_end:
             running = running + self._of(self._at_end, place, running)
         read = self._final.read(torch.stack([*rows, running]), place)
@@ -182,7 +202,7 @@ class LayerVectors(ComponentVectors):
         return torch.cat((read, read[-1:] + self._final.behind(place, read)))
 
 
-class HeadVectors:
+class HeadVectors(RowVectors):
     """Every attention head, what hooks write between heads and stream, and the remainder."""
 
     def __init__(self, kept: Kept, final: FinalNorm, fold_value_biases: bool) -> None:
@@ -203,7 +223,6 @@ class HeadVectors:
         for heads, hooks in zip(self._plan, self._hooks, strict=True):
             self.labels += [*heads.labels, *([f"{heads.layer}hook"] if hooks else [])]
         self.labels.append("remainder")
-        self.whole = slice(None)
 
     @outside_autocast
     def hold(self) -> None:
@@ -244,10 +263,6 @@ class HeadVectors:
                 wrote = kept.norm(heads.after).at_scale_one(wrote) / scale
             found.append(wrote)
         return torch.stack(found).sum(0)
-
-
-def _of_hook(kept: Kept, hooked: Hooked, factors: dict[str, Tensor | None]) -> _Step:
-    return _Step(kept.hook(hooked.place), None, hook_factor(hooked, factors))
 
 
 def _way_to_stream(heads: KeptHeads) -> list[Place]:

@@ -738,3 +738,32 @@ def test_results_whose_shapes_do_not_fit_are_refused():
         )
     with pytest.raises(InputError, match="for 2 labels"):
         dla_hooks.PromotedTokens(["a", "b"], "component", one, ids, one, ids, one[..., 0], {}, 2)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("unit", ["component", "layer", "head"])
+@pytest.mark.parametrize(
+    "paths", [["self_attention"], ["mlp", ""], ["self_attention", "mlp"]], ids=" and ".join
+)
+def test_hooks_in_blocks_stand_where_the_verb_has_them(paths, unit, seed):
+    """Behind the first write they are in the middle of the block, and several are one row."""
+    model, ids = build("bloom", seed), example_ids("bloom")
+    n_tokens, block = model.config.vocab_size, model.transformer.h[1]
+    handles = []
+    for number, path in enumerate(paths, start=1):
+        added = number * torch.arange(model.config.hidden_size, dtype=torch.float64).sin()
+
+        def add(module, args, output, added=added):
+            if isinstance(output, tuple):
+                return (output[0] + added, *output[1:])
+            return output + added
+
+        handles.append(block.get_submodule(path).register_forward_hook(add))
+    verb = dla_hooks.direct_logit_attribution(model, ids, 5, 7, unit=unit)
+    found = promoted_tokens(model, ids, unit=unit, k=n_tokens)
+    for handle in handles:
+        handle.remove()
+    assert found.labels == verb.labels
+    for row, ids_BK, logits_BK in zip(verb.attribution, found.up_ids, found.up, strict=True):
+        every = torch.zeros_like(logits_BK).scatter(1, ids_BK, logits_BK)
+        torch.testing.assert_close(every[:, 5] - every[:, 7], row, rtol=0, atol=1e-9)
