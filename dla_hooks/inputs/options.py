@@ -20,7 +20,9 @@ def whole_number(value: Any, name: str, least: int) -> int:
     except TypeError:
         number = least - 1
     if number < least or isinstance(value, bool):
-        raise InputError(f"{name} takes whole numbers from {least}, or None; got {value!r:.80}")
+        raise InputError(
+            f"{name} takes whole numbers from {least}, or None for all; got {value!r:.80}"
+        )
     return number
 
 

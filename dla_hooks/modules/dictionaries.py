@@ -141,7 +141,7 @@ class OfObject(Dictionary):
                 codes = self.encode(x_TM)
                 self.n_features = decoder.in_features = codes.f_TF.shape[-1]
                 alone = self.encode(x_TM[:1])
-                rebuilt = self.decode(codes)
+                self._check_sizes(codes.f_TF, self.decode(codes), x_TM, what)
                 with past_hooks(decoder):
                     pull_back(decoder, torch.zeros(0, width, dtype=dtype, device=self._device))
         except InputError:
@@ -155,16 +155,24 @@ class OfObject(Dictionary):
                 f"the dictionary at {what} ({kind}) cannot encode and decode [3, {width}] "
                 f"activations ({described_error(error)}); the place is {width} wide"
             ) from error
-        if rebuilt.shape != x_TM.shape:
-            raise InputError(
-                f"the dictionary at {what} ({kind}) makes {list(rebuilt.shape)} of activations of "
-                f"the shape {list(x_TM.shape)}"
-            )
         if not torch.allclose(codes.f_TF[:1], alone.f_TF, rtol=1e-3, atol=1e-5):
             raise InputError(
                 f"the encode of the dictionary at {what} ({kind}) makes other features of a "
                 "position where others stand beside it, as a batch-wise top-k does; give it the "
                 "threshold that it has for inference"
+            )
+
+    def _check_sizes(self, f_TF: Tensor, rebuilt: Tensor, x_TM: Tensor, what: str) -> None:
+        kind = type(self._made).__name__
+        if rebuilt.shape != x_TM.shape:
+            raise InputError(
+                f"the dictionary at {what} ({kind}) makes {list(rebuilt.shape)} of activations of "
+                f"the shape {list(x_TM.shape)}"
+            )
+        if not bool(f_TF.isfinite().all() and rebuilt.isfinite().all()):
+            raise InputError(
+                f"the dictionary at {what} ({kind}) makes features or activations of random ones "
+                "that are NaN or infinite; look at its weights"
             )
 
     def encode(self, x_TM: Tensor) -> Codes:

@@ -18,8 +18,7 @@ from dla_hooks.backends import Conventions
 from dla_hooks.calibration.expert_sites import expert_sites
 from dla_hooks.calibration.expert_way import ExpertSite
 from dla_hooks.calibration.norm_constants import norm_at
-from dla_hooks.errors import InputError
-from dla_hooks.inputs.options import some_layers
+from dla_hooks.inputs.options import some_layers, whole_number
 from dla_hooks.modules.hooks import Place, Tap
 from dla_hooks.modules.linear import bias_of, check_readable, declared_width, pull_back
 from dla_hooks.projection.directions import of_constants
@@ -68,9 +67,7 @@ class Experts(Unit):
 
     def __init__(self, layers: int | Iterable[int] | None = None, top: int | None = None) -> None:
         self.layers = None if layers is None else some_layers(layers)
-        if top is not None and (isinstance(top, bool) or not isinstance(top, int) or top < 1):
-            raise InputError(f"top must be a positive number of rows, or None for all; got {top!r}")
-        self.top = top
+        self.top = None if top is None else whole_number(top, "top", least=1)
 
     def places(self, stream: Stream) -> list[Place]:
         """Every write, and the last stream; experts are no places that a cache holds."""

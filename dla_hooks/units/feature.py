@@ -18,6 +18,7 @@ from dla_hooks.calibration.head_widths import with_head_widths
 from dla_hooks.calibration.named_places import NamedPlace, named_places
 from dla_hooks.calibration.norm_constants import norm_at
 from dla_hooks.errors import InputError
+from dla_hooks.inputs.options import whole_number
 from dla_hooks.modules.dictionaries import Dictionary, Spot
 from dla_hooks.modules.dictionary_files import read_dictionary
 from dla_hooks.modules.hooks import Call, Place, Tap
@@ -101,12 +102,11 @@ class Features(Unit):
                 f"dictionaries must be a mapping from places to dictionaries, such as "
                 f'{{"3_mlp_out": dictionary}}, got {dictionaries!r:.60}'
             )
-        if top is not None and (isinstance(top, bool) or not isinstance(top, int) or top < 1):
-            raise InputError(f"top must be a number of rows, or None for all, got {top!r:.60}")
         if not isinstance(centred, bool):
             raise InputError(f"centred must be True or False, got {centred!r:.60}")
         self.dictionaries = dict(dictionaries or {})
-        self.top, self.centred = top, centred
+        self.top = None if top is None else whole_number(top, "top", least=1)
+        self.centred = centred
 
     def places(self, stream: Stream) -> list[Place]:
         """Every write, the heads' outputs that are asked for, and the last stream."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dla_hooks.backends import Conventions
 from dla_hooks.errors import InputError
-from dla_hooks.inputs.options import some_layers
+from dla_hooks.inputs.options import some_layers, whole_number
 from dla_hooks.modules.attention_interface import AttentionCall, AttentionTap
 from dla_hooks.modules.hooks import Call, Place, Tap
 from dla_hooks.modules.user_hooks import is_hooked
@@ -84,11 +84,10 @@ class SourceTokens(Unit):
     ) -> None:
         self.heads = as_heads(heads)
         self.layers = None if layers is None else some_layers(layers)
-        if top is not None and (isinstance(top, bool) or not isinstance(top, int) or top < 1):
-            raise InputError(f"top must be a positive number of rows, or None for all; got {top!r}")
         if sum not in (None, "layer", "heads"):
             raise InputError(f"sum must be None, 'layer' or 'heads'; got {sum!r}")
-        self.top, self.sum = top, sum
+        self.top = None if top is None else whole_number(top, "top", least=1)
+        self.sum = sum
 
     def places(self, stream: Stream) -> list[Place]:
         """Every z, the values and weights where the model shows them, and the post-norms."""

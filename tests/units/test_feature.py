@@ -471,6 +471,16 @@ class Batchwise(Made):
         return f * (f >= f.flatten().topk(8).values[-1])
 
 
+class Wider(Made):
+    def decode(self, f):
+        return torch.nn.functional.pad(super().decode(f), (0, 1))
+
+
+class Broken(Made):
+    def encode(self, x):
+        return super().encode(x) * torch.nan
+
+
 class Tuples(Made):
     def encode(self, x):
         return super().encode(x), None
@@ -484,6 +494,8 @@ class Tuples(Made):
         ({"1_mlp_out": Bent(40)}, "not affine"),
         ({"1_mlp_out": Batchwise(40)}, "others stand beside"),
         ({"1_mlp_out": Tuples(40)}, "one tensor"),
+        ({"1_mlp_out": Wider(40)}, r"makes \[3, 41\] of activations"),
+        ({"1_mlp_out": Broken(40)}, "NaN or infinite"),
         ({"1_mlp_out": Made(40, dtype=torch.float16)}, "float16"),
         ({"7_mlp_out": Made(40)}, "'7_mlp_out' is no place"),
         ({"mlp": Made(40)}, "'mlp' is no place"),

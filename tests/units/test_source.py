@@ -537,9 +537,9 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("options", "said"),
         [
-            ({"top": 0}, "top must be"),
-            ({"top": True}, "top must be"),
-            ({"top": 1.5}, "top must be"),
+            ({"top": 0}, "top takes whole numbers from 1"),
+            ({"top": True}, "top takes whole numbers from 1"),
+            ({"top": 1.5}, "top takes whole numbers from 1"),
             ({"sum": "head"}, "sum must be"),
             ({"heads": "L1H2"}, "heads must be"),
             ({"heads": ["3H5"]}, "heads must hold"),
