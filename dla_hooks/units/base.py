@@ -46,6 +46,32 @@ class Claim:
     of_stream: bool = False
 
 
+def claims_of_writes(
+    writes: Sequence[tuple[str, str, bool]], wrote_LN: Tensor, parts: Parts
+) -> list[Claim]:
+    """That the rows of some sublayers, with what is constant, make up what each wrote.
+
+    Args:
+        writes: of each, the label of the write, what its rows are called in an error, and whether a
+            norm stands between them.
+        wrote_LN: the sum of its rows and constants at each entry.
+        parts: the parts; a write that no source has shown is left out.
+    """
+    claims = []
+    for through_norm in (False, True):
+        kept = [
+            number
+            for number, (label, _, normed) in enumerate(writes)
+            if normed == through_norm and label not in parts.missing
+        ]
+        if kept:
+            whole_LN = parts.of([writes[number][0] for number in kept])
+            own_LN = wrote_LN if len(kept) == len(writes) else wrote_LN[kept]
+            names = [writes[number][1] for number in kept]
+            claims.append(Claim(names, own_LN, whole_LN, through_norm))
+    return claims
+
+
 @dataclass(frozen=True)
 class Split:
     """What a unit found for one prompt.

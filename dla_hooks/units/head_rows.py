@@ -23,7 +23,7 @@ from dla_hooks.projection.kernels import frozen_scales, project_heads
 from dla_hooks.projection.ledger import FixedRows
 from dla_hooks.projection.tiles import View
 from dla_hooks.results.rows import Row
-from dla_hooks.units.base import Claim, Recorder, Split, Unit, UnitPlan
+from dla_hooks.units.base import Claim, Recorder, Split, Unit, UnitPlan, claims_of_writes
 from dla_hooks.units.head_layer import HeadLayer, rows_of
 from dla_hooks.units.parts import Parts
 from dla_hooks.units.parts_plan import PartsPlan
@@ -209,15 +209,11 @@ class HeadsRecorder(Recorder):
 
     def _claims(self, values_CN: Tensor, beside_LN: Tensor, parts: Parts) -> list[Claim]:
         """Each layer's heads, with the biases, make up what that layer's attention wrote."""
-        claims, layers = [], self._plan.layers
+        layers = self._plan.layers
         each_HN = values_CN.split([layer.n_heads for layer in layers] + [1])[:-1]
         wrote_LN = beside_LN + torch.stack([heads_HN.sum(0) for heads_HN in each_HN])
-        seen = [n for n, layer in enumerate(layers) if layer.label not in parts.missing]
-        for through_norm in (False, True):
-            kept = [n for n in seen if (layers[n].post_norm is not None) == through_norm]
-            if kept:
-                names = [f"the heads in {layers[n].site.name}" for n in kept]
-                whole_LN = parts.of([layers[n].label for n in kept])
-                heads_LN = wrote_LN if len(kept) == len(layers) else wrote_LN[kept]
-                claims.append(Claim(names, heads_LN, whole_LN, through_norm))
-        return claims
+        writes = [
+            (layer.label, f"the heads in {layer.site.name}", layer.post_norm is not None)
+            for layer in layers
+        ]
+        return claims_of_writes(writes, wrote_LN, parts)

@@ -32,7 +32,14 @@ from dla_hooks.projection.tiles import View
 from dla_hooks.residual.stream import Stream, WriteSite
 from dla_hooks.results.row_runs import RowRuns, Run
 from dla_hooks.results.rows import Words
-from dla_hooks.units.base import Claim, RankedSplit, Recorder, Unit, UnitPlan
+from dla_hooks.units.base import (
+    Claim,
+    RankedSplit,
+    Recorder,
+    Unit,
+    UnitPlan,
+    claims_of_writes,
+)
 from dla_hooks.units.parts import Parts
 from dla_hooks.units.parts_plan import PartsPlan
 
@@ -247,15 +254,11 @@ class _NeuronsRecorder(Recorder):
 
     def _claims(self, wrote_LN: Tensor, parts: Parts) -> list[Claim]:
         """Each MLP's neurons, with the biases, make up what that MLP wrote."""
-        claims, mlps = [], self._plan.mlps
-        seen = [n for n, mlp in enumerate(mlps) if mlp.label not in parts.missing]
-        for through_norm in (False, True):
-            kept = [n for n in seen if (mlps[n].norm is not None) == through_norm]
-            if kept:
-                names = [f"the neurons in {mlps[n].site.name}" for n in kept]
-                whole_LN = parts.of([mlps[n].label for n in kept])
-                claims.append(Claim(names, wrote_LN[kept], whole_LN, through_norm))
-        return claims
+        writes = [
+            (mlp.label, f"the neurons in {mlp.site.name}", mlp.norm is not None)
+            for mlp in self._plan.mlps
+        ]
+        return claims_of_writes(writes, wrote_LN, parts)
 
 
 def _times(directions: Directions, factor: float) -> Directions:
