@@ -17,9 +17,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
-from operator import attrgetter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +25,8 @@ import torch
 from torch import Tensor
 
 from dla_hooks.errors import CheckpointError, InputError
-from dla_hooks.results.ranked import RankedAttribution, Result
-from dla_hooks.results.result import DirectLogitAttribution
-from dla_hooks.results.schema import row_columns, unpack, words_as_json
+from dla_hooks.many.packed import Stored, pack, unpack_all
+from dla_hooks.results.ranked import Result
 
 _FORMAT = "dla_hooks.many"
 _VERSION = 1
@@ -38,8 +35,6 @@ _SHARD = re.compile(r"(\d{9,})-(\d{9,})\.safetensors")
 _UNFINISHED = ".unfinished"
 _ABANDONED = 24 * 60 * 60
 """Seconds after which an unfinished file counts as abandoned."""
-
-_Stored = tuple[int, bytes, Result]
 
 
 class Shards:
@@ -82,7 +77,7 @@ class Shards:
             self._put(_RUN, lambda path: path.write_text(json.dumps(content, indent=1)))
         else:
             self._compare(content, stamp)
-        self._ahead: dict[str, list[_Stored]] = {}  # already read, for later windows
+        self._ahead: dict[str, list[Stored]] = {}  # already read, for later windows
         self._ranges = sorted(
             (int(match[1]), int(match[2]), match[0])
             for match in map(_SHARD.fullmatch, (path.name for path in self.folder.iterdir()))
@@ -99,7 +94,7 @@ class Shards:
             CheckpointError: when a file is damaged.
         """
         found: dict[int, tuple[bytes, Result]] = {}
-        ahead: dict[str, list[_Stored]] = {}
+        ahead: dict[str, list[Stored]] = {}
         for start, end, name in self._ranges:
             if start <= last and end >= first:
                 stored = self._ahead.pop(name, None)
@@ -121,26 +116,7 @@ class Shards:
         if not done:
             return
         done = sorted(done, key=lambda one: one[0])
-        results = [result for _, _, result in done]
-        tensors = {
-            "index": torch.tensor([index for index, _, _ in done], device="cpu"),
-            "digest": torch.tensor(
-                [list(digest) for _, digest, _ in done], dtype=torch.uint8, device="cpu"
-            ),
-            "n_entries": torch.tensor([result.logit.numel() for result in results], device="cpu"),
-            "gap": torch.tensor(
-                [result.gap for result in results], dtype=torch.float64, device="cpu"
-            ),
-            "logit_gap": torch.tensor(
-                [r.logit_gap for r in results], dtype=torch.float64, device="cpu"
-            ),
-        }
-        tensors |= _numbers(results)
-        one = max(results, key=lambda result: len(result.rows))  # a longer prompt has more sources
-        names = ("unit", "model", "softcap", *(() if _is_ranked(one) else ("labels",)))
-        rest = {name: getattr(one, name) for name in names}
-        rest["one_position"] = one.logit.ndim == 1
-        rest |= {"rows": row_columns(one.rows), "words": words_as_json(one.words)}
+        tensors, rest = pack(done)
         header = {
             "format": _FORMAT,
             "version": str(_VERSION),
@@ -150,7 +126,7 @@ class Shards:
         name = f"{done[0][0]:09d}-{done[-1][0]:09d}.safetensors"
         self._put(name, lambda path: save_file(tensors, str(path), metadata=header))
 
-    def _read(self, path: Path) -> list[_Stored]:
+    def _read(self, path: Path) -> list[Stored]:
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -160,7 +136,7 @@ class Shards:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             if header.get("sha256") != _checksum(tensors, header.get("results", "")):
                 raise ValueError("it does not hold what was written")
-            return _unpack(json.loads(header["results"]), tensors)
+            return unpack_all(json.loads(header["results"]), tensors)
         except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
             raise CheckpointError(
                 f"{path} is damaged ({type(error).__name__}: {error}); delete this file, and its "
@@ -213,66 +189,6 @@ class Shards:
                 f"{self.folder} holds the results of another run: {said}. Give the same arguments "
                 "and model to resume it, or another folder to begin anew."
             )
-
-
-_OF_ENTRY = ("attribution", "bias", "logit", "positions")
-_OF_RANKED = ("rest", "remainder")
-_MEANS, _BESIDE, _ROW_INDEX = "prompt_means", "beside.", "row_index"
-
-
-def _is_ranked(result: Result) -> bool:
-    return isinstance(result, RankedAttribution)
-
-
-def _numbers(results: Sequence[Result]) -> dict[str, Tensor]:
-    """All entries of all results, side by side; places that a result lacks hold no row."""
-    one, n_places = results[0], max(len(result.attribution) for result in results)
-
-    def side_by_side(of: Callable[[Result], Tensor], padding: float = 0) -> Tensor:
-        n_axes = one.logit.ndim  # of the entries
-        flat = [own.flatten(own.ndim - n_axes) for own in map(of, results)]
-        if flat[0].ndim == 1:
-            return torch.cat(flat)
-        more = [own.new_full((n_places - len(own), own.shape[1]), padding) for own in flat]
-        return torch.cat([torch.cat(pair) for pair in zip(flat, more, strict=True)], 1)
-
-    names = [*_OF_ENTRY, *(_OF_RANKED if _is_ranked(one) else ())]
-    tensors = {name: side_by_side(attrgetter(name)) for name in names}
-    if _is_ranked(one):  # "index" is that of the prompt
-        tensors[_ROW_INDEX] = side_by_side(attrgetter("index"), padding=-1)
-    for name in one.beside:
-        tensors[_BESIDE + name] = side_by_side(partial(_beside, name))
-    if getattr(one, _MEANS, None) is not None:
-        tensors[_MEANS] = torch.cat([getattr(result, _MEANS) for result in results], 1)
-    return tensors
-
-
-def _beside(name: str, result: Result) -> Tensor:
-    return result.beside[name]
-
-
-def _unpack(rest: dict[str, Any], tensors: dict[str, Tensor]) -> list[_Stored]:
-    one_position = rest.pop("one_position")
-    rest = unpack({}, rest)
-    made: type[Result] = RankedAttribution if _ROW_INDEX in tensors else DirectLogitAttribution
-    found = []
-    start = 0
-    per_prompt = ("index", "digest", "n_entries", "gap", "logit_gap")
-    lines = zip(*(tensors.pop(name).tolist() for name in per_prompt), strict=True)
-    means = tensors.pop(_MEANS, None)
-    for number, (index, digest, n, gap, logit_gap) in enumerate(lines):
-        numbers: dict[str, Any] = {"beside": {}}
-        for name, every in tensors.items():
-            own = every[..., start : start + n].clone()
-            own = own if one_position else own.unsqueeze(-2)
-            where = numbers["beside"] if name.startswith(_BESIDE) else numbers
-            where["index" if name == _ROW_INDEX else name.removeprefix(_BESIDE)] = own
-        if means is not None:
-            numbers[_MEANS] = means[:, number : number + 1].clone()
-        start += n
-        result = made(**numbers, **rest, gap=gap, logit_gap=logit_gap)
-        found.append((index, bytes(digest), result))
-    return found
 
 
 def _checksum(tensors: dict[str, Tensor], about: str) -> str:

@@ -68,7 +68,8 @@ def row_columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
         return {
             field.name: [getattr(run, field.name) for run in rows.runs] for field in fields(Run)
         }
-    names = [name for name in _ROW_COLUMNS if name != "source" or any(row.source for row in rows)]
+    reads = any(row.source is not None for row in rows)  # a column that older versions do not know
+    names = [name for name in _ROW_COLUMNS if name != "source" or reads]
     return {name: [getattr(row, name) for row in rows] for name in names}
 
 

@@ -14,6 +14,7 @@ from many_prompts import assert_same, made, random_prompts
 from safetensors.torch import load_file, save_file
 from zoo import tiny_tokenizer
 
+import dla_hooks
 from dla_hooks import (
     CheckpointError,
     DLAError,
@@ -306,3 +307,14 @@ def test_results_before_source_failure_are_stored(ran, model, tmp_path):
     ran.clear()
     assert len(list(attribute_many(model, prompts, 5, window=4, resume=tmp_path))) == 8
     assert sum(rows for rows, _ in ran) == 2
+
+
+def test_stored_sources_come_back_whatever_the_length_of_their_prompts(model, tmp_path):
+    """A short prompt has fewer rows than places are kept for a long one."""
+    prompts = [torch.arange(1, 3), torch.arange(1, 8), torch.arange(3, 6)]
+    options = {"unit": dla_hooks.SourceTokens(top=20), "pos": None, "resume": tmp_path}
+    found = list(attribute_many(model, prompts, 5, 7, **options))
+    again = list(attribute_many(model, prompts, 5, 7, **options))
+    for one, other in zip(found, again, strict=True):
+        assert other.records() == one.records()
+        assert len(other) == len(one)

@@ -12,7 +12,8 @@ import torch
 import dla_hooks
 from dla_hooks import ArgumentTypeError, InputError, LabelError, RankedAttribution, summarize
 from dla_hooks.results.row_runs import RowRuns, Run
-from dla_hooks.results.rows import Words
+from dla_hooks.results.rows import Row, Words
+from dla_hooks.results.schema import row_columns, rows_from
 
 WORDS = Words(
     "neuron",
@@ -155,6 +156,23 @@ def test_summaries_average_every_row():
     assert float(summary.mean.sum()) + summary.bias == pytest.approx(summary.logit)
     with pytest.raises(InputError, match="do not mean the same"):
         summarize([made(means=False)[0]])
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_batch_is_summarized_as_its_prompts_are(seed):
+    batch, _ = made(seed)
+    together, apart = summarize([batch]), summarize([batch.prompt(0), batch.prompt(1)])
+    assert together.n == 2
+    torch.testing.assert_close(together.mean, apart.mean)
+    torch.testing.assert_close(together.standard_error, apart.standard_error)
+
+
+def test_columns_of_rows_are_those_that_are_filled():
+    """Versions before sources cannot read a column of them."""
+    head, source = Row("L0H1", "head", 0, 0, 1), Row("L0H1<0", "head", 0, 0, 1, source=0)
+    assert "source" not in row_columns([head])
+    for rows in ([head], [head, source]):
+        assert rows_from([row.label for row in rows], row_columns(rows)) == rows
 
 
 @pytest.mark.parametrize("label", ["L0N40", "L2N0", "L0N", "L0N07", "L1N-1", "rest", ""])

@@ -8,7 +8,7 @@ from oracle import head_effects, logit_of, logit_parts
 from units import UNIT_NAMES
 from zoo import ZOO, Spec, build, example_ids, supports
 
-from dla_hooks import direct_logit_attribution, verify
+from dla_hooks import UnsupportedModelError, direct_logit_attribution, verify
 
 pytestmark = pytest.mark.lowest
 
@@ -57,6 +57,24 @@ def test_parts_and_bias_sum_to_model_logit(case, unit, incorrect):
     assert result.gap <= 1e-9 * size
     torch.testing.assert_close(whole + result.bias, result.logit, rtol=0, atol=1e-9 * size)
     torch.testing.assert_close(result.logit, truth, rtol=0, atol=1e-5 * size)
+
+
+@pytest.mark.parametrize("folded", [False, True], ids=["as it is", "value biases folded"])
+@pytest.mark.parametrize("unit", UNIT_NAMES)
+def test_one_entry_alone_has_the_numbers_that_it_has_among_others(case, unit, folded):
+    """A single entry is projected when the run is over, and many while it runs."""
+    model, ids, _, size = case
+    options = {"unit": unit, "fold_value_biases": folded}
+    try:
+        many = direct_logit_attribution(model, ids[:1], ANSWER, INCORRECT, pos=None, **options)
+    except UnsupportedModelError:
+        if not (folded and unit == "head"):
+            raise
+        return
+    one = direct_logit_attribution(model, ids[:1], ANSWER, INCORRECT, **options)
+    expected = many.attribution[..., -1]
+    torch.testing.assert_close(one.attribution, expected, rtol=0, atol=1e-5 * size)
+    assert float(expected.abs().max()) > 1e-3 * size
 
 
 def test_components_match_oracle(case):

@@ -528,3 +528,36 @@ def test_the_model_is_as_found_and_runs_once():
     handle.remove()
     assert len(runs) == 1
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_bias_of_a_post_norm_is_no_neurons(seed):
+    """No family of transformers has a post-norm with a bias: it is put in."""
+    torch.manual_seed(seed)
+    model, ids = build("olmo2", seed=seed), example_ids("olmo2")
+    for layer in model.model.layers:
+        norm = torch.nn.LayerNorm(model.config.hidden_size, dtype=torch.float64)
+        torch.nn.init.normal_(norm.weight, 1, 0.3)
+        torch.nn.init.normal_(norm.bias, 0, 0.3)
+        layer.post_feedforward_layernorm = norm.eval()
+    units = (dla_hooks.Neurons(top=None), "component")
+    found = dla_hooks.direct_logit_attribution(model, ids, 5, 7, unit=units)
+    neurons, components = found["neuron"], found["component"]
+    d_M = model.lm_head.weight[5] - model.lm_head.weight[7]
+    for number, layer in enumerate(model.model.layers):
+        kept = []
+        handle = model.model.norm.register_forward_hook(
+            lambda module, args, out, kept=kept: kept.append((args[0], out))
+        )
+        with torch.no_grad():
+            model(ids)
+        handle.remove()
+        (x, y), gain = kept[0], model.model.norm.weight
+        per_scale = (y / (x * gain))[:, -1].mean(-1)  # one over the final norm's scale
+        beta = (layer.post_feedforward_layernorm.bias * gain) @ d_M * per_scale
+        own = torch.zeros_like(beta)
+        for place in range(len(neurons.index)):
+            here = torch.tensor([neurons.rows[i].layer == number for i in neurons.index[place]])
+            own += torch.where(here, neurons.attribution[place], 0.0)
+        wrote = components[f"{number}_mlp_out"]
+        torch.testing.assert_close(own + beta, wrote, rtol=0, atol=1e-5 * float(wrote.abs().max()))

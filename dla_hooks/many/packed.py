@@ -1,0 +1,123 @@
+"""Many results as one set of tensors, and back: what a file of a resumed run holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dla_hooks.results.ranked import RankedAttribution, Result
+from dla_hooks.results.result import DirectLogitAttribution
+from dla_hooks.results.row_runs import RowRuns
+from dla_hooks.results.rows import Row
+from dla_hooks.results.schema import row_columns, unpack, words_as_json
+
+Stored = tuple[int, bytes, Result]
+"""A prompt's index and digest, and its result."""
+
+_OF_ENTRY = ("attribution", "bias", "logit", "positions")
+_OF_RANKED = ("rest", "remainder")
+_MEANS, _BESIDE = "prompt_means", "beside."
+_ROW_INDEX, _SOURCES = "row_index", "n_sources"
+
+
+def pack(done: Sequence[Stored]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of some results, and what they have in common as JSON can hold it."""
+    results = [result for _, _, result in done]
+    tensors = {
+        "index": torch.tensor([index for index, _, _ in done], device="cpu"),
+        "digest": torch.tensor(
+            [list(digest) for _, digest, _ in done], dtype=torch.uint8, device="cpu"
+        ),
+        "n_entries": torch.tensor([result.logit.numel() for result in results], device="cpu"),
+        "gap": torch.tensor([result.gap for result in results], dtype=torch.float64, device="cpu"),
+        "logit_gap": torch.tensor(
+            [result.logit_gap for result in results], dtype=torch.float64, device="cpu"
+        ),
+    }
+    tensors |= _numbers(results)
+    one = max(results, key=lambda result: len(result.rows))  # a longer prompt has more sources
+    names = ("unit", "model", "softcap", *(() if _is_ranked(one) else ("labels",)))
+    rest = {name: getattr(one, name) for name in names}
+    rest["one_position"] = one.logit.ndim == 1
+    return tensors, rest | {"rows": row_columns(one.rows), "words": words_as_json(one.words)}
+
+
+def unpack_all(rest: dict[str, Any], tensors: dict[str, Tensor]) -> list[Stored]:
+    """The other way round.
+
+    Raises:
+        KeyError, ValueError, RuntimeError: for what :func:`pack` does not make.
+    """
+    one_position = rest.pop("one_position")
+    rest = unpack({}, rest)
+    made: type[Result] = RankedAttribution if _ROW_INDEX in tensors else DirectLogitAttribution
+    found = []
+    start = 0
+    per_prompt = ("index", "digest", "n_entries", "gap", "logit_gap")
+    lines = zip(*(tensors.pop(name).tolist() for name in per_prompt), strict=True)
+    means = tensors.pop(_MEANS, None)
+    sources = tensors.pop(_SOURCES, None)
+    for number, (index, digest, n, gap, logit_gap) in enumerate(lines):
+        numbers: dict[str, Any] = {"beside": {}}
+        for name, every in tensors.items():
+            own = every[..., start : start + n].clone()
+            own = own if one_position else own.unsqueeze(-2)
+            where = numbers["beside"] if name.startswith(_BESIDE) else numbers
+            where["index" if name == _ROW_INDEX else name.removeprefix(_BESIDE)] = own
+        if means is not None:
+            numbers[_MEANS] = means[:, number : number + 1].clone()
+        start += n
+        own_rows = rest["rows"]
+        if sources is not None and int(sources[number]):  # the rows are those of the longest
+            own_rows = own_rows.of_tokens(int(sources[number]))
+            n_places = min(len(own_rows), len(numbers["index"]))
+            for name in ("attribution", "index"):
+                numbers[name] = numbers[name][:n_places]
+            numbers["beside"] = {k: own[:n_places] for k, own in numbers["beside"].items()}
+        result = made(**numbers, **{**rest, "rows": own_rows}, gap=gap, logit_gap=logit_gap)
+        found.append((index, bytes(digest), result))
+    return found
+
+
+def _is_ranked(result: Result) -> bool:
+    return isinstance(result, RankedAttribution)
+
+
+def _numbers(results: Sequence[Result]) -> dict[str, Tensor]:
+    """All entries of all results, side by side; places that a result lacks hold no row."""
+    one, n_places = results[0], max(len(result.attribution) for result in results)
+
+    def side_by_side(of: Callable[[Result], Tensor], padding: float = 0) -> Tensor:
+        n_axes = one.logit.ndim  # of the entries
+        flat = [own.flatten(own.ndim - n_axes) for own in map(of, results)]
+        if flat[0].ndim == 1:
+            return torch.cat(flat)
+        more = [own.new_full((n_places - len(own), own.shape[1]), padding) for own in flat]
+        return torch.cat([torch.cat(pair) for pair in zip(flat, more, strict=True)], 1)
+
+    names = [*_OF_ENTRY, *(_OF_RANKED if _is_ranked(one) else ())]
+    tensors = {name: side_by_side(attrgetter(name)) for name in names}
+    if _is_ranked(one):  # "index" is that of the prompt
+        tensors[_ROW_INDEX] = side_by_side(attrgetter("index"), padding=-1)
+        sources = [_n_sources(result.rows) for result in results]
+        tensors[_SOURCES] = torch.tensor(sources, device="cpu")
+    for name in one.beside:
+        tensors[_BESIDE + name] = side_by_side(partial(_beside, name))
+    if getattr(one, _MEANS, None) is not None:
+        tensors[_MEANS] = torch.cat([getattr(result, _MEANS) for result in results], 1)
+    return tensors
+
+
+def _n_sources(rows: Sequence[Row]) -> int:
+    """How many tokens a result's rows read, by which they are counted; 0 where they read none."""
+    runs = rows.runs if isinstance(rows, RowRuns) else ()
+    return max((run.n for run in runs if run.of_sources), default=0)
+
+
+def _beside(name: str, result: Result) -> Tensor:
+    return result.beside[name]
