@@ -9,15 +9,11 @@ import torch
 from torch import Tensor
 
 from dla_hooks.inputs.entries import Entries
-from dla_hooks.modules import norms
-from dla_hooks.modules.hooks import Call, Place, Tap
+from dla_hooks.modules.hooks import Place, Tap
 from dla_hooks.modules.norms import Norm
-from dla_hooks.modules.user_hooks import is_hooked
 from dla_hooks.projection.directions import Directions
-from dla_hooks.projection.hook_writes import HookWrites
-from dla_hooks.projection.kernels import frozen_scales
-from dla_hooks.projection.ledger import FixedRows
 from dla_hooks.projection.tiles import View
+from dla_hooks.projection.ways import NormScales, Step, Way, WayHooks
 
 
 class WayOut:
@@ -33,8 +29,8 @@ class WayOut:
         in_stream: the same.
         post_norm: the same.
         norm: the same.
-        at_output: what stands before the post-norm is projected on these.
-        places: every place on the way, with what is projected on there.
+        way: the same as steps.
+        places: every place on the way, with the number of the step that follows it.
     """
 
     def __init__(
@@ -45,11 +41,17 @@ class WayOut:
         norm: Norm | None = None,
     ) -> None:
         self.in_stream, self.post_norm, self.norm = in_stream, post_norm, norm
-        self.at_output = in_stream if norm is None else in_stream.then(norm.pull_back)
-        found = {place.module: (place, self.at_output) for place in modules}
+        steps = [] if norm is None else [Step(norm.pull_back, post_norm, norm)]
+        self.way = Way(steps, in_stream)
+        found = {place.module: (place, 0) for place in modules}
         if post_norm is not None:
-            found[post_norm.module] = post_norm, in_stream
+            found[post_norm.module] = post_norm, len(steps)
         self.places = list(found.values())
+
+    @property
+    def at_output(self) -> Directions:
+        """What stands before the post-norm is projected on these."""
+        return self.way.directions[0]
 
     @property
     def beta_M(self) -> Tensor | None:
@@ -84,26 +86,12 @@ class WayRecorder:
 
     def __init__(self, way: WayOut, n_entries: int, dtype: torch.dtype) -> None:
         self._way = way
-        self._scale = FixedRows(1, n_entries, dtype)
-        self._misfits = list[Tensor]()
-        hooked = [(place, d) for place, d in way.places if is_hooked(place)]
-        self._hooks = HookWrites(hooked, n_entries, dtype) if hooked else None
+        self._scales = NormScales([way.way], n_entries, dtype)
+        self._hooks = WayHooks([(way.way, way.places)], self._scales, n_entries, dtype)
 
     def taps(self, view: View) -> list[Tap]:
         """What to watch while the entries in view are run."""
-        taps = [] if self._hooks is None else self._hooks.taps(view)
-        place, norm = self._way.post_norm, self._way.norm
-        if place is None or norm is None:
-            return taps
-
-        def see(call: Call) -> None:
-            x, y = call.entered, call.left
-            self._misfits += frozen_scales(norm, x, y, view, self._scale.row(0, x.device))
-
-        def see_scale(scale: Tensor) -> None:
-            self._scale.row(0, scale.device).copy_(view.take(scale)[:, 0])
-
-        return [*taps, Tap(place.ahead, see, see_scale)]
+        return [*self._hooks.taps(view), *self._scales.taps(view)]
 
     def finish(self, final_N: Tensor, entries: Entries) -> OnTheWay:
         """What the run had.
@@ -113,14 +101,11 @@ class WayRecorder:
             entries: all entries.
         """
         way, device = self._way, final_N.device
-        scale_N = final_N
-        if way.norm is not None:
-            scale_N = final_N * self._scale.gathered(device)[0]
-        hooks_N = beta_N = None
-        if self._hooks is not None:
-            pairs = zip(self._hooks.places, self._hooks.finish(device), strict=True)
-            each = [w / (final_N if p == way.post_norm else scale_N) for (p, _), w in pairs]
-            hooks_N = torch.stack(each).sum(0)
+        self._scales.finish(device)
+        scale_N = self._scales.ahead(final_N, way=0, start=0)
+        written_N = self._hooks.finish(device).get(0)
+        hooks_N = None if written_N is None else written_N / final_N
+        beta_N = None
         if way.beta_M is not None:
             beta_K = way.in_stream.of_constant(way.beta_M).to(device)
             beta_N = entries.of_target(beta_K) / final_N
@@ -128,5 +113,4 @@ class WayRecorder:
 
     def norms(self) -> list[tuple[str, float]]:
         """The post-norm, with what its form leaves unexplained."""
-        place = self._way.post_norm
-        return [] if place is None else [(place.name, norms.largest(self._misfits))]
+        return self._scales.largest_misfits()

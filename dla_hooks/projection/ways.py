@@ -99,6 +99,14 @@ class NormScales:
                 numbers = numbers / self._found[row]
         return numbers
 
+    def ahead(self, behind_N: Tensor, way: int, start: int) -> Tensor:
+        """What numbers ahead of a step are divided by, where those in the stream are by another."""
+        assert self._found is not None
+        for row, (w, n) in enumerate(self._norms):
+            if w == way and n >= start:
+                behind_N = behind_N * self._found[row]
+        return behind_N
+
     def _tap(self, row: int, step: Step, view: View) -> Tap:
         place, norm = step.place, step.norm
         assert place is not None
@@ -109,7 +117,10 @@ class NormScales:
             misfits = frozen_scales(norm, x, y, view, self._rows.row(row, x.device))
             self.misfits.setdefault(place.name, []).extend(misfits)
 
-        return Tap(place.ahead, see)
+        def see_scale(scale: Tensor) -> None:
+            self._rows.row(row, scale.device).copy_(view.take(scale)[:, 0])
+
+        return Tap(place.ahead, see, see_scale)
 
     def largest_misfits(self) -> list[tuple[str, float]]:
         """The largest misfit of each norm, by its name."""

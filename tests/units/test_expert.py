@@ -13,6 +13,7 @@ from moe_oracle import Layer, direction, experts_of
 
 import dla_hooks
 from dla_hooks import Experts, InputError, UnsupportedModelError, direct_logit_attribution
+from dla_hooks.calibration import expert_sites
 from dla_hooks.projection.slots import ExpertRows
 from dla_hooks.verification.recognise import stream_of
 
@@ -481,7 +482,8 @@ def test_models_without_experts_to_tell_apart_are_refused_with_the_reason(kind, 
 
 def test_older_transformers_are_refused_by_version(monkeypatch):
     model = copy.deepcopy(build_any("mixtral"))  # nothing is remembered of a copy
-    monkeypatch.setattr(transformers, "__version__", "4.57.1")
+    # transformers may put another module in its place; this is the one that is asked.
+    monkeypatch.setattr(expert_sites.transformers, "__version__", "4.57.1")
     with pytest.raises(UnsupportedModelError, match=r"transformers 4\.57\.1 .* install"):
         dla_hooks.prepare(model, A, unit="expert")
 
