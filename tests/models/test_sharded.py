@@ -52,7 +52,8 @@ BEGIN = """
 END = """
     dist.barrier()
     dist.destroy_process_group()
-    print("right")
+    print("right", flush=True)
+    os._exit(0)  # threads of torch's may abort the interpreter while it ends
 """
 
 
