@@ -9,7 +9,7 @@ library computes experts is read alike: in a loop, grouped, quantised, with an a
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -177,8 +177,15 @@ def is_sorted(module: nn.Module) -> bool:
 
 
 @outside_autocast
-def pull_back_down(module: nn.Module, d_M: Tensor) -> tuple[Tensor, Tensor]:
+def pull_back_down(
+    module: nn.Module, d_M: Tensor, experts: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor]:
     """A direction at the experts' outputs, as one at the input of each one's down map.
+
+    Args:
+        module: holds the experts.
+        d_M: the direction.
+        experts: of which; None is all.
 
     Returns:
         Directions [experts, d_ff], and what the biases give [experts].
@@ -187,9 +194,12 @@ def pull_back_down(module: nn.Module, d_M: Tensor) -> tuple[Tensor, Tensor]:
     if not getattr(module, "is_transposed", False):
         down_EIM = down_EIM.transpose(1, 2)
     d_M = d_M.to(down_EIM.device)
-    u_EI = torch.stack([down_IM.to(d_M) @ d_M for down_IM in down_EIM.detach()])
+    which = range(len(down_EIM)) if experts is None else experts
+    u_EI = torch.stack([down_EIM[expert].detach().to(d_M) @ d_M for expert in which])
     bias_EM = _own(module, "down_proj_bias")
-    of_bias_E = u_EI.new_zeros(len(u_EI)) if bias_EM is None else bias_EM.detach().to(d_M) @ d_M
+    if bias_EM is None:
+        return u_EI, u_EI.new_zeros(len(u_EI))
+    of_bias_E = bias_EM.detach()[list(which)].to(d_M) @ d_M
     return u_EI, of_bias_E
 
 

@@ -23,9 +23,6 @@ from dla_hooks.projection.kernels import project
 from dla_hooks.projection.ledger import FixedRows
 from dla_hooks.projection.tiles import View
 
-_MANY = 16
-"""Entries from which on it is cheaper to look at the run than to ask the experts again."""
-
 Put = Callable[[slice | Tensor, Tensor, Tensor, Tensor], None]
 """Takes entries, and the numbers (-1 for nobody), weights and votes of their slots, each [T, k]."""
 
@@ -57,8 +54,7 @@ class Voters:
         """What to watch while the entries in view are run."""
         if not self.k:
             return [Tap(self.place.ahead, lambda call: self._side_by_side(call, view, put))]
-        many = len(view) >= _MANY and len(self.directions) == 1
-        if many and shows_down_inputs(self.place.module):
+        if len(self.directions) == 1 and shows_down_inputs(self.place.module):
             return self._watch(view, put)
         tap = ExpertsTap(self.place.ahead, lambda call: self._ask(tap, call, view, put))
         return [tap]
@@ -107,9 +103,8 @@ class Voters:
 
     def _watch(self, view: View, put: Put) -> list[Tap]:
         """Read the input of the down map; which row of it is whose, ahead of it."""
-        if self._down is None:
-            device = next(self.place.module.parameters()).device
-            self._down = pull_back_down(self.place.module, self.directions.only(device))
+        if self._down is None and len(view) * self.k >= self.n:
+            self._down = self._folded()
         calls: list[ExpertsCall] = []
         entered = Tap(self.place.entered, lambda call: calls.append(self._read(call)))
 
@@ -119,8 +114,7 @@ class Voters:
         return [entered, DownInputs(self.place, _unused, on_rows=see)]
 
     def _from_down(self, seen: ExpertsCall, rows_SI: Tensor, view: View, put: Put) -> None:
-        assert self._down is not None
-        (u_EI, of_bias_E), k = self._down, self.k
+        k = self.k
         index, weights = seen.index.reshape(-1, k), seen.weights.reshape(-1, k)
         device = rows_SI.device
         where = torch.arange(index.numel(), device=device)
@@ -132,12 +126,27 @@ class Voters:
             index_TK, known_TK = self._known(view.take(index, tile.place))
             weights_TK, where_TK = (view.take(x, tile.place) for x in (weights, where))
             expert_P = index_TK[known_TK]
-            a_PI = rows_SI.index_select(0, where_TK[known_TK]).to(u_EI.dtype)
-            votes_TK = torch.zeros(index_TK.shape, dtype=u_EI.dtype, device=device)
-            votes_TK[known_TK] = of_bias_E[expert_P] + torch.linalg.vecdot(
-                a_PI, u_EI.index_select(0, expert_P)
-            )
+            votes_TK = torch.zeros(index_TK.shape, dtype=self.directions.dtype, device=device)
+            if len(expert_P):
+                (u_EI, of_bias_E), which_P = self._of_experts(expert_P)
+                a_PI = rows_SI.index_select(0, where_TK[known_TK]).to(u_EI.dtype)
+                products_P = torch.linalg.vecdot(a_PI, u_EI.index_select(0, which_P))
+                votes_TK[known_TK] = of_bias_E[which_P] + products_P
             put(tile.index, index_TK, weights_TK * known_TK, votes_TK)
+
+    def _folded(self, experts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+        device = next(self.place.module.parameters()).device
+        return pull_back_down(self.place.module, self.directions.only(device), experts)
+
+    def _of_experts(self, expert_P: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """What some experts are projected on, and which of it is whose.
+
+        For few entries only the chosen experts' maps are read: to read all takes longer.
+        """
+        if self._down is not None:
+            return self._down, expert_P
+        chosen, which_P = expert_P.unique(return_inverse=True)
+        return self._folded(chosen.tolist()), which_P
 
     def _known(self, index_TK: Tensor) -> tuple[Tensor, Tensor]:
         """The experts, -1 where a slot names none (as for a token that is skipped)."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Container
 from dataclasses import replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,9 +14,7 @@ from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.modules import norms
 from dla_hooks.modules.hooks import Call, Tap
 from dla_hooks.modules.user_hooks import is_hooked
-from dla_hooks.modules.weights import in_memory
 from dla_hooks.projection.directions import of_constants
-from dla_hooks.projection.held import HeldRows
 from dla_hooks.projection.hook_writes import HookWrites
 from dla_hooks.projection.kernels import frozen_scales, project_heads
 from dla_hooks.projection.ledger import FixedRows
@@ -72,24 +69,6 @@ class HeadsPlan(UnitPlan):
         remainder = unit.words.remainder
         self.rows.append(Row(remainder, remainder))
         self.dtype = stream.work_dtype
-        self._together: dict[torch.device, Tensor] = {}
-
-    @cached_property
-    def width(self) -> int | None:
-        """Of every z, where the layers are so alike that one product can serve all; else None."""
-        widths = {(layer.n_heads, layer.site.d_head) for layer in self.layers}
-        plain = all(
-            layer.constant_I is None and in_memory(layer.site.linear) for layer in self.layers
-        )
-        ((n_heads, d_head), *others) = widths
-        return n_heads * d_head if plain and not others else None
-
-    def folded(self, device: torch.device) -> Tensor:
-        """What all z are projected on [layer, head * d_head], of the only target, on a device."""
-        if device not in self._together:
-            each = [layer.folded.only(device) for layer in self.layers]
-            self._together[device] = torch.stack(each)
-        return self._together[device]
 
     def recorder(self, view: View) -> HeadsRecorder:
         return HeadsRecorder(self, view)
@@ -104,11 +83,6 @@ class HeadsRecorder(Recorder):
         # Besides the heads, for each layer: what was taken off them, and the post-norm's scale.
         self._aside = FixedRows(2 * n_layers, len(view), plan.dtype)
         self._misfits: dict[str, list[Tensor]] = {}
-        self._held: HeldRows | None = None
-        if plan.width is not None:
-            n_targets = len(plan.layers[0].in_stream)
-            if HeldRows.fit(len(view), n_targets, n_layers, plan.width):
-                self._held = HeldRows(n_layers, plan.width, plan.dtype)
         # What the caller's hooks write between z and the stream, by the number of the layer.
         self._hooks: dict[int, HookWrites] = {}
         for number, layer in enumerate(plan.layers):
@@ -130,8 +104,6 @@ class HeadsRecorder(Recorder):
         reading, layers = parts.reading, self._plan.layers
         values_CN = self._values.gathered(reading.scale_N.device)
         heads_CN, rest_N = values_CN.split([len(values_CN) - 1, 1])
-        if self._held is not None:
-            self._held.write_by_head(self._plan.folded(values_CN.device), heads_CN[:, 0])
         beside_LN, scale_LN = self._aside.gathered(values_CN.device).split(len(layers))
         (biases_LK, betas_LK), of_target = self._plan.constants, parts.entries.of_target
         if biases_LK is not None:
@@ -159,9 +131,6 @@ class HeadsRecorder(Recorder):
 
         def see_z(call: Call) -> None:
             z = layer.site.z(call)
-            if self._held is not None:
-                self._held.keep(number, z, view)
-                return
             heads_HN = self._values.on(z.device)[layer.rows]
             off_N = None if layer.constant_I is None else self._aside.row(number, z.device)
             project_heads(z, view, layer.folded, heads_HN, layer.constant_I, off_N)

@@ -18,7 +18,6 @@ from dla_hooks.errors import CacheEntryError
 from dla_hooks.inputs.entries import Entries
 from dla_hooks.modules.hooks import Call, Place, Tap
 from dla_hooks.modules.user_hooks import EMBED_HOOK, FINAL_HOOK, is_hooked
-from dla_hooks.projection.held import HeldRows
 from dla_hooks.projection.hook_writes import HookWrites
 from dla_hooks.projection.kernels import project
 from dla_hooks.projection.ledger import FixedRows, all_finite
@@ -63,9 +62,6 @@ class PartsRecorder:
             if directions is not None:
                 writes.append((stream.embedding, directions))
         self._hooks = HookWrites(writes, len(entries), dtype) if writes else None
-        size = len(plan.rows), stream.d_model
-        fits = HeldRows.fit(len(entries), len(plan.target), *size)
-        self._held = HeldRows(*size, dtype) if fits else None
 
     def taps(self, view: View) -> list[Tap]:
         """What to watch while the entries in view are run."""
@@ -76,8 +72,6 @@ class PartsRecorder:
         """The parts, after the run."""
         plan, device = self._plan, reading.scale_N.device
         values_CN = self._rows.gathered(device)
-        if self._held is not None:
-            self._held.add_along(plan.target.only(device), values_CN[:, 0])
         for row, of_K in plan.constants_K.items():
             values_CN[row] = self._entries.of_target(of_K.to(device))
         finite_C = None if all_finite(values_CN) else torch.isfinite(values_CN).all(-1)
@@ -93,14 +87,10 @@ class PartsRecorder:
 
     def _tap(self, label: str, place: Place, view: View) -> Tap:
         row, directions = self._plan.row_of[label], self._plan.directions(label)
-        held = self._held if directions is self._plan.target else None
 
         def see(call: Call) -> None:
             x = call.activation
-            if held is not None:
-                held.keep(row, x, view)
-            else:
-                project(x, view, directions, self._rows.row(row, x.device))
+            project(x, view, directions, self._rows.row(row, x.device))
 
         return Tap(place, see)
 

@@ -25,7 +25,6 @@ class PartsPlan:
         rows: a record for each part, in stream order; hooks are not among them.
         n_embeddings: how many of them begin the stream.
         row_of: the row of each part, by its label.
-        target: the directions at the last stream.
     """
 
     def __init__(self, stream: Stream, directions: Directions) -> None:
@@ -40,7 +39,7 @@ class PartsPlan:
                 self.rows.append(Row(constant_label(block), "constant", block.layer))
         self.row_of = {row.label: index for index, row in enumerate(self.rows)}
         self._factors = path_factors(stream)
-        self.target = directions
+        self._target = directions
         directions.prepare()
         self._directions = {row.label: self._times(self._factors[row.label]) for row in self.rows}
         # What a block adds besides its writes, by its row; no run has to show it.
@@ -65,5 +64,5 @@ class PartsPlan:
 
     def _times(self, factor: Tensor | None) -> Directions:
         if factor is None:
-            return self.target
-        return self.target.then(lambda d_KM: times(d_KM, factor))
+            return self._target
+        return self._target.then(lambda d_KM: times(d_KM, factor))

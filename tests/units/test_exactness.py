@@ -62,7 +62,6 @@ def test_parts_and_bias_sum_to_model_logit(case, unit, incorrect):
 @pytest.mark.parametrize("folded", [False, True], ids=["as it is", "value biases folded"])
 @pytest.mark.parametrize("unit", UNIT_NAMES)
 def test_one_entry_alone_has_the_numbers_that_it_has_among_others(case, unit, folded):
-    """A single entry is projected when the run is over, and many while it runs."""
     model, ids, _, size = case
     options = {"unit": unit, "fold_value_biases": folded}
     try:

@@ -226,10 +226,31 @@ def test_the_input_of_the_down_map_is_used_where_it_is_seen(monkeypatch):
     again = ExpertsCall.again
     monkeypatch.setattr(ExpertsCall, "again", lambda *a: asked.append(1) or again(*a))
     direct_logit_attribution(model, ids, A, unit="expert", pos=None)
-    assert not asked  # many positions
     direct_logit_attribution(model, ids, A, unit="expert")
-    assert asked  # one position of each row
+    assert not asked
+    direct_logit_attribution(model, ids, ids, unit="expert", pos=None)
+    assert asked  # with a direction of its own at each position
     assert all("_apply_gate" not in vars(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("way", ["eager", "batched_mm", "grouped_mm"])
+@pytest.mark.parametrize("kind", ["gpt_oss", "qwen3_moe"])  # with biases and without
+def test_one_entry_alone_has_the_numbers_that_it_has_among_others(kind, way, seed):
+    """Of few entries only the maps of their own experts are read."""
+    model = build_any(kind, seed, dtype=torch.float32)
+    set_experts(model, way)
+    ids = example_ids_any(model, batch=1, length=20)
+    many = direct_logit_attribution(model, ids, A, B, unit="expert", pos=None)
+    one = direct_logit_attribution(model, ids, A, B, unit="expert")
+    size = float(many.attribution.abs().max())
+    for found, expected in (
+        (one.attribution, many.attribution),
+        (one.beside["vote"], many.beside["vote"]),
+        (one.beside["weight"], many.beside["weight"]),
+    ):
+        torch.testing.assert_close(found, expected[..., -1], rtol=0, atol=1e-4 * max(1, size))
+    assert int((one.attribution[:-1] != 0).sum()) >= 2
 
 
 @pytest.mark.parametrize("way", ["eager", "grouped_mm"])
