@@ -26,7 +26,7 @@ POSITIONS = {
 ANSWER, INCORRECT = 5, 7
 
 FINER: dict[str, Callable[[], Any]] = {
-    "source, 2 heads": lambda: dla_hooks.SourceTokens(heads=[(1, 1), (7, 5)]),
+    "source, 2 heads": lambda: dla_hooks.SourceTokens(heads=[(0, 1), (1, 0)]),
     "four units": lambda: ("component", "head", "neuron", "source"),
 }
 """Units with options, by the name that a setting calls them."""
