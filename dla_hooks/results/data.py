@@ -57,6 +57,7 @@ class EntryData:
     target: Tensor | None  # [*batch_and_pos]
     beside: dict[str, Tensor]  # each like attribution
     keeps_some = False  # whether there are more rows than are kept
+    compared: bool = False  # whether the numbers are differences of two runs
 
     @property
     def shape(self) -> torch.Size:

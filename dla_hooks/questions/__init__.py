@@ -1,0 +1,1 @@
+"""Questions of more than one run: why do two runs differ?"""
