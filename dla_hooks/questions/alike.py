@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -19,17 +18,9 @@ from dla_hooks.units.plan import Plan
 
 MOST_NUMBERS = 2**24
 """Of ranked rows, in both runs and on both runs' directions, that are kept together."""
-_WAYS = 4
+_WAYS, _SHOWN = 4, 3
 _NOT_IN_BOTH = {"hook", "constant"}
 """Kinds of rows that one of two runs may have alone: there they count nothing in the other."""
-
-
-@dataclass(frozen=True)
-class Named:
-    """The two models, as messages name them."""
-
-    first: str
-    second: str
 
 
 def check_streams(first: Stream, second: Stream) -> None:
@@ -40,22 +31,20 @@ def check_streams(first: Stream, second: Stream) -> None:
     """
     numbers = {
         "d_model": (first.d_model, second.d_model),
-        "blocks": (len(first.blocks), len(second.blocks)),
-        "logits": (first.vocabulary, second.vocabulary),
+        "the number of blocks": (len(first.blocks), len(second.blocks)),
+        "the number of logits": (first.vocabulary, second.vocabulary),
     }
     for what, (one, other) in numbers.items():
         if one != other:
             why = {
                 "d_model": "their streams are vectors of different widths",
-                "blocks": "no block of one is that of the other",
-                "logits": "a token's id need not be the same token in both",
+                "the number of blocks": "no block of one is that of the other",
+                "the number of logits": "an id need not be the same token in both",
             }[what]
-            count = (
-                f"d_model {one} and {other}" if what == "d_model" else f"{one} and {other} {what}"
-            )
             raise UnsupportedModelError(
                 f"{first.backend.name} and {second.backend.name} cannot be compared row by row: "
-                f"they have {count}, so that {why}. Compare models of one shape"
+                f"{what} is {one} in the first and {other} in the second, so that {why}. Compare "
+                "models of one shape"
             )
 
 
@@ -88,7 +77,7 @@ def check_prompts(first: Prompt, second: Prompt, *, same: bool, aligned: bool) -
         return
     row = next(n for n, (one, other) in enumerate(zip(*lengths, strict=True)) if one != other)
     raise ShapeMismatchError(
-        f"the two prompts have {lengths[0][row]} and {lengths[1][row]} tokens in row {row}, so that "
+        f"the prompts have {lengths[0][row]} and {lengths[1][row]} tokens in row {row}, so that "
         "it is open which position is compared with which. Give prompts of one length, or the "
         "second's positions as other_pos (other_pos=-1 with pos=-1 compares the last tokens)"
     )
@@ -128,22 +117,25 @@ def check_plans(
         UnsupportedModelError: naming rows that only one of the two has.
         InputError: when all rows of a ranked unit are too many numbers; it says what fits.
     """
-    names = Named(first.stream.backend.name, second.stream.backend.name)
+    names = first.stream.backend.name, second.stream.backend.name
     _check_rows(names, first.parts.rows, second.parts.rows)
     for key, unit in units.items():
-        rows = first.units[key].known_rows(entries[0]), second.units[key].known_rows(entries[1])
-        if rows[0] is not None and rows[1] is not None:
-            _check_rows(names, *rows)
-            if getattr(unit, "top", None) is not None or unit.words.sources:
-                _check_number(unit, len(rows[0]), len(entries[0]))
+        mine, theirs = (
+            plan.units[key].known_rows(own)
+            for plan, own in zip((first, second), entries, strict=True)
+        )
+        if mine is not None and theirs is not None:
+            _check_rows(names, mine, theirs)
+            if hasattr(unit, "top"):
+                _check_number(unit, len(mine), len(entries[0]))
         if unit.words.cumulative and mid_streams(first.stream) != mid_streams(second.stream):
             raise UnsupportedModelError(
-                f"{names.first} and {names.second} add up their blocks in different orders (one "
+                f"{names[0]} and {names[1]} add up their blocks in different orders (one "
                 "in parallel), so that their running sums do not pair up. Compare components"
             )
 
 
-def _check_rows(names: Named, first: Sequence[Row], second: Sequence[Row]) -> None:
+def _check_rows(names: tuple[str, str], first: Sequence[Row], second: Sequence[Row]) -> None:
     if first is second or (type(first) is type(second) and first == second):
         return
     labels = [
@@ -151,13 +143,13 @@ def _check_rows(names: Named, first: Sequence[Row], second: Sequence[Row]) -> No
         for rows in (first, second)
     ]
     only = [[label for label in labels[n] if label not in labels[1 - n]] for n in (0, 1)]
-    for name, mine in zip((names.first, names.second), only, strict=True):
+    for which, mine in zip(("first", "second"), only, strict=True):
         if mine:
-            shown = ", ".join(mine[:3]) + (", …" if len(mine) > 3 else "")
+            shown = ", ".join(mine[:_SHOWN]) + (", …" if len(mine) > _SHOWN else "")
             raise UnsupportedModelError(
-                f"{names.first} and {names.second} cannot be compared row by row: only {name} has "
-                f"{shown} ({len(mine)} of {len(labels[0])} and {len(labels[1])} rows). Compare "
-                "models of one shape, or a unit whose rows both have"
+                f"{names[0]} and {names[1]} cannot be compared row by row: only the {which} has "
+                f"{shown} (the two have {len(labels[0])} and {len(labels[1])} rows). Compare models "
+                "of one shape, or a unit whose rows both have"
             )
 
 

@@ -2,38 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from typing import Any
 
-from dla_hooks.backends import Conventions
-from dla_hooks.call import ReadModel, check_given, checked, model_of, source_of, target_of
-from dla_hooks.errors import ArgumentTypeError, DecompositionError, HookError, InputError
-from dla_hooks.inputs import positions
+from dla_hooks.call import check_given
+from dla_hooks.errors import ArgumentTypeError, InputError
 from dla_hooks.inputs.prompts import is_text
-from dla_hooks.measure.completeness import Outcome, seems_current
-from dla_hooks.measure.one_prompt import measure
-from dla_hooks.modules.user_hooks import hooked_modules, refuse_second_run
-from dla_hooks.modules.version import forget
-from dla_hooks.questions.alike import (
-    check_plans,
-    check_prompts,
-    check_selections,
-    check_streams,
-)
-from dla_hooks.questions.differences import Run, comparison_of
-from dla_hooks.residual.stream import Stream
-from dla_hooks.sources.base import Source
-from dla_hooks.targets.base import Target
-from dla_hooks.targets.pair import PairTarget, lent
+from dla_hooks.questions.differences import comparison_of
+from dla_hooks.questions.sides import Asked, Question, both_runs
 from dla_hooks.units import DEFAULT_UNIT, UnitName, read_units
 from dla_hooks.units.base import Unit
-from dla_hooks.units.plan import Measurement, Plan, make_plan
-
-Context = Callable[[], AbstractContextManager[Any]]
 
 
 def compare(
@@ -129,9 +108,9 @@ def compare(
             "other_context must be a function that returns a context manager, such as "
             f"model.disable_adapter; got {type(other_context).__name__}: {other_context!r:.80}"
         )
-    question = _Question(
-        first=_Asked(model, input, attention_mask, pos),
-        second=_Asked(
+    question = Question(
+        first=Asked(model, input, attention_mask, pos),
+        second=Asked(
             model if other is None else other,
             input if other_input is None else other_input,
             _mask_of_second(other_input, attention_mask),
@@ -149,193 +128,9 @@ def compare(
         check=bool(check),
         chunk_size=chunk_size,
     )
-    first, second = _currently(question)
+    first, second = both_runs(question)
     found = {key: comparison_of(key, one, first, second) for key, one in units.items()}
     return next(iter(found.values())) if single else found
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """What one run is asked for, as the caller gave it."""
-
-    model: Any
-    input: Any
-    attention_mask: Any
-    pos: Any
-
-
-@dataclass(frozen=True)
-class _Question:
-    """Both runs, as the caller gave them."""
-
-    first: _Asked
-    second: _Asked
-    same_input: bool
-    aligned: bool
-    context: Context | None
-    answers: tuple[Any, Any]
-    units: Mapping[str, Unit]
-    tokenizer: Any
-    prepend_bos: bool | None
-    center_unembed: bool | None
-    fold_value_biases: bool | None
-    check: bool
-    chunk_size: int | None
-
-    @property
-    def one_model(self) -> bool:
-        """Whether both runs are of one model as it stands."""
-        return self.first.model is self.second.model and self.context is None
-
-
-@dataclass(frozen=True)
-class _Side:
-    """One run, read and located."""
-
-    read: ReadModel
-    source: Source
-    selection: positions.Selection
-    target: Target
-    conventions: Conventions
-
-    @property
-    def stream(self) -> Stream:
-        return self.read.stream
-
-
-def _currently(question: _Question) -> tuple[Run, Run]:
-    """Both runs, measured of the models as they are now.
-
-    Weights may have changed in a way that leaves no trace, since a model was measured. Where the
-    numbers then do not hold, both models are measured anew, once.
-    """
-    models = list(dict.fromkeys((question.first.model, question.second.model)))
-    streams: list[Stream] = []
-    failed: DecompositionError | HookError | None = None
-    try:
-        runs = _both(question, streams)
-        current = question.check or all(_seems_current(run) for run in runs)
-        if current or not any(stream.remembered for stream in streams):
-            return runs
-    except (DecompositionError, HookError) as error:
-        if not any(stream.remembered for stream in streams):
-            raise
-        failed = error
-    for model in models:
-        backend = checked(model)
-        forget(backend.model)
-        if failed is not None:
-            refuse_second_run(backend.model, failed)
-    return _both(question, [])
-
-
-def _seems_current(run: Run) -> bool:
-    return seems_current(run.found, run.outcome) or bool(
-        hooked_modules(run.stream.backend.hookable())
-    )
-
-
-def _both(question: _Question, streams: list[Stream]) -> tuple[Run, Run]:
-    """Read both, refuse what is not alike, then run one after the other.
-
-    Args:
-        question: what is asked.
-        streams: takes the located models, for a caller whose call fails.
-    """
-    context: Context = question.context or nullcontext
-    changes = question.context is not None
-    first = _first_side(question)
-    streams.append(first.stream)
-    with context():
-        second = _second_side(question, first)
-        streams.append(second.stream)
-        _check_alike(question, first, second)
-        lent_second = lent(second.target.readouts[0], ahead=changes)
-    lent_first = lent(first.target.readouts[0], ahead=changes)
-    plan = _plan(question, first, PairTarget(first.target, lent_second))
-    entries = _own_entries(first), _own_entries(second)
-    with context():
-        other_plan = _plan(question, second, PairTarget(second.target, lent_first))
-        check_plans(plan, other_plan, question.units, entries)
-        other_found = measure(other_plan, second.source, second.selection, question.check)
-    found = measure(plan, first.source, first.selection, question.check)
-    return _run(first, entries[0], *found), _run(second, entries[1], *other_found)
-
-
-def _first_side(question: _Question) -> _Side:
-    asked = question.first
-    read = model_of(asked.model, tokenizer=question.tokenizer, prepend_bos=question.prepend_bos)
-    conventions = read.conventions(question.center_unembed, question.fold_value_biases)
-    make = target_of(read, *question.answers, conventions)
-    return _side(question, asked, read, make, conventions)
-
-
-def _second_side(question: _Question, first: _Side) -> _Side:
-    """The second run; its strings and answers are read as the first's, by its conventions."""
-    asked, read = question.second, first.read
-    if not question.one_model:
-        read = model_of(
-            asked.model, tokenizer=first.read.tokenizer, prepend_bos=first.read.prepend_bos
-        )
-        check_streams(first.stream, read.stream)
-    make = target_of(first.read, *question.answers, first.conventions)
-    return _side(question, asked, read, make, first.conventions)
-
-
-def _side(
-    question: _Question,
-    asked: _Asked,
-    read: ReadModel,
-    make: Callable[[Stream], Target],
-    conventions: Conventions,
-) -> _Side:
-    source = source_of(
-        read,
-        asked.input,
-        attention_mask=asked.attention_mask,
-        chunk_size=question.chunk_size,
-        purpose=tuple(unit.words.name for unit in question.units.values()),
-    )
-    selection = positions.select(asked.pos, source.prompt.mask)
-    return _Side(read, source, selection, make(read.stream), conventions)
-
-
-def _check_alike(question: _Question, first: _Side, second: _Side) -> None:
-    prompts = first.source.prompt, second.source.prompt
-    check_prompts(*prompts, same=question.same_input, aligned=question.aligned)
-    check_selections(first.selection, second.selection)
-
-
-def _plan(question: _Question, side: _Side, target: Target) -> Plan:
-    units = {key: _whole(unit) for key, unit in question.units.items()}
-    return make_plan(side.stream, target, units, side.conventions)
-
-
-def _whole(unit: Unit) -> Unit:
-    """The unit with all of its rows: the strongest differences may be in any."""
-    if getattr(unit, "top", None) is None:
-        return unit
-    every: Any = copy.copy(unit)
-    every.top = None
-    return every
-
-
-def _own_entries(side: _Side) -> Any:
-    return side.target.align(side.selection, side.source.prompt.shape, True)
-
-
-def _run(side: _Side, entries: Any, found: Measurement, outcome: Outcome) -> Run:
-    target = found.plan.target
-    assert isinstance(target, PairTarget)
-    return Run(
-        stream=side.stream,
-        source=side.source,
-        tokenizer=side.read.tokenizer,
-        entries=entries,
-        target=target,
-        found=found,
-        outcome=outcome,
-    )
 
 
 def _mask_of_second(other_input: Any, attention_mask: Any) -> Any:

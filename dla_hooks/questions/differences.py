@@ -89,7 +89,7 @@ def comparison_of(key: str, unit: Unit, first: Run, second: Run) -> Comparison:
     means = None
     if part is not None and part.row_sums_RB is not None:
         means = _means(written, first.entries).to(made.attribution)
-    return Comparison(made, *results_of, means)
+    return Comparison(made, results_of[0], results_of[1], means)
 
 
 def _ways(key: str, words: Words, run: Run, other: Run) -> TwoWays:
@@ -174,7 +174,7 @@ def _as_result(
 
 
 def _of_both(first: Sequence[Row], second: Sequence[Row]) -> Sequence[Row]:
-    """All rows in the order of the first; those of the second alone stand where they stand there."""
+    """All rows in the order of the first; one of the second alone stands behind the one before."""
     labels = [row.label for row in first]
     if labels == [row.label for row in second]:
         return first

@@ -153,10 +153,10 @@ def _behind(rows: Sequence[Row], words: Words, reading: Reading) -> dict[int, Te
     added = {label: added_RN[0] for label, added_RN in sorted(reading.hooks_RN.items())}
     if not added:
         return {}
-    whole, so_far, running = sum(added.values()), dict[str, Tensor](), torch.zeros(())
+    so_far, whole = dict[str, Tensor](), torch.zeros_like(reading.scale_N)
     for label, added_N in added.items():
-        running = so_far[label] = running.to(added_N) + added_N
-    found = {}
+        whole = so_far[label] = whole + added_N
+    found = dict[int, Tensor]()
     for number, row in enumerate(rows):
         if words.remainder and row.label == words.remainder:
             found[number] = whole

@@ -35,9 +35,9 @@ _KINDS: dict[str, type[Result]] = {
 class Comparison(Exported):
     """Why two runs answer differently: first minus second, row by row.
 
-    ``attribution == written + read``, and as in each run ``attribution.sum(0) + bias == logit`` (for
-    running sums ``attribution[-1]``; of a ranked unit ``rest`` and ``remainder`` belong to the sum),
-    all of them differences. ``comparison["3_mlp_out"]`` is one row [*batch_and_pos].
+    ``attribution == written + read``, and as in each run ``attribution.sum(0) + bias == logit``
+    (for running sums ``attribution[-1]``; of a ranked unit ``rest`` and ``remainder`` belong to the
+    sum), all of them differences. ``comparison["3_mlp_out"]`` is one row [*batch_and_pos].
 
     Example:
         >>> import dla_hooks
@@ -170,7 +170,7 @@ class Comparison(Exported):
 
         Returns:
             The columns of :meth:`DirectLogitAttribution.to_dataframe`, and ``written``, ``read``,
-            ``first`` and ``second`` (the row in each of the two runs; 0 where a run has no such row).
+            ``first`` and ``second`` (the row in each of the two runs; 0 where a run has none).
 
         Raises:
             MissingExtraError: when pandas is not installed.
@@ -224,7 +224,7 @@ class Comparison(Exported):
             own = {key: fields[key] for key in fields if key.startswith(f"{name}.")}
             tensors = {key.removeprefix(f"{name}."): fields.pop(key) for key in own}
             parts[name] = made(**unpack(tensors, fields.pop(name)))
-        return cls(**parts, **fields)
+        return cls(parts["difference"], parts["first"], parts["second"], **fields)
 
     def __getitem__(self, label: str) -> Tensor:
         """The difference [*batch_and_pos] of one row; of a ranked unit NaN where it is not kept.

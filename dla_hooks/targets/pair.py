@@ -166,7 +166,7 @@ def _picked(
 
 
 def _side_by_side(own: Directions, other: Directions, factor: float) -> Directions:
-    """Own directions, then the other's times a factor, on the device and in the dtype of the own."""
+    """Own directions, then the other's times a factor, with the device and dtype of the own."""
     n_own, n = len(own), len(own) + len(other)
     home = _some(own, torch.zeros(1, dtype=torch.long, device="cpu"))
 
