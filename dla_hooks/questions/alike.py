@@ -148,7 +148,7 @@ def _check_rows(names: tuple[str, str], first: Sequence[Row], second: Sequence[R
             shown = ", ".join(mine[:_SHOWN]) + (", …" if len(mine) > _SHOWN else "")
             raise UnsupportedModelError(
                 f"{names[0]} and {names[1]} cannot be compared row by row: only the {which} has "
-                f"{shown} (the two have {len(labels[0])} and {len(labels[1])} rows). Compare models "
+                f"{shown} (they have {len(labels[0])} and {len(labels[1])} rows). Compare models "
                 "of one shape, or a unit whose rows both have"
             )
 
