@@ -15,7 +15,7 @@ from dla_hooks.results.chart import plot
 from dla_hooks.results.ranked import REMAINDER, REST, RankedAttribution, Result
 from dla_hooks.results.result import DirectLogitAttribution
 from dla_hooks.results.rows import Row, Words
-from dla_hooks.results.schema import pack, unpack
+from dla_hooks.results.schema import as_json, pack, unpack
 from dla_hooks.results.stored import Exported
 
 if TYPE_CHECKING:
@@ -278,7 +278,8 @@ class Comparison(Exported):
         return table.columns(self.difference.words)
 
     def _as_dict(self) -> dict[str, Any]:
-        return {name: table.as_dict(getattr(self, name)) for name in _PARTS}
+        own = {name: as_json(getattr(self, name)) for name in ("written_means", "beyond")}
+        return {name: table.as_dict(getattr(self, name)) for name in _PARTS} | own
 
 
 def words_of_difference(words: Words) -> Words:
