@@ -35,7 +35,7 @@ def summarize(results: Iterable[Result | Comparison | DLAError]) -> Summary:
         InputError: when there is no result, for anything that is neither a result nor an error,
             and for results that differ in unit, labels, or in being differences.
     """
-    if not isinstance(results, Iterable) or isinstance(results, EntryData):
+    if not isinstance(results, Iterable) or isinstance(results, (EntryData, Comparison)):
         raise InputError(
             f"results must be an iterable of attributions, got one {type(results).__name__}; "
             "put it in a list: summarize([result])"
