@@ -66,7 +66,7 @@ def attention_forms(stream: Stream) -> AttentionForms:
         stream: the located model, with measured head widths.
     """
     key = stream.architecture
-    return _known.of(stream.model, stream.version, lambda: _measure(stream), key)
+    return _known.of(stream.model, stream.version, lambda: _measure(stream.whole), key)
 
 
 def _measure(stream: Stream) -> AttentionForms:

@@ -56,7 +56,7 @@ def head_widths(stream: Stream) -> HeadWidths:
     if not any(write.heads is not None or write.without_heads for write in stream.writes):
         return HeadWidths({}, {}, {})
     key = stream.architecture
-    return _known.of(stream.model, stream.version, lambda: _measure(stream), key)
+    return _known.of(stream.model, stream.version, lambda: _measure(stream.whole), key)
 
 
 def with_head_widths(stream: Stream) -> Stream:

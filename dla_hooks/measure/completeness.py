@@ -106,14 +106,7 @@ def hold_against_model(
         broken = _broken(claim, allowed_N)
         if broken is not None:
             raise _failure(measurement, prompt, *broken, spread, relative)
-    for name, misfit in _norms(measurement):
-        if not misfit <= misfit_tolerance(stream.product_dtype):
-            raise DecompositionError(
-                f"{name} did something else than gamma * (x - centre) / s + beta at one of the "
-                f"positions: {misfit:.1e} of its output is unexplained. A hook that changes what "
-                "it puts out does this."
-            )
-
+    _check_norms(measurement)
     own_E, theirs_E = measurement.plan.target.own_and_theirs(reading, observed)
     if not all_finite(theirs_E):
         raise NonFiniteError("the model's own logit of an answer is NaN or infinite")
@@ -142,13 +135,70 @@ def hold_against_cache(
         NonFiniteError: when anything is NaN or infinite.
         DecompositionError: when something does not add up.
     """
-    stream, parts = measurement.plan.stream, measurement.parts
     _check_finite(measurement)
     if own_scale is not None:
         _check_scale(measurement, dtype, *own_scale)
-    if not parts.complete:
+    if not measurement.parts.complete:
         return Outcome(math.nan)
-    largest_N = parts.raw_CN.abs().amax(0) + measurement.reading.total_N.abs()
+    _hold_parts(
+        measurement,
+        dtype,
+        "the cache does not hold what one run of this model wrote (its entries were changed, or "
+        "its weights were)",
+    )
+    return Outcome(identity_gap(measurement))
+
+
+def hold_against_reading(measurement: Measurement, dtype: torch.dtype) -> Outcome:
+    """Hold a run's scalars against the stream where it is read, and what the model makes of it.
+
+    Args:
+        measurement: what was measured, of a target that is no logit.
+        dtype: the coarsest of a cache's entries, where they come from one.
+
+    Raises:
+        NonFiniteError: when anything is NaN or infinite.
+        DecompositionError: when something does not add up.
+    """
+    stream, reading = measurement.plan.stream, measurement.reading
+    _check_finite(measurement)
+    if not measurement.parts.complete:
+        return Outcome(math.nan)
+    largest_N = _hold_parts(
+        measurement,
+        dtype,
+        "look for hooks of yours that change activations inside of a block, or call "
+        "dla_hooks.verify(model), which shows what adds up",
+    )
+    _check_norms(measurement)
+    theirs_N = measurement.theirs_N
+    if theirs_N is None:
+        return Outcome(identity_gap(measurement))
+    if not all_finite(theirs_N):
+        raise NonFiniteError("what the model itself computes of the target is NaN or infinite")
+    gap_N = (reading.value_N() - theirs_N).abs()
+    relative = tolerance(coarsest((dtype, stream.product_dtype)), len(stream.writes))[1]
+    allowed_N = relative * torch.maximum(largest_N, theirs_N.abs()) + _rounding(measurement)
+    if not bool((gap_N <= allowed_N).all()):
+        witness = measurement.plan.target.witness
+        where = "the model" if witness is None else witness.place.name
+        raise DecompositionError(
+            f"the stream at {stream.last_label}, read as the target says, and what {where} "
+            f"itself computes differ by {_largest(gap_N):.3g}, where rounding explains "
+            f"{relative:.0e} of {_largest(largest_N):.3g}: a hook of yours, or something else "
+            "between the two, changes what is read"
+        )
+    return Outcome(identity_gap(measurement), _largest(gap_N))
+
+
+def _hold_parts(measurement: Measurement, dtype: torch.dtype, why: str) -> Tensor:
+    """Hold the parts against the stream, and units against their claims, relative to the parts.
+
+    Returns:
+        The largest part at each entry, and the whole.
+    """
+    stream, parts = measurement.plan.stream, measurement.parts
+    largest_N: Tensor = parts.raw_CN.abs().amax(0) + measurement.reading.total_N.abs()
     rounding_N = _rounding(measurement)
     for claim, seen in _claims(measurement):
         relative = tolerance(coarsest((dtype, seen)), len(stream.writes))[claim.through_norm]
@@ -156,10 +206,9 @@ def hold_against_cache(
         if broken is not None:
             raise DecompositionError(
                 f"{broken[0]} miss by {broken[1]:.3g}, where rounding explains "
-                f"{relative:.0e} of {_largest(largest_N):.3g}: the cache does not hold what one "
-                "run of this model wrote (its entries were changed, or its weights were)"
+                f"{relative:.0e} of {_largest(largest_N):.3g}: {why}"
             )
-    return Outcome(identity_gap(measurement))
+    return largest_N
 
 
 def _check_scale(
@@ -207,9 +256,23 @@ def _broken(claim: Claim, allowed_N: Tensor) -> tuple[str, float] | None:
     return claim.what[first], _largest(gap_LN[first])
 
 
+def _check_norms(measurement: Measurement) -> None:
+    """Hold every norm that was read through against its form."""
+    allowed = misfit_tolerance(measurement.plan.stream.product_dtype)
+    for name, misfit in _norms(measurement):
+        if not misfit <= allowed:
+            raise DecompositionError(
+                f"{name} did something else than gamma * (x - centre) / s + beta at one of the "
+                f"positions: {misfit:.1e} of its output is unexplained. A hook that changes what "
+                "it puts out does this."
+            )
+
+
 def _norms(measurement: Measurement) -> Iterator[tuple[str, float]]:
     """Every norm that was read through, and what its form leaves unexplained."""
-    yield measurement.plan.stream.final_norm.name, measurement.reading.misfit
+    place = measurement.plan.target.point.norm_place
+    if place is not None:
+        yield place.name, measurement.reading.misfit
     for split in measurement.splits.values():
         yield from split.norms
 

@@ -164,6 +164,26 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Ending:
+    """Where a stream ends that is read ahead of the final norm.
+
+    Attributes:
+        label: of that stream, as the ``layer`` unit has it: ``8_pre``, ``8_mid``.
+        places: what lies between the last write and the reading, in order; the last one is read.
+            The caller's hooks may write at each.
+        until: nothing from here on need run; ``until`` is seen first, so it is a block's input.
+        whole: the model's whole stream.
+        within: whether it ends in the middle of its last block.
+    """
+
+    label: str
+    places: tuple[Place, ...]
+    until: Place
+    whole: Stream
+    within: bool = False
+
+
+@dataclass(frozen=True)
 class Stream:
     """A model's residual stream, from block 0 to the logits.
 
@@ -188,6 +208,7 @@ class Stream:
         version: of the model, as its scales were measured.
         remembered: whether the answers come from an earlier call.
         position_limit: the longest prompt that can run, or None where there is no fixed limit.
+        ending: where it is read, if that is ahead of the final norm: ``blocks`` then end there.
     """
 
     backend: Backend
@@ -210,6 +231,12 @@ class Stream:
     ahead: int = 0
     version: int = 0
     remembered: bool = False
+    ending: Ending | None = None
+
+    @property
+    def whole(self) -> Stream:
+        """The model's whole stream: what is measured of a model is measured of that."""
+        return self if self.ending is None else self.ending.whole
 
     @property
     def model(self) -> Any:
@@ -224,12 +251,22 @@ class Stream:
     @property
     def start(self) -> Place:
         """The beginning of the stream."""
-        return self.declared_start or self.blocks[0].input
+        return self.declared_start or self.whole.blocks[0].input
 
     @property
     def last(self) -> Place:
-        """The last stream: the final norm's input."""
-        return self.final_norm.entered
+        """The last stream: the final norm's input, or where it is read ahead of that."""
+        return self.behind_blocks[-1]
+
+    @property
+    def behind_blocks(self) -> tuple[Place, ...]:
+        """The places of the stream behind its last write; the last one is where it is read."""
+        return (self.final_norm.entered,) if self.ending is None else self.ending.places
+
+    @property
+    def last_label(self) -> str:
+        """The label of the last stream."""
+        return "final_post" if self.ending is None else self.ending.label
 
     @property
     def beginning(self) -> Place:
@@ -238,7 +275,7 @@ class Stream:
 
     def input_of(self, block: Block) -> Place:
         """The stream before a block; for the first one, its declared start."""
-        return self.start if block is self.blocks[0] else block.input
+        return self.start if block.input == self.whole.blocks[0].input else block.input
 
     @cached_property
     def writes(self) -> tuple[WriteSite, ...]:

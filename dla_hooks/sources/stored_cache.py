@@ -84,7 +84,13 @@ class StoredCache(Source):
             return error
         return None
 
-    def show(self, view: View, taps: Callable[[View], list[Tap]], columns: Tensor | None) -> None:
+    def show(
+        self,
+        view: View,
+        taps: Callable[[View], list[Tap]],
+        columns: Tensor | None,
+        until: Place | None = None,
+    ) -> None:
         """Show every tap its activation. A cache holds no logits.
 
         Raises:
