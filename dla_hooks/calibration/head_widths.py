@@ -24,7 +24,8 @@ from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.modules.attention import AttentionCalls, Change, disturbed_heads, scaled_heads
 from dla_hooks.modules.hooks import Call, Edit, Place, Tap, Use, edited, tapped
 from dla_hooks.modules.version import Remembered
-from dla_hooks.residual.stream import HeadSite, Stream, WriteSite
+from dla_hooks.residual.head_site import HeadSite
+from dla_hooks.residual.stream import Stream, WriteSite
 
 _LENGTH = 3
 _DIGITS = 5  # base four: enough for 1024 heads

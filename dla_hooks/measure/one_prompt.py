@@ -14,13 +14,9 @@ from dla_hooks.errors import ShapeMismatchError
 from dla_hooks.inputs.entries import Entries
 from dla_hooks.inputs.positions import Selection, spread_over
 from dla_hooks.inputs.prompts import Prompt
-from dla_hooks.measure.completeness import (
-    Outcome,
-    hold_against_cache,
-    hold_against_model,
-    hold_against_reading,
-    identity_gap,
-)
+from dla_hooks.measure.claims import Outcome, identity_gap
+from dla_hooks.measure.completeness import hold_against_model
+from dla_hooks.measure.relative import hold_against_cache, hold_against_reading
 from dla_hooks.residual.hooked import changed_behind
 from dla_hooks.results.ranked import RankedAttribution
 from dla_hooks.results.result import DirectLogitAttribution
