@@ -58,6 +58,8 @@ def measure(
     recording = Recording(plan, entries, source.missing)
     if recording.needs_all_logits or (check and changed_behind(plan.stream)):
         columns = torch.arange(prompt.shape[1], device="cpu")  # hooks there see what they would see
+    if source.logits_at is not None:
+        columns = source.logits_at if check else None
     logits = source.show(recording.view, recording.taps, columns)
     measurement = recording.finish()
     if not check:
