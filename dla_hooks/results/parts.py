@@ -79,6 +79,9 @@ def one_prompt(data: _Data, index: Any) -> _Data:
         )
     part = _cut(data, (slice(row, row + 1),))
     part.tokens = data.tokens[row : row + 1]
+    if data.generated is not None and data.generated_ids is not None:
+        part.generated = data.generated[row : row + 1]
+        part.generated_ids = data.generated_ids[row : row + 1]
     for own in part.tokens:
         part.of_tokens(len(own))
     return part

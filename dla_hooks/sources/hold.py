@@ -56,6 +56,7 @@ class Hold:
 
     Attributes:
         paused: set while the model runs for another purpose: nothing is then held.
+        ran: whether any forward pass was seen.
         logits_BV: the newest logits [batch, vocabulary] that the model put out.
     """
 
@@ -65,7 +66,7 @@ class Hold:
         for tap in taps:
             found = self._taps.setdefault(key_of(tap), _HoldingTap(tap.place, self, tap.optional))
             found.optional &= tap.optional
-        self.paused = False
+        self.paused = self.ran = False
         self.logits_BV: Tensor | None = None
         self._width = 0
 
@@ -122,7 +123,7 @@ class Hold:
                 f"{self._batch} rows of ids, so its new tokens cannot be told apart; attribute the "
                 "finished text instead"
             )
-        self._width, self.logits_BV = given.shape[1], None
+        self._width, self.logits_BV, self.ran = given.shape[1], None, True
         for tap in self._taps.values():
             tap.fired, tap.held = 0, None
 
@@ -144,7 +145,7 @@ class Hold:
         logits = tensor_in(call.output, ("logits",))
         if logits is None or logits.ndim != 3:
             raise UnsupportedModelError(
-                f"{self._stream.backend.name} returns no logits [batch, position, vocabulary] while "
+                f"{self._stream.backend.name} returns no logits [batch, pos, vocabulary] while "
                 "it generates; attribute the finished text instead"
             )
         logits = whole_activation(logits)
