@@ -106,7 +106,7 @@ def check_options(model: Any, options: Mapping[str, Any]) -> None:
 
 def value_of(model: Any, options: Mapping[str, Any], name: str) -> Any:
     """An option as ``generate`` reads it: of the call, of its config, or of the model's."""
-    if options.get(name) is not None:
+    if name in options:
         return options[name]
     for config in (options.get("generation_config"), getattr(model, "generation_config", None)):
         value = getattr(config, name, None)

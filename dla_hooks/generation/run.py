@@ -21,12 +21,13 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from dla_hooks.attribution import Plan
 from dla_hooks.backends import Conventions
 from dla_hooks.call import ReadModel
-from dla_hooks.errors import HookError, InputError
+from dla_hooks.errors import DLAError, HookError, InputError
 from dla_hooks.generation.stops import Stop
 from dla_hooks.generation.text import Text
 from dla_hooks.inputs.answers import Answers
 from dla_hooks.inputs.prompts import Prompt
 from dla_hooks.modules.compiled import eagerly
+from dla_hooks.modules.faults import described_error
 from dla_hooks.modules.signature import arguments_of
 from dla_hooks.modules.weights import run_device
 from dla_hooks.results.ranked import Result
@@ -98,7 +99,8 @@ class Generation:
             text = Text(prompt)
             text.add(torch.zeros(prompt.shape[0], dtype=torch.long, device="cpu"), None)
             data = plan._data
-            entries = data.target.align(text.places(range(1), single=False), prompt.shape)
+            places = text.places(range(1), prompt.mask, single=False)
+            entries = data.target.align(places, prompt.shape)
             recording = Recording(data, entries, lambda place: None)
             taps = recording.taps(recording.view)
             n_steps = 4 if recording.needs_all_logits else _STEPS
@@ -139,10 +141,14 @@ class Generation:
             stack.enter_context(self._hold.on() if looks else nullcontext())
             try:
                 sequences = backend.model.generate(**self._arguments(see))
-            except (ValueError, TypeError) as error:
-                if isinstance(error, InputError) or self._hold.ran or len(self.text):
+            except (DLAError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:
+                if self._hold.ran or len(self.text):
                     raise
-                raise InputError(f"model.generate refuses this call: {error}") from error
+                raise InputError(
+                    f"model.generate fails on this call, before any token: {described_error(error)}"
+                ) from error
         if len(self.text) > self._measured:  # it ran out of time
             self._measure(emit)
         new: Tensor = sequences[:, width:].cpu()
@@ -211,8 +217,9 @@ class Generation:
         single = self._asked.streams
         self._hold.paused = True  # the model may run to be measured anew
         try:
-            plan = self._plan(text.answers(steps, single=single))
-            found = plan._attribute(self._source(steps), text.places(steps, single=single))
+            plan, source = self._plan(text.answers(steps, single=single)), self._source(steps)
+            places = text.places(steps, source.prompt.mask, single=single)
+            found = plan._attribute(source, places)
             self._read = plan._read
         finally:
             self._hold.paused = False
@@ -222,6 +229,10 @@ class Generation:
     def _source(self, steps: range) -> Source:
         prompt, stream = self.text.whole(steps.stop - 1), self._read.stream
         if not self._holds:
+            whole = self.text.whole(steps.stop)  # sparse attention may depend on the last token
+            limit = stream.position_limit
+            if not self._asked.streams and (limit is None or whole.shape[1] <= limit):
+                prompt = whole
             return Live(stream, prompt, chunk_size_for(stream, prompt, None))
         columns = [self.text.width - 1 + step for step, _ in self._logits]
         logits = [logits_BV for _, logits_BV in self._logits]

@@ -67,18 +67,18 @@ class Text:
         prompt = self.prompt
         return Prompt(torch.cat((prompt.input_ids, ids), 1), torch.cat((prompt.mask, mask), 1))
 
-    def places(self, steps: range, *, single: bool) -> Selection:
+    def places(self, steps: range, mask: Tensor, *, single: bool) -> Selection:
         """Where some new tokens are predicted: at the tokens before them.
 
         Args:
             steps: which new tokens.
+            mask: True at the real tokens of the text that is shown [batch, pos].
             single: whether it is one position, without an axis of its own.
         """
         real = torch.stack([self._real[step] for step in steps], 1)
         rows = torch.arange(len(real), device="cpu")[:, None].expand_as(real)
         cols = torch.arange(steps.start, steps.stop, device="cpu") + (self.width - 1)
         cols = cols.expand_as(real)
-        mask = self.whole(steps.stop - 1).mask
         if single:
             return Selection(rows[:, 0], cols[:, 0], real[:, 0], mask)
         return Selection(rows, cols, real, mask)

@@ -49,8 +49,8 @@ def attribute_generation(
 
     The tokens are those of ``model.generate``, whose own options choose them: processors, sampling
     and the state of the random numbers are the model's. Each new token is one entry, at the
-    position before it. Its numbers are those of :func:`direct_logit_attribution` on the finished text with
-    that token as the answer, up to rounding.
+    position before it. Its numbers are those of :func:`direct_logit_attribution` on the finished
+    text with that token as the answer, up to rounding.
 
     They are measured in the runs that made the tokens, against the model's own cache: besides that
     cache, the memory is that of a few tokens. There are two exceptions. Some models give other

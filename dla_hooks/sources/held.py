@@ -73,7 +73,8 @@ class Held(Source):
 
 
 def _side_by_side(columns: Sequence[Tensor | None]) -> Tensor | None:
+    """Columns as one activation; None where they are no columns of one, as those of a mask."""
     known = [column for column in columns if column is not None]
-    if len(known) < len(columns):
+    if len(known) < len(columns) or len({one.shape[2:] for one in known}) > 1:
         return None
     return known[0] if len(known) == 1 else torch.cat(known, 1)

@@ -110,7 +110,9 @@ class Hold:
         return found
 
     def column(self, x: Tensor) -> Tensor | None:
-        """A copy of the newest column of an activation of the present pass."""
+        """A copy of the newest column of an activation of the present pass; None for ids."""
+        if not x.is_floating_point():
+            return None
         return last_column(x, self._batch, self._width)
 
     def _begin(self, call: Call) -> None:
