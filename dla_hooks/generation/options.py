@@ -35,6 +35,9 @@ _REFUSED = {
 }
 """Options that are refused when they are set, in a call or in a generation config."""
 
+_GROWING = (None, "dynamic", "dynamic_full", "offloaded", "hybrid")
+"""Caches that grow with the text; transformers takes the last for the first."""
+
 _NOT_HERE = {
     "inputs": "give the prompt as input",
     "input_ids": "give the prompt as input",
@@ -80,7 +83,7 @@ def check_options(model: Any, options: Mapping[str, Any]) -> None:
 
     Args:
         model: whose ``generation_config`` holds what the options leave out.
-        options: further arguments of ``generate``.
+        options: further arguments of ``generate``, ``do_sample`` among them.
 
     Raises:
         InputError: naming the option.
@@ -88,6 +91,11 @@ def check_options(model: Any, options: Mapping[str, Any]) -> None:
     for name, instead in _NOT_HERE.items():
         if options.get(name) is not None:
             raise InputError(f"{name} cannot be given to attribute_generation: {instead}")
+    if getattr(options.get("generation_config"), "do_sample", False) and not options["do_sample"]:
+        raise InputError(
+            "generation_config says do_sample=True; say it to attribute_generation as well, whose "
+            "own do_sample is False"
+        )
     for name, reason in _REFUSED.items():
         if value_of(model, options, name) not in (None, False):
             raise InputError(f"{name} cannot be used in attribute_generation: {reason}")
@@ -101,6 +109,20 @@ def check_options(model: Any, options: Mapping[str, Any]) -> None:
         raise InputError(
             "cache_implementation='quantized' changes what later tokens read, so that the numbers "
             "would not be those of the finished text; leave it out"
+        )
+
+
+def check_growing_cache(model: Any, options: Mapping[str, Any]) -> None:
+    """Refuse a cache whose keys and values have places that hold no token yet.
+
+    Raises:
+        InputError: naming the kind of cache.
+    """
+    kind = value_of(model, options, "cache_implementation")
+    if kind not in _GROWING:
+        raise InputError(
+            f"cache_implementation={kind!r} has places for tokens that are yet to come, so that "
+            "which token a head reads cannot be told by its place; leave it out, or give None"
         )
 
 

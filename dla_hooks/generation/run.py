@@ -22,6 +22,7 @@ from dla_hooks.attribution import Plan
 from dla_hooks.backends import Conventions
 from dla_hooks.call import ReadModel
 from dla_hooks.errors import DLAError, HookError, InputError
+from dla_hooks.generation.options import check_growing_cache, value_of
 from dla_hooks.generation.stops import Stop
 from dla_hooks.generation.text import Text
 from dla_hooks.inputs.answers import Answers
@@ -105,6 +106,8 @@ class Generation:
             taps = recording.taps(recording.view)
             n_steps = 4 if recording.needs_all_logits else _STEPS
         self._hold = Hold(self._read.stream, taps, prompt.shape[0])
+        if self._hold.one_by_one:
+            check_growing_cache(self._read.backend.model, asked.options)
         self._at_once = 1 if asked.streams or self._hold.one_by_one else n_steps
         self._steps: list[Step] = []
         self._logits: list[tuple[int, Tensor]] = []
@@ -267,7 +270,7 @@ class Generation:
                 f"{self._read.backend.name}.generate returned {new.shape[1]} new tokens, and "
                 f"{n} were seen, or other ones; attribute the finished text instead"
             )
-        timed = "max_time" in self._asked.options
+        timed = value_of(self._read.backend.model, self._asked.options, "max_time") is not None
         if n < self._asked.max_new_tokens and not bool(text.ended_B.all()) and not timed:
             raise HookError(
                 f"{self._read.backend.name}.generate stopped after {n} new tokens for a reason "

@@ -22,7 +22,7 @@ from dla_hooks.modules.attention_interface import AttentionCall, AttentionTap
 from dla_hooks.modules.hooks import Call, Place, Tap, hidden_in, hidden_out, is_ours
 from dla_hooks.modules.outputs import tensor_in
 from dla_hooks.modules.weights import whole_activation
-from dla_hooks.residual.hooked import places_hooked
+from dla_hooks.residual.hooked import decoders, places_hooked
 from dla_hooks.residual.stream import Stream
 
 Key = tuple[bool, Place]
@@ -63,9 +63,12 @@ class Hold:
     def __init__(self, stream: Stream, taps: Sequence[Tap], batch: int) -> None:
         self._stream, self._batch = stream, batch
         self._taps: dict[Key, _HoldingTap] = {}
+        names = dict.fromkeys(decoders(stream), "last_hidden_state")
+        names |= dict.fromkeys((stream.backend.model, stream.backend.root), "logits")
         for tap in taps:
-            found = self._taps.setdefault(key_of(tap), _HoldingTap(tap.place, self, tap.optional))
-            found.optional &= tap.optional
+            name = names.get(tap.place.module)
+            new = _HoldingTap(tap.place, self, tap.optional, name)
+            self._taps.setdefault(key_of(tap), new).optional &= tap.optional
         self.paused = self.ran = False
         self.logits_BV: Tensor | None = None
         self._width = 0
@@ -164,9 +167,9 @@ class _Every(Tap):
 class _HoldingTap(Tap):
     """Holds one place."""
 
-    def __init__(self, place: Place, hold: Hold, optional: bool) -> None:
+    def __init__(self, place: Place, hold: Hold, optional: bool, name: str | None) -> None:
         super().__init__(place, _unused, optional=optional)
-        self._hold = hold
+        self._hold, self._name = hold, name
         self.held: Column | AttentionCall | None = None
 
     @property
@@ -180,8 +183,7 @@ class _HoldingTap(Tap):
             return
         self.fired += 1
         if self.fired == self.place.use.nth + 1:
-            column = self._hold.column
-            left = None if self.place.before else column(whole_activation(hidden_out(call.output)))
+            left = None if self.place.before else self._hold.column(self._left(call))
             self.held = Column(self._entered(call), left)
 
     def count_attention(self, call: AttentionCall) -> None:
@@ -191,6 +193,12 @@ class _HoldingTap(Tap):
         self.fired += 1
         if self.fired == self.place.use.nth + 1:
             self.held = _newest_query(call)
+
+    def _left(self, call: Call) -> Tensor:
+        found = None
+        if self._name is not None:  # of several tensors, the one that is read further on
+            found = tensor_in(call.output, (self._name,))
+        return whole_activation(hidden_out(call.output) if found is None else found)
 
     def _entered(self, call: Call) -> Tensor | None:
         try:
