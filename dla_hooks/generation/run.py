@@ -243,7 +243,7 @@ class Generation:
             prompt,
             self._steps,
             torch.tensor(columns, dtype=torch.long, device="cpu"),
-            torch.stack(logits, 1) if logits else torch.zeros(0, device="cpu"),
+            torch.stack(logits, 1) if logits else torch.zeros(0, dtype=torch.float32, device="cpu"),
         )
 
     def _plan(self, answers: Answers) -> Plan:

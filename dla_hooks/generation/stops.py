@@ -77,7 +77,7 @@ def _as_rows(answer: Any, batch: int) -> Tensor:
     Raises:
         InputError: for what is neither a bool nor one bool for each row.
     """
-    said = torch.as_tensor(answer).detach().cpu()
+    said = torch.as_tensor(answer, device="cpu").detach()
     if said.numel() not in (1, batch) or said.ndim > 1:
         raise InputError(
             f"stop returned a {type(answer).__name__} of shape {list(said.shape)}; it must return "
