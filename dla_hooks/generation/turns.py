@@ -22,11 +22,14 @@ class _Closed(BaseException):
     """Nobody waits for more."""
 
 
-def in_turns(work: Callable[[Callable[[_T], None]], None]) -> Generator[_T, None, None]:
+def in_turns(
+    work: Callable[[Callable[[_T], None]], None], settings: ThreadSettings
+) -> Generator[_T, None, None]:
     """Yield what a function hands over.
 
     Args:
         work: called in a thread, with a function that takes one finding.
+        settings: to call it with.
 
     Raises:
         BaseException: whatever the function raises.
@@ -54,7 +57,6 @@ def in_turns(work: Callable[[Callable[[_T], None]], None]) -> Generator[_T, None
         except BaseException as error:
             answers.put(("failed", error))
 
-    settings = _ThreadSettings()
     context = contextvars.copy_context()
     thread = threading.Thread(target=context.run, args=(run,), daemon=True)
     thread.start()
@@ -73,8 +75,8 @@ def in_turns(work: Callable[[Callable[[_T], None]], None]) -> Generator[_T, None
         thread.join()
 
 
-class _ThreadSettings:
-    """Settings of torch's that each thread has for itself, as they are in this one."""
+class ThreadSettings:
+    """Settings of torch's that each thread has for itself, as they are here and now."""
 
     def __init__(self) -> None:
         kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -83,12 +85,14 @@ class _ThreadSettings:
             for kind in kinds
             if torch.is_autocast_enabled(kind)
         ]
+        self._inference = torch.is_inference_mode_enabled()
         self._cuda = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
     @contextmanager
     def as_there(self) -> Iterator[None]:
         """Have the same settings in another thread, within a ``with`` block."""
         with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(self._inference))
             for kind, dtype in self._autocast:
                 stack.enter_context(torch.autocast(kind, dtype=dtype))
             if self._cuda is not None:

@@ -16,7 +16,7 @@ from dla_hooks.generation.options import check_model, check_options, ends_of_tex
 from dla_hooks.generation.pieces import Pieces
 from dla_hooks.generation.run import RUNNER_UP, Asked, Generation
 from dla_hooks.generation.stops import at_tokens, read_stop
-from dla_hooks.generation.turns import in_turns
+from dla_hooks.generation.turns import ThreadSettings, in_turns
 from dla_hooks.inputs.answers import check_answers, read_ids
 from dla_hooks.inputs.options import whole_number
 from dla_hooks.inputs.prompts import Prompt
@@ -144,7 +144,7 @@ def attribute_generation(
     pieces = Pieces(generation.text, read)
     hidden = None if progress is None else not progress  # None: only at a terminal
     if stream:
-        return _streamed(generation, pieces, single, hidden)
+        return _streamed(generation, pieces, single, hidden, ThreadSettings())
     with tqdm(total=generation.longest, unit="token", disable=hidden) as bar:
         new = generation.run(pieces.add, bar.update)
     found = pieces.whole(new)
@@ -152,7 +152,11 @@ def attribute_generation(
 
 
 def _streamed(
-    generation: Generation, pieces: Pieces, single: bool, hidden: bool | None
+    generation: Generation,
+    pieces: Pieces,
+    single: bool,
+    hidden: bool | None,
+    settings: ThreadSettings,
 ) -> Generator[Any, None, None]:
     """The results of each new token as it comes."""
 
@@ -164,7 +168,7 @@ def _streamed(
         generation.run(emit, _nothing)
 
     bar = tqdm(total=generation.longest, unit="token", disable=hidden)
-    with bar, closing(in_turns(work)) as results:
+    with bar, closing(in_turns(work, settings)) as results:
         for result in results:
             bar.update()
             yield result

@@ -513,6 +513,19 @@ def test_stream_that_was_never_begun_starts_nothing():
     stream.close()
 
 
+@pytest.mark.parametrize("taken_inside", [True, False])
+def test_stream_has_the_settings_of_the_thread_that_asked(taken_inside):
+    model, ids = build("gpt2", dtype=torch.float32), example_ids("gpt2", length=5)
+    for setting in (torch.inference_mode, lambda: torch.autocast("cpu", dtype=torch.bfloat16)):
+        with setting():
+            whole = ours(model, ids, n=3, check=False)
+            stream = ours(model, ids, n=3, check=False, stream=True)
+            steps = list(stream) if taken_inside else []
+        steps = steps or list(stream)
+        for n, step in enumerate(steps):
+            torch.testing.assert_close(step.logit, whole.logit[:, n])
+
+
 def test_error_in_a_stream_reaches_who_takes_it():
     model, ids = build("gpt2"), example_ids("gpt2", length=5)
 
@@ -766,6 +779,30 @@ def test_options_of_the_model_s_own_config_are_refused_too():
 def test_input_that_cannot_be_gone_on_from_is_refused(input):
     with pytest.raises(InputError):
         attribute_generation(build("gpt2"), input, max_new_tokens=2)
+
+
+@pytest.mark.tl
+def test_models_of_transformerlens_are_refused(references):
+    pytest.importorskip("transformer_lens")
+    model = references.bridged("gpt2")
+    with pytest.raises(UnsupportedModelError, match="Hugging Face model itself"):
+        attribute_generation(model, torch.tensor([[5, 6]]), max_new_tokens=2)
+
+
+def test_classifiers_are_refused():
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_config(build("gpt2").config).eval()
+    with pytest.raises(UnsupportedModelError, match="generate"):
+        ours(model, example_ids("gpt2"), n=2)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.compile's own
+def test_compiled_model_generates_as_its_plain_code():
+    model, ids = build("gpt2"), example_ids("gpt2", length=5)
+    expected = ours(model, ids, n=3)
+    model.compile()
+    assert_same(ours(model, ids, n=3), expected, 1e-9)
 
 
 def test_models_that_do_not_generate_are_refused():
