@@ -56,8 +56,8 @@ class EntryData:
     words: Words
     target: Tensor | None  # [*batch_and_pos]
     beside: dict[str, Tensor]  # each like attribution
-    generated: list[list[str]] | None
-    generated_ids: Tensor | None  # [batch, new token]
+    generated: list[list[str]] | None = None
+    generated_ids: Tensor | None = None  # [batch, new token]
     keeps_some = False  # whether there are more rows than are kept
 
     @property

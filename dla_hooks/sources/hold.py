@@ -71,7 +71,8 @@ class Hold:
             self._taps.setdefault(key_of(tap), new).optional &= tap.optional
         self.paused = self.ran = False
         self.logits_BV: Tensor | None = None
-        self._width = 0
+        self._width = self._passes = 0
+        self._begun = False
 
     @property
     def one_by_one(self) -> bool:
@@ -99,6 +100,12 @@ class Hold:
         Raises:
             HookError: for a place that was not seen, or more often than in one pass.
         """
+        if self._passes != 1 and (self._begun or not self._passes):
+            raise HookError(
+                f"{self._stream.backend.name} ran {self._passes} times for one new token, so that "
+                "which run made it cannot be told; attribute the finished text instead"
+            )
+        self._passes, self._begun = 0, True  # a prompt may run in pieces, a new token does not
         found: dict[Key, Column | AttentionCall] = {}
         for key, tap in self._taps.items():
             if tap.held is not None:
@@ -129,6 +136,7 @@ class Hold:
                 "finished text instead"
             )
         self._width, self.logits_BV, self.ran = given.shape[1], None, True
+        self._passes += 1
         for tap in self._taps.values():
             tap.fired, tap.held = 0, None
 

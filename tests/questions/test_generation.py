@@ -137,6 +137,7 @@ def test_generation_of_other_families_equals_finished_text(model_type):
         assert_same(one, of_finished(model, text, NEW, unit=unit), tolerance)
 
 
+@pytest.mark.lowest
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "granite", "mixtral"])
 def test_logits_are_those_of_a_plain_forward_pass(name):
     model, ids = build(name), example_ids(name, length=5)
@@ -150,6 +151,7 @@ def test_logits_are_those_of_a_plain_forward_pass(name):
     torch.testing.assert_close(own, theirs, atol=1e-5, rtol=0)
 
 
+@pytest.mark.lowest
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2"])
 def test_narrow_dtypes_are_checked_and_close(name, dtype):
@@ -161,6 +163,7 @@ def test_narrow_dtypes_are_checked_and_close(name, dtype):
         assert_same(result, of_finished(model, text, NEW, unit="head"), 1e-5)
 
 
+@pytest.mark.lowest
 @pytest.mark.parametrize("model_type", ["bamba", "jamba"])
 def test_hybrid_model_is_attributed_in_one_more_run(model_type):
     model = build_any(model_type)
@@ -199,6 +202,36 @@ def test_few_tokens_are_held_at_a_time(monkeypatch):
     assert held == [1, 1, 1]
 
 
+def test_what_is_held_does_not_grow_with_the_text(monkeypatch):
+    sizes, measure = [], generation_run.Generation._measure
+
+    def look(self, emit):
+        held = [x for step in self._steps for c in step.values() for x in (c.entered, c.left)]
+        kept = [x.untyped_storage().nbytes() for x in held if x is not None]
+        sizes.append(sum(kept))
+        measure(self, emit)
+
+    monkeypatch.setattr(generation_run.Generation, "_measure", look)
+    model = build("gpt2")
+    for length in (3, 30):
+        ours(model, example_ids("gpt2", length=length), n=32, unit="neuron")
+    assert len(sizes) == 4
+    assert len(set(sizes)) == 1
+
+
+def test_model_that_runs_twice_for_a_token_is_refused():
+    model, ids = build("gpt2"), example_ids("gpt2", length=5)
+
+    class Again:
+        def __call__(self, input_ids, scores):
+            model(input_ids)
+            return scores
+
+    with pytest.raises(HookError, match="2 times for one new token"):
+        ours(model, ids, logits_processor=[Again()])
+    assert n_hooks(model) == 0
+
+
 def test_prompt_of_one_token_and_one_new_token():
     model, ids = build("gpt2"), example_ids("gpt2", batch=1, length=1)
     result = ours(model, ids, n=1)
@@ -225,6 +258,7 @@ def test_against_a_token_subtracts_its_logit():
     assert_same(result, expected, 1e-9)
 
 
+@pytest.mark.lowest
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_runner_up_is_the_second_most_likely_token(name):
     model, ids = build(name), example_ids(name, length=5)
@@ -260,6 +294,7 @@ def test_runner_up_goes_with_models_that_run_once_more():
 # The tokens
 
 
+@pytest.mark.lowest
 @pytest.mark.parametrize("options", [{"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.8}])
 def test_sampled_tokens_are_those_of_generate(options):
     model, ids = build("llama"), example_ids("llama", length=5)
@@ -276,6 +311,7 @@ def test_sampled_tokens_are_those_of_generate(options):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.lowest
 def test_processors_of_generate_are_followed():
     model, ids = build("gpt2"), example_ids("gpt2", length=5)
     options = {"repetition_penalty": 1.8, "no_repeat_ngram_size": 2}
@@ -401,6 +437,7 @@ def test_row_that_ends_early_is_nan_behind_its_end(unit):
     assert n >= at + 2
 
 
+@pytest.mark.lowest
 def test_model_s_own_end_of_text_ends_a_row():
     model, ids = build("llama"), example_ids("llama", length=5, seed=1)
     token, at = with_ends(model, ids, 8)
@@ -445,6 +482,7 @@ def test_strings_are_read_and_named_with_the_tokenizer():
 # Streams
 
 
+@pytest.mark.lowest
 def test_stream_yields_each_position_as_it_comes():
     model, ids = build("gpt2"), example_ids("gpt2", length=5)
     whole = ours(model, ids, n=6, unit="head")
@@ -833,7 +871,7 @@ def test_one_prompt_and_one_position_of_it_are_cut_out():
     result = ours(model, ids, n=4, unit="source")
     assert result.prompt(1).generated == result.generated[1:]
     one = result.prompt(1).position(2)
-    assert one.answer == [result.generated[1][2]]
+    assert one.answer == [result.generated[1][2]] == one.generated[0]
     with pytest.raises(PositionError):
         result.prompt(2)
 
