@@ -166,11 +166,14 @@ class Unit:
         reads_each_write: whether it needs every write by itself; otherwise what a block added may
             come in one, as from a cache that holds the stream around each block only.
         of_every_model: whether every model that is declared for it has it.
+        by_column: whether its taps read hidden states and attention calls alone, each column by
+            itself, so that these can be held and be shown later.
     """
 
     words: ClassVar[Words]
     reads_each_write: ClassVar[bool] = True
     of_every_model: ClassVar[bool] = True
+    by_column: ClassVar[bool] = False
 
     def places(self, stream: Stream) -> list[Place]:
         """The places whose activations it is made of, besides the final norm's scale."""

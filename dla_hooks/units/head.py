@@ -49,6 +49,7 @@ class Heads(Unit):
         remainder="remainder",
         remainder_is="what no head wrote",
     )
+    by_column = True
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """A unit; or, with a projection, the declaration of the same name."""

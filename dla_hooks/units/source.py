@@ -74,6 +74,7 @@ class SourceTokens(Unit):
         sources=True,
         beside=("weight",),
     )
+    by_column = True
     of_every_model = False
 
     def __init__(
