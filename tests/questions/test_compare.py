@@ -619,6 +619,20 @@ class TestNumbers:
             gap = (own.difference.total() + own.bias - own.logit).abs().max()
             assert float(gap) <= own.gap + 1e-4
 
+    def test_a_capped_and_an_uncapped_model_are_compared_before_the_cap(self):
+        one, ids = build("gemma2"), example_ids("gemma2")
+        config = copy.deepcopy(one.config)
+        config.final_logit_softcapping = None
+        other = type(one)(config).double().eval()
+        other.load_state_dict(one.state_dict())
+        for models in ((one, other), (other, one)):
+            for incorrect in (7, None):
+                found = compare(*models, ids, 5, incorrect, unit=("component", "head"), pos=None)
+                for own in found.values():
+                    assert float(own.attribution.abs().max()) < 1e-9
+                    assert own.difference.softcap is not None
+        assert_exact(compare(build("gemma2", 1), other, ids, 5, 7, pos=None))
+
     def test_a_weight_changed_without_a_trace_is_noticed(self):
         one, other, ids = build("llama", 0), build("llama", 1), example_ids("llama")
         compare(one, other, ids, 5, 7)
@@ -717,6 +731,9 @@ class TestRefusals:
         refused(InputError, "answer_tokens is required", model, None, ids)
         refused(InputError, "provide either", model, None, None, 5)
         refused(ArgumentTypeError, "other_context", model, None, ids, 5, other_context=True)
+        refused(
+            ArgumentTypeError, "returned NoneType", model, None, ids, 5, other_context=lambda: None
+        )
         refused(InputError, "unit must be one of", model, None, ids, 5, unit="neurons")
         refused(dla_hooks.PositionError, "out of range", model, None, ids, 5, pos=9)
         refused(dla_hooks.TokenError, "vocabulary", model, None, ids, 10**6)
