@@ -431,6 +431,10 @@ class TestContexts:
         difference = plain - hooked
         expected = difference[..., 5] - difference[..., 9]
         close(found.difference.total() + found.bias, expected, 1e-5)
+        parts = compare(other, one, ids, 5, 9, pos=None, other_context=steered)
+        whole = found.written[-1] if unit == "layer" else found.written.sum(0)
+        whole = whole if found.beyond is None else whole + found.beyond.sum(0)
+        close(whole, parts.written.sum(0), 1e-9)  # every unit halves the whole alike
         if unit != "component":
             return
         label = {"input": "1_hook", "norm": "final_hook"}.get(place, "logit_hook")
