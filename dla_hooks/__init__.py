@@ -38,6 +38,8 @@ if TYPE_CHECKING:  # X as X: these names are public
     from dla_hooks.errors import TrainingModeError as TrainingModeError
     from dla_hooks.errors import UnsupportedModelError as UnsupportedModelError
     from dla_hooks.many.sweep import attribute_many as attribute_many
+    from dla_hooks.questions.ablated import Ablated as Ablated
+    from dla_hooks.questions.ablated import ablated as ablated
     from dla_hooks.residual.architecture import Architecture as Architecture
     from dla_hooks.residual.architecture import Write as Write
     from dla_hooks.residual.registry import architectures as architectures
@@ -63,6 +65,7 @@ if TYPE_CHECKING:  # X as X: these names are public
 
 # Loaded when first used: `dla-hooks --help` and `import dla_hooks` should not wait for torch.
 _HOME = {
+    "Ablated": "questions.ablated",
     "Architecture": "residual.architecture",
     "ArgumentTypeError": "errors",
     "CacheEntryError": "errors",
@@ -89,6 +92,7 @@ _HOME = {
     "Verification": "verification.trace",
     "Wrapped": "tl.wrap",
     "Write": "residual.architecture",
+    "ablated": "questions.ablated",
     "accumulated_resid": "stacks",
     "apply_ln_to_stack": "stacks",
     "architectures": "residual.registry",

@@ -1,0 +1,107 @@
+"""One row of a sparse dictionary, as a part of the activation that the dictionary reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from dla_hooks.calibration.named_places import NamedPlace, feature_rows
+from dla_hooks.errors import LabelError, UnsupportedModelError
+from dla_hooks.modules.dictionaries import Codes, Dictionary
+from dla_hooks.modules.hooks import Call, Place
+from dla_hooks.residual.stream import Stream
+from dla_hooks.units.feature import Features
+
+
+@dataclass(frozen=True)
+class FeaturePart:
+    """A feature, ``b_dec`` or ``error`` of one dictionary.
+
+    Attributes:
+        label: of its row.
+        at: the place of the dictionary.
+        dictionary: the dictionary.
+        number: of the feature; behind the features come ``b_dec`` and ``error``.
+    """
+
+    label: str
+    at: NamedPlace
+    dictionary: Dictionary
+    number: int
+
+    @property
+    def place(self) -> Place:
+        """The module's input or output that the dictionary reads."""
+        site = self.at.heads
+        return self.at.place.entered if site and site.linear is site.proj else self.at.place
+
+    @property
+    def width(self) -> int:
+        """The channels of what it writes."""
+        return self.at.width
+
+    def flat(self, x: Tensor) -> Tensor:
+        """An activation at the place with its channels side by side [..., width]."""
+        return x if self.at.heads is None else self.at.heads.flat(x)
+
+    def encode(self, x_TM: Tensor) -> Codes:
+        """What the dictionary makes of some activations [T, width]."""
+        if self.dictionary.centred:
+            x_TM = x_TM - x_TM.mean(-1, keepdim=True)
+        return self.dictionary.encode(x_TM)
+
+    def written(self, x_TM: Tensor, codes: Codes) -> Tensor:
+        """What of some activations is its own [T, width]."""
+        n, f_TF = self.dictionary.n_features, codes.f_TF
+        if self.number > n:
+            return x_TM - self.dictionary.decode(codes).to(x_TM)
+        if self.number == n:
+            return self.dictionary.decode(codes._replace(f_TF=torch.zeros_like(f_TF))).to(x_TM)
+        own_T1 = f_TF[:, self.number, None]
+        if codes.scale_T1 is not None:
+            own_T1 = own_T1 * codes.scale_T1
+        return (own_T1 * self._row_M).to(x_TM)
+
+    def seen(self, call: Call) -> Tensor:
+        """What a call of the module holds of it, position by position [..., width]."""
+        x = self.flat(call.entered if self.place.before else call.left)
+        x_TM = x.reshape(-1, x.shape[-1])
+        return self.written(x_TM, self.encode(x_TM)).reshape(x.shape)
+
+    @cached_property
+    def _row_M(self) -> Tensor:
+        """The feature's row of the decoder."""
+        like = self.dictionary.bias()
+        f_TF = like.new_zeros(2, self.dictionary.n_features)
+        f_TF[1, self.number] = 1
+        nothing_M, one_M = self.dictionary.decode(Codes(f_TF.to(self.dictionary.dtype)))
+        return one_M - nothing_M
+
+
+def feature_part(stream: Stream, unit: Features, label: str) -> FeaturePart | None:
+    """Find one row of a unit's dictionaries; None where none has that label.
+
+    Raises:
+        InputError: for dictionaries that cannot be read.
+        UnsupportedModelError: at a place that is read beside the stream.
+    """
+    read = unit.read(stream)
+    rows = feature_rows([(at, dictionary.n_features) for at, dictionary in read])
+    number = rows.number_of(label)
+    if number is None:
+        return None
+    for at, dictionary in read:
+        n_rows = dictionary.n_features + 2
+        if number < n_rows:
+            if at.name == "mid":
+                raise UnsupportedModelError(
+                    f"{label} is at {at.label}, which a norm reads while the stream itself goes "
+                    "past it, so that nothing can be taken out of the stream there; give the "
+                    "dictionary's place as what was written before"
+                )
+            return FeaturePart(label, at, dictionary, number)
+        number -= n_rows
+    raise LabelError(f"no dictionary has the row {label!r:.40}")
