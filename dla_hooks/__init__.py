@@ -40,6 +40,7 @@ if TYPE_CHECKING:  # X as X: these names are public
     from dla_hooks.many.sweep import attribute_many as attribute_many
     from dla_hooks.questions.ablated import Ablated as Ablated
     from dla_hooks.questions.ablated import ablated as ablated
+    from dla_hooks.questions.where import where as where
     from dla_hooks.residual.architecture import Architecture as Architecture
     from dla_hooks.residual.architecture import Write as Write
     from dla_hooks.residual.registry import architectures as architectures
@@ -50,6 +51,7 @@ if TYPE_CHECKING:  # X as X: these names are public
     from dla_hooks.results.result import DirectLogitAttribution as DirectLogitAttribution
     from dla_hooks.results.summarize import summarize as summarize
     from dla_hooks.results.summary import Summary as Summary
+    from dla_hooks.results.where import Where as Where
     from dla_hooks.stacks import accumulated_resid as accumulated_resid
     from dla_hooks.stacks import apply_ln_to_stack as apply_ln_to_stack
     from dla_hooks.stacks import decompose_resid as decompose_resid
@@ -90,6 +92,7 @@ _HOME = {
     "TrainingModeError": "errors",
     "UnsupportedModelError": "errors",
     "Verification": "verification.trace",
+    "Where": "results.where",
     "Wrapped": "tl.wrap",
     "Write": "residual.architecture",
     "ablated": "questions.ablated",
@@ -109,6 +112,7 @@ _HOME = {
     "stack_neuron_results": "stacks",
     "summarize": "results.summarize",
     "verify": "verification.recognise",
+    "where": "questions.where",
     "wrap": "tl.wrap",
 }
 

@@ -20,6 +20,7 @@ from dla_hooks.measure.completeness import (
     hold_against_model,
     identity_gap,
 )
+from dla_hooks.measure.locator import Locator
 from dla_hooks.residual.hooked import changed_behind
 from dla_hooks.results.ranked import RankedAttribution
 from dla_hooks.results.result import DirectLogitAttribution
@@ -103,6 +104,7 @@ def results(
                 rows=list(split.rows),
                 **common,
             )
+        found[key].located_by(Locator(plan.stream.model, unit.dictionary_places()))
     return found
 
 

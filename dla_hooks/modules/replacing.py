@@ -140,9 +140,7 @@ class _Runs:
         if not self._acts():
             return
         fired = self._fired[threading.get_ident()]
-        for number, (one, handle) in enumerate(
-            zip(self._replacements, self._handles, strict=True)
-        ):
+        for number, (one, handle) in enumerate(zip(self._replacements, self._handles, strict=True)):
             hooks = handle.hooks_dict_ref() or {}
             silent = is_silent(hooks.get(handle.id))  # a synthetic run goes past it
             if fired[number] <= one.place.use.nth and not silent:

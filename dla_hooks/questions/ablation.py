@@ -103,7 +103,7 @@ class _ExpertsApart:
         self._puts, self._n = puts, n
 
     def change(self, y: Tensor) -> Tensor:
-        new_END = y.unflatten(0, (self._n, -1)).clone()
+        new_END: Tensor = y.unflatten(0, (self._n, -1)).clone()
         for put in self._puts:
             assert isinstance(put.part, NamedPart)
             assert put.part.experts is not None

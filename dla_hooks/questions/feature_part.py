@@ -77,8 +77,8 @@ class FeaturePart:
         like = self.dictionary.bias()
         f_TF = like.new_zeros(2, self.dictionary.n_features)
         f_TF[1, self.number] = 1
-        nothing_M, one_M = self.dictionary.decode(Codes(f_TF.to(self.dictionary.dtype)))
-        return one_M - nothing_M
+        rows_2M = self.dictionary.decode(Codes(f_TF.to(self.dictionary.dtype)))
+        return rows_2M[1] - rows_2M[0]
 
 
 def feature_part(stream: Stream, unit: Features, label: str) -> FeaturePart | None:

@@ -61,7 +61,9 @@ class Means:
         assert experts is not None
 
         def see(call: Call) -> None:
-            self._add(part.label, view.take(call.left.unflatten(0, (experts.n, -1))[experts.number]))
+            self._add(
+                part.label, view.take(call.left.unflatten(0, (experts.n, -1))[experts.number])
+            )
 
         return see
 

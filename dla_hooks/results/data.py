@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dla_hooks.errors import InputError
 from dla_hooks.results.rows import NO_WORDS, Row, Words, filled
+from dla_hooks.results.where import Locate
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,15 @@ class EntryData:
     target: Tensor | None  # [*batch_and_pos]
     beside: dict[str, Tensor]  # each like attribution
     keeps_some = False  # whether there are more rows than are kept
+
+    @property
+    def locate(self) -> Locate | None:
+        """Finds the places of rows in the model; no field, since it is not saved."""
+        return vars(self).get("_locate")
+
+    def located_by(self, locate: Locate) -> None:
+        """Let the result find its rows in the model."""
+        vars(self)["_locate"] = locate
 
     @property
     def shape(self) -> torch.Size:

@@ -170,6 +170,10 @@ class Unit:
         """The places whose activations it is made of, besides the final norm's scale."""
         raise NotImplementedError(f"{type(self).__name__} must name its places")
 
+    def dictionary_places(self) -> Sequence[str]:
+        """The labels of places that its rows name by their layer only."""
+        return ()
+
     def prepare(self, parts: PartsPlan, conventions: Conventions) -> UnitPlan:
         """The unit on one model and target: everything that no prompt changes is made here.
 

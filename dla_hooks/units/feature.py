@@ -115,6 +115,10 @@ class Features(Unit):
         found = [stream.start, *(write.place for write in stream.writes), *z, stream.last]
         return [place for place in found if place is not None]
 
+    def dictionary_places(self) -> tuple[str, ...]:
+        """The places of the dictionaries."""
+        return tuple(self.dictionaries)
+
     def prepare(self, parts: PartsPlan, conventions: Conventions) -> UnitPlan:
         """Read the dictionaries, and fold the directions through their decoders.
 
