@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numbers
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -18,7 +19,7 @@ from dla_hooks.inputs.plain import check_dense
 from dla_hooks.modules.compiled import eagerly
 from dla_hooks.modules.replacing import Replacing
 from dla_hooks.questions.ablation import Part, Put, replacements
-from dla_hooks.questions.feature_part import feature_part
+from dla_hooks.questions.feature_part import Read, feature_part
 from dla_hooks.questions.means import means_of
 from dla_hooks.residual.hooked import decoders
 from dla_hooks.residual.stream import Stream
@@ -98,7 +99,8 @@ def ablated(
     read = model_of(model, tokenizer=tokenizer, prepend_bos=prepend_bos)
     names = _names(labels)
     given = _given(names, how)
-    parts = [ablatable(read.stream, label, unit) for label in names]
+    dictionaries = dictionaries_of(read.stream, unit)
+    parts = [ablatable(read.stream, label, dictionaries) for label in names]
     values = {part.label: _value(part, given[part.label]) for part in parts}
     of_means = [part for part in parts if given[part.label] is MEAN]
     if of_means:
@@ -120,7 +122,9 @@ class Ablated:
     def __init__(self, stream: Stream, puts: Sequence[Put], *, every_thread: bool = False) -> None:
         self.labels = [put.part.label for put in puts]
         self.values = {put.part.label: put.value for put in puts}
-        self._model, self._compiled = stream.backend.name, stream.backend.compiled
+        self._model = stream.backend.name
+        # Where torch's compiler is loaded, the caller may hold a compiled wrapper of the model.
+        self._compiled = stream.backend.compiled or "torch._dynamo" in sys.modules
         around = [stream.backend.model, stream.backend.root, *decoders(stream)]
         called = [one for one in around if type(one).forward is not nn.Module.forward]
         self._hooks = Replacing(replacements(puts), called, every_thread=every_thread)
@@ -144,27 +148,43 @@ class Ablated:
         return f"Ablated({self._model}: {', '.join(self.labels)})"
 
 
-def ablatable(stream: Stream, label: str, unit: Unit | None = None) -> Part:
+def dictionaries_of(stream: Stream, unit: Unit | None) -> Read:
+    """The dictionaries of a unit, read once; of none, none.
+
+    Raises:
+        InputError: for another unit, and for dictionaries that cannot be read.
+    """
+    if unit is None:
+        return ()
+    if not isinstance(unit, Features):
+        raise InputError(
+            f"unit is for labels of features: a dla_hooks.Features(...); got {unit!r:.60}. Heads, "
+            "neurons, experts and writes are named by their labels alone"
+        )
+    return unit.read(stream)
+
+
+def ablatable(stream: Stream, label: str, read: Read = ()) -> Part:
     """The part of a label, if something can be put in its place.
+
+    Args:
+        stream: the located model.
+        label: of a row.
+        read: the dictionaries whose rows may be named.
 
     Raises:
         LabelError: for a part that is not there.
         InputError: for a row that is no part, with what to do instead.
     """
-    if unit is not None and not isinstance(unit, Features):
-        raise InputError(
-            f"unit is for labels of features: a dla_hooks.Features(...); got {unit!r:.60}. Heads, "
-            "neurons, experts and writes are named by their labels alone"
-        )
     if isinstance(label, str):
-        found = None if unit is None else feature_part(stream, unit, label)
+        found = feature_part(read, label)
         if found is not None:
             return found
-        _check_kind(label, unit)
+        _check_kind(label, read)
     return part_named(stream, label)
 
 
-def _check_kind(label: str, unit: Unit | None) -> None:
+def _check_kind(label: str, read: Read) -> None:
     """Refuse the rows that nothing can be taken out for."""
     why = None
     if _RUNNING_SUM.fullmatch(label):
@@ -187,8 +207,9 @@ def _check_kind(label: str, unit: Unit | None) -> None:
     elif _HOOK.fullmatch(label):
         why = "is what hooks of yours write; take the hook off"
     elif _FEATURE.fullmatch(label):
-        if unit is not None:
-            raise LabelError(f"no dictionary of {unit!r:.80} has the row {label!r:.40}")
+        if read:
+            places = ", ".join(at.label for at, _ in read)
+            raise LabelError(f"no dictionary (at {places}) has the row {label!r:.40}")
         why = "is a row of a dictionary; give it: unit=dla_hooks.Features({place: dictionary})"
     elif _ADAPTER.fullmatch(label):
         why = "is an adapter's part; switch the adapter off: model.disable_adapter()"

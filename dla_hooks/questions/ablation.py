@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dla_hooks.calibration.named_parts import NamedPart
+from dla_hooks.calibration.named_parts import Experts, NamedPart
 from dla_hooks.errors import HookError, ShapeMismatchError
 from dla_hooks.modules.experts import ExpertsCall
 from dla_hooks.modules.hooks import Place
@@ -37,8 +37,8 @@ def replacements(puts: Sequence[Put]) -> list[Replacement]:
     groups: dict[tuple[Any, ...], list[Put]] = {}
     for put in puts:
         part = put.part
-        apart = id(part.dictionary) if isinstance(part, FeaturePart) else part.experts is None
-        groups.setdefault((part.place, type(part), apart), []).append(put)
+        among = id(part.dictionary) if isinstance(part, FeaturePart) else part.experts is None
+        groups.setdefault((part.place, type(part), among), []).append(put)
     found = list[Replacement]()
     for (place, *_), group in groups.items():
         first = group[0].part
@@ -47,7 +47,10 @@ def replacements(puts: Sequence[Put]) -> list[Replacement]:
         elif first.experts is None:
             found.append(Replacement(place, _Channels(group).change))
         elif first.experts.side_by_side:
-            found.append(Replacement(place, _ExpertsApart(group, first.experts.n).change))
+            apart = _ExpertsApart(group, first.experts.n)
+            found.append(Replacement(place.entered, apart.without))
+            if any(put.value is not None for put in group):
+                found.append(Replacement(place, apart.change))
         else:
             routed = _ExpertsSummed(place, group)
             found.append(Replacement(place.entered, arguments=routed.without))
@@ -97,21 +100,25 @@ class _Features:
 
 
 class _ExpertsApart:
-    """Experts each of which puts out something for every position."""
+    """Experts each of which reads every position, times a score: zero where it is not chosen.
+
+    One that is replaced reads zeros, and so is chosen nowhere.
+    """
 
     def __init__(self, puts: Sequence[Put], n: int) -> None:
-        self._puts, self._n = puts, n
+        self._puts, self._n = {_experts(put).number: put for put in puts}, n
+
+    def without(self, x: Tensor) -> Tensor:
+        new_END: Tensor = x.unflatten(0, (self._n, -1)).clone()
+        for number in self._puts:
+            new_END[number].zero_()
+        return new_END.reshape(x.shape)
 
     def change(self, y: Tensor) -> Tensor:
         new_END: Tensor = y.unflatten(0, (self._n, -1)).clone()
-        for put in self._puts:
-            assert isinstance(put.part, NamedPart)
-            assert put.part.experts is not None
-            there_ND = new_END[put.part.experts.number]
-            if put.value is None:
-                there_ND.zero_()
-            else:
-                there_ND.copy_(fitted(put.value, there_ND, put.part.label))
+        for number, put in self._puts.items():
+            if put.value is not None:
+                new_END[number].copy_(fitted(put.value, new_END[number], put.part.label))
         return new_END.reshape(y.shape)
 
 
@@ -122,12 +129,8 @@ class _ExpertsSummed:
     """
 
     def __init__(self, place: Place, puts: Sequence[Put]) -> None:
-        self._place, numbers = place, []
-        for put in puts:
-            assert isinstance(put.part, NamedPart)
-            assert put.part.experts is not None
-            numbers.append(put.part.experts.number)
-        self._numbers = torch.tensor(numbers, device="cpu")
+        self._place = place
+        self._numbers = torch.tensor([_experts(put).number for put in puts], device="cpu")
         self.values = [put for put in puts if put.value is not None]
 
     def without(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
@@ -148,6 +151,12 @@ class _ExpertsSummed:
             assert put.value is not None
             y = y + fitted(put.value, y, put.part.label)
         return y
+
+
+def _experts(put: Put) -> Experts:
+    assert isinstance(put.part, NamedPart)
+    assert put.part.experts is not None
+    return put.part.experts
 
 
 def fitted(value: Tensor, there: Tensor, label: str) -> Tensor:

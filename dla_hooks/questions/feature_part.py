@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -9,11 +10,10 @@ import torch
 from torch import Tensor
 
 from dla_hooks.calibration.named_places import NamedPlace, feature_rows
-from dla_hooks.errors import LabelError, UnsupportedModelError
+from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.modules.dictionaries import Codes, Dictionary
 from dla_hooks.modules.hooks import Call, Place
-from dla_hooks.residual.stream import Stream
-from dla_hooks.units.feature import Features
+from dla_hooks.projection.features import BEYOND
 
 
 @dataclass(frozen=True)
@@ -81,20 +81,21 @@ class FeaturePart:
         return rows_2M[1] - rows_2M[0]
 
 
-def feature_part(stream: Stream, unit: Features, label: str) -> FeaturePart | None:
-    """Find one row of a unit's dictionaries; None where none has that label.
+Read = Sequence[tuple[NamedPlace, Dictionary]]
+"""Dictionaries, each with its place."""
+
+
+def feature_part(read: Read, label: str) -> FeaturePart | None:
+    """Find one row of some dictionaries; None where none has that label.
 
     Raises:
-        InputError: for dictionaries that cannot be read.
         UnsupportedModelError: at a place that is read beside the stream.
     """
-    read = unit.read(stream)
-    rows = feature_rows([(at, dictionary.n_features) for at, dictionary in read])
-    number = rows.number_of(label)
+    number = feature_rows([(at, dictionary.n_features) for at, dictionary in read]).number_of(label)
     if number is None:
         return None
     for at, dictionary in read:
-        n_rows = dictionary.n_features + 2
+        n_rows = dictionary.n_features + BEYOND
         if number < n_rows:
             if at.name == "mid":
                 raise UnsupportedModelError(
@@ -104,4 +105,4 @@ def feature_part(stream: Stream, unit: Features, label: str) -> FeaturePart | No
                 )
             return FeaturePart(label, at, dictionary, number)
         number -= n_rows
-    raise LabelError(f"no dictionary has the row {label!r:.40}")
+    return None
