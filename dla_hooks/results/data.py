@@ -41,6 +41,8 @@ class EntryData:
     Its fields are those that the dataclasses below have in common.
     """
 
+    __slots__ = ("_locate",)  # beside the fields, which are what is saved
+
     attribution: Tensor  # [row or place, *batch_and_pos]
     unit: str
     bias: Tensor  # [*batch_and_pos]
@@ -62,11 +64,11 @@ class EntryData:
     @property
     def locate(self) -> Locate | None:
         """Finds the places of rows in the model; no field, since it is not saved."""
-        return vars(self).get("_locate")
+        return getattr(self, "_locate", None)
 
     def located_by(self, locate: Locate) -> None:
         """Let the result find its rows in the model."""
-        vars(self)["_locate"] = locate
+        self._locate = locate
 
     @property
     def shape(self) -> torch.Size:
