@@ -41,10 +41,12 @@ if TYPE_CHECKING:  # X as X: these names are public
     from dla_hooks.questions.ablated import Ablated as Ablated
     from dla_hooks.questions.ablated import ablated as ablated
     from dla_hooks.questions.where import where as where
+    from dla_hooks.questions.compare import compare as compare
     from dla_hooks.residual.architecture import Architecture as Architecture
     from dla_hooks.residual.architecture import Write as Write
     from dla_hooks.residual.registry import architectures as architectures
     from dla_hooks.residual.registry import register as register
+    from dla_hooks.results.comparison import Comparison as Comparison
     from dla_hooks.results.load import load as load
     from dla_hooks.results.promoted import PromotedTokens as PromotedTokens
     from dla_hooks.results.ranked import RankedAttribution as RankedAttribution
@@ -72,6 +74,7 @@ _HOME = {
     "ArgumentTypeError": "errors",
     "CacheEntryError": "errors",
     "CheckpointError": "errors",
+    "Comparison": "results.comparison",
     "DLAError": "errors",
     "DLAWarning": "errors",
     "DecompositionError": "errors",
@@ -101,6 +104,7 @@ _HOME = {
     "architectures": "residual.registry",
     "attribute_many": "many.sweep",
     "cache_names": "tl.cache_names",
+    "compare": "questions.compare",
     "decompose_resid": "stacks",
     "direct_logit_attribution": "attribution",
     "load": "results.load",

@@ -183,16 +183,20 @@ def _reads_mode(value: Any) -> bool:
     return any("training" in one.co_names for one in codes)
 
 
-class Remembered(Generic[_Answer]):
-    """Measurements of models, each kept until its model changes.
+_VERSIONS = 2
 
-    Models are held by weak references. A measurement must hold no part of its model.
+
+class Remembered(Generic[_Answer]):
+    """Measurements of models, each kept while its model is in one of two states.
+
+    The two are the last that were measured: an adapter is switched off and on again. Models are
+    held by weak references. A measurement must hold no part of its model.
     """
 
     _all: ClassVar[list[Remembered[Any]]] = []
 
     def __init__(self) -> None:
-        self._kept: WeakKeyDictionary[nn.Module, tuple[int, dict[Hashable, _Answer]]]
+        self._kept: WeakKeyDictionary[nn.Module, dict[int, dict[Hashable, _Answer]]]
         self._kept = WeakKeyDictionary()
         self._lock = threading.Lock()
         Remembered._all.append(self)
@@ -200,16 +204,15 @@ class Remembered(Generic[_Answer]):
     def find(self, model: nn.Module, version: int, key: Hashable = None) -> _Answer | None:
         """Return the measurement for one version of a model, or None."""
         with self._lock:
-            kept = self._kept.get(model)
-            return kept[1].get(key) if kept is not None and kept[0] == version else None
+            return self._kept.get(model, {}).get(version, {}).get(key)
 
     def keep(self, model: nn.Module, version: int, answer: _Answer, key: Hashable = None) -> None:
-        """Keep a measurement, and drop those of the model's other versions."""
+        """Keep a measurement, and drop those of versions before the last two."""
         with self._lock:
-            kept = self._kept.get(model)
-            if kept is None or kept[0] != version:
-                kept = self._kept[model] = version, {}
-            kept[1][key] = answer
+            kept = self._kept.setdefault(model, {})
+            kept.setdefault(version, {})[key] = answer
+            for old in list(kept)[:-_VERSIONS]:
+                del kept[old]
 
     def of(
         self, model: nn.Module, version: int, measure: Callable[[], _Answer], key: Hashable = None

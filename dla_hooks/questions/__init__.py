@@ -1,1 +1,1 @@
-"""The later verbs: what would be if a part were not there, and where that is."""
+"""Questions of more than one run: why do two differ, and what if a part were not there?"""

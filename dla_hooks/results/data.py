@@ -60,6 +60,7 @@ class EntryData:
     target: Tensor | None  # [*batch_and_pos]
     beside: dict[str, Tensor]  # each like attribution
     keeps_some = False  # whether there are more rows than are kept
+    compared: bool = False  # whether the numbers are differences of two runs
 
     @property
     def locate(self) -> Locate | None:

@@ -21,19 +21,21 @@ from dla_hooks.results.schema import unpack
 _T = TypeVar("_T")
 
 RESULT, RANKED, SUMMARY = "dla_hooks.result", "dla_hooks.ranked", "dla_hooks.summary"
-PROMOTED = "dla_hooks.promoted"
-_NEWEST = {RESULT: 2, RANKED: 1, SUMMARY: 1, PROMOTED: 1}
+PROMOTED, COMPARISON = "dla_hooks.promoted", "dla_hooks.comparison"
+_NEWEST = {RESULT: 2, RANKED: 1, SUMMARY: 1, PROMOTED: 1, COMPARISON: 1}
 _CALLED = {
     RESULT: "saved attribution",
     RANKED: "saved ranked attribution",
     SUMMARY: "saved summary",
     PROMOTED: "saved list of promoted tokens",
+    COMPARISON: "saved comparison",
 }
 _CONTENT = {
     RESULT: "result",
     RANKED: "result",
     SUMMARY: "summary",
     PROMOTED: "result",
+    COMPARISON: "result",
 }  # the header's entry for what is no tensor
 
 
@@ -42,7 +44,8 @@ def write(path: Any, form: str, tensors: dict[str, Tensor], plain: dict[str, Any
 
     Args:
         path: a string or a path.
-        form: :data:`RESULT`, :data:`RANKED`, :data:`SUMMARY` or :data:`PROMOTED`.
+        form: :data:`RESULT`, :data:`RANKED`, :data:`SUMMARY`, :data:`PROMOTED` or
+            :data:`COMPARISON`.
         tensors: of any device.
         plain: what JSON can hold.
 

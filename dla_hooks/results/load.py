@@ -6,12 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dla_hooks.results import files
+from dla_hooks.results.comparison import Comparison
 from dla_hooks.results.promoted import PromotedTokens
 from dla_hooks.results.ranked import RankedAttribution
 from dla_hooks.results.result import DirectLogitAttribution
 from dla_hooks.results.summary import Summary
 
-Saved = DirectLogitAttribution | RankedAttribution | Summary | PromotedTokens
+Saved = DirectLogitAttribution | RankedAttribution | Summary | PromotedTokens | Comparison
 
 
 def load(path: str | Path) -> Saved:
@@ -40,5 +41,6 @@ def load(path: str | Path) -> Saved:
         files.RANKED: RankedAttribution,
         files.SUMMARY: Summary,
         files.PROMOTED: PromotedTokens,
+        files.COMPARISON: Comparison.from_file,
     }
     return files.read(path, kinds)

@@ -120,6 +120,10 @@ class RankedData(EntryData):
         self.attribution, self.rows = self.attribution[: len(rows)], rows
         self.beside = {name: own[: len(rows)] for name, own in self.beside.items()}
 
+    def row_label(self, number: int) -> str:
+        """The label that a row is shown with."""
+        return self._named(self.rows[number]).label
+
     def _named(self, row: Row) -> Row:
         """The row, with the token that it reads behind its label, where there is one prompt."""
         if row.source is None or len(self.tokens) != 1:

@@ -99,6 +99,8 @@ def sum_line(data: EntryData, *, mean: bool) -> str:
         what += " difference"
     if data.softcap is not None:
         what += f" before the cap of {data.softcap:g}"
+    if data.compared:
+        what += ", first - second"
     start = "last entry" if data.words.cumulative else "sum"
     return f"{start} {total:+.{digits}f}  + bias {bias:+.{digits}f}  = {logit:+.{digits}f}, {what}"
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dla_hooks.backends import Conventions
+from dla_hooks.inputs.entries import Entries
 from dla_hooks.modules.hooks import Place, Tap
 from dla_hooks.projection.tiles import View
 from dla_hooks.residual.stream import Stream
@@ -150,6 +151,11 @@ class UnitPlan:
     def recorder(self, view: View) -> Recorder:
         """A recorder for one prompt, whose entries are all in view."""
         return _FromParts(self.unit)
+
+    def known_rows(self, entries: Entries) -> Sequence[Row] | None:
+        """The rows of a prompt, hooks left out, where they are known before it is run; or None."""
+        found: Sequence[Row] | None = getattr(self, "rows", None)
+        return found
 
 
 class Unit:

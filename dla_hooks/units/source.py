@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dla_hooks.backends import Conventions
 from dla_hooks.errors import InputError
+from dla_hooks.inputs.entries import Entries
 from dla_hooks.inputs.options import some_layers, whole_number
 from dla_hooks.modules.attention_interface import AttentionCall, AttentionTap
 from dla_hooks.modules.hooks import Call, Place, Tap
@@ -126,6 +127,9 @@ class _SourcePlan(UnitPlan):
     def runs(self, n_sources: int) -> list[Run]:
         """The rows for prompts of so many tokens."""
         return runs_of([layer for layer, _ in self.layers], self.sum, n_sources)
+
+    def known_rows(self, entries: Entries) -> RowRuns:
+        return RowRuns(self.runs(entries.numbers()[1]))
 
     def recorder(self, view: View) -> Recorder:
         return _SourceRecorder(self, view)
