@@ -40,13 +40,16 @@ if TYPE_CHECKING:  # X as X: these names are public
     from dla_hooks.many.sweep import attribute_many as attribute_many
     from dla_hooks.questions.ablated import Ablated as Ablated
     from dla_hooks.questions.ablated import ablated as ablated
-    from dla_hooks.questions.where import where as where
     from dla_hooks.questions.compare import compare as compare
+    from dla_hooks.questions.effects import effects as effects
+    from dla_hooks.questions.where import where as where
     from dla_hooks.residual.architecture import Architecture as Architecture
     from dla_hooks.residual.architecture import Write as Write
     from dla_hooks.residual.registry import architectures as architectures
     from dla_hooks.residual.registry import register as register
     from dla_hooks.results.comparison import Comparison as Comparison
+    from dla_hooks.results.effects import Effects as Effects
+    from dla_hooks.results.effects_data import Effect as Effect
     from dla_hooks.results.load import load as load
     from dla_hooks.results.promoted import PromotedTokens as PromotedTokens
     from dla_hooks.results.ranked import RankedAttribution as RankedAttribution
@@ -79,6 +82,8 @@ _HOME = {
     "DLAWarning": "errors",
     "DecompositionError": "errors",
     "DirectLogitAttribution": "results.result",
+    "Effect": "results.effects_data",
+    "Effects": "results.effects",
     "HookError": "errors",
     "InputError": "errors",
     "LabelError": "errors",
@@ -107,6 +112,7 @@ _HOME = {
     "compare": "questions.compare",
     "decompose_resid": "stacks",
     "direct_logit_attribution": "attribution",
+    "effects": "questions.effects",
     "load": "results.load",
     "logit_attrs": "stacks",
     "prepare": "attribution",

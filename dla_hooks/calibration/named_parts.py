@@ -45,21 +45,27 @@ class NamedPart:
 
     Attributes:
         label: its name.
+        write: the label of the write that it is, or is a part of.
+        layer: the block that it belongs to.
         kind: ``write``, ``head``, ``neuron``, ``expert`` or ``shared expert``.
         place: the module's input or output in which it stands.
         width: how many channels it has; 0 where only a run shows it.
         channels: which of what stands there, side by side; None is all.
         heads: where the heads of its sublayer are seen, if it is a head.
         experts: the experts that it is one of.
+        among: how many neurons there are in its MLP, if it is one.
     """
 
     label: str
+    write: str
+    layer: int
     kind: str
     place: Place
     width: int
     channels: slice | None = None
     heads: HeadSite | None = None
     experts: Experts | None = None
+    among: int = 0
 
     def read(self, x: Tensor) -> Tensor:
         """What of an activation there is its own [..., width]; not for an expert."""
@@ -88,7 +94,7 @@ def part_named(stream: Stream, label: str) -> NamedPart:
         raise ArgumentTypeError(f"a part is named by a label such as 'L9H6'; got {label!r:.80}")
     for write in stream.writes:
         if write.label == label:
-            return NamedPart(label, "write", write.place, stream.d_model)
+            return NamedPart(label, label, write.layer, "write", write.place, stream.d_model)
     found = _IN_LAYER.fullmatch(label)
     find = _FIND.get(found[3]) if found else None
     if found is None or find is None:
@@ -105,17 +111,19 @@ def _head(stream: Stream, label: str, layer: int, sub: int, number: int) -> Name
     writes = [write for write in sized.writes if write.layer == layer and write.heads is not None]
     sites = [write.heads for write in writes if write.heads is not None]
     _check_number(stream, label, "head", sub, number, [site.n_heads for site in sites])
-    site = sites[sub]
+    site, write = sites[sub], writes[sub].label
     place = site.place.entered if site.linear is site.proj else site.place
     channels = slice(number * site.d_head, (number + 1) * site.d_head)
-    return NamedPart(label, "head", place, site.d_head, channels, heads=site)
+    return NamedPart(label, write, layer, "head", place, site.d_head, channels, heads=site)
 
 
 def _neuron(stream: Stream, label: str, layer: int, sub: int, number: int) -> NamedPart:
-    sites = [site for _, site, _ in chosen_neurons(stream, (layer,))]
-    widths = [input_width(site.linear) for site in sites]
+    found = chosen_neurons(stream, (layer,))
+    widths = [input_width(site.linear) for _, site, _ in found]
     _check_number(stream, label, "neuron", sub, number, widths)
-    return NamedPart(label, "neuron", sites[sub].place, 1, slice(number, number + 1))
+    write, site, _ = found[sub]
+    channels, n = slice(number, number + 1), widths[sub]
+    return NamedPart(label, write.label, layer, "neuron", site.place, 1, channels, among=n)
 
 
 def _expert(stream: Stream, label: str, layer: int, sub: int, number: int) -> NamedPart:
@@ -124,7 +132,7 @@ def _expert(stream: Stream, label: str, layer: int, sub: int, number: int) -> Na
     site = sites[sub]
     experts = Experts(number, site.n, not site.k, site.slots)
     place = _place_in(stream, site, site.path)
-    return NamedPart(label, "expert", place, 0, experts=experts)
+    return NamedPart(label, site.label, layer, "expert", place, 0, experts=experts)
 
 
 def _shared(stream: Stream, label: str, layer: int, sub: int, number: int) -> NamedPart:
@@ -134,8 +142,10 @@ def _shared(stream: Stream, label: str, layer: int, sub: int, number: int) -> Na
     one = site.shared[number]
     if one.label:  # it is a whole write
         write = next(write for write in stream.writes if write.label == one.label)
-        return NamedPart(label, "shared expert", write.place, stream.d_model)
-    return NamedPart(label, "shared expert", _place_in(stream, site, one.path), 0)
+        place, width = write.place, stream.d_model
+        return NamedPart(label, write.label, layer, "shared expert", place, width)
+    place = _place_in(stream, site, one.path)
+    return NamedPart(label, site.label, layer, "shared expert", place, 0)
 
 
 _FIND = {"H": _head, "N": _neuron, "E": _expert, "S": _shared}

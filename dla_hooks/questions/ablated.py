@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -13,19 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from dla_hooks.calibration.named_parts import part_named
-from dla_hooks.call import ReadModel, model_of, source_of
+from dla_hooks.call import model_of, source_of
 from dla_hooks.errors import ArgumentTypeError, InputError, LabelError, ShapeMismatchError
 from dla_hooks.inputs.plain import check_dense
 from dla_hooks.modules.compiled import eagerly
 from dla_hooks.modules.replacing import Replacing
 from dla_hooks.questions.ablation import Part, Put, replacements
-from dla_hooks.questions.feature_part import Read, feature_part
+from dla_hooks.questions.feature_part import Dictionaries
 from dla_hooks.questions.means import means_of
 from dla_hooks.residual.hooked import decoders
 from dla_hooks.residual.stream import Stream
-from dla_hooks.sources.live import Live
+from dla_hooks.sources.base import Source
 from dla_hooks.units.base import Unit
-from dla_hooks.units.feature import Features
 
 ZERO, MEAN = "zero", "mean"
 
@@ -97,15 +96,19 @@ def ablated(
     0.0
     """
     read = model_of(model, tokenizer=tokenizer, prepend_bos=prepend_bos)
-    names = _names(labels)
-    given = _given(names, how)
-    dictionaries = dictionaries_of(read.stream, unit)
+    names = names_of(labels)
+    dictionaries = Dictionaries(unit, read.stream)
     parts = [ablatable(read.stream, label, dictionaries) for label in names]
-    values = {part.label: _value(part, given[part.label]) for part in parts}
-    of_means = [part for part in parts if given[part.label] is MEAN]
-    if of_means:
-        values |= _means(read, of_means, input, attention_mask)
-    puts = [Put(part, values[part.label]) for part in parts]
+
+    def prompts() -> Source:
+        if input is None:
+            raise InputError(
+                "how='mean' is the mean over the tokens of prompts: give them as input=, or "
+                "how='zero', or a tensor"
+            )
+        return source_of(read, input, attention_mask=attention_mask, purpose=None)
+
+    puts = puts_of(parts, how, prompts)
     return Ablated(read.stream, puts, every_thread=every_thread)
 
 
@@ -148,43 +151,27 @@ class Ablated:
         return f"Ablated({self._model}: {', '.join(self.labels)})"
 
 
-def dictionaries_of(stream: Stream, unit: Unit | None) -> Read:
-    """The dictionaries of a unit, read once; of none, none.
-
-    Raises:
-        InputError: for another unit, and for dictionaries that cannot be read.
-    """
-    if unit is None:
-        return ()
-    if not isinstance(unit, Features):
-        raise InputError(
-            f"unit is for labels of features: a dla_hooks.Features(...); got {unit!r:.60}. Heads, "
-            "neurons, experts and writes are named by their labels alone"
-        )
-    return unit.read(stream)
-
-
-def ablatable(stream: Stream, label: str, read: Read = ()) -> Part:
+def ablatable(stream: Stream, label: str, dictionaries: Dictionaries) -> Part:
     """The part of a label, if something can be put in its place.
 
     Args:
         stream: the located model.
         label: of a row.
-        read: the dictionaries whose rows may be named.
+        dictionaries: whose rows may be named.
 
     Raises:
         LabelError: for a part that is not there.
         InputError: for a row that is no part, with what to do instead.
     """
     if isinstance(label, str):
-        found = feature_part(read, label)
+        found = dictionaries.part(label)
         if found is not None:
             return found
-        _check_kind(label, read)
+        _check_kind(label, dictionaries.places)
     return part_named(stream, label)
 
 
-def _check_kind(label: str, read: Read) -> None:
+def _check_kind(label: str, places: Sequence[str]) -> None:
     """Refuse the rows that nothing can be taken out for."""
     why = None
     if _RUNNING_SUM.fullmatch(label):
@@ -207,9 +194,8 @@ def _check_kind(label: str, read: Read) -> None:
     elif _HOOK.fullmatch(label):
         why = "is what hooks of yours write; take the hook off"
     elif _FEATURE.fullmatch(label):
-        if read:
-            places = ", ".join(at.label for at, _ in read)
-            raise LabelError(f"no dictionary (at {places}) has the row {label!r:.40}")
+        if places:
+            raise LabelError(f"no dictionary (at {', '.join(places)}) has the row {label!r:.40}")
         why = "is a row of a dictionary; give it: unit=dla_hooks.Features({place: dictionary})"
     elif _ADAPTER.fullmatch(label):
         why = "is an adapter's part; switch the adapter off: model.disable_adapter()"
@@ -217,7 +203,13 @@ def _check_kind(label: str, read: Read) -> None:
         raise InputError(f"{label!r:.40} cannot be ablated: it {why}")
 
 
-def _names(labels: Any) -> list[str]:
+def names_of(labels: Any) -> list[str]:
+    """Some labels, or one.
+
+    Raises:
+        ArgumentTypeError: for anything else.
+        InputError: for none.
+    """
     if isinstance(labels, str):
         return [labels]
     if not isinstance(labels, Iterable) or isinstance(labels, (bytes, Tensor)):
@@ -230,24 +222,40 @@ def _names(labels: Any) -> list[str]:
     return found
 
 
-def _given(labels: Sequence[str], how: Any) -> dict[str, Any]:
-    """What is to take the place of each part, as it was given."""
-    if not isinstance(how, Mapping):
-        return dict.fromkeys(labels, how)
-    lacking = [label for label in labels if label not in how]
-    more = [label for label in how if label not in labels]
-    if lacking or more:
-        raise InputError(
-            f"how as a mapping needs the labels as keys: {lacking[0]!r:.40} is not there"
-            if lacking
-            else f"how names {more[0]!r:.40}, which is not among the labels"
-        )
-    return {label: how[label] for label in labels}
+def puts_of(parts: Sequence[Part], how: Any, prompts: Callable[[], Source]) -> list[Put]:
+    """What takes the place of each part.
+
+    Args:
+        parts: the parts.
+        how: see :func:`ablated`.
+        prompts: the run that means are taken over.
+
+    Raises:
+        InputError: for a value that cannot be used.
+        ShapeMismatchError: for a tensor of another width than its part.
+    """
+    given = dict.fromkeys((part.label for part in parts), how)
+    if isinstance(how, Mapping):
+        lacking, more = [x for x in given if x not in how], [x for x in how if x not in given]
+        if lacking or more:
+            why = f"lacks {lacking[0]!r:.40}" if lacking else f"names {more[0]!r:.40} besides"
+            raise InputError(f"a mapping of what is to be put needs the labels as keys; it {why}")
+        given = dict(how)
+    values = {part.label: _value(part, given[part.label]) for part in parts}
+    of_means = [part for part in parts if is_word(given[part.label], MEAN)]
+    if of_means:
+        values |= means_of(of_means, prompts())
+    return [Put(part, values[part.label]) for part in parts]
+
+
+def is_word(how: Any, word: str) -> bool:
+    """Whether what is to be put is a word, and not a tensor."""
+    return isinstance(how, str) and how == word
 
 
 def _value(part: Part, how: Any) -> Tensor | None:
     """A value as a tensor; None for zero, and for a mean that is not measured yet."""
-    if isinstance(how, str) and how in (ZERO, MEAN):
+    if is_word(how, ZERO) or is_word(how, MEAN):
         return None
     if isinstance(how, numbers.Real) and not isinstance(how, bool):
         how = torch.tensor(float(how), dtype=torch.float64, device="cpu")
@@ -273,16 +281,3 @@ def _value(part: Part, how: Any) -> Tensor | None:
             f"[batch, pos, {part.width}]"
         )
     return value
-
-
-def _means(
-    read: ReadModel, parts: Sequence[Part], input: Any, attention_mask: Any
-) -> dict[str, Tensor]:
-    if input is None:
-        raise InputError(
-            "how='mean' is the mean over the tokens of prompts: give them as input=, or "
-            "how='zero', or a tensor"
-        )
-    source = source_of(read, input, attention_mask=attention_mask, purpose=None)
-    assert isinstance(source, Live)
-    return means_of(parts, source)

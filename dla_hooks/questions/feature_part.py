@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -10,10 +9,13 @@ import torch
 from torch import Tensor
 
 from dla_hooks.calibration.named_places import NamedPlace, feature_rows
-from dla_hooks.errors import UnsupportedModelError
+from dla_hooks.errors import InputError, UnsupportedModelError
 from dla_hooks.modules.dictionaries import Codes, Dictionary
 from dla_hooks.modules.hooks import Call, Place
 from dla_hooks.projection.features import BEYOND
+from dla_hooks.residual.stream import Stream
+from dla_hooks.units.base import Unit
+from dla_hooks.units.feature import Features
 
 
 @dataclass(frozen=True)
@@ -25,12 +27,14 @@ class FeaturePart:
         at: the place of the dictionary.
         dictionary: the dictionary.
         number: of the feature; behind the features come ``b_dec`` and ``error``.
+        unit: the unit of that dictionary alone, which keeps all rows.
     """
 
     label: str
     at: NamedPlace
     dictionary: Dictionary
     number: int
+    unit: Features
 
     @property
     def place(self) -> Place:
@@ -81,28 +85,52 @@ class FeaturePart:
         return rows_2M[1] - rows_2M[0]
 
 
-Read = Sequence[tuple[NamedPlace, Dictionary]]
-"""Dictionaries, each with its place."""
+class Dictionaries:
+    """The dictionaries of a unit, read once.
 
-
-def feature_part(read: Read, label: str) -> FeaturePart | None:
-    """Find one row of some dictionaries; None where none has that label.
+    Args:
+        unit: the unit; None is no dictionary.
+        stream: the located model.
 
     Raises:
-        UnsupportedModelError: at a place that is read beside the stream.
+        InputError: for another unit, and for dictionaries that cannot be read.
     """
-    number = feature_rows([(at, dictionary.n_features) for at, dictionary in read]).number_of(label)
-    if number is None:
+
+    def __init__(self, unit: Unit | None, stream: Stream) -> None:
+        if unit is not None and not isinstance(unit, Features):
+            raise InputError(
+                f"unit is for labels of features: a dla_hooks.Features(...); got {unit!r:.60}. "
+                "Heads, neurons, experts and writes are named by their labels alone"
+            )
+        self._unit, self._read = unit, [] if unit is None else unit.read(stream)
+        self.places = [at.label for at, _ in self._read]
+
+    def part(self, label: str) -> FeaturePart | None:
+        """Find one row; None where none has that label.
+
+        Raises:
+            UnsupportedModelError: at a place that is read beside the stream.
+        """
+        rows = feature_rows([(at, dictionary.n_features) for at, dictionary in self._read])
+        number = rows.number_of(label)
+        if number is None or self._unit is None:
+            return None
+        for at, dictionary in self._read:
+            n_rows = dictionary.n_features + BEYOND
+            if number < n_rows:
+                _check_place(label, at)
+                given = self._unit
+                alone = {at.label: given.dictionaries[at.label]}
+                unit = Features(alone, top=None, centred=given.centred)
+                return FeaturePart(label, at, dictionary, number, unit)
+            number -= n_rows
         return None
-    for at, dictionary in read:
-        n_rows = dictionary.n_features + BEYOND
-        if number < n_rows:
-            if at.name == "mid":
-                raise UnsupportedModelError(
-                    f"{label} is at {at.label}, which a norm reads while the stream itself goes "
-                    "past it, so that nothing can be taken out of the stream there; give the "
-                    "dictionary's place as what was written before"
-                )
-            return FeaturePart(label, at, dictionary, number)
-        number -= n_rows
-    return None
+
+
+def _check_place(label: str, at: NamedPlace) -> None:
+    if at.name == "mid":
+        raise UnsupportedModelError(
+            f"{label} is at {at.label}, which a norm reads while the stream itself goes past it, "
+            "so that nothing can be taken out of the stream there; give the dictionary's place as "
+            "what was written before"
+        )

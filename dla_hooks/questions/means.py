@@ -15,7 +15,7 @@ from dla_hooks.modules.experts import ExpertsCall, ExpertsTap
 from dla_hooks.modules.hooks import Call, Tap
 from dla_hooks.projection.tiles import View
 from dla_hooks.questions.ablation import Part
-from dla_hooks.sources.live import Live
+from dla_hooks.sources.base import Source
 
 
 class Means:
@@ -28,7 +28,7 @@ class Means:
         source: the run.
     """
 
-    def __init__(self, parts: Sequence[Part], source: Live) -> None:
+    def __init__(self, parts: Sequence[Part], source: Source) -> None:
         every = select(None, source.prompt.mask)
         entries = one_target(
             every.rows, every.cols, every.valid, source.prompt.shape, True, every.mask
@@ -94,7 +94,7 @@ class Means:
         self._sums[label] = sum_M if old is None else old.to(sum_M.device) + sum_M
 
 
-def means_of(parts: Sequence[Part], source: Live) -> dict[str, Tensor]:
+def means_of(parts: Sequence[Part], source: Source) -> dict[str, Tensor]:
     """Run the model once; the mean of each part [width], by its label."""
     means = Means(parts, source)
     source.show(means.view, means.taps, None)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dla_hooks.errors import InputError
 from dla_hooks.results.rows import NO_WORDS, Row, Words, filled
-from dla_hooks.results.where import Locate
+from dla_hooks.results.where import Located
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,11 @@ class RowMeans:
     beyond: float = 0.0
 
 
-class EntryData:
+class EntryData(Located):
     """What all results have: numbers of entries, of which some belong to rows.
 
     Its fields are those that the dataclasses below have in common.
     """
-
-    __slots__ = ("_locate",)  # beside the fields, which are what is saved
 
     attribution: Tensor  # [row or place, *batch_and_pos]
     unit: str
@@ -61,15 +59,6 @@ class EntryData:
     beside: dict[str, Tensor]  # each like attribution
     keeps_some = False  # whether there are more rows than are kept
     compared: bool = False  # whether the numbers are differences of two runs
-
-    @property
-    def locate(self) -> Locate | None:
-        """Finds the places of rows in the model; no field, since it is not saved."""
-        return getattr(self, "_locate", None)
-
-    def located_by(self, locate: Locate) -> None:
-        """Let the result find its rows in the model."""
-        self._locate = locate
 
     @property
     def shape(self) -> torch.Size:

@@ -28,3 +28,19 @@ class Where(NamedTuple):
 
 Locate = Callable[[str], Where]
 """From the label of a row to its place."""
+
+
+class Located:
+    """A result that finds its rows in the model; how is no field of it, and is not saved."""
+
+    __slots__ = ("_locate",)
+    _locate: Locate
+
+    @property
+    def locate(self) -> Locate | None:
+        """Finds the places of rows; None where the model is not known."""
+        return getattr(self, "_locate", None)
+
+    def located_by(self, locate: Locate) -> None:
+        """Let the result find its rows in the model."""
+        self._locate = locate
