@@ -17,7 +17,7 @@ from dla_hooks.measure.one_prompt import results
 from dla_hooks.modules.user_hooks import refuse_second_run
 from dla_hooks.modules.version import forget
 from dla_hooks.questions.ablated import ZERO, ablatable, names_of, puts_of
-from dla_hooks.questions.ablation import Put
+from dla_hooks.questions.ablation import Part, Put
 from dla_hooks.questions.feature_part import Dictionaries, FeaturePart
 from dla_hooks.questions.taken_out import (
     COMPONENT,
