@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from benchmarks import contenders, finer, gpu, many, offload, peers, prepared
+from benchmarks import contenders, finer, gpu, many, offload, peers, prepared, questions
 from benchmarks.agree import prove
 from benchmarks.bar import Measured, Options, Skipped, once
 from benchmarks.compare import grid, measure
@@ -198,6 +198,7 @@ BARS = {
     "finer": Case(finer.units, "gpt2-small", (512,), also=(("mixtral-6x768", 512),)),
     "finer-chunks": Case(finer.in_chunks, "long-llama", (16384,), shortest=_CHUNKS),
     "promoted": Case(finer.promoted, "gpt2-small", (512,)),
+    "compare": Case(questions.compare, "gpt2-small", (512,)),
     "offload": Case(offload.measured, "llama-250m", (256,)),
     "many": Case(many.measured, "gpt2-small", (64,)),  # as long as its longest
     "gpu": Case(gpu.measured, "llama-3-8b", (2048, 8192)),

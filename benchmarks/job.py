@@ -9,7 +9,7 @@ import dataclasses
 import json
 import sys
 
-from benchmarks import offload
+from benchmarks import offload, questions
 from benchmarks.contenders import Bench
 from benchmarks.memory import peak_during
 from benchmarks.models import Setting
@@ -39,6 +39,8 @@ def main() -> None:
     what = job.pop("job")
     if what == "call":
         found = of_a_call(job["name"], Setting(**job["setting"]))
+    elif what == "question":
+        found = questions.peak_here(**job)
     else:
         found = offload.peak_here(**job)
     sys.stdout.write(f"\n{found}\n")

@@ -71,7 +71,7 @@ def comparison_of(key: str, unit: Unit, first: Run, second: Run) -> Comparison:
     """
     words, top = unit.words, getattr(unit, "top", None)
     one, other = _ways(key, words, first, second), _ways(key, words, second, first)
-    ranked = one.remainder_N is not None or top is not None
+    ranked = one.left_WN is not None or top is not None
     if ranked:
         one, other = _ranked_rows(one, words), _ranked_rows(other, words)
     results_of = [
@@ -83,13 +83,15 @@ def comparison_of(key: str, unit: Unit, first: Run, second: Run) -> Comparison:
         labels = [row.label for row in rows]
         one, other = (way.only(words, labels) for way in (one, other))
         one = dataclasses.replace(one, rows=rows)
-    difference, written = _difference(one, other.on(one.own_CN.device))
+    difference = _difference(one, other.on(one.own_CN.device))
     part = _kept(difference, words, top, first.entries) if ranked else None
     made = _as_result(difference, part, words, first.entries, *results_of)
-    means = None
-    if part is not None and part.row_sums_RB is not None:
-        means = _means(written, first.entries).to(made.attribution)
-    return Comparison(made, results_of[0], results_of[1], means)
+    if part is None:
+        return Comparison(made, results_of[0], results_of[1])
+    written_RN, like = difference.beside[WRITTEN], made.attribution
+    means = None if part.row_sums_RB is None else _means(written_RN, first.entries).to(like)
+    beyond = first.entries.unfold(_beyond(difference, part).to(like))
+    return Comparison(made, results_of[0], results_of[1], means, beyond)
 
 
 def _ways(key: str, words: Words, run: Run, other: Run) -> TwoWays:
@@ -107,23 +109,39 @@ def _result(key: str, run: Run, split: RankedSplit | None) -> Result:
     return results(single, run.outcome, run.source, run.tokenizer)[key]
 
 
-def _difference(one: TwoWays, other: TwoWays) -> tuple[TwoWays, Tensor]:
-    """First minus second, with both halves of it beside each row; and what was written."""
-    written = (one.own_CN - other.other_CN + one.other_CN - other.own_CN) / 2
-    read = (one.own_CN - one.other_CN + other.other_CN - other.own_CN) / 2
+def _difference(one: TwoWays, other: TwoWays) -> TwoWays:
+    """First minus second; both halves of it, and the two, stand beside each row.
+
+    What is left is first its difference, then what of that was written.
+    """
+
+    def halves(
+        mine: Tensor, as_theirs: Tensor, theirs: Tensor, as_mine: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        written = (mine - as_mine + as_theirs - theirs) / 2
+        return written, (mine - as_theirs + as_mine - theirs) / 2
+
+    written, read = halves(one.own_CN, one.other_CN, other.own_CN, other.other_CN)
     beside = {name: own - other.beside[name] for name, own in one.beside.items()}
     beside |= {WRITTEN: written, READ: read, FIRST: one.own_CN, SECOND: other.own_CN}
-    remainder_N = None
-    if one.remainder_N is not None and other.remainder_N is not None:
-        remainder_N = one.remainder_N - other.remainder_N
-    found = dataclasses.replace(
+    left_WN = None
+    if one.left_WN is not None and other.left_WN is not None:
+        written_N, _ = halves(*one.left_WN, *other.left_WN)
+        left_WN = torch.stack((one.left_WN[0] - other.left_WN[0], written_N))
+    return dataclasses.replace(
         one,
         own_CN=one.own_CN - other.own_CN,
         there_CN=one.there_CN | other.there_CN,
         beside=beside,
-        remainder_N=remainder_N,
+        left_WN=left_WN,
     )
-    return found, written
+
+
+def _beyond(difference: TwoWays, part: RankedSplit) -> Tensor:
+    """What was written by the rows that are not kept, and by no row at all [2, N]."""
+    assert difference.left_WN is not None
+    rest_N = difference.beside[WRITTEN].sum(0) - part.beside[WRITTEN].sum(0)
+    return torch.stack((rest_N, difference.left_WN[1]))
 
 
 def _as_result(
@@ -149,7 +167,6 @@ def _as_result(
     if isinstance(first, RankedAttribution):
         assert part is not None
         beside = {name: entries.unfold(own.to(dtype)) for name, own in part.beside.items()}
-        assert difference.remainder_N is not None
         means = None if part.row_sums_RB is None else _means(difference.own_CN, entries).to(dtype)
         return dataclasses.replace(
             first,
@@ -191,32 +208,27 @@ def _of_both(first: Sequence[Row], second: Sequence[Row]) -> Sequence[Row]:
 
 def _ranked_rows(way: TwoWays, words: Words) -> TwoWays:
     """The rows of the unit alone: what hooks wrote is in the remainder of a ranked unit."""
-    if way.remainder_N is not None:
+    if way.left_WN is not None:
         return way
-    kept = [
-        number
-        for number, row in enumerate(way.rows)
-        if row.label != words.remainder and row.kind != "hook"
-    ]
-    left = torch.ones(len(way.rows), dtype=torch.bool, device=way.own_CN.device)
-    left[kept] = False
+    is_own = [row.label != words.remainder and row.kind != "hook" for row in way.rows]
+    kept = torch.tensor(is_own, device=way.own_CN.device)
     beside = {name: own[kept] for name, own in way.beside.items()}
     there_CN = way.there_CN[kept]
     if beside:  # where an expert was not chosen, all of its numbers are 0
         there_CN = torch.stack([own != 0 for own in beside.values()]).any(0)
     return TwoWays(
-        [way.rows[number] for number in kept],
+        [row for row, own in zip(way.rows, is_own, strict=True) if own],
         way.own_CN[kept],
         way.other_CN[kept],
         there_CN,
         beside,
-        way.own_CN[left].sum(0),
+        torch.stack([numbers[~kept].sum(0) for numbers in (way.own_CN, way.other_CN)]),
     )
 
 
 def _kept(way: TwoWays, words: Words, top: int | None, entries: Entries) -> RankedSplit:
     """The strongest rows of each entry; the rest is the sum of all others."""
-    assert way.remainder_N is not None
+    assert way.left_WN is not None
     n_rows = len(way.rows)
     k = n_rows if top is None else min(top, n_rows)
     kept_KN = strongest(way.own_CN.T, k, way.there_CN.T).T
@@ -228,7 +240,7 @@ def _kept(way: TwoWays, words: Words, top: int | None, entries: Entries) -> Rank
         values_KN=values_KN,
         index_KN=kept_KN.masked_fill(~there_KN, -1),
         rest_N=way.own_CN.sum(0) - values_KN.sum(0),
-        remainder_N=way.remainder_N,
+        remainder_N=way.left_WN[0],
         row_sums_RB=sums_RB,
         beside={name: own.gather(0, kept_KN) for name, own in way.beside.items()},
     )

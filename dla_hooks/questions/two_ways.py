@@ -35,7 +35,7 @@ class TwoWays:
         other_CN: what the other run's directions and scale would make of the same writes.
         there_CN: which rows there are at each entry.
         beside: what the unit puts beside each row, by name [C, N].
-        remainder_N: for a ranked unit, what no row holds, on the own directions; else None.
+        left_WN: for a ranked unit what no row holds, both ways [2, N]; else None.
     """
 
     rows: Sequence[Row]
@@ -43,7 +43,7 @@ class TwoWays:
     other_CN: Tensor
     there_CN: Tensor
     beside: Mapping[str, Tensor]
-    remainder_N: Tensor | None = None
+    left_WN: Tensor | None = None
 
     def only(self, words: Words, labels: Sequence[str]) -> TwoWays:
         """The same with these rows, in their order; one that is not there counts nothing.
@@ -75,14 +75,14 @@ class TwoWays:
 
     def on(self, device: torch.device) -> TwoWays:
         """The same numbers on a device."""
-        left = self.remainder_N
+        left = self.left_WN
         return dataclasses.replace(
             self,
             own_CN=self.own_CN.to(device),
             other_CN=self.other_CN.to(device),
             there_CN=self.there_CN.to(device),
             beside={name: own.to(device) for name, own in self.beside.items()},
-            remainder_N=None if left is None else left.to(device),
+            left_WN=None if left is None else left.to(device),
         )
 
 
@@ -117,22 +117,29 @@ def two_ways(
         factor: what the other's directions were multiplied by.
     """
     reading = found.reading
-    rows, values_CN, there_CN, beside, remainder_N = _every_row(split)
-    values_CN = values_CN.double()
-    own_CN, other_CN = values_CN[:, OWN], values_CN[:, OTHER] / factor
     ratio_N = reading.scale_N[OWN].double() / other_N.to(reading.scale_N.device).double()
-    behind = _behind(rows, words, reading) if remainder_N is None else {}
-    scaled_CN = other_CN * ratio_N
-    for number, added_N in behind.items():
-        hooks_N = added_N[OTHER].double() / factor
-        scaled_CN[number] = (other_CN[number] - hooks_N) * ratio_N + hooks_N
+
+    def of_other(values_CN: Tensor, behind_N: Tensor | int = 0) -> Tensor:
+        """The other half of numbers, through the other's scale; hooks behind it as they are."""
+        hooks_N = behind_N[OTHER].double() / factor if isinstance(behind_N, Tensor) else 0
+        return (values_CN[..., OTHER].double() / factor - hooks_N) * ratio_N + hooks_N
+
+    rows, values_CN, there_CN, beside = _every_row(split)
+    other_CN, left_WN = of_other(values_CN), None
+    if isinstance(split, RankedSplit):
+        left_N, hooks_N = split.remainder_N, sum(reading.hooks_RN.values())
+        other_left_N = of_other(left_N, hooks_N[0] if isinstance(hooks_N, Tensor) else 0)
+        left_WN = torch.stack((left_N[OWN].double(), other_left_N))
+    else:
+        for number, added_N in _behind(rows, words, reading).items():
+            other_CN[number] = of_other(values_CN[number], added_N)
     return TwoWays(
         rows,
-        own_CN,
-        scaled_CN,
+        values_CN[:, OWN].double(),
+        other_CN,
         there_CN[:, OWN],
         {name: own[:, OWN].double() for name, own in beside.items()},
-        None if remainder_N is None else remainder_N[OWN].double(),
+        left_WN,
     )
 
 
@@ -167,11 +174,11 @@ def _behind(rows: Sequence[Row], words: Words, reading: Reading) -> dict[int, Te
 
 def _every_row(
     split: Split | RankedSplit,
-) -> tuple[Sequence[Row], Tensor, Tensor, Mapping[str, Tensor], Tensor | None]:
-    """All rows, their numbers, where they are, what stands beside them, and the remainder."""
+) -> tuple[Sequence[Row], Tensor, Tensor, Mapping[str, Tensor]]:
+    """All rows, their numbers, where they are, and what stands beside them."""
     if isinstance(split, Split):
         there_CN = torch.ones_like(split.values_CN, dtype=torch.bool)
-        return split.rows, split.values_CN, there_CN, split.beside, None
+        return split.rows, split.values_CN, there_CN, split.beside
     n_rows = len(split.rows)
     index_KN = torch.where(split.index_KN < 0, n_rows, split.index_KN)  # no row: behind the last
 
@@ -181,4 +188,4 @@ def _every_row(
 
     there_RN = spread(torch.ones_like(index_KN, dtype=torch.bool))
     beside = {name: spread(own_KN) for name, own_KN in split.beside.items()}
-    return split.rows, spread(split.values_KN), there_RN, beside, split.remainder_N
+    return split.rows, spread(split.values_KN), there_RN, beside

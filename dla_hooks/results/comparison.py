@@ -12,10 +12,10 @@ from torch import Tensor
 from dla_hooks.errors import InputError
 from dla_hooks.results import comparison_views, files, table
 from dla_hooks.results.chart import plot
-from dla_hooks.results.ranked import RankedAttribution, Result
+from dla_hooks.results.ranked import REMAINDER, REST, RankedAttribution, Result
 from dla_hooks.results.result import DirectLogitAttribution
 from dla_hooks.results.rows import Row, Words
-from dla_hooks.results.schema import pack, unpack
+from dla_hooks.results.schema import as_json, pack, unpack
 from dla_hooks.results.stored import Exported
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ class Comparison(Exported):
         second: of the second run.
         written_means: of a ranked unit every row's mean of ``written`` over the entries of each
             prompt [all rows, batch], or None.
+        beyond: of a ranked unit what was written by the rows that are not kept, and by no row of
+            the unit [2, *batch_and_pos]: the written part of ``rest`` and ``remainder``; or None.
 
     Raises:
         InputError: when ``difference`` does not hold what was written and read.
@@ -69,6 +71,7 @@ class Comparison(Exported):
     first: Result
     second: Result
     written_means: Tensor | None = None
+    beyond: Tensor | None = None
 
     def __post_init__(self) -> None:
         missing = [name for name in (WRITTEN, READ, FIRST, SECOND) if name not in self._beside]
@@ -147,23 +150,34 @@ class Comparison(Exported):
 
     def prompt(self, index: int) -> Self:
         """The comparison of one row of the batch; see :meth:`DirectLogitAttribution.prompt`."""
-        means = self.written_means
-        if means is not None and means.shape[1] > 1:
-            means = means[:, index][:, None]
-        parts = (getattr(self, name).prompt(index) for name in _PARTS)
-        return replace(self, **dict(zip(_PARTS, parts, strict=True)), written_means=means)
+        parts, n = self._each("prompt", index), len(self.difference.tokens)
+        means, beyond = self.written_means, self.beyond
+        if n > 1:  # one prompt is whole
+            row = slice(index % n, index % n + 1)
+            means = None if means is None else means[:, row]
+            beyond = None if beyond is None else beyond[:, row]
+        return type(self)(parts[0], parts[1], parts[2], means, beyond)
 
     def position(self, index: int) -> Self:
         """The comparison at one of the selected positions; see
         :meth:`DirectLogitAttribution.position`."""
-        parts = [getattr(self, name).position(index) for name in _PARTS]
-        whole = len(self.difference.shape) == 2 and self.difference.shape[1] == 1
-        means = self.written_means if whole else None
-        return replace(self, **dict(zip(_PARTS, parts, strict=True)), written_means=means)
+        parts = self._each("position", index)
+        means = self.written_means if self.difference.shape[1] == 1 else None
+        beyond = None if self.beyond is None else self.beyond[:, :, index]
+        return type(self)(parts[0], parts[1], parts[2], means, beyond)
 
     def records(self) -> list[dict[str, Any]]:
         """The lines of :meth:`to_dataframe`, as dictionaries."""
-        return self.difference.records()
+        lines = self.difference.records()
+        if self.beyond is not None:
+            last = dict(zip((REST, REMAINDER), self.beyond.flatten(1).tolist(), strict=True))
+            entries = [flat for flat, _ in table.entries(self.difference)]
+            for label, values in last.items():
+                own = [line for line in lines if line["label"] == line["kind"] == label]
+                for line, flat in zip(own, entries, strict=True):
+                    line[WRITTEN] = values[flat]
+                    line[READ] = line["attribution"] - values[flat]
+        return lines
 
     def to_dataframe(self) -> pandas.DataFrame:
         """One line per row, batch entry and position (extra ``pandas``).
@@ -198,8 +212,9 @@ class Comparison(Exported):
         """
         tensors: dict[str, Tensor] = {}
         plain: dict[str, Any] = {_KIND: self.difference.form}
-        if self.written_means is not None:
-            tensors["written_means"] = self.written_means
+        for name in ("written_means", "beyond"):
+            if getattr(self, name) is not None:
+                tensors[name] = getattr(self, name)
         for name in _PARTS:
             own, plain[name] = pack(getattr(self, name))
             tensors |= {f"{name}.{field}": tensor for field, tensor in own.items()}
@@ -255,11 +270,16 @@ class Comparison(Exported):
     def _beside(self) -> dict[str, Tensor]:
         return self.difference.beside
 
+    def _each(self, method: str, index: int) -> list[Result]:
+        """What a method of all three results gives."""
+        return [getattr(getattr(self, name), method)(index) for name in _PARTS]
+
     def _columns(self) -> tuple[str, ...]:
         return table.columns(self.difference.words)
 
     def _as_dict(self) -> dict[str, Any]:
-        return {name: table.as_dict(getattr(self, name)) for name in _PARTS}
+        own = {name: as_json(getattr(self, name)) for name in ("written_means", "beyond")}
+        return {name: table.as_dict(getattr(self, name)) for name in _PARTS} | own
 
 
 def words_of_difference(words: Words) -> Words:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from dla_hooks.errors import DLAError, InputError
+from dla_hooks.results.comparison import Comparison
 from dla_hooks.results.data import EntryData, ResultData, real_entries
 from dla_hooks.results.moments import Moments
 from dla_hooks.results.ranked import Result
@@ -18,7 +20,7 @@ from dla_hooks.results.rows import Row
 from dla_hooks.results.summary import Subject, Summary, mismatch
 
 
-def summarize(results: Iterable[Result | DLAError]) -> Summary:
+def summarize(results: Iterable[Result | Comparison | DLAError]) -> Summary:
     """Means over prompts, with standard errors, in one pass and constant memory.
 
     Each prompt is one sample: its mean over its positions, padding left out. A prompt without any
@@ -27,12 +29,13 @@ def summarize(results: Iterable[Result | DLAError]) -> Summary:
     Args:
         results: what :func:`dla_hooks.attribute_many` yields, or any iterable of results of one
             model and unit, errors among them; a result with several prompts gives as many samples.
+            Comparisons are averaged as pairs: the standard errors are those of the differences.
 
     Raises:
         InputError: when there is no result, for anything that is neither a result nor an error,
             and for results that differ in unit, labels, or in being differences.
     """
-    if not isinstance(results, Iterable) or isinstance(results, EntryData):
+    if not isinstance(results, Iterable) or isinstance(results, (EntryData, Comparison)):
         raise InputError(
             f"results must be an iterable of attributions, got one {type(results).__name__}; "
             "put it in a list: summarize([result])"
@@ -45,6 +48,8 @@ def summarize(results: Iterable[Result | DLAError]) -> Summary:
         if isinstance(result, DLAError):
             n_failed, failure = n_failed + 1, failure or f"{type(result).__name__}: {result}"
             continue
+        comparison = result if isinstance(result, Comparison) else None
+        result = result.difference if isinstance(result, Comparison) else result
         if not isinstance(result, (ResultData, RankedData)):
             raise InputError(
                 f"results must be attributions (or errors), got {type(result).__name__} "
@@ -58,6 +63,8 @@ def summarize(results: Iterable[Result | DLAError]) -> Summary:
             raise InputError(f"results cannot be averaged: the {different} (result {index})")
         model = model if model == result.model else ""
         samples = _samples(result, index)
+        if comparison is not None:
+            samples = torch.cat((samples, *_halves(comparison, index)))
         if samples.shape[1]:
             new = Moments.of(samples)
             moments = new if moments is None else moments.merged(new)
@@ -83,6 +90,7 @@ def _subject(result: Result) -> Subject:
         rows=list(rows),
         words=words,
         softcap=result.softcap,
+        compared=result.compared,
     )
 
 
@@ -96,6 +104,21 @@ def _all_rows(rows: Sequence[Row], remainder: str) -> Sequence[Row]:
 @lru_cache(maxsize=2)
 def _made(rows: RowRuns, remainder: str) -> tuple[Row, ...]:
     return (*rows, Row(remainder, remainder))
+
+
+def _halves(comparison: Comparison, number: int) -> list[Tensor]:
+    """What each row wrote and what is read of it, one sample per prompt, each [row, prompt]."""
+    difference = comparison.difference
+    if isinstance(difference, RankedData):
+        assert comparison.beyond is not None
+        whole = _samples(difference, number)[:-2]
+        own = replace(
+            difference, remainder=comparison.beyond[1], prompt_means=comparison.written_means
+        )
+        written = _samples(own, number)[:-2]
+        return [written, whole - written]
+    halves = (comparison.written, comparison.read)
+    return [_samples(replace(difference, attribution=own), number)[:-2] for own in halves]
 
 
 def _samples(result: Result, number: int) -> Tensor:

@@ -19,6 +19,10 @@ from dla_hooks.results.text import means_as_text
 if TYPE_CHECKING:
     import pandas
 
+HALVES = ("written", "read")
+"""What a comparison has beside the difference of each row."""
+_ERROR = "_standard_error"
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -31,6 +35,7 @@ class Subject:
         rows: a record of each row.
         words: what the unit says of its rows.
         softcap: of the model, or None.
+        compared: whether the numbers are differences of two runs.
     """
 
     unit: str
@@ -39,6 +44,7 @@ class Subject:
     rows: list[Row]
     words: Words
     softcap: float | None
+    compared: bool = False
 
 
 @dataclass(repr=False, eq=False)
@@ -67,7 +73,11 @@ class Summary(Stored):
         rows: a record of each row: label, kind, layer, sub, index.
         words: what the unit says of its rows.
         squares: sums of squared deviations from the mean, which merging needs: of each row, of
-            the bias and of the logit [row + 2].
+            the bias and of the logit [row + 2]; of comparisons then those of each row's ``written``
+            and ``read``.
+        compared: whether it is about differences of two runs, as :func:`dla_hooks.compare` gives.
+        beside: of comparisons the means of ``written`` and ``read``, and the standard errors of
+            these (``written_standard_error``, ``read_standard_error``), each [row].
     """
 
     labels: list[str]
@@ -87,6 +97,8 @@ class Summary(Stored):
     squares: Tensor = field(
         default_factory=lambda: torch.zeros(0, dtype=torch.float64, device="cpu")
     )
+    compared: bool = False
+    beside: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.rows, self.words = filled(self.labels, self.unit, self.rows, self.words)
@@ -97,14 +109,17 @@ class Summary(Stored):
             )
         if not len(self.squares):  # one made by hand: nothing is said of the bias's spread
             errors = [*self.standard_error.tolist(), torch.nan, self.logit_standard_error]
+            for name in self._halves():
+                errors += self.beside[f"{name}{_ERROR}"].tolist()
             error = torch.tensor(errors, dtype=torch.float64, device="cpu")
             self.squares = error.square() * self.n * (self.n - 1)
             if self.n == 1:
                 self.squares.zero_()
-        if len(self.squares) != len(self.labels) + 2:
+        n_squares = len(self.labels) * (1 + len(self._halves())) + 2
+        if len(self.squares) != n_squares:
             raise InputError(
-                f"squares has {len(self.squares)} numbers, where {len(self.labels)} rows, the "
-                "bias and the logit have one each"
+                f"squares has {len(self.squares)} numbers, where {len(self.labels)} rows"
+                f"{', their halves' * self.compared}, the bias and the logit have {n_squares}"
             )
 
     @classmethod
@@ -121,23 +136,30 @@ class Summary(Stored):
         """The summary of samples.
 
         Args:
-            moments: of each row, then of the bias and the logit.
+            moments: of each row, then of the bias and the logit; of comparisons then of what was
+                written by each row, and of what was read.
             subject: what they are about.
             n_failed: see :class:`Summary`.
             model: see :class:`Summary`.
         """
-        error = moments.standard_error()
+        n, error = len(subject.labels), moments.standard_error()
+        beside = dict[str, Tensor]()
+        if subject.compared:
+            for place, name in enumerate(HALVES, start=1):
+                own = slice(place * n + 2, (place + 1) * n + 2)
+                beside |= {name: moments.mean[own], f"{name}{_ERROR}": error[own]}
         return cls(
             **vars(subject),
-            mean=moments.mean[:-2],
-            standard_error=error[:-2],
+            mean=moments.mean[:n],
+            standard_error=error[:n],
             n=moments.n,
             n_failed=n_failed,
-            bias=float(moments.mean[-2]),
-            logit=float(moments.mean[-1]),
-            logit_standard_error=float(error[-1]),
+            bias=float(moments.mean[n]),
+            logit=float(moments.mean[n + 1]),
+            logit_standard_error=float(error[n + 1]),
             model=model,
             squares=moments.squares,
+            beside=beside,
         )
 
     def merge(self, other: Summary) -> Summary:
@@ -196,28 +218,37 @@ class Summary(Stored):
 
         Returns:
             Columns ``label``, ``kind``, ``layer``, ``sub`` and ``head`` (as in
-            :meth:`DirectLogitAttribution.to_dataframe`), ``mean``, ``standard_error``, ``n``.
+            :meth:`DirectLogitAttribution.to_dataframe`), ``mean``, ``standard_error``, for
+            comparisons ``written``, ``written_standard_error``, ``read`` and
+            ``read_standard_error``, and ``n``.
 
         Raises:
             MissingExtraError: when pandas is not installed.
         """
-        columns = (*table.row_columns(self.words), "mean", "standard_error", "n")
+        columns = (*table.row_columns(self.words), "mean", "standard_error", *self.beside, "n")
         return table.frame(self.records(), columns)
 
     def records(self) -> list[dict[str, Any]]:
         """The lines of :meth:`to_dataframe`, as dictionaries."""
-        numbers = zip(self.rows, self.mean.tolist(), self.standard_error.tolist(), strict=True)
-        return [
-            {**table.describe(row, self.words), "mean": mean, "standard_error": error, "n": self.n}
-            for row, mean, error in numbers
-        ]
+        columns = {"mean": self.mean, "standard_error": self.standard_error, **self.beside}
+        numbers = zip(*(column.tolist() for column in columns.values()), strict=True)
+        lines = []
+        for row, of_row in zip(self.rows, numbers, strict=True):
+            own = dict(zip(columns, of_row, strict=True))
+            lines.append({**table.describe(row, self.words), **own, "n": self.n})
+        return lines
 
     def _subject(self) -> Subject:
-        return Subject(self.unit, self.labels, self.difference, self.rows, self.words, self.softcap)
+        own = self.unit, self.labels, self.difference, self.rows, self.words, self.softcap
+        return Subject(*own, self.compared)
+
+    def _halves(self) -> tuple[str, ...]:
+        return HALVES if self.compared else ()
 
     def _moments(self) -> Moments:
         rest = torch.tensor([self.bias, self.logit], dtype=torch.float64, device="cpu")
-        return Moments(self.n, torch.cat([self.mean.double(), rest]), self.squares)
+        halves = (self.beside[name].double() for name in self._halves())
+        return Moments(self.n, torch.cat([self.mean.double(), rest, *halves]), self.squares)
 
     def __repr__(self) -> str:
         means = ResultData(
@@ -233,6 +264,7 @@ class Summary(Stored):
             rows=self.rows,
             words=self.words,
         )
+        means.compared = self.compared
         return means_as_text(means, self.standard_error, self.n, self.n_failed)
 
 
@@ -249,6 +281,9 @@ def mismatch(given: Subject, first: Subject) -> str:
         n = len(given.labels), len(first.labels)
         other = next((f"{a!r} for {b!r}" for a, b in pairs if a != b), f"{n[0]} rows for {n[1]}")
         return f"labels are not those of the first ({other})"
+    if given.compared != first.compared:
+        kinds = ("of one run", "the difference of two runs")
+        return f"number is {kinds[given.compared]}, where the first's is {kinds[first.compared]}"
     if given.difference != first.difference:
         kinds = ("a logit", "a difference of two logits")
         return (

@@ -37,6 +37,8 @@ def means_as_text(means: ResultData, standard_error: Tensor, n: int, n_failed: i
         n_failed: prompts that failed.
     """
     what = "logit differences" if means.incorrect is not None else "logits"
+    if means.compared:
+        what = f"first - second, {what}"
     head = f"mean of {what} over {n} prompt{'s' * (n != 1)}"
     if n_failed:
         head += f" ({n_failed} {'more ' * (n > 0)}failed)"

@@ -33,7 +33,7 @@ CLASSES = {name: value for name, value in reference.public().items() if inspect.
 @pytest.fixture(scope="module")
 def pages() -> str:
     """The README and all pages, as one text."""
-    files = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    files = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     return "\n".join(file.read_text(encoding="utf-8") for file in files)
 
 
@@ -51,7 +51,7 @@ def items(docstring: str, section: str) -> set[str]:
 def test_reference_page_has_what_results_share():
     """What stands on a common base is a method of each result."""
     stored = [cls for cls in CLASSES.values() if hasattr(cls, "save")]
-    assert len(stored) == 4
+    assert len(stored) == 5
     for cls in stored:
         assert {"save", "load", "records", "to_dataframe"} <= set(reference.members(cls)), cls
 
@@ -189,7 +189,7 @@ def test_wrong_examples_in_docstrings_fail():
     assert "Expected" in "".join(said)
 
 
-@pytest.mark.parametrize("page", ["inputs", "interventions", "units"])
+@pytest.mark.parametrize("page", ["inputs", "interventions", "questions/compare", "units"])
 def test_examples_of_pages_run(page):
     found = doctest.testfile(str(ROOT / "docs" / f"{page}.md"), module_relative=False)
     assert found.attempted > 10

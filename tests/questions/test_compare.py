@@ -450,7 +450,7 @@ class TestContexts:
         if place == "input":
             runs = [Vectors.of(other, ids), None]
             with steered():
-                runs[1] = Vectors_with_hook(one, ids, steer)
+                runs[1] = vectors_with_hook(one, ids, steer)
             u, v = (run.direction(5, 9) / run.scale[..., None] for run in runs)
             close(found.written[row], -(steer * (u + v)).sum(-1) / 2)
             close(found.read[row], (steer * (u - v)).sum(-1) / 2)
@@ -782,7 +782,7 @@ def ablated_copy(model):
     return other
 
 
-def Vectors_with_hook(model, ids, steer):  # noqa: N802
+def vectors_with_hook(model, ids, steer):
     """The vectors of a run whose second block is steered at its input."""
     from unittest import mock
 

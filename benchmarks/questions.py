@@ -1,0 +1,136 @@
+"""The cases of questions of several runs: their cost over the plain passes that they contain."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dla_hooks
+from benchmarks.agree import Disagreement
+from benchmarks.bar import Measured, Options, once
+from benchmarks.contenders import PLAIN, Bench
+from benchmarks.memory import in_a_process, measurable, peak_during, peak_of
+from benchmarks.models import Setting
+from benchmarks.timing import Call, Spread, interleaved, ratios
+
+# The sizes that the bars were set for; any other is measured without a bar.
+_SIZES = (("gpt2-small", 512),)
+_WARM_UP = 16  # tokens
+
+
+class Passes:
+    """Plain forward passes, one after the other.
+
+    Args:
+        runs: each a model and its ids.
+    """
+
+    def __init__(self, *runs: tuple[Any, Tensor]) -> None:
+        self.runs = runs
+
+    def __call__(self) -> list[Tensor]:
+        """The logits at the last position of each."""
+        with torch.no_grad():
+            return [
+                model(ids, use_cache=False, logits_to_keep=1).logits for model, ids in self.runs
+            ]
+
+
+def compare(options: Options) -> list[Measured]:
+    """Two runs compared: time over two plain passes, peak over one (1.05)."""
+    found = []
+    for tokens in options.tokens:
+        setting = Setting(options.model, tokens, unit="component", pos="last")
+        limit = 1.05 if (options.model, tokens) in _SIZES else None
+        model = Bench(setting).model("hf")
+        for name, make in COMPARISONS.items():
+            call, passes = make(model, setting)
+            options.say(f"{name}, {setting.named()}: is it the difference of the models' logits?")
+            _prove(call(), passes(), setting)
+            what = f"{name}, {setting.named()}"
+            found.append(_timed(what, {PLAIN: passes, "compare": call}, limit, options))
+            if measurable():
+                options.say(f"peak memory of {what}")
+                peak = in_a_process({"job": "question", "name": name, "setting": vars(setting)})
+                plain = peak_of(PLAIN, setting)
+                detail = f"{peak / 1e6:,.1f} MB / {plain / 1e6:,.1f} MB"
+                found.append(
+                    Measured(f"memory, {what}", once(peak / max(1, plain)), limit, detail=detail)
+                )
+    return found
+
+
+def _two_prompts(model: Any, setting: Setting) -> tuple[Call, Passes]:
+    """A clean and a corrupted prompt of one model, and the plain passes over both."""
+    ids = setting.ids()
+    answer, incorrect, pos = setting.answers()
+    other = ids.roll(3, dims=1)
+
+    def call() -> Any:
+        return dla_hooks.compare(
+            model, None, ids, answer, incorrect, other_input=other, unit=setting.unit, pos=pos
+        )
+
+    return call, Passes((model, ids), (model, other))
+
+
+def _two_checkpoints(model: Any, setting: Setting) -> tuple[Call, Passes]:
+    """A model and a changed copy of it, and the plain passes of both."""
+    ids = setting.ids()
+    answer, incorrect, pos = setting.answers()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter *= 1.01
+
+    def call() -> Any:
+        return dla_hooks.compare(model, other, ids, answer, incorrect, unit=setting.unit, pos=pos)
+
+    return call, Passes((model, ids), (other, ids))
+
+
+COMPARISONS: dict[str, Callable[[Any, Setting], tuple[Call, Passes]]] = {
+    "two prompts": _two_prompts,
+    "two checkpoints": _two_checkpoints,
+}
+
+
+def peak_here(name: str, setting: dict[str, Any]) -> int:
+    """Bytes above the weights at the highest point of one comparison, in this process."""
+    asked = Setting(**setting)
+    model = Bench(asked).model("hf")
+    short = Setting(**{**setting, "tokens": min(asked.tokens, _WARM_UP)})
+    make = COMPARISONS[name]
+    call, passes = make(model, asked)
+    make(model, short)[0]()
+    for one, _ in passes.runs:
+        for parameter in one.parameters():
+            parameter.sum()  # touches every page
+    return peak_during(call, asked.device)
+
+
+def _prove(found: Any, logits: Any, setting: Setting) -> None:
+    """Check the sums against the models' own logits before anything is timed."""
+    answer, incorrect, _ = setting.answers()
+    own = [one[:, -1, answer] - one[:, -1, incorrect] for one in logits]
+    gap = float((found.attribution.sum(0) + found.bias - (own[0] - own[1])).abs().max())
+    if not gap <= 1e-4 * float(logits[0].amax() - logits[0].amin()):
+        raise Disagreement(f"a comparison misses the models' own logits by {gap:.1e}")
+
+
+def _timed(what: str, pair: dict[str, Call], limit: float | None, options: Options) -> Measured:
+    """Interleaved rounds of the plain passes and the call; the median of their ratios."""
+    options.say(f"timing {what}, {options.repeats} rounds")
+    seconds = interleaved(pair, options.repeats, warm_up=2)
+    (other,) = (name for name in pair if name != PLAIN)
+    taken = {name: Spread.of(times).median * 1e3 for name, times in seconds.items()}
+    return Measured(
+        f"time, {what}",
+        Spread.of(ratios(seconds, PLAIN)[other]),
+        limit,
+        detail=f"{taken[other]:,.0f} ms / {taken[PLAIN]:,.0f} ms",
+    )
