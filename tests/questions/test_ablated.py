@@ -8,16 +8,21 @@ import threading
 
 import pytest
 import torch
-from mapping_zoo import build_any, example_ids_any
-from oracle_families import (
-    family_of,
-    layer_at,
-    module_at,
-    n_heads,
-    n_layers,
-    post_norms,
-    write_modules,
+from ablations import (
+    Made,
+    by_hand,
+    experts_of,
+    head_slice,
+    hooks_on,
+    last_map,
+    logits,
+    o_proj,
+    width_of,
+    without_inputs,
+    writer,
 )
+from mapping_zoo import build_any, example_ids_any
+from oracle_families import final_norm, layer_at, n_layers
 from torch import nn
 from zoo import build, example_ids
 
@@ -40,83 +45,7 @@ SPECS = (
     *("gpt_neox-parallel", "cohere", "falcon-7b", "bloom", "opt", "phi", "mixtral", "qwen3_moe"),
 )
 DENSE = tuple(name for name in SPECS if name not in ("mixtral", "qwen3_moe"))
-MAPS = (
-    *("mlp.c_proj", "mlp.dense_4h_to_h", "fc2", "mlp.fc2", "mlp.down_proj"),
-    *("mlp.fc_out",),
-)
 SEEDS = (0, 1)
-
-
-def logits(model, ids, **options):
-    with torch.no_grad():
-        return model(ids, use_cache=False, **options).logits
-
-
-def tables(model):
-    return [
-        (list(m._forward_hooks.items()), list(m._forward_pre_hooks.items()), m.training, vars(m))
-        for m in model.modules()
-    ]
-
-
-def hooks_on(model):
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-
-
-def last_map(model, layer):
-    block = layer_at(model, layer)
-    for path in MAPS:
-        with contextlib.suppress(AttributeError):
-            return block.get_submodule(path)
-    raise LookupError(f"no last map in {type(block).__name__}")
-
-
-def o_proj(model, layer):
-    return module_at(layer_at(model, layer), family_of(model).o_proj)
-
-
-def without_inputs(model, find, channels):
-    """A copy of the model in which a linear module does not read some of its channels."""
-    other = copy.deepcopy(model)
-    linear = find(other)
-    with torch.no_grad():
-        if type(linear).__name__ == "Conv1D":
-            linear.weight[channels] = 0
-        else:
-            linear.weight[:, channels] = 0
-    return other
-
-
-def width_of(linear):
-    return linear.weight.shape[0 if type(linear).__name__ == "Conv1D" else 1]
-
-
-def head_slice(model, layer, head):
-    d_head = width_of(o_proj(model, layer)) // n_heads(model)
-    return slice(head * d_head, (head + 1) * d_head)
-
-
-def replaced(module, change):
-    def hook(_, args, out):
-        return (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)
-
-    return module.register_forward_hook(hook)
-
-
-@contextlib.contextmanager
-def by_hand(module, change, at_input=False):
-    if at_input:
-        handle = module.register_forward_pre_hook(lambda _, args: (change(args[0]), *args[1:]))
-    else:
-        handle = replaced(module, change)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def writer(model, label):
-    return {**write_modules(model), **post_norms(model)}[label]
 
 
 # Against the truth
@@ -158,14 +87,6 @@ def test_ablated_neurons_are_those_that_the_last_map_does_not_read(spec, seed):
 EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "llama4_text", "granitemoe", "olmoe")
 
 
-def experts_of(model, layer):
-    for module in model.get_submodule("model.layers")[layer].modules():
-        weight = module._parameters.get("down_proj")
-        if weight is not None and weight.ndim == 3:
-            return module
-    raise LookupError("no experts")
-
-
 @pytest.mark.parametrize("how", ["zero", "value"])
 @pytest.mark.parametrize("kind", EXPERTS)
 def test_ablated_expert_writes_nothing_and_the_others_keep_their_weights(kind, how):
@@ -204,22 +125,6 @@ def test_ablated_shared_expert_writes_nothing():
         assert torch.equal(logits(model, ids), due)
 
 
-class Made:
-    """A dictionary without a structure that the library could know."""
-
-    def __init__(self, width, n=40, seed=0):
-        generator = torch.Generator().manual_seed(seed)
-        self.W_enc = torch.randn(width, n, generator=generator, dtype=torch.float64) / width**0.5
-        self.W_dec = torch.randn(n, width, generator=generator, dtype=torch.float64) / width**0.5
-        self.b = torch.randn(width, generator=generator, dtype=torch.float64)
-
-    def encode(self, x):
-        return ((x - self.b) @ self.W_enc).relu()
-
-    def decode(self, f):
-        return f @ self.W_dec + self.b
-
-
 @pytest.mark.parametrize("part", ["feature", "error", "b_dec"])
 @pytest.mark.parametrize("place", ["1_mlp_out", "1_attn_out", "1_z", "1_pre", "final_post"])
 @pytest.mark.parametrize("spec", ["gpt2", "gemma2", "granite", "gpt_neox-parallel"])
@@ -227,7 +132,7 @@ def test_ablated_feature_is_taken_out_of_its_place(spec, place, part):
     model, ids = build(spec), example_ids(spec)
     name, at_input = place.partition("_")[2], True
     if place == "final_post":
-        module = module_at(model, family_of(model).final_norm)
+        module = final_norm(model)
     elif name == "z":
         module = o_proj(model, 1)
     elif name == "pre":
