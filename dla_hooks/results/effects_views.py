@@ -58,12 +58,12 @@ def as_text(data: EffectsData) -> str:
     means = data.means()[:_TEXT_ROWS]
     digits = decimals([value for line in means for value in line.values()])
     width = max(len(label) for label in ("", *data.labels[:_TEXT_ROWS]))
-    cell = max(digits + 4, len("downstream")) + 2
     names = ("direct", "total", "= own", "+ downstream", "+ read")
-    table = [f"  {'':<{width}}" + "".join(f"{name:>{cell + 2}}" for name in names)]
+    cell = max(digits + 6, *map(len, names)) + 2
+    table = [f"  {'':<{width}}" + "".join(f"{name:>{cell}}" for name in names)]
     for label, line in zip(data.labels, means, strict=False):
         values = (line[name] for name in ("direct", "total", "own", "downstream", "read"))
-        numbers = "".join(f"{value:>+{cell + 2}.{digits}f}" for value in values)
+        numbers = "".join(f"{value:>+{cell}.{digits}f}" for value in values)
         table.append(f"  {printable(label):<{width}}{numbers}")
     return "\n".join([*head, *table, *_end(data, len(means))])
 
