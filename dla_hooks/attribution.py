@@ -231,8 +231,7 @@ class Plan:
         return f"Plan({self._read.backend.name}: {', '.join(self._units)})"
 
     def _make(self) -> PlanData:
-        stream = self._read.stream
-        return make_plan(stream, self._question(stream), self._units, self._conventions)
+        return make_plan(self._question(self._read.stream), self._units, self._conventions)
 
     def _measure_again(self, backend: Backend) -> None:
         """Make the plan anew, for a model that has changed."""

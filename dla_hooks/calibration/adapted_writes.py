@@ -59,7 +59,7 @@ def endings(stream: Stream) -> dict[str, list[Ending]]:
         UnsupportedModelError: for an adapter that writes to the stream in a way that is not read.
     """
     key = state_of_adapters(stream.model)
-    return _known.of(stream.model, stream.version, lambda: _ask(stream), key)
+    return _known.of(stream.model, stream.version, lambda: _ask(stream.whole), key)
 
 
 def _ask(stream: Stream) -> dict[str, list[Ending]]:

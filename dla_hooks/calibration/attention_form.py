@@ -21,7 +21,8 @@ from dla_hooks.modules.attention_interface import AttentionCall, Look, watching
 from dla_hooks.modules.attention_rows import attention_weights, head_blocks
 from dla_hooks.modules.hooks import Call, Edit, Place, Tap, Use, edited, tapped
 from dla_hooks.modules.version import Remembered
-from dla_hooks.residual.stream import HeadSite, Stream
+from dla_hooks.residual.head_site import HeadSite
+from dla_hooks.residual.stream import Stream
 
 _LENGTH = 8
 _ANY_USE = Use(0, 0)
@@ -66,7 +67,7 @@ def attention_forms(stream: Stream) -> AttentionForms:
         stream: the located model, with measured head widths.
     """
     key = stream.architecture
-    return _known.of(stream.model, stream.version, lambda: _measure(stream), key)
+    return _known.of(stream.model, stream.version, lambda: _measure(stream.whole), key)
 
 
 def _measure(stream: Stream) -> AttentionForms:

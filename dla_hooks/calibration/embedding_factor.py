@@ -34,7 +34,7 @@ def embeddings_enter(stream: Stream) -> Entering:
     The embeddings of a few tokens are replaced: by zeros, by +-1, and by noise. The first two show
     the factor of every channel. The third shows whether that is all there is.
     """
-    return _known.of(stream.model, stream.version, lambda: _measure(stream))
+    return _known.of(stream.model, stream.version, lambda: _measure(stream.whole))
 
 
 def _measure(stream: Stream) -> Entering:

@@ -34,7 +34,14 @@ def expert_sites(stream: Stream, layers: Collection[int] | None = None) -> tuple
         InputError: for a layer that has none.
         UnsupportedModelError: for a model without experts, or with some that cannot be told apart.
     """
-    found = _known.of(stream.model, stream.version, lambda: _find(stream))
+    found = _known.of(stream.model, stream.version, lambda: _find(stream.whole))
+    if stream.ending is not None:
+        here = {write.label for write in stream.writes}
+        found = tuple(site for site in found if site.label in here)
+        if not found:
+            raise UnsupportedModelError(
+                f"no experts write to {stream.last_label} of {stream.backend.name}; {INSTEAD}"
+            )
     have = {stream.blocks[site.block].layer for site in found}
     lacking = [layer for layer in layers or () if layer not in have]
     if lacking:

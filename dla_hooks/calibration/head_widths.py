@@ -24,7 +24,8 @@ from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.modules.attention import AttentionCalls, Change, disturbed_heads, scaled_heads
 from dla_hooks.modules.hooks import Call, Edit, Place, Tap, Use, edited, tapped
 from dla_hooks.modules.version import Remembered
-from dla_hooks.residual.stream import HeadSite, Stream, WriteSite
+from dla_hooks.residual.head_site import HeadSite
+from dla_hooks.residual.stream import Stream, WriteSite
 
 _LENGTH = 3
 _DIGITS = 5  # base four: enough for 1024 heads
@@ -56,7 +57,7 @@ def head_widths(stream: Stream) -> HeadWidths:
     if not any(write.heads is not None or write.without_heads for write in stream.writes):
         return HeadWidths({}, {}, {})
     key = stream.architecture
-    return _known.of(stream.model, stream.version, lambda: _measure(stream), key)
+    return _known.of(stream.model, stream.version, lambda: _measure(stream.whole), key)
 
 
 def with_head_widths(stream: Stream) -> Stream:

@@ -79,7 +79,7 @@ _known: Remembered[dict[str, _Found]] = Remembered()
 def neuron_sites(stream: Stream) -> dict[str, NeuronSite]:
     """The neurons of every write that has some, by the label of the write."""
     key = stream.architecture
-    found = _known.of(stream.model, stream.version, lambda: _measure(stream), key)
+    found = _known.of(stream.model, stream.version, lambda: _measure(stream.whole), key)
     writes = [(block, write) for block in stream.blocks for write in block.writes]
     return {w.label: _site(stream, b, w, found[w.label]) for b, w in writes if w.label in found}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from dla_hooks.calibration.block_run import ANY_NUMBER, run_block, same
 from dla_hooks.calibration.mid_terms import mid_stream
 from dla_hooks.errors import UnsupportedModelError
@@ -22,6 +24,11 @@ def mid_place(stream: Stream, number: int) -> Place:
     """
     block, mid = stream.blocks[number], mid_stream(stream, number)
     if mid is not None and block.gain is None and block.constant is None:
+        named = stream.backend.norm_before(mlp=True)
+        norm = None if named is None else getattr(block.module, named, None)
+        if isinstance(norm, nn.Module):
+            use = Use(0, ANY_NUMBER)
+            return Place(norm, f"{block.name}.{named}", use, before=True, first=True)
         run = run_block(stream, block)
         before = [run.writes[write.label][1] for write in block.writes[: len(mid.responses)]]
         x = mid.of(run.input, before)

@@ -25,7 +25,8 @@ def mid_streams(stream: Stream) -> list[int | None]:
     disturbance is as large, in the stream, as the larger of the block's input and its write: next
     to a small one a large one would not show.
     """
-    return _known.of(stream.model, stream.version, lambda: _ask_mid_streams(stream))
+    found = _known.of(stream.model, stream.version, lambda: _ask_mid_streams(stream.whole))
+    return found[: len(stream.blocks)]
 
 
 def _ask_mid_streams(stream: Stream) -> list[int | None]:

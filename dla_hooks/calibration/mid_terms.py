@@ -48,11 +48,20 @@ class MidStream:
         for hooked in hooked_places(stream):
             inside = hooked.number == place and not hooked.at_input
             if inside and hooked.after <= len(self.responses):
-                here, there = self.gain, block.gain
-                if hooked.after:
-                    k = hooked.after - 1
-                    here, there = self.responses[k], block.writes[k].response
-                yield hooked, product(hooked.response, _over(here, there))
+                yield hooked, self.response_to(block, hooked.after, hooked.response)
+
+    def response_to(self, block: Block, after: int, response: Tensor | None) -> Tensor | None:
+        """What this stream multiplies a change in the block by.
+
+        Args:
+            block: the block.
+            after: how many of its writes stand before the change.
+            response: what the block's output multiplies it by.
+        """
+        here, there = self.gain, block.gain
+        if after:
+            here, there = self.responses[after - 1], block.writes[after - 1].response
+        return product(response, _over(here, there))
 
 
 def mid_stream(stream: Stream, place: int) -> MidStream | None:

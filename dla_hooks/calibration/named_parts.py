@@ -17,7 +17,8 @@ from dla_hooks.calibration.head_widths import with_head_widths
 from dla_hooks.errors import ArgumentTypeError, LabelError
 from dla_hooks.modules.hooks import Call, Place
 from dla_hooks.modules.linear import input_width
-from dla_hooks.residual.stream import HeadSite, Stream
+from dla_hooks.residual.head_site import HeadSite
+from dla_hooks.residual.stream import Stream
 
 _IN_LAYER = re.compile(r"L([0-9]+)(?:\.([0-9]+))?([A-Z])([0-9]+)")
 

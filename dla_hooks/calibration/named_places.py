@@ -13,7 +13,8 @@ from dla_hooks.calibration.mid_streams import mid_streams
 from dla_hooks.errors import InputError
 from dla_hooks.modules.hooks import Call, Place
 from dla_hooks.modules.linear import check_readable, input_width
-from dla_hooks.residual.stream import HeadSite, Stream, WriteSite
+from dla_hooks.residual.head_site import HeadSite
+from dla_hooks.residual.stream import Stream, WriteSite
 from dla_hooks.results.row_runs import RowRuns, Run
 
 FINAL = "final_post"

@@ -26,7 +26,8 @@ from dla_hooks.errors import HookError, NonFiniteError
 from dla_hooks.modules.autocast import autocast_is_on
 from dla_hooks.modules.compiled import eagerly
 from dla_hooks.modules.faults import SyntheticRunError
-from dla_hooks.modules.hooks import ONLY_USE, Use, count_firings
+from dla_hooks.modules.hooks import ONLY_USE, Use
+from dla_hooks.modules.runs import count_firings
 from dla_hooks.modules.version import Remembered
 from dla_hooks.modules.weights import made_of
 from dla_hooks.residual.stream import Stream, coarsest

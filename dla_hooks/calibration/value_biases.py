@@ -17,7 +17,8 @@ from torch import Tensor
 from dla_hooks.calibration.prompt import short_prompt
 from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.modules.hooks import Call, Edit, Tap, edited, tapped
-from dla_hooks.residual.stream import HeadSite, Stream
+from dla_hooks.residual.head_site import HeadSite
+from dla_hooks.residual.stream import Stream
 
 
 def head_constants(stream: Stream, *, norm_bias: bool = True) -> dict[str, Tensor]:

@@ -14,13 +14,10 @@ from dla_hooks.errors import ShapeMismatchError
 from dla_hooks.inputs.entries import Entries
 from dla_hooks.inputs.positions import Selection, spread_over
 from dla_hooks.inputs.prompts import Prompt
-from dla_hooks.measure.completeness import (
-    Outcome,
-    hold_against_cache,
-    hold_against_model,
-    identity_gap,
-)
+from dla_hooks.measure.claims import Outcome, identity_gap
+from dla_hooks.measure.completeness import hold_against_model
 from dla_hooks.measure.locator import Locator
+from dla_hooks.measure.relative import hold_against_cache, hold_against_reading
 from dla_hooks.residual.hooked import changed_behind
 from dla_hooks.results.ranked import RankedAttribution
 from dla_hooks.results.result import DirectLogitAttribution
@@ -55,14 +52,20 @@ def measure(
             f"{entries.shape[0]} answers do not fit the one prompt of a cache without its batch "
             "axis; give one token, or keep the axis"
         )
-    columns = columns_to_check(entries, prompt, plan.stream.vocabulary) if check else None
-    recording = Recording(plan, entries, source.missing)
-    if recording.needs_all_logits or (check and changed_behind(plan.stream)):
-        columns = torch.arange(prompt.shape[1], device="cpu")  # hooks there see what they would see
-    logits = source.show(recording.view, recording.taps, columns)
+    recording, columns, until = Recording(plan, entries, source.missing), None, None
+    reads_logits = plan.target.reads_logits
+    if reads_logits:
+        columns = columns_to_check(entries, prompt, plan.stream.vocabulary) if check else None
+        if recording.needs_all_logits or (check and changed_behind(plan.stream)):
+            columns = torch.arange(prompt.shape[1], device="cpu")  # what hooks there would see
+    elif plan.stream.ending is not None:
+        until = plan.stream.ending.until
+    logits = source.show(recording.view, recording.taps, columns, until)
     measurement = recording.finish()
     if not check:
         return measurement, Outcome(identity_gap(measurement))
+    if not reads_logits:
+        return measurement, hold_against_reading(measurement, source.dtype())
     if not source.has_logits:
         return measurement, hold_against_cache(
             measurement, source.dtype(), source.own_scale(recording.view)

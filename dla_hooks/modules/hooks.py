@@ -8,7 +8,7 @@ model's activations do not change.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -146,7 +146,7 @@ class Tap:
             if threading.get_ident() == thread:
                 self.count(Call(args, rest[0], rest[1], before=False))
 
-        _mark(before, after)
+        mark(before, after)
         module, first = self.place.module, self.place.first
         if self.place.before:
             return module.register_forward_pre_hook(before, with_kwargs=True, prepend=first)
@@ -178,8 +178,19 @@ def hidden_out(output: Any) -> Tensor:
     return found
 
 
+@dataclass
+class Run:
+    """A run with taps on it.
+
+    Attributes:
+        ended: whether it was ended before its end.
+    """
+
+    ended: bool = False
+
+
 @contextmanager
-def tapped(taps: Sequence[Tap]) -> Iterator[None]:
+def tapped(taps: Sequence[Tap]) -> Iterator[Run]:
     """Add taps for one ``with`` block, then check that each module ran as often as expected.
 
     Only runs in the present thread are read, so two threads can share a model.
@@ -187,23 +198,23 @@ def tapped(taps: Sequence[Tap]) -> Iterator[None]:
     Raises:
         HookError: when a tap's module did not run, or ran another number of times.
     """
-    handles = []
+    handles, run = list[Any](), Run()
     try:
         for tap in taps:
             tap.fired = 0
             handles.append(tap.put_on(threading.get_ident()))
         with torch.no_grad():
-            yield
+            yield run
     finally:
         for handle in handles:
             handle.remove()
     for tap in taps:
-        if tap.fired == 0 and not tap.optional:
+        if tap.fired <= (tap.place.use.nth if run.ended else 0) and not tap.optional:
             raise HookError(
                 f"{tap.place.name} never ran during the forward pass, so what it writes was not "
                 "seen. A fused, compiled or skipped module does this; run the plain eager model."
             )
-        if tap.place.use.of and tap.fired not in (tap.place.use.of, 0):
+        if not run.ended and tap.place.use.of and tap.fired not in (tap.place.use.of, 0):
             raise HookError(
                 f"{tap.place.name} ran {tap.fired} times in one forward pass, not "
                 f"{tap.place.use.of} as expected. Gradient checkpointing and shared modules do it."
@@ -262,7 +273,7 @@ def _put_in(edit: Edit, thread: int) -> torch.utils.hooks.RemovableHandle:
             return None
         return with_tensor(output, edit.change(hidden_out(output)))
 
-    _mark(before, after)
+    mark(before, after)
     if edit.at_input:
         return edit.module.register_forward_pre_hook(before, with_kwargs=True)
     return edit.module.register_forward_hook(after)
@@ -273,28 +284,7 @@ def is_ours(hook: Any) -> bool:
     return hasattr(hook, "_dla_hooks")
 
 
-def _mark(*hooks: Any) -> None:
+def mark(*hooks: Any) -> None:
+    """Say that hooks are ours."""
     for hook in hooks:
         hook._dla_hooks = True
-
-
-@contextmanager
-def count_firings(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, int]]:
-    """Count how often each module runs within a ``with`` block; this thread only."""
-    thread = threading.get_ident()
-    fired = dict.fromkeys(modules, 0)
-
-    def count(module: nn.Module, *_: Any) -> None:
-        if threading.get_ident() == thread:
-            fired[module] += 1
-
-    _mark(count)
-    handles = []
-    try:
-        for module in fired:
-            handles.append(module.register_forward_hook(count))
-        with torch.no_grad():
-            yield fired
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -128,7 +128,9 @@ def check_plans(
             _check_rows(names, mine, theirs)
             if hasattr(unit, "top"):
                 _check_number(unit, len(mine), len(entries[0]))
-        if unit.words.cumulative and mid_streams(first.stream) != mid_streams(second.stream):
+        if unit.words.cumulative and mid_streams(first.stream.whole) != mid_streams(
+            second.stream.whole
+        ):
             raise UnsupportedModelError(
                 f"{names[0]} and {names[1]} add up their blocks in different orders (one "
                 "in parallel), so that their running sums do not pair up. Compare components"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dla_hooks.inputs.entries import Entries
-from dla_hooks.measure.completeness import Outcome
+from dla_hooks.measure.claims import Outcome
 from dla_hooks.measure.one_prompt import results
 from dla_hooks.projection.strongest import strongest
 from dla_hooks.questions.two_ways import OWN, TwoWays, own_half, two_ways

@@ -193,12 +193,13 @@ class _Found:
         self, runs: Runs, unit: Unit, named: list[str] | None, count: int, ablation: Any
     ) -> None:
         self._runs, self._unit = runs, unit
-        dictionaries = Dictionaries(unit if isinstance(unit, Features) else None, runs.stream)
+        stream = runs.target.stream  # what stands behind the reading cannot be missed there
+        dictionaries = Dictionaries(unit if isinstance(unit, Features) else None, stream)
         clean: Measured | None = None
         if named is None:
             clean = runs.measured({_CHOSEN: unit} if unit.words.name != HEAD else {HEAD: unit})
             named = self._most_direct(clean, count)
-        self.parts = [ablatable(runs.stream, label, dictionaries) for label in named]
+        self.parts = [ablatable(stream, label, dictionaries) for label in named]
         units = {key: own for part in self.parts for key, own in own_units(part).items()}
         self._check_size()
         if clean is None or not set(units) <= set(clean.found.splits):
@@ -258,7 +259,7 @@ class _Found:
     def _most_direct(self, clean: Measured, count: int) -> list[str]:
         name = self._unit.words.name
         key = HEAD if name == HEAD else _CHOSEN
-        kinds = _KINDS[name] or tuple({write.kind for write in self._runs.stream.writes})
+        kinds = _KINDS[name] or tuple({write.kind for write in self._runs.target.stream.writes})
         found = most_direct(clean, key, kinds, count)
         if found is None:
             raise InputError(

@@ -216,7 +216,7 @@ def _side(
 
 def _plan(question: Question, side: _Side, target: Target) -> Plan:
     units = {key: _whole(unit) for key, unit in question.units.items()}
-    return make_plan(side.stream, target, units, side.conventions)
+    return make_plan(target, units, side.conventions)
 
 
 def _whole(unit: Unit) -> Unit:

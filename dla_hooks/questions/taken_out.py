@@ -20,7 +20,7 @@ from torch import Tensor
 from dla_hooks.backends import Conventions
 from dla_hooks.calibration.named_parts import NamedPart
 from dla_hooks.inputs.positions import Selection
-from dla_hooks.measure.completeness import Outcome
+from dla_hooks.measure.claims import Outcome
 from dla_hooks.measure.one_prompt import measure
 from dla_hooks.modules.user_hooks import FINAL_HOOK
 from dla_hooks.questions.ablated import Ablated
@@ -46,7 +46,7 @@ class Runs:
     """Runs of one model on one prompt, with one question.
 
     Attributes:
-        stream: the located model.
+        stream: the located model; the target's own may end before it does.
         source: what it is run on.
         selection: the positions.
         target: what is attributed.
@@ -67,7 +67,7 @@ class Runs:
         plan = self._plans.get(tuple(units))
         if plan is None:
             every = {COMPONENT: Components(), **units}
-            plan = make_plan(self.stream, self.target, every, self.conventions)
+            plan = make_plan(self.target, every, self.conventions)
             self._plans[tuple(units)] = plan
         if put is None:
             return Measured(*measure(plan, self.source, self.selection, self.check))

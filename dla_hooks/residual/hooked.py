@@ -56,6 +56,7 @@ def hook_label(block: Block) -> str:
 
 def hooked_places(stream: Stream) -> Iterator[Hooked]:
     """Find the caller's hooks at and in the blocks, in stream order."""
+    n_whole = len(stream.blocks) - (stream.ending is not None and stream.ending.within)
     for number, block in enumerate(stream.blocks):
         if is_hooked(block.input):
             yield Hooked(number, block, True, block.input)
@@ -63,10 +64,11 @@ def hooked_places(stream: Stream) -> Iterator[Hooked]:
             if is_hooked(one.place):
                 yield Hooked(number, block, False, one.place, one.after, one.response)
         output = block.input._replace(before=False)
-        if is_hooked(output):
+        if number < n_whole and is_hooked(output):
             yield Hooked(number, block, False, output, len(block.writes))
-    if is_hooked(stream.last):
-        yield Hooked(len(stream.blocks), None, True, stream.last)
+    for place in stream.behind_blocks:
+        if not place.first and is_hooked(place):
+            yield Hooked(len(stream.blocks), None, True, place)
 
 
 def hook_factor(hooked: Hooked, factors: Mapping[str, Tensor | None]) -> Tensor | None:

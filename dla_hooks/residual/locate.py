@@ -18,8 +18,9 @@ from dla_hooks.modules.hooks import Place, Use
 from dla_hooks.modules.linear import input_width, output_width
 from dla_hooks.residual.architecture import Architecture, Write
 from dla_hooks.residual.carriers import with_carriers
+from dla_hooks.residual.head_site import HeadSite
 from dla_hooks.residual.look import child, descend, look
-from dla_hooks.residual.stream import Block, HeadSite, Stream, WriteSite
+from dla_hooks.residual.stream import Block, Stream, WriteSite
 
 
 def locate(backend: Backend, architecture: Architecture) -> Stream:

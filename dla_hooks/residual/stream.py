@@ -14,63 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from dla_hooks.backends import Backend
-from dla_hooks.modules.hooks import ONLY_USE, Call, Place, Use
+from dla_hooks.modules.hooks import Place, Use
 from dla_hooks.modules.vjp import dtype_of
 from dla_hooks.residual.architecture import Architecture
+from dla_hooks.residual.head_site import HeadSite
 
 
 def coarsest(dtypes: Iterable[torch.dtype]) -> torch.dtype:
     """The dtype that rounds most."""
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-
-
-@dataclass(frozen=True)
-class HeadSite:
-    """The place where the heads of one write can be read, side by side.
-
-    Attributes:
-        proj: the module whose input is z: [batch, pos, n_heads * d_head], or with an axis for
-            the heads.
-        name: its path.
-        linear: the map from z to the stream; mostly ``proj`` itself.
-        attention: the module that holds the projection and reads the (normed) stream.
-        n_heads: number of heads, as declared until it is measured; 0 where nothing says it.
-        d_head: width of one head; 0 where it is not known before it is measured.
-        post_norm: the norm between the projection and the stream, if any.
-        post_norm_name: its path.
-        use: the run of both modules, where blocks share them.
-    """
-
-    proj: nn.Module
-    name: str
-    linear: nn.Module
-    attention: nn.Module
-    n_heads: int
-    d_head: int
-    post_norm: nn.Module | None = None
-    post_norm_name: str = ""
-    use: Use = ONLY_USE
-
-    @property
-    def place(self) -> Place:
-        """The place of z: the projection's input, or a hook point's output."""
-        return Place(self.proj, self.name, self.use)
-
-    @property
-    def post_norm_place(self) -> Place | None:
-        """The norm between the projection and the stream."""
-        if self.post_norm is None:
-            return None
-        return Place(self.post_norm, self.post_norm_name, self.use)
-
-    def z(self, call: Call) -> Tensor:
-        """Read z from a call of ``proj``; at a hook point, after its hooks."""
-        return self.flat(call.entered if self.linear is self.proj else call.left)
-
-    def flat(self, z: Tensor) -> Tensor:
-        """z with its heads side by side [..., n_heads * d_head]."""
-        side_by_side = z.ndim < 4 or z.shape[-1] == self.n_heads * self.d_head
-        return z if side_by_side else z.flatten(-2)
 
 
 @dataclass(frozen=True)
@@ -164,6 +116,25 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Ending:
+    """Where a stream ends that is read ahead of the final norm.
+
+    Attributes:
+        label: of that stream, in the ``layer`` unit: ``8_pre``, ``8_mid``.
+        places: behind its last write, where hooks may write to it; the last one is read.
+        until: the input of a block, or of the final norm, from which on nothing need run.
+        whole: the model's whole stream.
+        within: whether it ends in the middle of its last block.
+    """
+
+    label: str
+    places: tuple[Place, ...]
+    until: Place
+    whole: Stream
+    within: bool = False
+
+
+@dataclass(frozen=True)
 class Stream:
     """A model's residual stream, from block 0 to the logits.
 
@@ -188,6 +159,7 @@ class Stream:
         version: of the model, as its scales were measured.
         remembered: whether the answers come from an earlier call.
         position_limit: the longest prompt that can run, or None where there is no fixed limit.
+        ending: where it is read, if that is ahead of the final norm: ``blocks`` then end there.
     """
 
     backend: Backend
@@ -210,6 +182,12 @@ class Stream:
     ahead: int = 0
     version: int = 0
     remembered: bool = False
+    ending: Ending | None = None
+
+    @property
+    def whole(self) -> Stream:
+        """The model's whole stream, of which everything is measured."""
+        return self if self.ending is None else self.ending.whole
 
     @property
     def model(self) -> Any:
@@ -224,12 +202,22 @@ class Stream:
     @property
     def start(self) -> Place:
         """The beginning of the stream."""
-        return self.declared_start or self.blocks[0].input
+        return self.declared_start or self.whole.blocks[0].input
 
     @property
     def last(self) -> Place:
-        """The last stream: the final norm's input."""
-        return self.final_norm.entered
+        """The last stream: the final norm's input, or where it is read ahead of that."""
+        return self.behind_blocks[-1]
+
+    @property
+    def last_label(self) -> str:
+        """The label of the last stream."""
+        return "final_post" if self.ending is None else self.ending.label
+
+    @property
+    def behind_blocks(self) -> tuple[Place, ...]:
+        """The places of the stream behind its last write; it is read at the last one."""
+        return (self.final_norm.entered,) if self.ending is None else self.ending.places
 
     @property
     def beginning(self) -> Place:
@@ -238,7 +226,7 @@ class Stream:
 
     def input_of(self, block: Block) -> Place:
         """The stream before a block; for the first one, its declared start."""
-        return self.start if block is self.blocks[0] else block.input
+        return self.start if block.input == self.whole.blocks[0].input else block.input
 
     @cached_property
     def writes(self) -> tuple[WriteSite, ...]:

@@ -41,7 +41,11 @@ class Source:
         return None
 
     def show(
-        self, view: View, taps: Callable[[View], list[Tap]], columns: Tensor | None
+        self,
+        view: View,
+        taps: Callable[[View], list[Tap]],
+        columns: Tensor | None,
+        until: Place | None = None,
     ) -> Tensor | None:
         """Show every tap its activation.
 
@@ -49,6 +53,7 @@ class Source:
             view: all entries that are read.
             taps: makes the taps for the entries that are shown together.
             columns: where the model's own logits are wanted, or None for nowhere.
+            until: nothing from this input of a module on is wanted, or None for no end.
 
         Returns:
             Logits [batch, n_columns, vocabulary], or None where the source has none.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -22,8 +23,10 @@ from dla_hooks.calibration.invariance import chunks_are_ignored, has_hole
 from dla_hooks.errors import InputError, UnsupportedModelError, warn
 from dla_hooks.inputs.extras import EMBEDS
 from dla_hooks.inputs.prompts import Prompt, to_strings
-from dla_hooks.modules.hooks import Call, Tap, tapped
+from dla_hooks.modules.hooks import Call, Place, Tap, tapped
+from dla_hooks.modules.runs import ended_at
 from dla_hooks.modules.user_hooks import callers_hooks
+from dla_hooks.modules.weights import is_sharded
 from dla_hooks.projection.tiles import View
 from dla_hooks.residual.hooked import places_hooked
 from dla_hooks.residual.stream import Stream
@@ -54,10 +57,19 @@ class Live(Source):
         return Live(stream, self.prompt, self._chunk_size)
 
     def show(
-        self, view: View, taps: Callable[[View], list[Tap]], columns: Tensor | None
+        self,
+        view: View,
+        taps: Callable[[View], list[Tap]],
+        columns: Tensor | None,
+        until: Place | None = None,
     ) -> Tensor | None:
-        """Run the model with taps on it. Pieces without an entry are run without."""
-        logits = []
+        """Run the model with taps on it. Pieces without an entry are run without.
+
+        The last piece ends at ``until``; a model that is brought piece by piece runs whole.
+        """
+        logits, width = [], self.prompt.shape[1]
+        if until is not None and runs_whole(self._stream.model):
+            until = None
         for chunk, run in chunks(self._stream.backend, self.prompt, columns, self._chunk_size):
             piece = view.part(chunk.start, chunk.stop)
             looks = taps(piece) if piece is view or len(piece) else []
@@ -65,8 +77,12 @@ class Live(Source):
                 check = partial(self._check_width, chunk)
                 places = filter(None, (self._stream.last, self._stream.positions))
                 looks = [*(Tap(place, check, optional=True) for place in places), *looks]
-            with tapped(looks), refusing_length(self._stream, self.prompt):
-                logits.append(run())
+            ends: AbstractContextManager[None] = nullcontext()
+            with tapped(looks) as taken, refusing_length(self._stream, self.prompt):
+                if until is not None and chunk.stop == width:
+                    ends = ended_at(until, taken)
+                with ends:
+                    logits.append(run())
         if columns is None:
             return None
         return logits[0] if len(logits) == 1 else torch.cat(logits, dim=1)
@@ -103,6 +119,14 @@ class Live(Source):
             return [["?"] * int(real.sum()) for real in mask]
         rows = zip(ids, mask, strict=True)
         return [to_strings(row[real].tolist(), tokenizer) for row, real in rows]
+
+
+def runs_whole(model: torch.nn.Module) -> bool:
+    """Tell whether a pass must not be ended early: weights are brought and taken away in it."""
+    return any(
+        hasattr(module, "_hf_hook") or is_sharded(getattr(module, "weight", None))
+        for module in model.modules()
+    )
 
 
 def chunks(

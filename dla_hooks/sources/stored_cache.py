@@ -26,6 +26,9 @@ from dla_hooks.residual.gains import times
 from dla_hooks.residual.stream import Block, Stream, coarsest
 from dla_hooks.sources.base import Source
 
+_NORMS = ("ln1", "ln2")
+"""The norms before a block's attention and its MLP, as TransformerLens names them."""
+
 
 def check_cache(model: Any, cache: Any) -> None:
     """Refuse what is no cache, or another model's.
@@ -84,7 +87,13 @@ class StoredCache(Source):
             return error
         return None
 
-    def show(self, view: View, taps: Callable[[View], list[Tap]], columns: Tensor | None) -> None:
+    def show(
+        self,
+        view: View,
+        taps: Callable[[View], list[Tap]],
+        columns: Tensor | None,
+        until: Place | None = None,
+    ) -> None:
         """Show every tap its activation. A cache holds no logits.
 
         Raises:
@@ -139,8 +148,15 @@ class StoredCache(Source):
 
     def _read(self, place: Place) -> Tensor:
         name = place.name
-        if name == self._stream.final_norm.name:
-            return self._last()
+        holder, _, norm = name.rpartition(".")
+        if name == self._stream.final_norm.name or norm in _NORMS:
+            if not place.before:
+                return self._entry(f"{name}.hook_normalized")
+            if norm not in _NORMS:
+                return self._last()
+            if norm == "ln1":
+                return self._before(self._block[holder])
+            return self._entry(f"{holder}.hook_resid_mid")
         if place.before and name in self._block:
             return self._before(self._block[name])
         if name in self._writes:

@@ -14,7 +14,8 @@ from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.modules.autocast import outside_autocast
 from dla_hooks.modules.linear import check_readable, matrix
 from dla_hooks.residual.gains import path_factors, times
-from dla_hooks.residual.stream import HeadSite, WriteSite
+from dla_hooks.residual.head_site import HeadSite
+from dla_hooks.residual.stream import WriteSite
 from dla_hooks.stacks.arguments import Stack, finish, measured, place_of, scale_at, stream_at
 from dla_hooks.stacks.checks import StreamSum, WriteSum
 from dla_hooks.stacks.kept import Kept

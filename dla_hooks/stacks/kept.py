@@ -19,8 +19,9 @@ from dla_hooks.modules.hooks import Call, Place, Tap
 from dla_hooks.projection.logit_hooks import hooks_logits
 from dla_hooks.projection.tiles import View
 from dla_hooks.residual.gains import times
+from dla_hooks.residual.head_site import HeadSite
 from dla_hooks.residual.hooked import changed_behind
-from dla_hooks.residual.stream import Block, HeadSite, Stream, WriteSite
+from dla_hooks.residual.stream import Block, Stream, WriteSite
 from dla_hooks.tolerance import misfit_tolerance
 
 

@@ -8,7 +8,7 @@ or a :class:`Request` for any other target. A new target is one file with both.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from dla_hooks.inputs.entries import Entries, one_target
 from dla_hooks.inputs.positions import Selection
+from dla_hooks.modules.hooks import Call, Place
+from dla_hooks.projection.directions import Directions
 from dla_hooks.projection.reading_point import Reading, ReadingPoint
 from dla_hooks.projection.readout import Readout
 from dla_hooks.residual.stream import Stream
@@ -129,17 +131,38 @@ def _lies_between(logits_BSV: Tensor, high_BS: Tensor, spread_BS: Tensor) -> Ten
     return ((below > 1 / _GAP) & (below < 1 / 2)).any(-1) | (spread_BS <= 0)
 
 
+@dataclass(frozen=True)
+class Witness:
+    """What the model itself computes of a target that is no logit, seen in the same run.
+
+    Attributes:
+        place: the module that computes it.
+        look: from its call to the activation that holds it [batch, pos, width].
+        directions: what that is projected on, one per target.
+    """
+
+    place: Place
+    look: Callable[[Call], Tensor]
+    directions: Directions
+
+
 class Target:
     """Something to attribute, on one located model.
 
     Attributes:
+        stream: what it is a reading of: the located model, or its stream up to the reading point.
         point: where the stream is read.
         readouts: the directions and biases there, one per distinct target. The first readout is
             attributed. Others are only measured, for :meth:`own_and_theirs`.
+        reads_logits: whether it is checked by the model's own logits.
+        witness: otherwise, what it is checked by besides the stream itself.
     """
 
+    stream: Stream
     point: ReadingPoint
     readouts: Sequence[Readout]
+    reads_logits: bool = True
+    witness: Witness | None = None
 
     def align(
         self, selection: Selection, prompt_shape: tuple[int, int], batched: bool = True
@@ -170,6 +193,10 @@ class Target:
             Ours [n] and the model's [n], after any cap.
         """
         raise NotImplementedError(f"{type(self).__name__} must say how it is checked")
+
+    def witnessed(self, entries: Entries) -> Tensor | None:
+        """Which of the entries the witness tells of [N]; None is all of them."""
+        return None
 
     def largest(self, observed: Observed) -> float:
         """The largest of the model's numbers, by whose rounding the comparison is limited."""

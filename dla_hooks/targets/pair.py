@@ -20,7 +20,7 @@ from dla_hooks.inputs.positions import Selection
 from dla_hooks.projection.directions import Directions, few
 from dla_hooks.projection.reading_point import Reading
 from dla_hooks.projection.readout import Readout
-from dla_hooks.targets.base import Observed, Target
+from dla_hooks.targets.base import Observed, Target, Witness
 
 _SAMPLE = 64
 """Directions whose lengths are looked at."""
@@ -43,7 +43,8 @@ class PairTarget(Target):
     """
 
     def __init__(self, own: Target, other: Readout) -> None:
-        self.own, self.point = own, own.point
+        self.own, self.stream, self.point = own, own.stream, own.point
+        self.reads_logits = own.reads_logits
         first = own.readouts[0].directions
         if len(first) != len(other.directions):
             raise InputError(
@@ -53,6 +54,17 @@ class PairTarget(Target):
         self.factor = _factor(first, other.directions)
         self.readouts = [_joined(readout, other, self.factor) for readout in own.readouts]
         self._n_own = len(first)
+        if own.witness is not None:  # it knows nothing of the other's directions
+            self.witness = dataclasses.replace(
+                own.witness, directions=_padded(own.witness, len(self))
+            )
+
+    def __len__(self) -> int:
+        return len(self.readouts[0].directions)
+
+    def witnessed(self, entries: Entries) -> Tensor:
+        """The own half of the entries."""
+        return entries.target < self._n_own
 
     def align(
         self, selection: Selection, prompt_shape: tuple[int, int], batched: bool = True
@@ -196,6 +208,14 @@ def _factor(own: Directions, other: Directions) -> float:
     if not all(0 < length < math.inf for length in lengths):
         return 1.0
     return 2.0 ** round(math.log2(lengths[0] / lengths[1]))
+
+
+def _padded(witness: Witness, n_targets: int) -> Directions:
+    """The witness's directions, and zeros for further targets."""
+    own = witness.directions
+    d_KM = _some(own, torch.arange(len(own), device="cpu"))
+    more = d_KM.new_zeros(n_targets - len(own), d_KM.shape[-1])
+    return Directions.held(torch.cat((d_KM, more)))
 
 
 def _twice(values: Tensor) -> Tensor:

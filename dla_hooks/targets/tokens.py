@@ -60,6 +60,7 @@ class TokenTarget(Target):
     """
 
     def __init__(self, stream: Stream, answers: Answers, *, center_unembed: bool = False) -> None:
+        self.stream = stream
         self._vocabulary, self._softcap = stream.vocabulary, stream.softcap
         self._named_with = stream.backend.answer_tokenizer
         self._outside: dict[str, Tensor] = {}  # with ids that are no tokens of the model

@@ -19,8 +19,9 @@ from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.modules import norms
 from dla_hooks.modules.linear import input_width
 from dla_hooks.modules.weights import run_device
+from dla_hooks.residual.head_site import HeadSite
 from dla_hooks.residual.registry import begins_with_bos
-from dla_hooks.residual.stream import HeadSite, Stream
+from dla_hooks.residual.stream import Stream
 from dla_hooks.tl.weights import Processing
 
 T = TypeVar("T")

@@ -24,7 +24,8 @@ from dla_hooks.modules.hooks import Call, Tap, tapped
 from dla_hooks.modules.linear import input_width, matrix, mean_row, rows, value_at
 from dla_hooks.modules.vjp import past_hooks
 from dla_hooks.modules.weights import run_device, stored
-from dla_hooks.residual.stream import HeadSite, Stream, WriteSite
+from dla_hooks.residual.head_site import HeadSite
+from dla_hooks.residual.stream import Stream, WriteSite
 from dla_hooks.targets.tokens import before_norm
 
 _TILE = 1024

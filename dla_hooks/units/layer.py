@@ -52,10 +52,13 @@ class Layers(Unit):
             places = parts.places[number]
             rows.append(Row(f"{block.layer}_pre", "pre", block.layer))
             steps.append(places[0])
-            if n_first is not None:
+            if n_first is not None and n_first < len(places):
                 rows.append(Row(f"{block.layer}_mid", "mid", block.layer))
                 steps.append(places[n_first])
-        rows.append(Row("final_post", "post"))
+        last = stream.last_label
+        if rows and rows[-1].label == last:  # it ends in the middle of a block
+            rows, steps = rows[:-1], steps[:-1]
+        rows.append(Row(last, last.rpartition("_")[2]))
         steps.append(parts.places[-1][0])
         values_CN = parts.steps_SN.cumsum(0)[steps]
         for label, added_RN in sorted(parts.reading.hooks_RN.items()):  # behind the last stream

@@ -214,7 +214,7 @@ class Parts:
         last = self._wrote(len(plan.stream.blocks))
         behind = {label: added_RN[0] for label, added_RN in self.reading.hooks_RN.items()}
         if last:
-            behind[FINAL_HOOK] = last[0] + behind.get(FINAL_HOOK, 0)
+            behind[FINAL_HOOK] = sum(last, behind.get(FINAL_HOOK, torch.zeros_like(last[0])))
         for label in sorted(behind):  # final_hook, logit_hook
             found.append((Row(label, "hook"), behind[label]))
         return found

@@ -9,13 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from dla_hooks.backends import Conventions
 from dla_hooks.inputs.entries import Entries
-from dla_hooks.modules.hooks import Tap
+from dla_hooks.modules.hooks import Call, Tap
+from dla_hooks.projection.kernels import project
+from dla_hooks.projection.ledger import FixedRows
 from dla_hooks.projection.reading_point import PointRecorder, Reading
 from dla_hooks.projection.tiles import View
 from dla_hooks.residual.stream import Stream
-from dla_hooks.targets.base import Target
+from dla_hooks.targets.base import Target, Witness
 from dla_hooks.units.base import RankedSplit, Split, Unit, UnitPlan
 from dla_hooks.units.parts import Missing, Parts, PartsRecorder
 from dla_hooks.units.parts_plan import PartsPlan
@@ -26,7 +30,7 @@ class Plan:
     """What is measured of every prompt.
 
     Attributes:
-        stream: the located model.
+        stream: the located model, up to where it is read.
         target: what is attributed.
         parts: the terms of the stream, and what they are projected on.
         units: the units, by the key of their result.
@@ -38,20 +42,18 @@ class Plan:
     units: Mapping[str, UnitPlan]
 
 
-def make_plan(
-    stream: Stream, target: Target, units: Mapping[str, Unit], conventions: Conventions
-) -> Plan:
+def make_plan(target: Target, units: Mapping[str, Unit], conventions: Conventions) -> Plan:
     """Fold the directions of a target for the parts and for each unit.
 
     Args:
-        stream: the located model.
-        target: what is attributed.
+        target: what is attributed, of a located model.
         units: by the key of their result.
         conventions: what is done where a unit's own options leave it open.
 
     Raises:
         UnsupportedModelError: when a unit finds nothing of its kind in the model.
     """
+    stream = target.stream
     parts = PartsPlan(stream, target.readouts[0].directions)
     plans = {key: unit.prepare(parts, conventions) for key, unit in units.items()}
     return Plan(stream, target, parts, plans)
@@ -67,6 +69,7 @@ class Measurement:
         reading: what the final norm saw: the whole stream.
         parts: the terms of the stream.
         splits: the rows of each unit.
+        theirs_N: what the model itself computed, where the target has a witness.
     """
 
     plan: Plan
@@ -74,6 +77,7 @@ class Measurement:
     reading: Reading
     parts: Parts
     splits: Mapping[str, Split | RankedSplit]
+    theirs_N: Tensor | None = None
 
 
 class Recording:
@@ -95,6 +99,9 @@ class Recording:
         self._point = PointRecorder(target.point, target.readouts, entries)
         self._parts = PartsRecorder(plan.parts, entries, missing)
         self._units = {key: unit.recorder(view) for key, unit in plan.units.items()}
+        self._theirs: FixedRows | None = None
+        if target.witness is not None:
+            self._theirs = FixedRows(1, len(entries), plan.stream.work_dtype)
 
     @property
     def needs_all_logits(self) -> bool:
@@ -106,11 +113,26 @@ class Recording:
         taps = [*self._parts.taps(view), *self._point.taps(view)]
         for recorder in self._units.values():
             taps += recorder.taps(view)
-        return taps
+        witness, theirs = self._plan.target.witness, self._theirs
+        if witness is None or theirs is None:
+            return taps
+        return [*taps, _tap(witness, theirs, view)]
 
     def finish(self) -> Measurement:
         """The measurement, once the source has shown everything."""
         reading = self._point.finish()
         parts = self._parts.finish(reading)
         splits = {key: recorder.finish(parts) for key, recorder in self._units.items()}
-        return Measurement(self._plan, self._entries, reading, parts, splits)
+        theirs = self._theirs
+        theirs_N = None if theirs is None else theirs.gathered(reading.scale_N.device)[0]
+        return Measurement(self._plan, self._entries, reading, parts, splits, theirs_N)
+
+
+def _tap(witness: Witness, theirs: FixedRows, view: View) -> Tap:
+    """Reads what the model itself computes of a target."""
+
+    def see(call: Call) -> None:
+        x = witness.look(call)
+        project(x, view, witness.directions, theirs.row(0, x.device))
+
+    return Tap(witness.place, see)

@@ -14,7 +14,8 @@ from dla_hooks.calibration.head_widths import with_head_widths
 from dla_hooks.errors import InputError, UnsupportedModelError
 from dla_hooks.modules.attention_interface import why_unseen
 from dla_hooks.modules.hooks import Place
-from dla_hooks.residual.stream import HeadSite, Stream
+from dla_hooks.residual.head_site import HeadSite
+from dla_hooks.residual.stream import Stream
 from dla_hooks.results.row_runs import Run
 
 _HEAD = re.compile(r"L([0-9]+)(?:\.([0-9]+))?H([0-9]+)")

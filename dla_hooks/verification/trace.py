@@ -24,7 +24,8 @@ from dla_hooks.modules.linear import check_readable, pull_back, value_at
 from dla_hooks.modules.norms import frozen_scale
 from dla_hooks.modules.weights import run_device
 from dla_hooks.residual.gains import times
-from dla_hooks.residual.stream import HeadSite, Stream, WriteSite
+from dla_hooks.residual.head_site import HeadSite
+from dla_hooks.residual.stream import Stream, WriteSite
 from dla_hooks.targets.tokens import TokenPairs, read_out
 
 _MARKS = {True: "ok ", False: "BAD", None: "?  "}

@@ -431,7 +431,10 @@ def test_every_bar_runs_on_a_tiny_model(name, tmp_path):
     filed = json.loads(figures.read_text())["bars"]
     if "skipped" in filed[0]:
         pytest.skip(filed[0]["skipped"])
-    assert all(one["ratio"]["median"] > 0 for one in filed)
+    found = [one["ratio"]["median"] for one in filed]
+    assert all(0 <= ratio < 1e3 for ratio in found), found
+    if name != "chunks":  # memory alone, and a tiny model may not raise the peak at all
+        assert all(ratio > 0 for ratio in found), found
 
 
 def test_named_sizes_match_parameter_counts():

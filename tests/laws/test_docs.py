@@ -189,8 +189,15 @@ def test_wrong_examples_in_docstrings_fail():
     assert "Expected" in "".join(said)
 
 
-@pytest.mark.parametrize("page", ["inputs", "interventions", "questions/compare", "units"])
+PAGES = {
+    str(path.relative_to(ROOT / "docs")): path
+    for path in sorted((ROOT / "docs").rglob("*.md"))
+    if ">>> " in path.read_text()
+}
+
+
+@pytest.mark.parametrize("page", sorted(PAGES.keys() - {"reference.md"}))
 def test_examples_of_pages_run(page):
-    found = doctest.testfile(str(ROOT / "docs" / f"{page}.md"), module_relative=False)
-    assert found.attempted > 10
+    found = doctest.testfile(str(PAGES[page]), module_relative=False)
+    assert found.attempted > 5
     assert found.failed == 0

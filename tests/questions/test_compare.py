@@ -546,6 +546,56 @@ class TestPrompts:
         close(found.attribution, compare(*models, ids, 5).attribution, 1e-12)
 
 
+class TestOtherTargets:
+    """Readings ahead of the final norm: nothing behind them runs, and both runs end there."""
+
+    @pytest.mark.parametrize("spec", ["llama", "gpt2", "gemma2", "doge"])
+    @pytest.mark.parametrize("unit", ["component", "layer", "head"])
+    def test_a_plain_direction_is_read_alike_and_written_otherwise(self, spec, unit):
+        models, ids = (made(spec, 0), made(spec, 1)), ids_of(spec)
+        width = models[0].config.hidden_size
+        vector = torch.linspace(-1, 2, width, dtype=torch.float64)
+        target = dla_hooks.Direction(vector, at="1_pre")
+        found = compare(*models, ids, target, unit=unit, pos=None)
+        assert not bool(found.read.any())
+        streams = [
+            model(ids, use_cache=False, output_hidden_states=True).hidden_states[1].double()
+            for model in models
+        ]
+        close(found.logit, (streams[0] - streams[1]).detach() @ vector)
+        assert_exact(found, 1e-11)
+
+    @pytest.mark.parametrize("spec", ["llama", "gpt2", "gemma2"])
+    @pytest.mark.parametrize("unit", ["component", "head", "neuron"])
+    def test_a_neurons_input_differs_as_the_models_say(self, spec, unit):
+        models, ids = (build(spec, 0), build(spec, 1)), example_ids(spec)
+        path = "transformer.h.1.mlp.c_fc" if spec == "gpt2" else "model.layers.1.mlp.gate_proj"
+        found = compare(*models, ids, dla_hooks.Output(path, 3), unit=unit, pos=None)
+        seen = []
+        for model in models:
+            module = model.get_submodule(path)
+            handle = module.register_forward_hook(lambda m, args, out: seen.append(out[..., 3]))
+            logits_of(model, ids)
+            handle.remove()
+        close(found.logit, seen[0] - seen[1])
+        assert_exact(found, 1e-11)
+        assert float(found.read.abs().max()) > 1e-3
+
+    def test_a_witness_that_says_otherwise_is_refused(self):
+        models, ids = (build("llama", 0), build("llama", 1)), example_ids("llama")
+        target = dla_hooks.Output("model.layers.1.mlp.gate_proj", 3)
+        compare(*models, ids, target)
+        alter_output(models[1].model.layers[1].mlp.gate_proj, lambda out: out + 0.1 * out.square())
+        with pytest.raises((DecompositionError, UnsupportedModelError)) as refusal:
+            compare(*models, ids, target)
+        assert "gate_proj" in str(refusal.value)
+
+    def test_a_direction_of_another_width_is_refused(self):
+        model, ids = build("llama"), example_ids("llama")
+        with pytest.raises(InputError, match="39 entries"):
+            compare(model, None, ids, dla_hooks.Direction(torch.ones(39)))
+
+
 class TestNumbers:
     def test_models_of_two_dtypes_are_compared_in_the_finer(self):
         one, other = build("llama", 0), build("llama", 1)

@@ -204,17 +204,17 @@ class TestFiles:
         assert set(load_file(path)) == {"mean", "standard_error", "squares"}
         with safe_open(path, framework="pt") as file:
             header = file.metadata()
-        assert (header["format"], header["version"]) == ("dla_hooks.summary", "1")
+        assert (header["format"], header["version"]) == ("dla_hooks.summary", "2")
         assert json.loads(header["summary"])["n"] == 1
 
     @pytest.mark.parametrize(
         ("version", "summary", "error", "said"),
         [
-            ("2", "{}", InputError, "newer dla_hooks"),
+            ("3", "{}", InputError, "newer dla_hooks"),
             ("²", "{}", CheckpointError, "version is no number"),
-            ("1", "{}", CheckpointError, "damaged"),
-            ("1", "no", CheckpointError, "damaged"),
-            ("1", '{"labels": ["a", "b"], "unit": "u"}', CheckpointError, "damaged"),
+            ("2", "{}", CheckpointError, "damaged"),
+            ("2", "no", CheckpointError, "damaged"),
+            ("2", '{"labels": ["a", "b"], "unit": "u"}', CheckpointError, "damaged"),
         ],
     )
     def test_a_file_that_cannot_be_read_says_why(self, tmp_path, version, summary, error, said):

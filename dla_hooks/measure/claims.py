@@ -1,0 +1,127 @@
+"""What must hold of a measurement, and what rounding alone may do to it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dla_hooks.calibration.scales import check_weights
+from dla_hooks.errors import DecompositionError, NonFiniteError
+from dla_hooks.projection.ledger import all_finite
+from dla_hooks.residual.stream import coarsest
+from dla_hooks.tolerance import is_coarse, misfit_tolerance
+from dla_hooks.units.base import Claim
+from dla_hooks.units.plan import Measurement
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the check found.
+
+    Attributes:
+        gap: largest difference between the parts' sum and the stream's projection.
+        logit_gap: largest difference from the model's own logits, where they were looked at.
+    """
+
+    gap: float
+    logit_gap: float = math.nan
+
+
+def identity_gap(measurement: Measurement) -> float:
+    """The largest difference between the parts' sum and the last stream's projection."""
+    if not measurement.parts.complete:
+        return math.nan
+    return largest(measurement.parts.sum_N - measurement.reading.total_N)
+
+
+def claims_of(measurement: Measurement) -> Iterator[tuple[Claim, torch.dtype]]:
+    """What must hold, and in what dtype: the parts sum to the stream, and all that units claim."""
+    stream = measurement.plan.stream
+    parts = measurement.parts
+    whole_LN = measurement.reading.total_N[None]
+    claim = Claim(["the parts of the stream"], parts.sum_N[None], whole_LN, of_stream=True)
+    # Parallel writes may be added to each other before the stream, in their own dtype.
+    yield claim, coarsest((stream.stream_dtype, stream.write_dtype))
+    for split in measurement.splits.values():
+        for claim in split.claims:
+            yield claim, stream.product_dtype
+
+
+def broken_of(claim: Claim, allowed_N: Tensor) -> tuple[str, float] | None:
+    """The first thing that is not as claimed, and the largest gap there; None if all is."""
+    gap_LN = (claim.parts_LN - claim.whole_LN).abs_()
+    holds_LN = gap_LN <= allowed_N
+    if bool(holds_LN.all()):
+        return None
+    first = int((~holds_LN.all(-1)).nonzero()[0])
+    return claim.what[first], largest(gap_LN[first])
+
+
+def check_norms(measurement: Measurement) -> None:
+    """Hold every norm that was read through against its form."""
+    allowed = misfit_tolerance(measurement.plan.stream.product_dtype)
+    for name, misfit in norms_of(measurement):
+        if not misfit <= allowed:
+            raise DecompositionError(
+                f"{name} did something else than gamma * (x - centre) / s + beta at one of the "
+                f"positions: {misfit:.1e} of its output is unexplained. A hook that changes what "
+                "it puts out does this."
+            )
+
+
+def norms_of(measurement: Measurement) -> Iterator[tuple[str, float]]:
+    """Every norm that was read through, and what its form leaves unexplained."""
+    place = measurement.plan.target.point.norm_place
+    if place is not None:
+        yield place.name, measurement.reading.misfit
+    for split in measurement.splits.values():
+        yield from split.norms
+
+
+def rounding_of(measurement: Measurement, spread: float = 0.0) -> Tensor:
+    """What rounding alone may do to the sum of the parts at each entry [N].
+
+    Every addition rounds the sum so far, and independent roundings grow as a square root. It
+    matters where large parts cancel, as the massive activations of large models do. In 16 bits
+    it is looked at more closely: sums within the logits' spread are left to what is allowed of it.
+    """
+    parts = measurement.parts
+    dtype = measurement.plan.stream.coarsest_dtype
+    eps = torch.finfo(dtype).eps
+    running_SN = parts.steps_SN.cumsum(0).abs_()
+    if spread and is_coarse(dtype):
+        beyond_N: Tensor = (running_SN - spread).clamp_(min=0).square_().sum(0).sqrt_()
+        return beyond_N * eps
+    largest_N: Tensor = running_SN.amax(0)
+    return largest_N * (2 * eps * math.sqrt(len(parts.plan.rows)))
+
+
+def largest(difference: Tensor) -> float:
+    return float(torch.linalg.vector_norm(difference, torch.inf)) if difference.numel() else 0.0
+
+
+def check_finite(measurement: Measurement) -> None:
+    parts, stream = measurement.parts, measurement.plan.stream
+    splits = measurement.splits.values()
+    measured = (parts.raw_CN, measurement.reading.total_N, *(one.values_CN for one in splits))
+    if all(map(all_finite, measured)):
+        return
+    check_weights(stream.backend)
+    finite = [True] * len(parts.plan.rows) if parts.finite_C is None else parts.finite_C.tolist()
+    pairs = zip(parts.plan.rows, finite, strict=True)
+    first = next((row.label for row, is_finite in pairs if not is_finite), "the final norm")
+    away = any(weight.is_meta for _, weight in stream.backend.named_weights())
+    looked_at = "every weight in memory is finite (those that are offloaded were not looked at)"
+    message = (
+        f"the activations become NaN or infinite, first in {first}, though "
+        f"{looked_at if away else 'every weight is finite'}"
+    )
+    if torch.finfo(stream.stream_dtype).max < 1e5:
+        message += (
+            f"; in {stream.stream_dtype} a large activation overflows: try float32 or bfloat16"
+        )
+    raise NonFiniteError(message)
