@@ -23,7 +23,7 @@ from ablations import (
 )
 from mapping_zoo import build_any, example_ids_any
 from oracle import last_stream, logit_parts
-from oracle_families import family_of, final_norm, n_layers, norm_scale
+from oracle_families import family_of, final_norm, layer_at, n_layers, norm_scale
 from zoo import build, example_ids
 
 import dla_hooks
@@ -266,6 +266,49 @@ def test_different_answers_by_position_have_their_own_effects():
     other = without_inputs(model, lambda m: o_proj(m, 0), head_slice(model, 0, 1))
     due = (logits(model, ids) - logits(other, ids)).gather(-1, answers[..., None])[..., 0]
     torch.testing.assert_close(found["L0H1"].total, due, rtol=0, atol=1e-5)
+    assert_whole(found)
+
+
+@pytest.mark.parametrize("spec", ["gpt2", "gemma2", "granite-bias-tied"])
+def test_effects_on_a_direction_are_those_on_the_stream_there(spec):
+    model, ids = build(spec), example_ids(spec)
+    last = n_layers(model) - 1
+    vector = torch.randn(model.config.hidden_size, dtype=torch.float64)
+    target, seen = dla_hooks.Direction(vector, at=f"{last}_pre"), []
+
+    def keep(_, args, kwargs):
+        seen.append((args[0] if args else kwargs["hidden_states"]).detach() @ vector)
+
+    handle = layer_at(model, last).register_forward_pre_hook(keep, with_kwargs=True)
+    found = effects(model, ids, target, parts=["0_mlp_out", "L0H1"], pos=None)
+    seen.clear()
+    logits(model, ids)
+    with by_hand(writer(model, "0_mlp_out"), torch.zeros_like):
+        logits(model, ids)
+    handle.remove()
+    torch.testing.assert_close(found["0_mlp_out"].total.double(), seen[0] - seen[1])
+    assert float(found.read.abs().max()) == 0  # nothing scales the stream there
+    assert_whole(found)
+    with pytest.raises(LabelError):
+        effects(model, ids, target, parts=[f"{last}_mlp_out"])
+
+
+def test_effects_on_a_routers_logit_are_those_on_its_output():
+    model, ids = build("mixtral"), example_ids("mixtral", batch=2, length=6)
+    router, seen = model.model.layers[1].mlp.gate, []
+    target = dla_hooks.Output("model.layers.1.mlp.gate", 2)
+    found = effects(model, ids, target, parts=["0_mlp_out", "L0E1", "L1H0"], pos=None)
+    norm = model.model.layers[1].post_attention_layernorm
+    handle = norm.register_forward_hook(
+        lambda m, a, out: seen.append((out @ router.weight[2]).detach().reshape(ids.shape))
+    )
+    logits(model, ids)
+    with by_hand(writer(model, "0_mlp_out"), torch.zeros_like):
+        logits(model, ids)
+    handle.remove()
+    torch.testing.assert_close(
+        found["0_mlp_out"].total.double(), seen[0] - seen[1], rtol=0, atol=1e-5
+    )
     assert_whole(found)
 
 
