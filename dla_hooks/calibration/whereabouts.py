@@ -61,7 +61,7 @@ def _of_feature(label: str, layer: str | None, name: str | None, places: Sequenc
     if len(found) != 1:
         raise InputError(
             f"which dictionary {label!r:.40} is a row of cannot be told; give the unit with its "
-            "places: unit=dla_hooks.Features({place: dictionary})"
+            "places: unit=Features({place: dictionary})"
         )
     return found[0]
 

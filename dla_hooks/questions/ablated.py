@@ -196,7 +196,7 @@ def _check_kind(label: str, places: Sequence[str]) -> None:
     elif _FEATURE.fullmatch(label):
         if places:
             raise LabelError(f"no dictionary (at {', '.join(places)}) has the row {label!r:.40}")
-        why = "is a row of a dictionary; give it: unit=dla_hooks.Features({place: dictionary})"
+        why = "is a row of a dictionary; give it: unit=Features({place: dictionary})"
     elif _ADAPTER.fullmatch(label):
         why = "is an adapter's part; switch the adapter off: model.disable_adapter()"
     if why is not None:

@@ -13,7 +13,7 @@ from dla_hooks.measure.completeness import seems_current
 from dla_hooks.modules.user_hooks import refuse_second_run
 from dla_hooks.modules.version import forget
 from dla_hooks.questions.ablated import ZERO, names_of
-from dla_hooks.questions.one_by_one import KINDS, OneByOne
+from dla_hooks.questions.one_by_one import OneByOne
 from dla_hooks.questions.taken_out import HEAD, Runs
 from dla_hooks.results.effects import Effects
 from dla_hooks.units import UnitName, read_units
@@ -57,8 +57,8 @@ def effects(
         input: the prompts.
         answer_tokens: whose logit.
         incorrect_tokens: whose logit is subtracted, or None.
-        unit: whose rows are taken out: ``"component"``, ``"head"``, ``"neuron"``, ``"expert"``, or
-            a :class:`Features`.
+        unit: whose rows are taken out: components, heads, neurons, experts or features; a name, or
+            an object of its class.
         parts: how many, those with the largest direct effects (of their means over batch and
             positions; embeddings, remainders and hooks are left out); or a list of labels, which
             may be of several units.
@@ -136,14 +136,8 @@ def _one_unit(unit: Any) -> Unit:
     found = next(iter(units.values()))
     if not single:
         raise InputError("unit takes one unit; name parts of several as parts=[labels]")
-    name = found.words.name
-    if name not in KINDS:
-        why = {
-            "source": "attention adds up what a head reads before any module shows it; take out "
-            "heads (unit='head')",
-            "layer": "they are running sums; take out components",
-            "adapter": "an adapter is switched off as a whole: dla_hooks.compare with "
-            "other_context=model.disable_adapter",
-        }.get(name, f"known are {', '.join(map(repr, KINDS))}")
-        raise InputError(f"rows of the unit {name!r} cannot be taken out: {why}")
+    if not found.taken_out:
+        raise InputError(
+            f"rows of the unit {found.words.name!r} cannot be taken out: {found.kept_in}"
+        )
     return found

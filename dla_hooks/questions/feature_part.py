@@ -15,7 +15,6 @@ from dla_hooks.modules.hooks import Call, Place
 from dla_hooks.projection.features import BEYOND
 from dla_hooks.residual.stream import Stream
 from dla_hooks.units.base import Unit
-from dla_hooks.units.feature import Features
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class FeaturePart:
     at: NamedPlace
     dictionary: Dictionary
     number: int
-    unit: Features
+    unit: Unit
 
     @property
     def place(self) -> Place:
@@ -97,10 +96,9 @@ class Dictionaries:
     """
 
     def __init__(self, unit: Unit | None, stream: Stream) -> None:
-        if unit is not None and not isinstance(unit, Features):
+        if unit is not None and not isinstance(unit, Unit):
             raise InputError(
-                f"unit is for labels of features: a dla_hooks.Features(...); got {unit!r:.60}. "
-                "Heads, neurons, experts and writes are named by their labels alone"
+                f"unit is for labels of features: the unit with dictionaries; got {unit!r:.60}"
             )
         self._unit, self._read = unit, [] if unit is None else unit.read(stream)
         self.places = [at.label for at, _ in self._read]
@@ -119,10 +117,7 @@ class Dictionaries:
             n_rows = dictionary.n_features + BEYOND
             if number < n_rows:
                 _check_place(label, at)
-                given = self._unit
-                alone = {at.label: given.dictionaries[at.label]}
-                unit = Features(alone, top=None, centred=given.centred)
-                return FeaturePart(label, at, dictionary, number, unit)
+                return FeaturePart(label, at, dictionary, number, self._unit.at_place(at.label))
             number -= n_rows
         return None
 

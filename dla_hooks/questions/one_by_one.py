@@ -28,16 +28,7 @@ from dla_hooks.questions.taken_out import (
 )
 from dla_hooks.results.effects import Effects
 from dla_hooks.units.base import Unit
-from dla_hooks.units.feature import Features
 
-KINDS = {
-    COMPONENT: (),
-    HEAD: ("head",),
-    "neuron": ("neuron",),
-    "expert": ("expert", "shared"),
-    "feature": ("feature",),
-}
-"""Of each unit whose rows can be taken out, the kinds of these; of components, the writes."""
 _CHOSEN = "chosen"
 _MOST_NUMBERS = 2**24
 _UNIT_OF = {"write": COMPONENT, "shared expert": "expert"}
@@ -59,7 +50,7 @@ class OneByOne:
     ) -> None:
         self._runs, self._unit = runs, unit
         stream = runs.target.stream  # what stands behind the reading cannot be missed there
-        dictionaries = Dictionaries(unit if isinstance(unit, Features) else None, stream)
+        dictionaries = Dictionaries(unit, stream)
         clean: Measured | None = None
         if named is None:
             clean = runs.measured({_CHOSEN: unit} if unit.words.name != HEAD else {HEAD: unit})
@@ -124,7 +115,9 @@ class OneByOne:
     def _most_direct(self, clean: Measured, count: int) -> list[str]:
         name = self._unit.words.name
         key = HEAD if name == HEAD else _CHOSEN
-        kinds = KINDS[name] or tuple({write.kind for write in self._runs.target.stream.writes})
+        kinds = self._unit.taken_out
+        if "write" in kinds:
+            kinds = tuple({write.kind for write in self._runs.target.stream.writes})
         found = most_direct(clean, key, kinds, count)
         if found is None:
             raise InputError(

@@ -31,14 +31,11 @@ from dla_hooks.results.row_runs import RowRuns
 from dla_hooks.results.rows import Row
 from dla_hooks.sources.base import Source
 from dla_hooks.targets.base import Target
+from dla_hooks.units import DEFAULT_UNIT, unit_class
 from dla_hooks.units.base import RankedSplit, Split, Unit
-from dla_hooks.units.component import Components
-from dla_hooks.units.expert import Experts
-from dla_hooks.units.head import Heads
-from dla_hooks.units.neuron import Neurons
 from dla_hooks.units.plan import Measurement, Plan, make_plan
 
-COMPONENT, HEAD = "component", "head"
+COMPONENT, HEAD = DEFAULT_UNIT, "head"
 
 
 @dataclass
@@ -66,7 +63,7 @@ class Runs:
         """Run the model: into components and some units; without a part, if one is given."""
         plan = self._plans.get(tuple(units))
         if plan is None:
-            every = {COMPONENT: Components(), **units}
+            every = {COMPONENT: unit_class(COMPONENT)(), **units}
             plan = make_plan(self.target, every, self.conventions)
             self._plans[tuple(units)] = plan
         if put is None:
@@ -137,14 +134,11 @@ def own_units(part: Part) -> dict[str, Unit]:
     """The unit that a part is a row of, with few other rows, by a key; components come anyway."""
     if isinstance(part, FeaturePart):
         return {f"feature at {part.at.label}": part.unit}
-    layer = part.layer
-    if part.kind == "head":
-        return {HEAD: Heads(fold_value_biases=False)}
-    if part.kind == "neuron":
-        return {f"neurons of {layer}": Neurons(top=None, layers=layer)}
     if part.kind == "write":
         return {}
-    return {f"experts of {layer}": Experts(layers=layer)}
+    name = part.kind.rpartition(" ")[2]  # of a shared expert: expert
+    key = HEAD if name == HEAD else f"{name}s of {part.layer}"
+    return {key: unit_class(name).of_layer(part.layer)}
 
 
 def container(part: Part) -> str:

@@ -98,7 +98,7 @@ class Effects(EffectsData, Exported):
         Args:
             label: of the part.
             k: how many; None is all.
-            unit: into which rows: ``"component"``, or the unit that the parts are rows of.
+            unit: into which rows: components, or the unit that the parts are rows of.
 
         Raises:
             LabelError: (a KeyError) for a part that was not taken out.

@@ -89,6 +89,7 @@ class Features(Unit):
         beside=("activation",),
     )
     of_every_model = False
+    taken_out = ("feature",)
 
     def __init__(
         self,
@@ -116,17 +117,14 @@ class Features(Unit):
         return [place for place in found if place is not None]
 
     def dictionary_places(self) -> tuple[str, ...]:
-        """The places of the dictionaries."""
         return tuple(self.dictionaries)
 
     def prepare(self, parts: PartsPlan, conventions: Conventions) -> UnitPlan:
-        """Read the dictionaries, and fold the directions through their decoders.
-
-        Raises:
-            InputError: as the class says.
-            UnsupportedModelError: for heads, or a mid stream, that the model does not show.
-        """
+        """Read the dictionaries, and fold the directions through their decoders."""
         return _FeaturesPlan(self, parts, self.read(parts.stream))
+
+    def at_place(self, label: str) -> Features:
+        return Features({label: self.dictionaries[label]}, top=None, centred=self.centred)
 
     def read(self, stream: Stream) -> list[tuple[NamedPlace, Dictionary]]:
         """Read the dictionaries, each with its place, in the order of the stream.

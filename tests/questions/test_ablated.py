@@ -492,8 +492,8 @@ def test_first_attribution_inside_measures_the_model_as_it_is():
         ("pos_embed", "inputs_embeds"),
         ("remainder", "no part of the model"),
         ("1_hook", "take the hook off"),
-        ("L1F3", "unit=dla_hooks.Features"),
-        ("1_mlp_out[error]", "unit=dla_hooks.Features"),
+        ("L1F3", "unit=Features"),
+        ("1_mlp_out[error]", "unit=Features"),
         ("1_mlp_out[default]", "disable_adapter"),
     ],
 )
@@ -535,7 +535,7 @@ def test_other_bad_arguments_are_refused_before_any_run():
         (InputError, (["1_mlp_out"], torch.zeros(width, dtype=torch.long)), {}),
         (InputError, (["1_mlp_out"], {"L0H1": "zero"}), {}),
         (InputError, (["L0H1"], {"L0H1": "zero", "L0H2": "zero"}), {}),
-        (InputError, (["L0H1"],), {"unit": "head"}),
+        (InputError, (["L0F1"],), {"unit": "head"}),
         (UnsupportedModelError, (["L0E1"],), {}),
     ]:
         with pytest.raises(error):
