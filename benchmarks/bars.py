@@ -199,6 +199,7 @@ BARS = {
     "finer-chunks": Case(finer.in_chunks, "long-llama", (16384,), shortest=_CHUNKS),
     "promoted": Case(finer.promoted, "gpt2-small", (512,)),
     "compare": Case(questions.compare, "gpt2-small", (512,)),
+    "effects": Case(questions.effects, "gpt2-small", (512,)),
     "offload": Case(offload.measured, "llama-250m", (256,)),
     "many": Case(many.measured, "gpt2-small", (64,)),  # as long as its longest
     "generate": Case(generate.measured, "gpt2-small", (64,)),

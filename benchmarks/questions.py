@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from benchmarks.timing import Call, Spread, interleaved, ratios
 # The sizes that the bars were set for; any other is measured without a bar.
 _SIZES = (("gpt2-small", 512),)
 _WARM_UP = 16  # tokens
+_PARTS = 10
 
 
 class Passes:
@@ -62,6 +64,43 @@ def compare(options: Options) -> list[Measured]:
                     Measured(f"memory, {what}", once(peak / max(1, plain)), limit, detail=detail)
                 )
     return found
+
+
+def effects(options: Options) -> list[Measured]:
+    """Effects of 10 rows: time over 11 plain passes (1.05)."""
+    found = []
+    for tokens in options.tokens:
+        for unit in ("component", "head"):
+            setting = Setting(options.model, tokens, unit=unit, pos="last")
+            limit = 1.05 if (options.model, tokens) in _SIZES else None
+            model, ids = Bench(setting).model("hf"), setting.ids()
+            answer, incorrect, pos = setting.answers()
+            call = partial(
+                dla_hooks.effects, model, ids, answer, incorrect, unit=unit, parts=_PARTS, pos=pos
+            )
+            what = f"effects of {_PARTS} rows, {setting.named()}"
+            options.say(f"{what}: are they differences of the model's own logits?")
+            _prove_effects(call(), model, setting)
+            passes = Passes(*[(model, ids)] * (1 + _PARTS))
+            found.append(_timed(what, {PLAIN: passes, "effects": call}, limit, options))
+    return found
+
+
+def _prove_effects(found: Any, model: Any, setting: Setting) -> None:
+    """Check each total against the model's own logits, under the same ablation."""
+    answer, incorrect, _ = setting.answers()
+
+    def own() -> Tensor:
+        (logits,) = Passes((model, setting.ids()))()
+        difference: Tensor = logits[:, -1, answer] - logits[:, -1, incorrect]
+        return difference
+
+    clean, size = own(), float(found.total.abs().max())
+    for label, total in zip(found.labels, found.total, strict=True):
+        with dla_hooks.ablated(model, label):
+            gap = float((clean - own() - total).abs().max())
+        if not gap <= 1e-3 * max(1.0, size):
+            raise Disagreement(f"the effect of {label} misses the model's own logits by {gap:.1e}")
 
 
 def _two_prompts(model: Any, setting: Setting) -> tuple[Call, Passes]:

@@ -39,18 +39,25 @@ if TYPE_CHECKING:  # X as X: these names are public
     from dla_hooks.errors import UnsupportedModelError as UnsupportedModelError
     from dla_hooks.generation.verb import attribute_generation as attribute_generation
     from dla_hooks.many.sweep import attribute_many as attribute_many
+    from dla_hooks.questions.ablated import Ablated as Ablated
+    from dla_hooks.questions.ablated import ablated as ablated
     from dla_hooks.questions.compare import compare as compare
+    from dla_hooks.questions.effects import effects as effects
+    from dla_hooks.questions.where import where as where
     from dla_hooks.residual.architecture import Architecture as Architecture
     from dla_hooks.residual.architecture import Write as Write
     from dla_hooks.residual.registry import architectures as architectures
     from dla_hooks.residual.registry import register as register
     from dla_hooks.results.comparison import Comparison as Comparison
+    from dla_hooks.results.effects import Effects as Effects
+    from dla_hooks.results.effects_data import Effect as Effect
     from dla_hooks.results.load import load as load
     from dla_hooks.results.promoted import PromotedTokens as PromotedTokens
     from dla_hooks.results.ranked import RankedAttribution as RankedAttribution
     from dla_hooks.results.result import DirectLogitAttribution as DirectLogitAttribution
     from dla_hooks.results.summarize import summarize as summarize
     from dla_hooks.results.summary import Summary as Summary
+    from dla_hooks.results.where import Where as Where
     from dla_hooks.stacks import accumulated_resid as accumulated_resid
     from dla_hooks.stacks import apply_ln_to_stack as apply_ln_to_stack
     from dla_hooks.stacks import decompose_resid as decompose_resid
@@ -66,6 +73,7 @@ if TYPE_CHECKING:  # X as X: these names are public
 
 # Loaded when first used: `dla-hooks --help` and `import dla_hooks` should not wait for torch.
 _HOME = {
+    "Ablated": "questions.ablated",
     "Architecture": "residual.architecture",
     "ArgumentTypeError": "errors",
     "CacheEntryError": "errors",
@@ -75,6 +83,8 @@ _HOME = {
     "DLAWarning": "errors",
     "DecompositionError": "errors",
     "DirectLogitAttribution": "results.result",
+    "Effect": "results.effects_data",
+    "Effects": "results.effects",
     "HookError": "errors",
     "InputError": "errors",
     "LabelError": "errors",
@@ -91,8 +101,10 @@ _HOME = {
     "TrainingModeError": "errors",
     "UnsupportedModelError": "errors",
     "Verification": "verification.trace",
+    "Where": "results.where",
     "Wrapped": "tl.wrap",
     "Write": "residual.architecture",
+    "ablated": "questions.ablated",
     "accumulated_resid": "stacks",
     "apply_ln_to_stack": "stacks",
     "architectures": "residual.registry",
@@ -102,6 +114,7 @@ _HOME = {
     "compare": "questions.compare",
     "decompose_resid": "stacks",
     "direct_logit_attribution": "attribution",
+    "effects": "questions.effects",
     "load": "results.load",
     "logit_attrs": "stacks",
     "prepare": "attribution",
@@ -111,6 +124,7 @@ _HOME = {
     "stack_neuron_results": "stacks",
     "summarize": "results.summarize",
     "verify": "verification.recognise",
+    "where": "questions.where",
     "wrap": "tl.wrap",
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -15,6 +15,7 @@ from dla_hooks.modules.hooks import Call, Place
 from dla_hooks.modules.linear import check_readable, input_width
 from dla_hooks.residual.head_site import HeadSite
 from dla_hooks.residual.stream import Stream, WriteSite
+from dla_hooks.results.row_runs import RowRuns, Run
 
 FINAL = "final_post"
 
@@ -72,6 +73,24 @@ def named_places(stream: Stream, labels: Iterable[str]) -> list[NamedPlace]:
                 "leave out one of them"
             )
     return found
+
+
+def feature_rows(read: Sequence[tuple[NamedPlace, int]]) -> RowRuns:
+    """The rows of dictionaries: of each its features, ``b_dec`` and ``error``.
+
+    Args:
+        read: the place of each dictionary, and how many features it has.
+    """
+    layers, runs = [at.layer for at, _ in read], list[Run]()
+    for at, n in read:
+        layer = "" if at.layer is None else f"L{at.layer}"
+        apart = f"@{at.name}" if layers.count(at.layer) > 1 else ""
+        runs += [
+            Run(f"{layer}F{{}}{apart}", "feature", at.layer, n=n),
+            Run(f"{at.label}[b_dec]", "b_dec", at.layer),
+            Run(f"{at.label}[error]", "error", at.layer),
+        ]
+    return RowRuns(runs)
 
 
 def _find(stream: Stream, label: str) -> NamedPlace:

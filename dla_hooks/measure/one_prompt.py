@@ -16,6 +16,7 @@ from dla_hooks.inputs.positions import Selection, spread_over
 from dla_hooks.inputs.prompts import Prompt
 from dla_hooks.measure.claims import Outcome, identity_gap
 from dla_hooks.measure.completeness import hold_against_model
+from dla_hooks.measure.locator import Locator
 from dla_hooks.measure.relative import hold_against_cache, hold_against_reading
 from dla_hooks.residual.hooked import changed_behind
 from dla_hooks.results.ranked import RankedAttribution
@@ -108,6 +109,7 @@ def results(
                 rows=list(split.rows),
                 **common,
             )
+        found[key].located_by(Locator(plan.stream.model, unit.dictionary_places()))
     return found
 
 

@@ -82,6 +82,11 @@ def is_callers(hook: Any) -> bool:
     return home.partition(".")[0] not in _LIBRARIES
 
 
+def is_silent(hook: Any) -> bool:
+    """Tell whether the runs of this thread go past a hook at present."""
+    return isinstance(hook, _Silenced) and threading.get_ident() in hook.silent_in
+
+
 def is_replaced(module: nn.Module) -> bool:
     """Tell whether a ``forward`` was put on a module itself; accelerate's brings weights only."""
     return "forward" in vars(module) and not hasattr(module, "_hf_hook")

@@ -1,1 +1,1 @@
-"""Questions of more than one run: why do two runs differ?"""
+"""Questions of more than one run: why do two differ, and what if a part were not there?"""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dla_hooks.errors import InputError
 from dla_hooks.results.rows import NO_WORDS, Row, Words, filled
+from dla_hooks.results.where import Located
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class RowMeans:
     beyond: float = 0.0
 
 
-class EntryData:
+class EntryData(Located):
     """What all results have: numbers of entries, of which some belong to rows.
 
     Its fields are those that the dataclasses below have in common.

@@ -22,13 +22,15 @@ _T = TypeVar("_T")
 
 RESULT, RANKED, SUMMARY = "dla_hooks.result", "dla_hooks.ranked", "dla_hooks.summary"
 PROMOTED, COMPARISON = "dla_hooks.promoted", "dla_hooks.comparison"
-_NEWEST = {RESULT: 2, RANKED: 1, SUMMARY: 2, PROMOTED: 1, COMPARISON: 1}
+EFFECTS = "dla_hooks.effects"
+_NEWEST = {RESULT: 2, RANKED: 1, SUMMARY: 2, PROMOTED: 1, COMPARISON: 1, EFFECTS: 1}
 _CALLED = {
     RESULT: "saved attribution",
     RANKED: "saved ranked attribution",
     SUMMARY: "saved summary",
     PROMOTED: "saved list of promoted tokens",
     COMPARISON: "saved comparison",
+    EFFECTS: "saved table of effects",
 }
 _CONTENT = {
     RESULT: "result",
@@ -36,6 +38,7 @@ _CONTENT = {
     SUMMARY: "summary",
     PROMOTED: "result",
     COMPARISON: "result",
+    EFFECTS: "result",
 }  # the header's entry for what is no tensor
 
 
@@ -44,8 +47,8 @@ def write(path: Any, form: str, tensors: dict[str, Tensor], plain: dict[str, Any
 
     Args:
         path: a string or a path.
-        form: :data:`RESULT`, :data:`RANKED`, :data:`SUMMARY`, :data:`PROMOTED` or
-            :data:`COMPARISON`.
+        form: :data:`RESULT`, :data:`RANKED`, :data:`SUMMARY`, :data:`PROMOTED`,
+            :data:`COMPARISON` or :data:`EFFECTS`.
         tensors: of any device.
         plain: what JSON can hold.
 

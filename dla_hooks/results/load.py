@@ -7,12 +7,13 @@ from pathlib import Path
 
 from dla_hooks.results import files
 from dla_hooks.results.comparison import Comparison
+from dla_hooks.results.effects import Effects
 from dla_hooks.results.promoted import PromotedTokens
 from dla_hooks.results.ranked import RankedAttribution
 from dla_hooks.results.result import DirectLogitAttribution
 from dla_hooks.results.summary import Summary
 
-Saved = DirectLogitAttribution | RankedAttribution | Summary | PromotedTokens | Comparison
+Saved = DirectLogitAttribution | RankedAttribution | Summary | PromotedTokens | Comparison | Effects
 
 
 def load(path: str | Path) -> Saved:
@@ -42,5 +43,6 @@ def load(path: str | Path) -> Saved:
         files.SUMMARY: Summary,
         files.PROMOTED: PromotedTokens,
         files.COMPARISON: Comparison.from_file,
+        files.EFFECTS: Effects.from_file,
     }
     return files.read(path, kinds)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Self
 
+from torch import Tensor
+
+from dla_hooks.errors import InputError
 from dla_hooks.results import parts, table
 from dla_hooks.results.chart import plot
 from dla_hooks.results.data import EntryData
 from dla_hooks.results.html import as_html
 from dla_hooks.results.stored import Exported
 from dla_hooks.results.text import as_text
+from dla_hooks.results.where import Where
 
 if TYPE_CHECKING:
     import altair
@@ -18,6 +22,10 @@ if TYPE_CHECKING:
 
 class Views(EntryData, Exported):
     """The methods that :class:`DirectLogitAttribution` and :class:`RankedAttribution` share."""
+
+    def __getitem__(self, label: str) -> Tensor:
+        """The numbers [*batch_and_pos] of one row."""
+        raise NotImplementedError(f"{type(self).__name__} must look up its rows")
 
     def prompt(self, index: int) -> Self:
         """The result of one row of the batch.
@@ -46,6 +54,29 @@ class Views(EntryData, Exported):
             ArgumentTypeError: when ``index`` is no int.
         """
         return parts.one_position(self, index)
+
+    def where(self, label: str) -> Where:
+        """The module, its input or output, and the channels where a row's numbers stand.
+
+        The model is asked, which a result does not hold: a result that was read from a file, or
+        whose model is gone, cannot say it. :func:`dla_hooks.where` says it of any model.
+
+        Args:
+            label: of a row.
+
+        Raises:
+            LabelError: (a KeyError) for a label that no row has.
+            InputError: for a row that stands at no place, such as a remainder; where the model
+                is not there.
+        """
+        self[label]  # refuses what is no label of this result
+        locate = self.locate
+        if locate is None:
+            raise InputError(
+                "this result was read from a file, or made by hand, and does not know its model; "
+                f"dla_hooks.where(model, {label!r}) says where the row is"
+            )
+        return locate(label)
 
     def to_dataframe(self) -> pandas.DataFrame:
         """One line per row, batch entry and position (extra ``pandas``).

@@ -66,6 +66,7 @@ class Adapters(Unit):
         sentence="components: each split into what the base wrote and what each adapter added",
     )
     of_every_model = False
+    kept_in = "compare(..., other_context=model.disable_adapter) switches an adapter off as a whole"
 
     def places(self, stream: Stream) -> list[Place]:
         """The embeddings and every write."""

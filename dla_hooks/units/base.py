@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from dla_hooks.backends import Conventions
+from dla_hooks.calibration.named_places import NamedPlace
 from dla_hooks.inputs.entries import Entries
+from dla_hooks.modules.dictionaries import Dictionary
 from dla_hooks.modules.hooks import Place, Tap
 from dla_hooks.projection.tiles import View
 from dla_hooks.residual.stream import Stream
@@ -168,16 +170,38 @@ class Unit:
         of_every_model: whether every model that is declared for it has it.
         by_column: whether its taps read hidden states and attention calls alone, each column by
             itself, so that these can be held and be shown later.
+        taken_out: the kinds of its rows that can be taken out of a model; ``write`` for all that
+            sublayers write.
+        kept_in: where there are none, why, and what to do instead.
     """
 
     words: ClassVar[Words]
     reads_each_write: ClassVar[bool] = True
     of_every_model: ClassVar[bool] = True
     by_column: ClassVar[bool] = False
+    taken_out: ClassVar[tuple[str, ...]] = ()
+    kept_in: ClassVar[str] = "no module shows one of them alone"
 
     def places(self, stream: Stream) -> list[Place]:
         """The places whose activations it is made of, besides the final norm's scale."""
         raise NotImplementedError(f"{type(self).__name__} must name its places")
+
+    @classmethod
+    def of_layer(cls, layer: int) -> Unit:
+        """The unit with every row of one layer, and maybe of others."""
+        return cls()
+
+    def dictionary_places(self) -> Sequence[str]:
+        """The labels of places that its rows name by their layer only."""
+        return ()
+
+    def read(self, stream: Stream) -> list[tuple[NamedPlace, Dictionary]]:
+        """The dictionaries that its rows belong to, each with its place."""
+        return []
+
+    def at_place(self, label: str) -> Unit:
+        """The unit with every row of one of its dictionaries, and no other rows."""
+        raise NotImplementedError(f"{type(self).__name__} has no dictionaries")
 
     def prepare(self, parts: PartsPlan, conventions: Conventions) -> UnitPlan:
         """The unit on one model and target: everything that no prompt changes is made here.

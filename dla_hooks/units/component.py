@@ -27,6 +27,8 @@ class Components(Unit):
         sentence="components: embeddings, and what each sublayer wrote",
     )
 
+    taken_out = ("write",)
+
     def places(self, stream: Stream) -> list[Place]:
         """The embeddings and every write."""
         embeddings = [stream.embedding]

@@ -64,10 +64,15 @@ class Experts(Unit):
         beside=("weight", "vote"),
     )
     of_every_model = False
+    taken_out = ("expert", "shared")
 
     def __init__(self, layers: int | Iterable[int] | None = None, top: int | None = None) -> None:
         self.layers = None if layers is None else some_layers(layers)
         self.top = None if top is None else whole_number(top, "top", least=1)
+
+    @classmethod
+    def of_layer(cls, layer: int) -> Experts:
+        return cls(layers=layer)
 
     def places(self, stream: Stream) -> list[Place]:
         """Every write, and the last stream; experts are no places that a cache holds."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dla_hooks.backends import Conventions
 from dla_hooks.calibration.head_widths import with_head_widths
-from dla_hooks.calibration.named_places import NamedPlace, named_places
+from dla_hooks.calibration.named_places import NamedPlace, feature_rows, named_places
 from dla_hooks.calibration.norm_constants import norm_at
 from dla_hooks.errors import InputError
 from dla_hooks.inputs.options import whole_number
@@ -30,7 +30,6 @@ from dla_hooks.projection.tiles import View
 from dla_hooks.projection.way_out import OnTheWay, WayOut, WayRecorder
 from dla_hooks.residual.hooked import Hooked
 from dla_hooks.residual.stream import Stream
-from dla_hooks.results.row_runs import RowRuns, Run
 from dla_hooks.results.rows import Words
 from dla_hooks.units.base import Claim, RankedSplit, Recorder, Unit, UnitPlan
 from dla_hooks.units.parts import Parts
@@ -91,6 +90,7 @@ class Features(Unit):
     )
     by_column = True
     of_every_model = False
+    taken_out = ("feature",)
 
     def __init__(
         self,
@@ -117,8 +117,18 @@ class Features(Unit):
         found = [stream.start, *(write.place for write in stream.writes), *z, stream.last]
         return [place for place in found if place is not None]
 
+    def dictionary_places(self) -> tuple[str, ...]:
+        return tuple(self.dictionaries)
+
     def prepare(self, parts: PartsPlan, conventions: Conventions) -> UnitPlan:
-        """Read the dictionaries, and fold the directions through their decoders.
+        """Read the dictionaries, and fold the directions through their decoders."""
+        return _FeaturesPlan(self, parts, self.read(parts.stream))
+
+    def at_place(self, label: str) -> Features:
+        return Features({label: self.dictionaries[label]}, top=None, centred=self.centred)
+
+    def read(self, stream: Stream) -> list[tuple[NamedPlace, Dictionary]]:
+        """Read the dictionaries, each with its place, in the order of the stream.
 
         Raises:
             InputError: as the class says.
@@ -128,13 +138,12 @@ class Features(Unit):
             raise InputError(
                 "features need dictionaries: unit=dla_hooks.Features({place: dictionary}), with "
                 "an object that encodes and decodes, or a folder, for places such as "
-                f"{parts.stream.writes[-1].label!r}"
+                f"{stream.writes[-1].label!r}"
             )
-        stream = parts.stream
         if any(str(label).endswith("_z") for label in self.dictionaries):
             stream = with_head_widths(stream)
         found = named_places(stream, self.dictionaries)
-        return _FeaturesPlan(self, parts, [(one, self._read(stream, one)) for one in found])
+        return [(one, self._read(stream, one)) for one in found]
 
     def _read(self, stream: Stream, at: NamedPlace) -> Dictionary:
         n_heads = None if at.heads is None else at.heads.n_heads
@@ -179,11 +188,10 @@ class _Layer:
         at: the place.
         dictionary: what stands there.
         first: the number of its first row.
-        apart: whether its rows need the place in their labels.
     """
 
     def __init__(
-        self, parts: PartsPlan, at: NamedPlace, dictionary: Dictionary, first: int, apart: bool
+        self, parts: PartsPlan, at: NamedPlace, dictionary: Dictionary, first: int
     ) -> None:
         self.at, self.first = at, first
         self.way, self._bias_M = _way(parts, at), None
@@ -195,12 +203,6 @@ class _Layer:
         self.rows = ProjectedDictionary(dictionary, directions)
         # A dictionary in float32 rounds as a norm does, also in a float64 model.
         self._coarse = self.way.norm is not None or dictionary.dtype != torch.float64
-        layer, n = "" if at.layer is None else f"L{at.layer}", dictionary.n_features
-        self.runs = [
-            Run(f"{layer}F{{}}{f'@{at.name}' if apart else ''}", "feature", at.layer, n=n),
-            Run(f"{at.label}[b_dec]", "b_dec", at.layer),
-            Run(f"{at.label}[error]", "error", at.layer),
-        ]
 
     def is_seen(self, parts: Parts) -> bool:
         """Whether what the rows must sum to was measured; a stored cache may lack it."""
@@ -237,12 +239,10 @@ class _FeaturesPlan(UnitPlan):
         super().__init__(unit)
         self.top, self.dtype = unit.top, parts.stream.work_dtype
         self.layers, first = list[_Layer](), 0
-        layers = [at.layer for at, _ in read]
+        self.rows = feature_rows([(at, one.n_features) for at, one in read])
         for at, dictionary in read:
-            apart = layers.count(at.layer) > 1
-            self.layers.append(_Layer(parts, at, dictionary, first, apart))
+            self.layers.append(_Layer(parts, at, dictionary, first))
             first += dictionary.n_features + BEYOND
-        self.rows = RowRuns(run for layer in self.layers for run in layer.runs)
 
     def recorder(self, view: View) -> Recorder:
         return _FeaturesRecorder(self, view)

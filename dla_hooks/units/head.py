@@ -51,6 +51,8 @@ class Heads(Unit):
     )
     by_column = True
 
+    taken_out = ("head",)
+
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """A unit; or, with a projection, the declaration of the same name."""
         if args or "proj" in kwargs:
@@ -64,6 +66,12 @@ class Heads(Unit):
                 f"got {fold_value_biases!r}"
             )
         self.fold_value_biases = fold_value_biases
+
+    @classmethod
+    def of_layer(cls, layer: int) -> Heads:
+        """All heads, with their value biases."""
+        found: Heads = cls(fold_value_biases=False)
+        return found
 
     def places(self, stream: Stream) -> list[Place]:
         """Every z, the post-norms behind them, and the last stream."""

@@ -38,6 +38,7 @@ class Layers(Unit):
         cumulative=True,
     )
     reads_each_write = False
+    kept_in = "they are running sums; take out components"
 
     def places(self, stream: Stream) -> list[Place]:
         """The beginning of the stream and every write."""

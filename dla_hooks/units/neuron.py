@@ -77,10 +77,16 @@ class Neurons(Unit):
     )
     by_column = True
     of_every_model = False
+    taken_out = ("neuron",)
 
     def __init__(self, top: int | None = 64, layers: int | Sequence[int] | None = None) -> None:
         self.top = None if top is None else whole_number(top, "top", least=1)
         self.layers = None if layers is None else some_layers(layers)
+
+    @classmethod
+    def of_layer(cls, layer: int) -> Neurons:
+        """All neurons of one layer."""
+        return cls(top=None, layers=layer)
 
     def places(self, stream: Stream) -> list[Place]:
         """What enters every last map, the norms behind them, and the last stream."""

@@ -76,6 +76,7 @@ class SourceTokens(Unit):
     )
     by_column = True
     of_every_model = False
+    kept_in = "attention adds up what a head reads before any module shows it; take out heads"
 
     def __init__(
         self,
