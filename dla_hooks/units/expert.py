@@ -72,6 +72,7 @@ class Experts(Unit):
 
     @classmethod
     def of_layer(cls, layer: int) -> Experts:
+        """All experts of one layer."""
         return cls(layers=layer)
 
     def places(self, stream: Stream) -> list[Place]:

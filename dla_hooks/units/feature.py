@@ -118,6 +118,7 @@ class Features(Unit):
         return [place for place in found if place is not None]
 
     def dictionary_places(self) -> tuple[str, ...]:
+        """The places of the dictionaries."""
         return tuple(self.dictionaries)
 
     def prepare(self, parts: PartsPlan, conventions: Conventions) -> UnitPlan:
@@ -125,6 +126,7 @@ class Features(Unit):
         return _FeaturesPlan(self, parts, self.read(parts.stream))
 
     def at_place(self, label: str) -> Features:
+        """All features of one place."""
         return Features({label: self.dictionaries[label]}, top=None, centred=self.centred)
 
     def read(self, stream: Stream) -> list[tuple[NamedPlace, Dictionary]]:
