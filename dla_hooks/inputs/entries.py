@@ -22,6 +22,7 @@ class Entries:
         prompt_shape: (batch, pos) of the prompt.
         batched: whether the result has an axis for the batch.
         mask: True at the real tokens of the prompt [batch, pos]; None where all are.
+        several: whether the last axis of the result holds several answers to one prompt.
 
     Attributes:
         shape: of the result after its row axis, with the axis for the batch.
@@ -41,7 +42,9 @@ class Entries:
         prompt_shape: tuple[int, int],
         batched: bool = True,
         mask: Tensor | None = None,
+        several: bool = False,
     ) -> None:
+        self.several = several
         self.mask = None if mask is None or bool(mask.all()) else mask
         self.shape = tuple(valid.shape)
         self.prompt_shape = prompt_shape

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from torch import Tensor
 from dla_hooks.calibration.scales import check_weights
 from dla_hooks.errors import DecompositionError, NonFiniteError
 from dla_hooks.inputs.prompts import Prompt
+from dla_hooks.measure.rounding import rounding_of
 from dla_hooks.modules.user_hooks import has_callers
 from dla_hooks.projection.ledger import all_finite
 from dla_hooks.residual.stream import coarsest
@@ -43,10 +44,12 @@ class Outcome:
     Attributes:
         gap: largest difference between the parts' sum and the stream's projection.
         logit_gap: largest difference from the model's own logits, where they were looked at.
+        observed: these logits, or None.
     """
 
     gap: float
     logit_gap: float = math.nan
+    observed: Observed | None = field(default=None, repr=False, compare=False)
 
 
 def identity_gap(measurement: Measurement) -> float:
@@ -87,21 +90,23 @@ def hold_against_model(
     if columns is None or logits is None:
         return Outcome(0.0, 0.0)
     observed = Observed.at(measurement.entries, columns, logits)
+    sizes_N = measurement.plan.target.sizes(measurement.entries.target)
+    size_N: Tensor | float = 1.0 if sizes_N is None else sizes_N.to(reading.total_N)
     spread = observed.spread()
     if stream.backend.scores_labels:  # one label has no spread, and two may be close
-        spread = max(spread, _largest(measurement.parts.raw_CN))
+        spread = max(spread, _largest(measurement.parts.raw_CN / size_N))
     n_writes = len(stream.writes)
     allowed_logit = tolerance(stream.coarsest_dtype, n_writes)[1]
-    rounding_N = _rounding(measurement, spread)
+    rounding_N = rounding_of(measurement, spread * size_N)
     # Parts are held against the stream before any cap, where the logits are as far apart as this.
     uncapped = spread if stream.softcap is None else observed.spread(stream.softcap)
     for claim, dtype in _claims(measurement):
         relative = tolerance(dtype, n_writes)[claim.through_norm]
         relative *= _OF_STREAM if is_coarse(dtype) else 1
-        allowed_N = rounding_N + relative * uncapped
+        allowed_N = rounding_N + relative * uncapped * size_N
         if claim.of_stream and is_coarse(dtype) and reading.size_N is not None:
             rounded_N = of_stream(dtype, _additions(measurement), reading.size_N)
-            allowed_N = rounding_N + rounded_N.clamp(max=relative * uncapped)
+            allowed_N = rounding_N + rounded_N.clamp(max=relative * uncapped * size_N)
             relative = min(relative, _largest(rounded_N) / max(uncapped, 1e-300))
         broken = _broken(claim, allowed_N)
         if broken is not None:
@@ -118,14 +123,19 @@ def hold_against_model(
     if not all_finite(theirs_E):
         raise NonFiniteError("the model's own logit of an answer is NaN or infinite")
     logit_gap = _largest(own_E - theirs_E)
+    in_logits = logit_gap  # of weighted sets: over the size of their weights
+    if sizes_N is not None:
+        sizes_E = size_N if len(sizes_N) == 1 else size_N[observed.entries_E.to(size_N.device)]
+        in_logits = _largest((own_E - theirs_E) / sizes_E)
+        rounding_N = rounding_N / size_N
     # A logit itself is rounded to its dtype, and large ones coarsely; so are two with a small
     # difference.
     rounded = torch.finfo(stream.coarsest_dtype).eps
     coarse = 2 * rounded * measurement.plan.target.largest(observed)
-    if not logit_gap <= allowed_logit * spread + coarse + _largest(rounding_N):
+    if not in_logits <= allowed_logit * spread + coarse + _largest(rounding_N):
         what = "the last stream's projection, compared with the model's own logits,"
         raise _failure(measurement, prompt, what, logit_gap, spread, allowed_logit)
-    return Outcome(identity_gap(measurement), logit_gap)
+    return Outcome(identity_gap(measurement), logit_gap, observed)
 
 
 def hold_against_cache(
@@ -149,7 +159,7 @@ def hold_against_cache(
     if not parts.complete:
         return Outcome(math.nan)
     largest_N = parts.raw_CN.abs().amax(0) + measurement.reading.total_N.abs()
-    rounding_N = _rounding(measurement)
+    rounding_N = rounding_of(measurement)
     for claim, seen in _claims(measurement):
         relative = tolerance(coarsest((dtype, seen)), len(stream.writes))[claim.through_norm]
         broken = _broken(claim, relative * largest_N + rounding_N)
@@ -218,24 +228,6 @@ def _additions(measurement: Measurement) -> int:
     """How often the stream is rounded: by every step, and by every gain."""
     gains = sum(block.gain is not None for block in measurement.plan.stream.blocks)
     return len(measurement.parts.steps_SN) + gains
-
-
-def _rounding(measurement: Measurement, spread: float = 0.0) -> Tensor:
-    """What rounding alone may do to the sum of the parts at each entry [N].
-
-    Every addition rounds the sum so far, and independent roundings grow as a square root. It
-    matters where large parts cancel, as the massive activations of large models do. In 16 bits
-    it is looked at more closely: sums within the logits' spread are left to what is allowed of it.
-    """
-    parts = measurement.parts
-    dtype = measurement.plan.stream.coarsest_dtype
-    eps = torch.finfo(dtype).eps
-    running_SN = parts.steps_SN.cumsum(0).abs_()
-    if spread and is_coarse(dtype):
-        beyond_N: Tensor = (running_SN - spread).clamp_(min=0).square_().sum(0).sqrt_()
-        return beyond_N * eps
-    largest_N: Tensor = running_SN.amax(0)
-    return largest_N * (2 * eps * math.sqrt(len(parts.plan.rows)))
 
 
 def _largest(difference: Tensor) -> float:

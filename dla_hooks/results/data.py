@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dla_hooks.errors import InputError
 from dla_hooks.results.rows import NO_WORDS, Row, Words, filled
+from dla_hooks.results.seen import Seen
 
 
 @dataclass(frozen=True)
@@ -56,11 +57,13 @@ class EntryData:
     words: Words
     target: Tensor | None  # [*batch_and_pos]
     beside: dict[str, Tensor]  # each like attribution
+    seen: Seen | None
+    several: bool
     keeps_some = False  # whether there are more rows than are kept
 
     @property
     def shape(self) -> torch.Size:
-        """The axes of the entries: ``[batch]`` or ``[batch, pos']``."""
+        """The axes of the entries: ``[batch]`` or ``[batch, pos']``, and ``n`` of several answers."""
         return self.attribution.shape[1:]
 
     def total(self) -> Tensor:
@@ -81,6 +84,8 @@ class EntryData:
         if self.target is not None:
             part.target = self.target[place]
         part.beside = {name: own[(slice(None), *place)] for name, own in self.beside.items()}
+        if self.seen is not None:
+            part.seen = self.seen.at(place)
         return part
 
     def of_tokens(self, n: int) -> None:
@@ -124,6 +129,8 @@ class ResultData(EntryData):
     words: Words = NO_WORDS
     target: Tensor | None = None
     beside: dict[str, Tensor] = field(default_factory=dict)
+    seen: Seen | None = None
+    several: bool = False
 
     def __post_init__(self) -> None:
         self.rows, self.words = filled(self.labels, self.unit, list(self.rows), self.words)

@@ -22,7 +22,7 @@ _T = TypeVar("_T")
 
 RESULT, RANKED, SUMMARY = "dla_hooks.result", "dla_hooks.ranked", "dla_hooks.summary"
 PROMOTED = "dla_hooks.promoted"
-_NEWEST = {RESULT: 2, RANKED: 1, SUMMARY: 1, PROMOTED: 1}
+_NEWEST = {RESULT: 3, RANKED: 2, SUMMARY: 1, PROMOTED: 1}
 _CALLED = {
     RESULT: "saved attribution",
     RANKED: "saved ranked attribution",

@@ -75,6 +75,8 @@ class RankedAttribution(RankedData, Views):
         softcap: the cap that the model puts on its logits, or None.
         target: which of ``answer`` each entry is about, or None.
         beside: further numbers of each kept row, by name, each like ``attribution``.
+        seen: what the model's own logits say of the answers, or None.
+        several: whether the last axis holds several answers to one prompt.
     """
 
     __module__ = "dla_hooks"
@@ -97,6 +99,17 @@ class RankedAttribution(RankedData, Views):
     def bottom(self, k: int = 5) -> list[tuple[str, float]]:
         """The ``k`` rows that push the logit down the most, most negative first."""
         return self._extreme(k, largest=False)
+
+    def summed(self) -> RankedAttribution:
+        """Refused: which rows are kept differs from position to position.
+
+        Raises:
+            InputError: always; it says what to do.
+        """
+        raise InputError(
+            f"a {self.unit} result keeps the strongest rows of each position, and their sums would "
+            'miss what is not kept; sum a unit that keeps every row, as "component" or "head"'
+        )
 
     def records(self) -> list[dict[str, Any]]:
         """One dictionary per entry and kept row, ``rest`` and ``remainder`` last; see the columns

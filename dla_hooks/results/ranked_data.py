@@ -13,6 +13,7 @@ from dla_hooks.errors import InputError
 from dla_hooks.results.data import EntryData, RowMeans, entry_mean, no_positions, real_entries
 from dla_hooks.results.row_runs import RowRuns
 from dla_hooks.results.rows import Row, Words
+from dla_hooks.results.seen import Seen
 from dla_hooks.results.wording import quoted
 
 _MOST_SHOWN = 100
@@ -46,6 +47,8 @@ class RankedData(EntryData):
     softcap: float | None = None
     target: Tensor | None = None
     beside: dict[str, Tensor] = field(default_factory=dict)
+    seen: Seen | None = None
+    several: bool = False
     keeps_some = True
 
     def __post_init__(self) -> None:

@@ -55,9 +55,12 @@ class Observed:
         return cls(logits_BSV, row_E.to(device), column_E.to(device), entries_E, target_E)
 
     def of(self, ids_E: Tensor) -> Tensor:
-        """One token's logit for each entry, in float64."""
+        """The logits of one token for each entry, or of several [n, m], in float64."""
         ids_E = ids_E.to(self.logits_BSV.device)
-        return self.logits_BSV[self.row_E, self.column_E, ids_E].double()
+        row_E, column_E = self.row_E, self.column_E
+        if ids_E.ndim > 1:
+            row_E, column_E = row_E[:, None], column_E[:, None]
+        return self.logits_BSV[row_E, column_E, ids_E].double()
 
     def mean(self) -> Tensor:
         """The mean logit over the vocabulary for each entry, in float64."""
@@ -136,10 +139,13 @@ class Target:
         point: where the stream is read.
         readouts: the directions and biases there, one per distinct target. The first readout is
             attributed. Others are only measured, for :meth:`own_and_theirs`.
+        answers_K: the token that each target asks for; -1 where there is none, and None where there
+            is none at all.
     """
 
     point: ReadingPoint
     readouts: Sequence[Readout]
+    answers_K: Tensor | None = None
 
     def align(
         self, selection: Selection, prompt_shape: tuple[int, int], batched: bool = True
@@ -171,6 +177,17 @@ class Target:
         """
         raise NotImplementedError(f"{type(self).__name__} must say how it is checked")
 
+    def sizes(self, target_N: Tensor) -> Tensor | None:
+        """How large the number of each target may be, in logits, for tolerances [n] or [1].
+
+        Args:
+            target_N: of some entries.
+
+        Returns:
+            None where all are 1.
+        """
+        return None
+
     def largest(self, observed: Observed) -> float:
         """The largest of the model's numbers, by whose rounding the comparison is limited."""
         logits = observed.logits_BSV
@@ -191,3 +208,7 @@ class Request:
             InputError: when it does not fit the model.
         """
         raise NotImplementedError(f"{type(self).__name__} must say what it reads of a model")
+
+
+class TokenRequest(Request):
+    """Tokens in another form than their ids; :mod:`dla_hooks.targets.question` reads them."""
