@@ -5,6 +5,7 @@ read the call -> make a plan -> let a source show activations -> check -> result
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,7 +20,7 @@ from dla_hooks.call import (
     source_for,
     target_of,
 )
-from dla_hooks.errors import DecompositionError, HookError, InputError
+from dla_hooks.errors import DecompositionError, HookError
 from dla_hooks.measure.asked import Asked, settled
 from dla_hooks.measure.completeness import seems_current
 from dla_hooks.measure.one_prompt import measure, results
@@ -28,7 +29,7 @@ from dla_hooks.modules.version import forget
 from dla_hooks.residual.stream import Stream
 from dla_hooks.sources.base import Source
 from dla_hooks.targets.base import Target
-from dla_hooks.targets.question import Question
+from dla_hooks.targets.question import Question, require_answer
 from dla_hooks.units import DEFAULT_UNIT, UnitName, read_units
 from dla_hooks.units.base import Unit
 from dla_hooks.units.plan import Plan as PlanData
@@ -73,15 +74,20 @@ def direct_logit_attribution(
             ``inputs_embeds``, ``position_ids``, ``pixel_values`` and whatever else it takes.
         answer_tokens: whose logit: a string of one token, an id, a list of these, or an integer
             tensor of shape [], [batch], [pos'], [1, pos'], [batch, 1] or [batch, pos'], aligned
-            with the positions that ``pos`` has selected.
+            with the positions that ``pos`` has selected. Or a weighted set (:class:`Tokens`,
+            :class:`Mean`), several answers (:class:`Each`), several tokens that follow
+            (:class:`Continuation`), ``dla_hooks.TOP`` (the model's own top token at each position;
+            the model then runs twice) or ``dla_hooks.NEXT`` (the one that comes next in the text).
         incorrect_tokens: the same form and shape; the result is then the attribution of
-            ``logit[answer] - logit[incorrect]``.
+            ``logit[answer] - logit[incorrect]``. One :class:`Mean` or :class:`Tokens` for all, and
+            ``dla_hooks.RUNNER_UP`` (the model's second token), go with any answer.
         unit: into which rows: the name of a unit (docs/reference.md lists them under "Units"), or
             an object of its class, which takes the unit's own options. Several in a tuple, or in a
             mapping with keys of your own, are measured in one run of the model.
         pos: which positions: an int (no position axis in the result), None (all), a tuple meaning
             ``slice(*pos)``, a slice, a list, or a 1-d array or tensor of ints or bools. Counted
-            among a row's real tokens, so -1 is the last one whichever side is padded.
+            among a row's real tokens, so -1 is the last one whichever side is padded. Or positions
+            of each prompt's own (:class:`PerRow`), or a piece of the text (:class:`Span`).
         cache: an ``ActivationCache`` of a TransformerLens model, with or without its batch axis,
             to take activations from instead of running the model; ``input`` is then ignored.
             :func:`cache_names` says what it must hold.
@@ -125,7 +131,7 @@ def direct_logit_attribution(
     True
     """
     units, single = read_units(unit)
-    _require(answer_tokens)
+    require_answer(answer_tokens)
     backend = checked(model, cache=cache)
     check_given(input, cache)
     read = model_of(backend, tokenizer=tokenizer, prepend_bos=prepend_bos)
@@ -177,7 +183,7 @@ def prepare(
     ...     result = plan(prompt)
     """
     units, single = read_units(unit)
-    _require(answer_tokens)
+    require_answer(answer_tokens)
     read = model_of(model, tokenizer=tokenizer, prepend_bos=prepend_bos)
     conventions = read.conventions(center_unembed, fold_value_biases)
     question = target_of(read, answer_tokens, incorrect_tokens, conventions)
@@ -262,30 +268,21 @@ class Plan:
             return self
         kept = self._last
         if kept is None or kept._read is not self._read or kept._question != question:
-            kept = self._last = Plan(
-                self._model,
-                self._read,
-                question,
-                self._units,
-                self._single,
-                self._conventions,
-                self._check,
-            )
+            kept = copy.copy(self)
+            kept._question, kept._asked, kept._last = question, False, None
+            kept._data = kept._make()
+            self._last = kept
         return kept
 
-    def _hooked(self) -> bool:
-        """Whether there are hooks of the caller's, which may act in the first run only."""
-        return bool(hooked_modules(self._read.backend.hookable()))
-
     def _attribute(self, source: Source, asked: Asked) -> Any:
-        selection = asked.selection
         # Weights may have changed in a way that leaves no trace, since this was measured.
         may_be_stale = self._asked or self._data.stream.remembered
         self._asked = True
         failed: DecompositionError | HookError | None = None
         try:
-            found, outcome = measure(self._data, source, selection, self._check)
-            if self._check or seems_current(found, outcome) or self._hooked():
+            found, outcome = measure(self._data, source, asked.selection, self._check)
+            hookable = self._read.backend.hookable()  # hooks may act in the first run only
+            if self._check or seems_current(found, outcome) or hooked_modules(hookable):
                 may_be_stale = False
         except (DecompositionError, HookError) as error:
             if not may_be_stale:
@@ -298,14 +295,6 @@ class Plan:
             if failed is not None:
                 refuse_second_run(backend.model, failed)
             source = source.on(self._read.stream)
-            found, outcome = measure(self._data, source, selection, self._check)
+            found, outcome = measure(self._data, source, asked.selection, self._check)
         made = results(found, outcome, source, self._read.tokenizer, asked.seen)
         return next(iter(made.values())) if self._single else made
-
-
-def _require(answer_tokens: Any) -> None:
-    if answer_tokens is None:
-        raise InputError(
-            "answer_tokens is required: the token whose logit is attributed. dla_hooks.TOP is the "
-            "model's own top token"
-        )

@@ -52,6 +52,13 @@ class PerRow:
                 "different lengths with dla_hooks.Span"
             )
 
+    @classmethod
+    def of_any_length(cls, rows: Sequence[Sequence[int]]) -> PerRow:
+        """Positions of rows that need not have as many; shorter ones are padded."""
+        made = cls([])
+        made.rows = [list(row) for row in rows]
+        return made
+
     @property
     def one_position(self) -> bool:
         """Whether each prompt has a single position, so that the result has no axis for it."""
@@ -98,13 +105,13 @@ class Span:
     __module__ = "dla_hooks"
 
     def __init__(self, text: str | int, stop: int | None = None, *, nth: int | None = None) -> None:
-        self.text, self.start, self.stop, self.nth = None, 0, 0, nth
+        self.text = text if isinstance(text, str) else None
+        self.start, self.stop, self.nth = 0, 0, nth
         if isinstance(text, str):
             if not text or stop is not None:
                 raise InputError(
                     f"Span takes a piece of text, or two characters; got {text!r:.40}, {stop!r}"
                 )
-            self.text: str | None = text
             if nth is not None:
                 self.nth = _int(nth, "nth")
             return

@@ -16,12 +16,16 @@ from dla_hooks.call import checked
 from dla_hooks.errors import DLAError, InputError
 from dla_hooks.inputs import positions
 from dla_hooks.inputs.prompts import check_tokenizer
+from dla_hooks.inputs.rows_of_positions import PerRow, Span
 from dla_hooks.many import fingerprint
 from dla_hooks.many.batches import Runner, freed
-from dla_hooks.many.prompts import Names, Reader, Row, Rows
+from dla_hooks.many.names import Names
+from dla_hooks.many.prompts import Reader
+from dla_hooks.many.rows import Row, Rows
 from dla_hooks.many.store import Shards
 from dla_hooks.modules.user_hooks import callers_hooks
 from dla_hooks.results.ranked import Result
+from dla_hooks.targets.question import require_answer
 from dla_hooks.units import DEFAULT_UNIT, UnitName, read_units
 from dla_hooks.units.base import Unit
 
@@ -104,8 +108,7 @@ def attribute_many(
     units, single = read_units(unit)
     if not single:
         raise InputError(f"attribute_many takes one unit, got {len(units)}; call it for each")
-    if answer_tokens is None:
-        raise InputError("answer_tokens is required: the token whose logit is attributed")
+    require_answer(answer_tokens)
     max_tokens, window = _count("max_tokens", max_tokens), _count("window", window)
     if chunk_size is not None:
         chunk_size = _count("chunk_size", chunk_size)
@@ -115,17 +118,22 @@ def attribute_many(
     rows = Rows(prompts, {"answer_tokens": answer_tokens, "incorrect_tokens": incorrect_tokens})
     backend = checked(model)
     check_tokenizer(tokenizer)
+    if isinstance(pos, PerRow) and rows.total not in (None, len(pos)):
+        raise InputError(
+            f"PerRow holds positions of {len(pos)} prompts, and there are {rows.total}; give one "
+            "int, or one list, for each"
+        )
     conventions = backend.conventions.given(
         center_unembed=center_unembed, fold_value_biases=fold_value_biases
     )
-    reader = Reader(backend, *backend.reads_with(tokenizer, prepend_bos), pos)
-    for name, value in rows.for_all.items():
-        rows.for_all[name] = reader.read_answer(name, value)
+    centred = conventions.center_unembed
+    reader = Reader(backend, *backend.reads_with(tokenizer, prepend_bos), pos, centred)
+    reader.read_for_all(rows)
 
     width = len(pos) if getattr(pos, "ndim", 0) == 1 else 0  # the width of a mask
     options = {
         "unit": unit,
-        "pos": positions.parse(pos, width),
+        "pos": pos if isinstance(pos, PerRow | Span) else positions.parse(pos, width),
         "center_unembed": conventions.center_unembed,
         "fold_value_biases": conventions.fold_value_biases,
         "check": bool(check),
@@ -140,7 +148,8 @@ def attribute_many(
             "weights": fingerprint.of_weights(backend),
             **options,
             "unit": unit if isinstance(unit, str) else repr(unit),
-            "pos": repr(options["pos"]),
+            # Positions of each prompt's own are held with the prompt.
+            "pos": "PerRow" if isinstance(pos, PerRow) else repr(options["pos"]),
             "tag": tag,
         }
         shards = Shards(folder, stamp)

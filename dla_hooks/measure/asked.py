@@ -77,7 +77,7 @@ def settled(
     _check(sides, stream, source)
     after: Tensor | None = None
     if NEXT in sides:
-        after, selection = _next(source.prompt, selection)
+        after, selection = next_tokens(source.prompt, selection)
     shape = tuple(selection.cols.shape)
     known = {}
     for name in ("right", "wrong"):
@@ -87,7 +87,7 @@ def settled(
         elif isinstance(side, TokenSets):
             known[name] = side.laid(numbered(side, shape))
     if all(side is NEXT for side in sides):
-        return Asked(replace(question, **known), selection)
+        return Asked(question.knowing(known), selection)
     entries = _entries(source, selection)
     look = _looked(stream, source, entries, _single(known.get("right"), shape, selection))
     for name in ("right", "wrong"):
@@ -100,7 +100,7 @@ def settled(
             if name == "right":
                 look = look.asking(side.place)
     seen = None if known["right"].several or _is_several(known) else look.unfolded(entries)
-    return Asked(replace(question, **known), selection, seen)
+    return Asked(question.knowing(known), selection, seen)
 
 
 def _is_several(known: dict[str, TokenSets]) -> bool:
@@ -121,7 +121,7 @@ def _check(sides: list[Own], stream: Stream, source: Source) -> None:
             raise InputError(f"{side!r} needs {side.place + 1} answers to choose from")
 
 
-def _next(prompt: Prompt, selection: Selection) -> tuple[Tensor, Selection]:
+def next_tokens(prompt: Prompt, selection: Selection) -> tuple[Tensor, Selection]:
     """The token after each selected position, and the positions that have one."""
     width = prompt.shape[1]
     places = torch.where(prompt.mask, torch.arange(width, device="cpu"), width)
@@ -188,7 +188,7 @@ def _looked(stream: Stream, source: Source, entries: Entries, answer_N: Tensor |
     if hooked or len(columns) * source.prompt.shape[0] * vocabulary <= _MOST_LOGITS:
         logits_BSV = source.show(view, lambda _: [], columns)
         assert logits_BSV is not None
-        place = torch.searchsorted(columns, entries.cols).to(logits_BSV.device)
+        place = torch.searchsorted(columns, entries.cols.contiguous()).to(logits_BSV.device)
         row = entries.rows.to(logits_BSV.device)
         pieces = _slices(len(entries), size)
         return _in_pieces(lambda part: logits_BSV[row[part], place[part]], pieces, answer_N)

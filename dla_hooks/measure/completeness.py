@@ -124,8 +124,8 @@ def hold_against_model(
         raise NonFiniteError("the model's own logit of an answer is NaN or infinite")
     logit_gap = _largest(own_E - theirs_E)
     in_logits = logit_gap  # of weighted sets: over the size of their weights
-    if sizes_N is not None:
-        sizes_E = size_N if len(sizes_N) == 1 else size_N[observed.entries_E.to(size_N.device)]
+    if isinstance(size_N, Tensor):
+        sizes_E = size_N if len(size_N) == 1 else size_N[observed.entries_E.to(size_N.device)]
         in_logits = _largest((own_E - theirs_E) / sizes_E)
         rounding_N = rounding_N / size_N
     # A logit itself is rounded to its dtype, and large ones coarsely; so are two with a small

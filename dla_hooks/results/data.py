@@ -63,7 +63,7 @@ class EntryData:
 
     @property
     def shape(self) -> torch.Size:
-        """The axes of the entries: ``[batch]`` or ``[batch, pos']``, and ``n`` of several answers."""
+        """The axes of the entries: ``[batch]`` or ``[batch, pos']``, and one of several answers."""
         return self.attribution.shape[1:]
 
     def total(self) -> Tensor:

@@ -16,6 +16,7 @@ from dla_hooks.results.data import EntryData, ResultData, located, names_of_entr
 from dla_hooks.results.seen import Seen
 
 _Data = TypeVar("_Data", bound=EntryData)
+_Result = TypeVar("_Result", bound=ResultData)
 _NEAR = 3
 
 
@@ -120,7 +121,7 @@ def one_answer(data: _Data, index: Any) -> _Data:
     return part
 
 
-def summed(data: ResultData) -> ResultData:
+def summed(data: _Result) -> _Result:
     """The sum over positions of rows, bias and logit: one entry for each prompt.
 
     Raises:

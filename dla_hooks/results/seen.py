@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Seen:
     """The answers under the model's own distribution; NaN and -1 where it was not looked at.
 
@@ -29,21 +29,32 @@ class Seen:
     top_probability: Tensor
     names: dict[str, str] = field(default_factory=dict)
 
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Seen) or self.names != other.names:
+            return False
+        pairs = [(getattr(self, one.name), getattr(other, one.name)) for one in fields(self)[:-1]]
+        return all(
+            a.shape == b.shape and torch.equal(a.nan_to_num(nan=-1.0), b.nan_to_num(nan=-1.0))
+            for a, b in pairs
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
     @classmethod
-    def nothing(cls, shape: torch.Size) -> Seen:
+    def nothing(cls, shape: torch.Size, top: int = 0) -> Seen:
         """Nothing was looked at."""
         numbers = torch.full(shape, math.nan, device="cpu")
         none = torch.full(shape, -1, device="cpu")
-        return cls(numbers, none, none[None][:0], numbers[None][:0])
+        return cls(numbers, none, none.expand(top, *shape), numbers.expand(top, *shape))
 
     def changed(self, change: Callable[[Tensor], Tensor], top: Callable[[Tensor], Tensor]) -> Self:
         """The same with other tensors: those of the entries, and those with an axis before them."""
-        return type(self)(
-            change(self.log_probability),
-            change(self.rank),
-            top(self.top_ids),
-            top(self.top_probability),
-            self.names,
+        return replace(
+            self,
+            log_probability=change(self.log_probability),
+            rank=change(self.rank),
+            top_ids=top(self.top_ids),
+            top_probability=top(self.top_probability),
         )
 
     def at(self, place: tuple[Any, ...]) -> Self:
@@ -53,8 +64,7 @@ class Seen:
     def named(self, texts: Callable[[list[int]], list[str]]) -> Self:
         """The same with the texts of its tokens."""
         ids = [i for i in self.top_ids.unique().tolist() if i >= 0]
-        names = dict(zip(map(str, ids), texts(ids), strict=True))
-        return type(self)(*(getattr(self, one.name) for one in fields(self)[:-1]), names)
+        return replace(self, names=dict(zip(map(str, ids), texts(ids), strict=True)))
 
     def top(self) -> list[list[tuple[str, float]]]:
         """The top tokens of each entry, flattened, with their probabilities."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -58,6 +58,21 @@ class Question:
     def both(right: TokenSets, wrong: TokenSets | None) -> TokenSets:
         """The sets of both sides together."""
         return right if wrong is None else right.minus(wrong)
+
+    def knowing(self, sides: Mapping[str, TokenSets]) -> Question:
+        """The same with sides that are known, by the names of the attributes."""
+        right, wrong = sides.get("right", self.right), sides.get("wrong", self.wrong)
+        return replace(self, right=right, wrong=wrong)
+
+    def known(self) -> Question:
+        """A stand-in that needs no prompt, for a trial."""
+        if self.fixed:
+            return self
+        return self.about(TokenSets.of(torch.tensor(0, device="cpu"))).knowing(
+            {}
+            if isinstance(self.wrong, TokenSets | None)
+            else {"wrong": TokenSets.of(torch.tensor(0, device="cpu"))}
+        )
 
     def about(self, right: TokenSets) -> Question:
         """The same with other answers, which no prompt changes."""
@@ -116,6 +131,19 @@ def read_question(
         forms = _is_plain(answer_tokens) and _is_plain(incorrect_tokens)
         _check_shapes(right, wrong, plain=forms)
     return Question(right, wrong, centred, follows)
+
+
+def require_answer(answer_tokens: Any) -> None:
+    """Refuse a call without an answer.
+
+    Raises:
+        InputError: when it is None.
+    """
+    if answer_tokens is None:
+        raise InputError(
+            "answer_tokens is required: the token whose logit is attributed. dla_hooks.TOP is the "
+            "model's own top token"
+        )
 
 
 def read_side(value: Any, name: str, model: Any, tokenizer: Any) -> Side:

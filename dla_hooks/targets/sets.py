@@ -91,7 +91,7 @@ class Mean(TokenRequest):
         )
         if not isinstance(given, (list, tuple)) or not given or nested:
             raise InputError(
-                f"Mean takes a list of tokens (strings or ids), and at least one; got {tokens!r:.80}"
+                f"Mean takes a list of at least one token (strings or ids); got {tokens!r:.80}"
             )
         self.tokens = list(given)
 

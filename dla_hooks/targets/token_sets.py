@@ -102,9 +102,9 @@ class TokenSets:
             right = right.spread()
         shape = torch.broadcast_shapes(right.shape, wrong.shape)
         ids = torch.cat([each.ids.expand(*shape, each.m) for each in (right, wrong)], -1)
-        signed = (right.weights, -wrong.weights)
+        signed = [right.weights, -wrong.weights]
         if any(each.ndim > 1 for each in signed):
-            signed = tuple(each.expand(*shape, each.shape[-1]) for each in signed)
+            signed = [each.expand(*shape, each.shape[-1]) for each in signed]
         return TokenSets(ids, torch.cat(signed, -1), right.m, self.several or wrong.several)
 
     def spread(self) -> TokenSets:

@@ -4,8 +4,9 @@ With the final norm's scale s frozen, the logit of token t is ``x . d / s + bias
 
     d    = k * centre(gamma * P^T W_U[t])          bias = k * (W_U[t] . P(beta) + b_t)
 
-and a weighted set of tokens is the same with the weighted sum of their rows and biases; a
-difference of two has the weights 1 and -1 (:mod:`dla_hooks.projection.reading_point` has the symbols).
+and a weighted set of tokens is the same with the weighted sum of their rows and biases, as the
+difference of two with the weights 1 and -1 (:mod:`dla_hooks.projection.reading_point` has the
+symbols).
 """
 
 from __future__ import annotations
