@@ -65,6 +65,10 @@ class Entries:
             return numbers_K
         return numbers_K.index_select(-1, self.target.to(numbers_K.device))
 
+    def taken(self, values: Tensor) -> Tensor:
+        """Numbers [*shape] as those of the entries [N], padding left out."""
+        return values.reshape(-1) if self._valid is None else values[self._valid]
+
     def unfold(self, values: Tensor, padding: float = float("nan")) -> Tensor:
         """Unfold scalars [..., N] to [..., *shape], with NaN where the prompt has no token."""
         lead = values.shape[:-1]

@@ -24,7 +24,7 @@ from dla_hooks.inputs.rows_of_positions import PerRow
 from dla_hooks.many.questions import together
 from dla_hooks.modules.user_hooks import hooked_modules
 from dla_hooks.residual.stream import Stream
-from dla_hooks.results.ranked import Result
+from dla_hooks.results.ranked import RankedAttribution, Result
 from dla_hooks.targets.question import Question
 from dla_hooks.verification.recognise import stream_of
 
@@ -43,6 +43,7 @@ class Item:
         follows: whether tokens were put behind it.
         question: what is asked, where that is no plain token; ``correct`` then says nothing.
         columns: the selected positions, where prompts have their own; else None.
+        given: the same before its question was put to the prompt, or None.
     """
 
     index: int
@@ -54,6 +55,7 @@ class Item:
     follows: bool = False
     question: Question | None = None
     columns: Sequence[int] | None = None
+    given: Item | None = None
 
 
 def batches_of(
@@ -115,6 +117,10 @@ def split(batch: Result) -> Iterator[Result]:
         if positions.ndim > 1:
             place += (slice(width - n_real, width),)
         single = batch.at(place)
+        if isinstance(single, RankedAttribution) and isinstance(batch, RankedAttribution):
+            # Padding alone is left out, so that the means stay what they are.
+            means = batch.prompt_means
+            single.prompt_means = None if means is None else means[:, row : row + 1]
         for name, value in vars(single).items():
             if isinstance(value, Tensor):
                 setattr(single, name, value.cpu().clone())

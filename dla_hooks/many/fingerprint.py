@@ -75,7 +75,8 @@ def of_weights(backend: Backend) -> str:
 
 
 def of_item(item: Item) -> bytes:
-    """A digest of one prompt and its answers: 16 bytes."""
+    """A digest of one prompt and its answers, as they were given: 16 bytes."""
+    item = item.given or item
     wrong = None if item.incorrect is None else item.incorrect.tolist()
     parts = [item.ids.tolist(), item.correct.tolist(), wrong]
     if item.question is not None:

@@ -61,6 +61,13 @@ class Reader:
             return
         rows.for_all = {name: self.read_answer(name, value) for name, value in shared.items()}
 
+    def trial(self, rows: Rows) -> dict[str, Any]:
+        """Answers to try the model out with: those that all prompts share, and token 0."""
+        shared = rows.for_all
+        if any(isinstance(value, Request) for value in shared.values()):
+            return {"question": self.read_question({"answer_tokens": 0, **shared})}
+        return shared
+
     def read(self, row: Row) -> Item:
         """Read one prompt as ids, without checking it against the model's limits.
 
@@ -155,19 +162,14 @@ class Reader:
             InputError: for a prompt that is too long, or answers that do not fit it.
             PositionError: when it lacks a position.
         """
-        ids = item.ids[None]
-        prompt = Prompt(ids, torch.ones_like(ids, dtype=torch.bool))
+        prompt = _alone(item.ids)
         check_length(stream, prompt)
         self.backend.check_prompt(prompt)
         if item.given_as_ids:
-            warn_of_padding(stream, ids, self.tokenizer)
-        if item.columns is None:
-            pos: Any = positions.parse(self.pos, len(item.ids))
-        else:
-            pos = list(item.columns)
-        selection = positions.select(pos, prompt.mask)
+            warn_of_padding(stream, prompt.input_ids, self.tokenizer)
+        selection = self._selection(item, prompt)
         if item.question is not None:
-            return self._put(item, selection, stream, pos)
+            return self._put(item, selection, stream)
         n_entries = selection.cols.numel()
         given = {"answer_tokens": item.correct, "incorrect_tokens": item.incorrect}
         for name, tokens in given.items():
@@ -180,14 +182,24 @@ class Reader:
                 check_answers(tokens, _REAL.expand_as(tokens), name, stream.vocabulary)
         return replace(item, n_entries=n_entries)
 
-    def _put(self, item: Item, selection: Selection, stream: Stream, pos: Any) -> Item:
+    def settled(self, item: Item) -> Item:
+        """One prompt whose result is stored, as it was checked in the run that made it."""
+        if item.question is None:
+            return item
+        return self._put(item, self._selection(item, _alone(item.ids)), None)
+
+    def _selection(self, item: Item, prompt: Prompt) -> Selection:
+        if item.columns is not None:
+            return positions.select(list(item.columns), prompt.mask)
+        return positions.select(positions.parse(self.pos, len(item.ids)), prompt.mask)
+
+    def _put(self, item: Item, selection: Selection, stream: Stream | None) -> Item:
         """A prompt whose question is no plain token, at its own positions where it has such."""
         assert item.question is not None
         follows = item.question.follows is not None
-        own = put(item.question, item.ids, selection, stream, pos)
-        if follows:
-            ids = own.ids[None]
-            check_length(stream, Prompt(ids, torch.ones_like(ids, dtype=torch.bool)))
+        own = put(item.question, item.ids, selection, stream, self.pos)
+        if follows and stream is not None:
+            check_length(stream, _alone(own.ids))
         moved = own.question is not item.question
         return replace(
             item,
@@ -196,6 +208,7 @@ class Reader:
             n_entries=len(own.columns),
             columns=own.columns if moved else item.columns,
             follows=follows,
+            given=item,
         )
 
     def _encode(self, text: str, tokenizer: Any) -> list[int]:
@@ -220,3 +233,8 @@ def _as_ids(prompt: Any) -> Any:
     if not len(prompt):
         raise InputError("the prompt is empty: there is no position to attribute")
     return as_tensor(prompt, "a prompt", "token ids")
+
+
+def _alone(ids: Tensor) -> Prompt:
+    """A prompt by itself, without padding."""
+    return Prompt(ids[None], torch.ones_like(ids[None], dtype=torch.bool))

@@ -37,14 +37,16 @@ class Placed:
     columns: list[int]
 
 
-def put(question: Question, ids: Tensor, selection: Selection, stream: Stream, pos: Any) -> Placed:
+def put(
+    question: Question, ids: Tensor, selection: Selection, stream: Stream | None, pos: Any
+) -> Placed:
     """Ask of one prompt: the tokens that follow it, or come next in it, become answers.
 
     Args:
         question: as it was read.
         ids: the prompt's tokens [pos].
         selection: the selected positions of the prompt.
-        stream: the located model.
+        stream: the located model; None for a prompt that was checked before.
         pos: the caller's.
 
     Raises:
@@ -60,16 +62,17 @@ def put(question: Question, ids: Tensor, selection: Selection, stream: Stream, p
             raise InputError(
                 f"a Continuation says its positions itself; leave pos at -1, got {pos!r:.80}"
             )
-        if stream.backend.scores_labels:
+        if stream is not None and stream.backend.scores_labels:
             raise InputError(
                 "a Continuation follows texts, and a classifier scores them as a whole"
             )
         more = question.follows[0]
-        check_ids(more, min(stream.backend.n_tokens(), stream.vocabulary))
+        if stream is not None:
+            check_ids(more, min(stream.backend.n_tokens(), stream.vocabulary))
         columns = list(range(len(ids) - 1, len(ids) - 1 + len(more)))
         return Placed(torch.cat((ids, more)), question.about(TokenSets.of(more)), columns)
     if NEXT in (question.right, question.wrong):
-        if stream.backend.scores_labels:
+        if stream is not None and stream.backend.scores_labels:
             raise InputError("NEXT is a token of the text, and a classifier's labels are none")
         prompt = Prompt(ids[None], torch.ones_like(ids[None], dtype=torch.bool))
         after, selection = next_tokens(prompt, selection)
@@ -123,6 +126,8 @@ def as_plain(question: Question) -> list[Any]:
             sides.append([side.ids.tolist(), side.weights.tolist()])
         else:
             sides.append(repr(side))
+    if question.follows is not None:
+        sides.append([ids.tolist() for ids in question.follows])
     return sides
 
 

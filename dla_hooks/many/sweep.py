@@ -155,7 +155,7 @@ def attribute_many(
         shards = Shards(folder, stamp)
     runner = Runner(backend, {**options, "chunk_size": chunk_size}, max_tokens)
     if shards is None or shards.fresh:  # a resumed run was tried out when it began
-        runner.try_out(rows.for_all)
+        runner.try_out(reader.trial(rows))
     return _results(rows, reader, runner, shards, window, progress)
 
 
@@ -223,7 +223,7 @@ def _of_window(
                     f"prompt {row.index} or its answer is not the one whose result is stored in "
                     "the folder to resume; give the same prompts and answers, or another folder"
                 )
-            outcomes[row.index] = names.put_on(result, item)
+            outcomes[row.index] = names.put_on(result, reader.settled(item))
     count(len(outcomes))
 
     new = []

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dla_hooks.errors import InputError
-from dla_hooks.inputs.entries import Entries, one_target
+from dla_hooks.inputs.entries import Entries
 from dla_hooks.inputs.positions import Selection
 from dla_hooks.inputs.prompts import Prompt
 from dla_hooks.measure.looks import Look
@@ -88,23 +88,17 @@ def settled(
             known[name] = side.laid(numbered(side, shape))
     if all(side is NEXT for side in sides):
         return Asked(question.knowing(known), selection)
-    entries = _entries(source, selection)
-    look = _looked(stream, source, entries, _single(known.get("right"), shape, selection))
+    n = max((side.shape[-1] for side in known.values() if side.several), default=0)
+    entries = _entries(source, selection, n)
+    look = _looked(stream, source, entries, _single(known.get("right"), entries))
     for name in ("right", "wrong"):
         side = getattr(question, name)
         if isinstance(side, Own) and side.place is not None:
-            ids_N = look.ids_KE[side.place].cpu()
-            ids = torch.zeros(shape, dtype=torch.long, device="cpu")
-            ids[selection.valid] = ids_N
-            known[name] = TokenSets.of(ids)
+            ids = entries.unfold(look.ids_KE[side.place].cpu(), padding=0)
+            known[name] = TokenSets.of(ids[..., 0] if n else ids)
             if name == "right":
                 look = look.asking(side.place)
-    seen = None if known["right"].several or _is_several(known) else look.unfolded(entries)
-    return Asked(question.knowing(known), selection, seen)
-
-
-def _is_several(known: dict[str, TokenSets]) -> bool:
-    return "wrong" in known and known["wrong"].several
+    return Asked(question.knowing(known), selection, look.unfolded(entries))
 
 
 def _check(sides: list[Own], stream: Stream, source: Source) -> None:
@@ -146,24 +140,32 @@ def next_tokens(prompt: Prompt, selection: Selection) -> tuple[Tensor, Selection
     return ids, changed
 
 
-def _entries(source: Source, selection: Selection) -> Entries:
-    return one_target(
-        selection.rows,
-        selection.cols,
-        selection.valid,
+def _entries(source: Source, selection: Selection, n: int) -> Entries:
+    """The selected positions as entries, each n times where there are several answers."""
+    rows, cols, valid = (
+        one[..., None].expand(*one.shape, n) if n else one
+        for one in (selection.rows, selection.cols, selection.valid)
+    )
+    return Entries(
+        rows,
+        cols,
+        torch.zeros_like(cols),
+        valid,
         source.prompt.shape,
         source.batched,
         selection.mask,
+        several=bool(n),
     )
 
 
-def _single(right: TokenSets | None, shape: tuple[int, ...], selection: Selection) -> Tensor | None:
-    """The tokens that are asked for at each entry; None where they are not known, or several."""
-    if right is None or right.several or right.n_right != 1:
+def _single(right: TokenSets | None, entries: Entries) -> Tensor | None:
+    """The tokens that are asked for at each entry; None where they are not known."""
+    if right is None or right.n_right != 1:
         return None
-    weights = right.weights[..., 0] == 1
-    ids: Tensor = torch.where(weights, right.ids[..., 0], -1).expand(shape)
-    return ids[selection.valid]
+    ids: Tensor = torch.where(right.weights[..., 0] == 1, right.ids[..., 0], -1)
+    if entries.several and not right.several:
+        ids = ids[..., None]
+    return entries.taken(ids.expand(entries.shape))
 
 
 def _looked(stream: Stream, source: Source, entries: Entries, answer_N: Tensor | None) -> Look:

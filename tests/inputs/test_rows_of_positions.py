@@ -62,17 +62,17 @@ def test_wrong_rows_are_refused_before_the_run():
     assert not runs
 
 
+@pytest.fixture(scope="module")
+def tokenizer():
+    return dla_hooks.demo.load()[1]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return dla_hooks.demo.load()[0]
+
+
 class TestSpan:
-    PROMPT = "The cat saw the dog"
-
-    @pytest.fixture(scope="class")
-    def tokenizer(self):
-        return dla_hooks.demo.load()[1]
-
-    @pytest.fixture(scope="class")
-    def model(self):
-        return dla_hooks.demo.load()[0]
-
     @pytest.mark.parametrize("bos", [None, True, False])
     def test_piece_selects_the_tokens_that_it_covers(self, model, tokenizer, bos):
         if bos and tokenizer.bos_token_id is None:
@@ -113,8 +113,6 @@ class TestSpan:
 
     def test_rows_of_other_lengths_are_padded(self, model, tokenizer):
         texts = ["The keys near the cabinet", "The dogs near the cabinet near the door"]
-        whole = [Span("keys near the cabinet"), Span("near the door")]
-        assert whole[0] is not whole[1]
         found = attribute(model, texts, " are", pos=Span(4, 25), tokenizer=tokenizer)
         for row, text in enumerate(texts):
             own = attribute(model, text, " are", pos=Span(4, 25), tokenizer=tokenizer)
