@@ -43,21 +43,22 @@ class Look:
             answer_E: the token that each entry asks for, -1 for none; None for none at all.
         """
         logits_EV = logits_EV if logits_EV.dtype == torch.float64 else logits_EV.float()
-        total_E = logits_EV.logsumexp(-1)
+        total_E1 = logits_EV.logsumexp(-1, keepdim=True)
         values_EK, ids_EK = logits_EV.topk(min(_TOP, logits_EV.shape[-1]))
-        log_p_KE = (values_EK - total_E[:, None]).T
         if answer_E is None:
-            log_p_E = total_E.new_full(total_E.shape, math.nan)
-            return cls(log_p_E, ids_EK.new_full(total_E.shape, -1), ids_EK.T, log_p_KE)
+            log_p_E = total_E1.new_full((len(logits_EV),), math.nan)
+            none_E = ids_EK.new_full((len(logits_EV),), -1)
+            return cls(log_p_E, none_E, ids_EK.T, (values_EK - total_E1).T)
         answer_E = answer_E.to(logits_EV.device)
-        value_E1 = logits_EV.gather(-1, answer_E.clamp(min=0)[:, None])
-        rank_E = (logits_EV > value_E1).sum(-1) + 1
-        log_p_E = value_E1[:, 0] - total_E
-        none_E = answer_E < 0
-        if bool(none_E.any()):
-            log_p_E = log_p_E.masked_fill(none_E, math.nan)
-            rank_E = rank_E.masked_fill(none_E, -1)
-        return cls(log_p_E, rank_E, ids_EK.T, log_p_KE)
+        has_all = len(answer_E) and int(answer_E.min()) >= 0
+        asked_E = answer_E if has_all else answer_E.clamp(min=0)
+        value_E1 = logits_EV.gather(-1, asked_E[:, None])
+        rank_E = (logits_EV > value_E1).sum(-1).add_(1)
+        log_p_E = (value_E1 - total_E1)[:, 0]
+        if not has_all:
+            log_p_E = log_p_E.masked_fill(answer_E < 0, math.nan)
+            rank_E = rank_E.masked_fill(answer_E < 0, -1)
+        return cls(log_p_E, rank_E, ids_EK.T, (values_EK - total_E1).T)
 
     @classmethod
     def joined(cls, looks: Sequence[Look]) -> Look:
@@ -107,15 +108,17 @@ def seen_at(entries: Entries, observed: Observed, answers_K: Tensor | None) -> S
         observed: these logits.
         answers_K: the token that each target asks for, see :class:`Target`.
     """
-    n = len(observed.entries_E)
+    n, logits_BSV = len(observed.entries_E), observed.logits_BSV
     if not n:
         return None
     answer_E = None if answers_K is None else answers_K[observed.target_E]
+    at_once = max(1, _AT_ONCE // logits_BSV.shape[-1])
+    if logits_BSV.shape[1] == 1 and n == len(logits_BSV) <= at_once:  # each row's only position
+        look = Look.at(logits_BSV[:, 0], answer_E)
+        return look.unfolded(entries, observed.entries_E)
     looks = []
-    for part in torch.arange(n, device="cpu").split(
-        max(1, _AT_ONCE // observed.logits_BSV.shape[-1])
-    ):
+    for part in torch.arange(n, device="cpu").split(at_once):
         place = part.to(observed.row_E.device)
-        logits_EV = observed.logits_BSV[observed.row_E[place], observed.column_E[place]]
+        logits_EV = logits_BSV[observed.row_E[place], observed.column_E[place]]
         looks.append(Look.at(logits_EV, None if answer_E is None else answer_E[part]))
     return Look.joined(looks).unfolded(entries, observed.entries_E)

@@ -63,7 +63,7 @@ class Seen:
 
     def named(self, texts: Callable[[list[int]], list[str]]) -> Self:
         """The same with the texts of its tokens."""
-        ids = [i for i in self.top_ids.unique().tolist() if i >= 0]
+        ids = sorted(set(self.top_ids.flatten().tolist()) - {-1})
         return replace(self, names=dict(zip(map(str, ids), texts(ids), strict=True)))
 
     def top(self) -> list[list[tuple[str, float]]]:
