@@ -81,8 +81,7 @@ def closing(data: EntryData) -> list[str]:
         else f"to the model's own logits {data.logit_gap:.1e}"
     )
     several = int(real_entries(data)[0].sum()) > 1
-    lines = [sum_line(data, mean=several), f"gap {data.gap:.1e}, {checked}"]
-    return [*lines, *said_by_model(data)]
+    return [sum_line(data, mean=several), f"gap {data.gap:.1e}, {checked}"]
 
 
 def said_by_model(data: EntryData) -> list[str]:
