@@ -67,11 +67,14 @@ def attribute_many(
         prompts: any iterable of strings, or of token ids [pos] (lists, arrays, tensors).
         answer_tokens: one token for all prompts (a string or an id), or an iterable with one
             answer for each prompt: a string, an id, or with several positions a list or tensor
-            of one id for each selected position.
+            of one id for each selected position. Or one of the other questions that
+            :func:`direct_logit_attribution` takes, for all prompts or in an iterable with one for
+            each; ``Each`` and ``Continuation`` may hold one line for each prompt themselves.
         incorrect_tokens: the same, or None; the results are then of
             ``logit[answer] - logit[incorrect]``.
         unit: into which rows, as for :func:`direct_logit_attribution`; one unit only.
-        pos: which positions of each prompt, as for :func:`direct_logit_attribution`.
+        pos: which positions of each prompt, as for :func:`direct_logit_attribution`. ``PerRow``
+            holds those of all prompts, as a column of a table does.
         tokenizer: for strings, unless the model carries one.
         prepend_bos: for strings, as for :func:`direct_logit_attribution`; so are the next three.
         center_unembed: take the vocabulary's mean off every row of W_U.
