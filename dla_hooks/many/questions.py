@@ -76,7 +76,7 @@ def put(
             raise InputError("NEXT is a token of the text, and a classifier's labels are none")
         prompt = Prompt(ids[None], torch.ones_like(ids[None], dtype=torch.bool))
         after, selection = next_tokens(prompt, selection)
-        coming = TokenSets.of(after[0])
+        coming = TokenSets.of(after[0] if after.numel() else torch.tensor(0, device="cpu"))
         sides = {name: coming for name in ("right", "wrong") if getattr(question, name) is NEXT}
         question = question.knowing(sides)
     columns = selection.cols.reshape(-1).tolist()
@@ -169,6 +169,8 @@ def _stacked(sides: Sequence[Side], n_entries: Sequence[int] | None) -> Side:
     every, weighed = torch.stack(ids), torch.stack(weights)
     if n_entries is None:
         every, weighed = every[:, 0], weighed[:, 0]
+    if not every.numel():  # no position is selected
+        return TokenSets.of(torch.tensor(0, device="cpu"))
     flat = weighed.reshape(-1, m)
     if bool((flat == flat[:1]).all()):
         weighed = flat[0]

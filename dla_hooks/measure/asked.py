@@ -75,6 +75,11 @@ def settled(
         return Asked(question, selection)
     sides = [side for side in (question.right, question.wrong) if isinstance(side, Own)]
     _check(sides, stream, source)
+    if not bool(selection.valid.any()):  # nothing is asked, of any token
+        any_token = TokenSets.of(torch.tensor(0, device="cpu"))
+        names = ("right", "wrong")
+        own = {name: any_token for name in names if isinstance(getattr(question, name), Own)}
+        return Asked(question.knowing(own), selection)
     after: Tensor | None = None
     if NEXT in sides:
         after, selection = next_tokens(source.prompt, selection)
@@ -183,7 +188,8 @@ def _looked(stream: Stream, source: Source, entries: Entries, answer_N: Tensor |
     columns = entries.cols.unique()
     hooked = changed_behind(stream) or hooks_logits(stream.unembed) or is_hooked(stream.final_norm)
     if not len(entries):
-        return _in_pieces(lambda part: torch.zeros(0, vocabulary), [slice(0, 0)], answer_N)
+        nothing = torch.zeros(0, vocabulary, dtype=torch.float32, device="cpu")
+        return Look.at(nothing, answer_N)
     if hooked:  # they may name a position
         columns = torch.arange(source.prompt.shape[1], device="cpu")
     size = max(1, _AT_ONCE // vocabulary)

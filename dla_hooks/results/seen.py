@@ -43,7 +43,7 @@ class Seen:
     @classmethod
     def nothing(cls, shape: torch.Size, top: int = 0) -> Seen:
         """Nothing was looked at."""
-        numbers = torch.full(shape, math.nan, device="cpu")
+        numbers = torch.full(shape, math.nan, dtype=torch.float32, device="cpu")
         none = torch.full(shape, -1, device="cpu")
         return cls(numbers, none, none.expand(top, *shape), numbers.expand(top, *shape))
 

@@ -165,6 +165,16 @@ class TestTopElsewhere:
             with pytest.raises(InputError, match=r"dla_hooks\.TOP"):
                 call()
 
+    @pytest.mark.parametrize("question", [(TOP, RUNNER_UP), (NEXT, None), (5, TOP)])
+    def test_no_position_gives_an_empty_result(self, question):
+        model, ids = build("gpt2"), example_ids("gpt2")
+        for pos in ([], slice(0, 0)):
+            found = attribute(model, ids, *question, pos=pos)
+            assert found.shape == (2, 0)
+            assert found.top_tokens == []
+            many = list(dla_hooks.attribute_many(model, list(ids), *question, pos=pos))
+            assert [one.shape for one in many] == [(1, 0), (1, 0)]
+
     def test_own_tokens_in_lists_are_refused(self):
         model, ids = build("gpt2"), example_ids("gpt2")
         with pytest.raises(InputError, match="TOP"):
