@@ -38,6 +38,8 @@ if TYPE_CHECKING:  # X as X: these names are public
     from dla_hooks.errors import TrainingModeError as TrainingModeError
     from dla_hooks.errors import UnsupportedModelError as UnsupportedModelError
     from dla_hooks.generation.verb import attribute_generation as attribute_generation
+    from dla_hooks.inputs.rows_of_positions import PerRow as PerRow
+    from dla_hooks.inputs.rows_of_positions import Span as Span
     from dla_hooks.many.sweep import attribute_many as attribute_many
     from dla_hooks.questions.ablated import Ablated as Ablated
     from dla_hooks.questions.ablated import ablated as ablated
@@ -65,6 +67,9 @@ if TYPE_CHECKING:  # X as X: these names are public
     from dla_hooks.stacks import promoted_tokens as promoted_tokens
     from dla_hooks.stacks import stack_head_results as stack_head_results
     from dla_hooks.stacks import stack_neuron_results as stack_neuron_results
+    from dla_hooks.targets.own import NEXT as NEXT
+    from dla_hooks.targets.own import RUNNER_UP as RUNNER_UP
+    from dla_hooks.targets.own import TOP as TOP
     from dla_hooks.tl.cache_names import cache_names as cache_names
     from dla_hooks.tl.wrap import Wrapped as Wrapped
     from dla_hooks.tl.wrap import wrap as wrap
@@ -90,12 +95,17 @@ _HOME = {
     "LabelError": "errors",
     "MissingExtraError": "errors",
     "NonFiniteError": "errors",
+    "NEXT": "targets.own",
+    "PerRow": "inputs.rows_of_positions",
     "Plan": "attribution",
     "PositionError": "errors",
     "PromotedTokens": "results.promoted",
+    "RUNNER_UP": "targets.own",
     "RankedAttribution": "results.ranked",
     "ShapeMismatchError": "errors",
+    "Span": "inputs.rows_of_positions",
     "Summary": "results.summary",
+    "TOP": "targets.own",
     "TokenError": "errors",
     "TokenizerMissingError": "errors",
     "TrainingModeError": "errors",

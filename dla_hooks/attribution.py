@@ -5,14 +5,23 @@ read the call -> make a plan -> let a source show activations -> check -> result
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from dla_hooks.backends import Backend, Conventions
-from dla_hooks.call import ReadModel, check_given, checked, model_of, source_of, target_of
-from dla_hooks.errors import DecompositionError, HookError, InputError
-from dla_hooks.inputs import positions
+from dla_hooks.call import (
+    ReadModel,
+    check_given,
+    checked,
+    model_of,
+    placed,
+    source_for,
+    target_of,
+)
+from dla_hooks.errors import DecompositionError, HookError
+from dla_hooks.measure.asked import Asked, settled
 from dla_hooks.measure.completeness import seems_current
 from dla_hooks.measure.one_prompt import measure, results
 from dla_hooks.modules.user_hooks import hooked_modules, refuse_second_run
@@ -20,6 +29,7 @@ from dla_hooks.modules.version import forget
 from dla_hooks.residual.stream import Stream
 from dla_hooks.sources.base import Source
 from dla_hooks.targets.base import Target
+from dla_hooks.targets.question import Question, require_answer
 from dla_hooks.units import DEFAULT_UNIT, UnitName, read_units
 from dla_hooks.units.base import Unit
 from dla_hooks.units.plan import Plan as PlanData
@@ -64,15 +74,20 @@ def direct_logit_attribution(
             ``inputs_embeds``, ``position_ids``, ``pixel_values`` and whatever else it takes.
         answer_tokens: whose logit: a string of one token, an id, a list of these, or an integer
             tensor of shape [], [batch], [pos'], [1, pos'], [batch, 1] or [batch, pos'], aligned
-            with the positions that ``pos`` has selected.
+            with the positions that ``pos`` has selected. Or a weighted set (:class:`Tokens`,
+            :class:`Mean`), several answers (:class:`Each`), several tokens that follow
+            (:class:`Continuation`), ``dla_hooks.TOP`` (the model's own top token at each position;
+            the model then runs twice) or ``dla_hooks.NEXT`` (the one that comes next in the text).
         incorrect_tokens: the same form and shape; the result is then the attribution of
-            ``logit[answer] - logit[incorrect]``.
+            ``logit[answer] - logit[incorrect]``. One :class:`Mean` or :class:`Tokens` for all, and
+            ``dla_hooks.RUNNER_UP`` (the model's second token), go with any answer.
         unit: into which rows: the name of a unit (docs/reference.md lists them under "Units"), or
             an object of its class, which takes the unit's own options. Several in a tuple, or in a
             mapping with keys of your own, are measured in one run of the model.
         pos: which positions: an int (no position axis in the result), None (all), a tuple meaning
             ``slice(*pos)``, a slice, a list, or a 1-d array or tensor of ints or bools. Counted
-            among a row's real tokens, so -1 is the last one whichever side is padded.
+            among a row's real tokens, so -1 is the last one whichever side is padded. Or positions
+            of each prompt's own (:class:`PerRow`), or a piece of the text (:class:`Span`).
         cache: an ``ActivationCache`` of a TransformerLens model, with or without its batch axis,
             to take activations from instead of running the model; ``input`` is then ignored.
             :func:`cache_names` says what it must hold.
@@ -116,16 +131,17 @@ def direct_logit_attribution(
     True
     """
     units, single = read_units(unit)
-    _require(answer_tokens)
+    require_answer(answer_tokens)
     backend = checked(model, cache=cache)
     check_given(input, cache)
     read = model_of(backend, tokenizer=tokenizer, prepend_bos=prepend_bos)
-    source = _source(read, units, input, cache, attention_mask, chunk_size)
-    selection = positions.select(pos, source.prompt.mask)
+    source = source_for(read, units.values(), input, cache, attention_mask, chunk_size)
     conventions = read.conventions(center_unembed, fold_value_biases)
     question = target_of(read, answer_tokens, incorrect_tokens, conventions)
-    plan = Plan(model, read, question, units, single, conventions, bool(check))
-    return plan._attribute(source, selection)
+    question, source, selection = placed(read, question, source, input, pos, chunk_size)
+    asked = settled(question, read.stream, source, selection)
+    plan = Plan(model, read, asked.question, units, single, conventions, bool(check))
+    return plan._attribute(source, asked)
 
 
 def prepare(
@@ -167,7 +183,7 @@ def prepare(
     ...     result = plan(prompt)
     """
     units, single = read_units(unit)
-    _require(answer_tokens)
+    require_answer(answer_tokens)
     read = model_of(model, tokenizer=tokenizer, prepend_bos=prepend_bos)
     conventions = read.conventions(center_unembed, fold_value_biases)
     question = target_of(read, answer_tokens, incorrect_tokens, conventions)
@@ -187,7 +203,7 @@ class Plan:
         self,
         model: Any,
         read: ReadModel,
-        question: Callable[[Stream], Target],
+        question: Question | Callable[[Stream], Target],
         units: Mapping[str, Unit],
         single: bool,
         conventions: Conventions,
@@ -197,6 +213,7 @@ class Plan:
         self._units, self._single = units, single
         self._conventions, self._check = conventions, check
         self._asked = False
+        self._last: Plan | None = None
         self._data = self._make()
 
     def __call__(
@@ -224,8 +241,14 @@ class Plan:
         check_given(input, cache)
         if backend.state.version != self._read.stream.version:
             self._measure_again(backend)
-        source = _source(self._read, self._units, input, cache, attention_mask, chunk_size)
-        return self._attribute(source, positions.select(pos, source.prompt.mask))
+        source = source_for(
+            self._read, self._units.values(), input, cache, attention_mask, chunk_size
+        )
+        question, source, selection = placed(
+            self._read, self._question, source, input, pos, chunk_size
+        )
+        asked = settled(question, self._read.stream, source, selection)
+        return self._about(asked.question)._attribute(source, asked)
 
     def __repr__(self) -> str:
         return f"Plan({self._read.backend.name}: {', '.join(self._units)})"
@@ -238,18 +261,27 @@ class Plan:
         self._read = dataclasses.replace(self._read, stream=located(backend))
         self._data = self._make()
 
-    def _hooked(self) -> bool:
-        """Whether there are hooks of the caller's, which may act in the first run only."""
-        return bool(hooked_modules(self._read.backend.hookable()))
+    def _about(self, question: Question | Callable[[Stream], Target]) -> Plan:
+        """The plan for what one prompt asks; the last such plan is kept."""
+        if question is self._question:
+            return self
+        kept = self._last
+        if kept is None or kept._read is not self._read or kept._question != question:
+            kept = copy.copy(self)
+            kept._question, kept._asked, kept._last = question, False, None
+            kept._data = kept._make()
+            self._last = kept
+        return kept
 
-    def _attribute(self, source: Source, selection: positions.Selection) -> Any:
+    def _attribute(self, source: Source, asked: Asked) -> Any:
         # Weights may have changed in a way that leaves no trace, since this was measured.
         may_be_stale = self._asked or self._data.stream.remembered
         self._asked = True
         failed: DecompositionError | HookError | None = None
         try:
-            found, outcome = measure(self._data, source, selection, self._check)
-            if self._check or seems_current(found, outcome) or self._hooked():
+            found, outcome = measure(self._data, source, asked.selection, self._check)
+            hookable = self._read.backend.hookable()  # hooks may act in the first run only
+            if self._check or seems_current(found, outcome) or hooked_modules(hookable):
                 may_be_stale = False
         except (DecompositionError, HookError) as error:
             if not may_be_stale:
@@ -262,31 +294,6 @@ class Plan:
             if failed is not None:
                 refuse_second_run(backend.model, failed)
             source = source.on(self._read.stream)
-            found, outcome = measure(self._data, source, selection, self._check)
-        made = results(found, outcome, source, self._read.tokenizer)
+            found, outcome = measure(self._data, source, asked.selection, self._check)
+        made = results(found, outcome, source, self._read.tokenizer, asked.seen)
         return next(iter(made.values())) if self._single else made
-
-
-def _require(answer_tokens: Any) -> None:
-    if answer_tokens is None:
-        raise InputError("answer_tokens is required: the token whose logit is attributed")
-
-
-def _source(
-    read: ReadModel,
-    units: Mapping[str, Unit],
-    input: Any,
-    cache: Any,
-    attention_mask: Any,
-    chunk_size: int | None,
-) -> Source:
-    names = [unit.words.name for unit in units.values()]
-    return source_of(
-        read,
-        input,
-        cache=cache,
-        attention_mask=attention_mask,
-        chunk_size=chunk_size,
-        purpose=names[0] if len(names) == 1 else tuple(names),
-        each_write=any(unit.reads_each_write for unit in units.values()),
-    )

@@ -7,21 +7,25 @@ activations come from (:func:`source_of`) are read later, any number of times.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from dla_hooks.backends import Backend, Conventions, backend_of
 from dla_hooks.errors import InputError
-from dla_hooks.inputs.answers import read_answers
+from dla_hooks.inputs.positions import Selection, select
 from dla_hooks.inputs.prompts import check_tokenizer
+from dla_hooks.inputs.rows_of_positions import Span
 from dla_hooks.modules.user_hooks import check_global_hooks
 from dla_hooks.residual.stream import Stream
 from dla_hooks.sources.base import Source
 from dla_hooks.sources.live import Live, chunk_size_for
+from dla_hooks.sources.placed import continued, spanned
 from dla_hooks.sources.prompt import prompt_for
 from dla_hooks.sources.stored_cache import StoredCache, check_cache
-from dla_hooks.targets.base import Request, Target
-from dla_hooks.targets.tokens import TokenTarget
+from dla_hooks.targets.base import Target
+from dla_hooks.targets.question import Question, read_question
+from dla_hooks.targets.token_sets import TokenSets
+from dla_hooks.units.base import Unit
 from dla_hooks.verification.recognise import located
 
 
@@ -207,9 +211,30 @@ def source_of(
     return Live(model.stream, prompt, chunk_size_for(model.stream, prompt, chunk_size))
 
 
+def source_for(
+    model: ReadModel,
+    units: Collection[Unit],
+    input: Any,
+    cache: Any,
+    attention_mask: Any,
+    chunk_size: int | None,
+) -> Source:
+    """:func:`source_of`, for some units."""
+    names = [unit.words.name for unit in units]
+    return source_of(
+        model,
+        input,
+        cache=cache,
+        attention_mask=attention_mask,
+        chunk_size=chunk_size,
+        purpose=names[0] if len(names) == 1 else tuple(names),
+        each_write=any(unit.reads_each_write for unit in units),
+    )
+
+
 def target_of(
     model: ReadModel, answer_tokens: Any, incorrect_tokens: Any, conventions: Conventions
-) -> Callable[[Stream], Target]:
+) -> Question | Callable[[Stream], Target]:
     """Read what is attributed: tokens, or a request for another target.
 
     Args:
@@ -219,22 +244,54 @@ def target_of(
         conventions: of the call.
 
     Returns:
-        A function that makes the target on a located model.
+        A function that makes the target on a located model. A :class:`Question` may need a prompt
+        to say what its tokens are.
 
     Raises:
         InputError: for tokens that cannot be read.
     """
-    if isinstance(answer_tokens, Request):
-        if incorrect_tokens is not None:
-            raise InputError(
-                f"incorrect_tokens goes with tokens, but answer_tokens is {answer_tokens!r:.80}"
-            )
-        return answer_tokens.on
-    answers = read_answers(
+    return read_question(
         answer_tokens,
         incorrect_tokens,
         model=model.backend.model,
         tokenizer=model.backend.answer_tokenizer(model.tokenizer),
+        centred=conventions.center_unembed,
     )
-    centred = conventions.center_unembed
-    return lambda stream: TokenTarget(stream, answers, center_unembed=centred)
+
+
+def placed(
+    model: ReadModel,
+    question: Question | Callable[[Stream], Target],
+    source: Source,
+    input: Any,
+    pos: Any,
+    chunk_size: Any,
+) -> tuple[Question | Callable[[Stream], Target], Source, Selection]:
+    """Find the positions that are asked about; tokens that follow a prompt are put behind it.
+
+    Args:
+        model: from :func:`model_of`.
+        question: from :func:`target_of`.
+        source: of the prompt.
+        input: as it was given.
+        pos: see :func:`dla_hooks.direct_logit_attribution`.
+        chunk_size: likewise.
+
+    Returns:
+        The question, the source and the selected positions.
+
+    Raises:
+        InputError: for any other form of ``pos``, and for what cannot be found or followed.
+        PositionError: when a row has no such position.
+    """
+    stream = model.stream
+    if isinstance(question, Question) and question.follows is not None:
+        ids, source, selection = continued(stream, question.follows, source, pos, chunk_size)
+        return question.about(TokenSets.of(ids)), source, selection
+    if isinstance(pos, Span):
+        return (
+            question,
+            source,
+            spanned(stream, model.tokenizer, model.prepend_bos, source, input, pos),
+        )
+    return question, source, select(pos, source.prompt.mask)

@@ -12,7 +12,7 @@ from rich.text import Text
 from dla_hooks.results.data import ResultData
 from dla_hooks.results.ranking import Shown, both_ends, in_order, strongest
 from dla_hooks.results.text import lines
-from dla_hooks.results.wording import closing, headline, printable, question
+from dla_hooks.results.wording import closing, headline, printable, question, said_by_model
 
 if TYPE_CHECKING:
     from dla_hooks.demo import Example
@@ -39,6 +39,7 @@ def attribution(result: ResultData, top: int) -> RenderableType:
         "",
         Text(sum_line),
         Text(gap_line, _FAINT),
+        *(Text(line) for line in said_by_model(result)),
     )
 
 

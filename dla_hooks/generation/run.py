@@ -27,6 +27,7 @@ from dla_hooks.generation.stops import Stop
 from dla_hooks.generation.text import Text
 from dla_hooks.inputs.answers import Answers
 from dla_hooks.inputs.prompts import Prompt
+from dla_hooks.measure.asked import Asked as AskedOfPrompt
 from dla_hooks.modules.compiled import eagerly
 from dla_hooks.modules.faults import described_error
 from dla_hooks.modules.signature import arguments_of
@@ -36,6 +37,7 @@ from dla_hooks.sources.base import Source
 from dla_hooks.sources.held import Held
 from dla_hooks.sources.hold import Hold, Step
 from dla_hooks.sources.live import Live, chunk_size_for, why_not_in_chunks
+from dla_hooks.targets.token_sets import TokenSets
 from dla_hooks.targets.tokens import TokenTarget
 from dla_hooks.units.base import Unit
 from dla_hooks.units.plan import Recording
@@ -222,7 +224,7 @@ class Generation:
         try:
             plan, source = self._plan(text.answers(steps, single=single)), self._source(steps)
             places = text.places(steps, source.prompt.mask, single=single)
-            found = plan._attribute(source, places)
+            found = plan._attribute(source, AskedOfPrompt(plan._question, places))
             self._read = plan._read
         finally:
             self._hold.paused = False
@@ -251,7 +253,11 @@ class Generation:
         return Plan(
             self._read.backend.model,
             self._read,
-            lambda stream: TokenTarget(stream, answers, center_unembed=centred),
+            lambda stream: TokenTarget(
+                stream,
+                TokenSets.of(answers.correct, answers.incorrect),
+                center_unembed=centred,
+            ),
             asked.units,
             False,
             asked.conventions,

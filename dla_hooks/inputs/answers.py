@@ -108,7 +108,9 @@ def over_positions(ids: Tensor, shape: tuple[int, ...]) -> Tensor:
         raise ShapeMismatchError(
             f"answers of shape {list(ids.shape)} do not fit the selected positions, which have "
             f"shape {axes} = {list(shape)}; give one token, or a shape that broadcasts "
-            "(positions are selected first: answers are not sliced by pos)"
+            "(positions are selected first: answers are not sliced by pos). Several answers to one "
+            "prompt are dla_hooks.Each([[...], ...]), and a weighted set of tokens is "
+            "dla_hooks.Tokens({token: weight})"
         )
     return fits
 

@@ -22,6 +22,7 @@ class Entries:
         prompt_shape: (batch, pos) of the prompt.
         batched: whether the result has an axis for the batch.
         mask: True at the real tokens of the prompt [batch, pos]; None where all are.
+        several: whether the last axis of the result holds several answers to one prompt.
 
     Attributes:
         shape: of the result after its row axis, with the axis for the batch.
@@ -41,7 +42,9 @@ class Entries:
         prompt_shape: tuple[int, int],
         batched: bool = True,
         mask: Tensor | None = None,
+        several: bool = False,
     ) -> None:
+        self.several = several
         self.mask = None if mask is None or bool(mask.all()) else mask
         self.shape = tuple(valid.shape)
         self.prompt_shape = prompt_shape
@@ -61,6 +64,10 @@ class Entries:
         if numbers_K.shape[-1] == 1:
             return numbers_K
         return numbers_K.index_select(-1, self.target.to(numbers_K.device))
+
+    def taken(self, values: Tensor) -> Tensor:
+        """Numbers [*shape] as those of the entries [N], padding left out."""
+        return values.reshape(-1) if self._valid is None else values[self._valid]
 
     def unfold(self, values: Tensor, padding: float = float("nan")) -> Tensor:
         """Unfold scalars [..., N] to [..., *shape], with NaN where the prompt has no token."""

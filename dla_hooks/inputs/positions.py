@@ -7,14 +7,16 @@ padding on either side. ``pos=None`` keeps the columns of the batch as they are.
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dla_hooks.errors import ArgumentTypeError, InputError, PositionError
+from dla_hooks.errors import ArgumentTypeError, InputError, PositionError, ShapeMismatchError
 from dla_hooks.inputs.plain import check_dense
+from dla_hooks.inputs.rows_of_positions import PerRow, Span
 
 PositionSpec = int | slice | list[int] | None
 
@@ -52,6 +54,8 @@ def parse(pos: Any, width: int) -> PositionSpec:
     if pos is None or isinstance(pos, slice):
         _check_slice(pos)
         return pos
+    if isinstance(pos, (PerRow, Span)):
+        raise InputError(f"{pos!r:.80} cannot be used here; give an int, a slice or a list")
     check_dense(pos, "pos")
     if isinstance(pos, tuple):
         if not 1 <= len(pos) <= 3:
@@ -84,6 +88,8 @@ def select(pos: Any, mask: Tensor) -> Selection:
         InputError: for any other form.
         PositionError: when a row has no such position.
     """
+    if isinstance(pos, PerRow):
+        return _select_rows(pos, mask)
     spec = parse(pos, mask.shape[1])
     if spec is None:
         rows, cols = torch.meshgrid(
@@ -105,10 +111,52 @@ def select(pos: Any, mask: Tensor) -> Selection:
         rows = torch.arange(len(mask), device="cpu")[:, None].expand_as(cols)
         return Selection(rows, cols, _all_true(cols), mask)
     picked = [_pick(spec, row, real.nonzero()[:, 0]) for row, real in enumerate(mask)]
+    return _side_by_side(picked, mask)
 
-    # Rows of different lengths: fill up on the side on which the batch is padded.
+
+def select_each(
+    rows: Sequence[Sequence[int]], mask: Tensor, *, from_the_left: bool = False
+) -> Selection:
+    """Select positions of each row's own, any number of them.
+
+    Args:
+        rows: positions of each row, counted among its real tokens.
+        mask: True at the real tokens [batch, pos], on the CPU.
+        from_the_left: fill up on the right, on whichever side the batch is padded.
+
+    Raises:
+        PositionError: when a row has no such position.
+    """
+    pairs = enumerate(zip(rows, mask, strict=True))
+    picked = [_pick(list(own), row, real.nonzero()[:, 0]) for row, (own, real) in pairs]
+    return _side_by_side(picked, mask, on_the_left=False if from_the_left else None)
+
+
+def _select_rows(pos: PerRow, mask: Tensor) -> Selection:
+    """Positions that were given row by row."""
+    if len(pos) != len(mask):
+        raise ShapeMismatchError(
+            f"PerRow holds positions of {len(pos)} prompts, and there are {len(mask)}; give one "
+            "int, or one list, for each"
+        )
+    if not pos.one_position:
+        return select_each([row for row in pos.rows if isinstance(row, list)], mask)
+    pairs = enumerate(zip(pos.rows, mask, strict=True))
+    cols = torch.stack([_pick(own, row, real.nonzero()[:, 0]) for row, (own, real) in pairs])
+    return Selection(torch.arange(len(mask), device="cpu"), cols, _all_true(cols), mask)
+
+
+def _side_by_side(
+    picked: Sequence[Tensor], mask: Tensor, on_the_left: bool | None = None
+) -> Selection:
+    """Columns of each row, any number of them, as one selection.
+
+    Rows of different lengths are filled up on the side on which the batch is padded, or on the left
+    or the right.
+    """
     width = max(len(cols) for cols in picked)
-    on_the_left = not bool(mask[:, 0].all())
+    if on_the_left is None:
+        on_the_left = not bool(mask[:, 0].all())
     cols = torch.zeros(len(mask), width, dtype=torch.long, device="cpu")
     valid = torch.zeros(len(mask), width, dtype=torch.bool, device="cpu")
     for row, found in enumerate(picked):

@@ -18,11 +18,14 @@ from dla_hooks.attribution import Plan, prepare
 from dla_hooks.backends import Backend
 from dla_hooks.calibration.invariance import padding_is_ignored
 from dla_hooks.calibration.prompt import short_prompt
-from dla_hooks.errors import DecompositionError, DLAError, UnsupportedModelError
+from dla_hooks.errors import DecompositionError, DLAError, InputError, UnsupportedModelError
 from dla_hooks.inputs.forms import pad_left
+from dla_hooks.inputs.rows_of_positions import PerRow
+from dla_hooks.many.questions import together
 from dla_hooks.modules.user_hooks import hooked_modules
 from dla_hooks.residual.stream import Stream
-from dla_hooks.results.ranked import Result
+from dla_hooks.results.ranked import RankedAttribution, Result
+from dla_hooks.targets.question import Question
 from dla_hooks.verification.recognise import stream_of
 
 
@@ -37,6 +40,10 @@ class Item:
         incorrect: the same for the incorrect tokens, or None.
         n_entries: how many positions are selected; 1 for a single one.
         given_as_ids: whether it was given as ids without a mask.
+        follows: whether tokens were put behind it.
+        question: what is asked, where that is no plain token; ``correct`` then says nothing.
+        columns: the selected positions, where prompts have their own; else None.
+        given: the same before its question was put to the prompt, or None.
     """
 
     index: int
@@ -45,6 +52,10 @@ class Item:
     incorrect: Tensor | None
     n_entries: int = 1
     given_as_ids: bool = False
+    follows: bool = False
+    question: Question | None = None
+    columns: Sequence[int] | None = None
+    given: Item | None = None
 
 
 def batches_of(
@@ -97,6 +108,8 @@ def split(batch: Result) -> Iterator[Result]:
     ``logit_gap`` are the batch's: the largest of its rows. Tokens and answers are left out.
     """
     positions = batch.positions
+    if batch.several:
+        positions = positions[..., 0]
     width = positions.shape[-1]
     real = (positions >= 0).reshape(len(positions), -1).sum(-1)
     for row, n_real in enumerate(real.tolist()):
@@ -104,12 +117,22 @@ def split(batch: Result) -> Iterator[Result]:
         if positions.ndim > 1:
             place += (slice(width - n_real, width),)
         single = batch.at(place)
+        if isinstance(single, RankedAttribution) and isinstance(batch, RankedAttribution):
+            # Padding alone is left out, so that the means stay what they are.
+            means = batch.prompt_means
+            single.prompt_means = None if means is None else means[:, row : row + 1]
         for name, value in vars(single).items():
             if isinstance(value, Tensor):
                 setattr(single, name, value.cpu().clone())
+        if single.seen is not None:
+            single.seen = single.seen.changed(_copied, _copied)
         single.beside = {name: value.cpu().clone() for name, value in single.beside.items()}
         single.tokens, single.answer, single.incorrect = [], [], None
         yield single
+
+
+def _copied(value: Tensor) -> Tensor:
+    return value.cpu().clone()
 
 
 class Runner:
@@ -126,8 +149,10 @@ class Runner:
         options = dict(options)
         self._pos, self._chunk_size = options.pop("pos"), options.pop("chunk_size")
         self._prepare: Callable[..., Plan] = partial(prepare, backend.model, **options)
-        self._kept: tuple[tuple[int, int | None], Plan] | None = None
-        self._one_position = isinstance(self._pos, int)
+        self._kept: tuple[Any, Plan] | None = None
+        self._one_position = isinstance(self._pos, int) or (
+            isinstance(self._pos, PerRow) and self._pos.one_position
+        )
         self._max_tokens = max_tokens
 
     @cached_property
@@ -138,13 +163,17 @@ class Runner:
     def try_out(self, answers: dict[str, Any]) -> None:
         """Run a few synthetic tokens, so that errors of every prompt show at once."""
         nothing = torch.tensor(0, device="cpu")
+        question = answers.get("question")
         answer = answers.get("answer_tokens", nothing)
         incorrect = answers.get("incorrect_tokens", nothing)
         prompt = short_prompt(self.stream)
         # A failed check may be due to these tokens alone, so it is left to the prompts. So are the
         # caller's hooks.
         with contextlib.suppress(DecompositionError), self._backend.without_user_hooks():
-            plan = self._plan(answer, incorrect)
+            if question is None:
+                plan = self._plan(answer, incorrect)
+            else:
+                plan = self._asking(question.known() if self._pos != -1 else question)
             plan(prompt.input_ids, attention_mask=prompt.mask, chunk_size=self._chunk_size)
 
     def outcomes(self, items: Sequence[Item]) -> Iterator[tuple[Item, Result | DLAError]]:
@@ -189,6 +218,13 @@ class Runner:
 
     def _run(self, batch: Sequence[Item]) -> list[Result]:
         ids, mask = pad_left([item.ids for item in batch])
+        pos = self._pos
+        if batch[0].columns is not None:
+            pos = self._own_positions(batch)
+        if batch[0].question is not None:
+            plan = self._asking(self._together(batch))
+            result = plan(ids, pos=pos, attention_mask=mask, chunk_size=self._chunk_size)
+            return list(split(result))
         lay = partial(side_by_side, items=batch, one_position=self._one_position)
         correct = lay([item.correct for item in batch])
         wrong = [item.incorrect for item in batch if item.incorrect is not None]
@@ -196,8 +232,32 @@ class Runner:
         if wrong:
             correct, incorrect = torch.broadcast_tensors(correct, lay(wrong))
         plan = self._plan(correct, incorrect)
-        result = plan(ids, pos=self._pos, attention_mask=mask, chunk_size=self._chunk_size)
+        result = plan(ids, pos=pos, attention_mask=mask, chunk_size=self._chunk_size)
         return list(split(result))
+
+    def _one_each(self, batch: Sequence[Item]) -> bool:
+        """Whether results have no axis of positions; what follows a prompt gives it one."""
+        return self._one_position and not batch[0].follows
+
+    def _own_positions(self, batch: Sequence[Item]) -> PerRow:
+        """The positions of each prompt of a batch."""
+        columns = [item.columns or () for item in batch]
+        if self._one_each(batch):
+            return PerRow([own[0] for own in columns])
+        return PerRow.of_any_length(columns)
+
+    def _together(self, batch: Sequence[Item]) -> Question:
+        questions = [item.question for item in batch if item.question is not None]
+        if len(questions) != len(batch):
+            raise InputError("plain answers stand beside others; give all prompts one kind")
+        counts = None if self._one_each(batch) else [item.n_entries for item in batch]
+        return together(questions, counts)
+
+    def _asking(self, question: Question) -> Plan:
+        """The plan for a question; the last one is kept."""
+        if self._kept is None or self._kept[0] != question:
+            self._kept = question, self._prepare(question)
+        return self._kept[1]
 
     def _plan(self, correct: Tensor, incorrect: Tensor | None) -> Plan:
         """The plan of a batch. If all prompts have the same answers, it is prepared once."""

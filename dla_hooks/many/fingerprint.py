@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dla_hooks.backends import Backend
 from dla_hooks.many.batches import Item
+from dla_hooks.many.questions import as_plain
 from dla_hooks.modules.weights import made_of, stored
 
 _PIECE = 2**14  # entries summed at once: with their keys they stay in a CPU's cache
@@ -74,9 +75,14 @@ def of_weights(backend: Backend) -> str:
 
 
 def of_item(item: Item) -> bytes:
-    """A digest of one prompt and its answers: 16 bytes."""
+    """A digest of one prompt and its answers, as they were given: 16 bytes."""
+    item = item.given or item
     wrong = None if item.incorrect is None else item.incorrect.tolist()
     parts = [item.ids.tolist(), item.correct.tolist(), wrong]
+    if item.question is not None:
+        parts.append(as_plain(item.question))
+    if item.columns is not None:
+        parts.append(list(item.columns))
     return bytes.fromhex(_digest(json.dumps(parts).encode()))
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -15,84 +14,20 @@ from dla_hooks.errors import InputError, ShapeMismatchError, TokenError
 from dla_hooks.inputs import positions
 from dla_hooks.inputs.answers import check_answers, read_ids
 from dla_hooks.inputs.forms import as_tensor
-from dla_hooks.inputs.plain import check_dense
-from dla_hooks.inputs.prompts import Prompt, read_prompt, to_strings, tokenizer_for
+from dla_hooks.inputs.positions import Selection
+from dla_hooks.inputs.prompts import Prompt, read_prompt, tokenizer_for
+from dla_hooks.inputs.rows_of_positions import PerRow, Span, encoder
 from dla_hooks.many.batches import Item
+from dla_hooks.many.questions import put
+from dla_hooks.many.rows import Row, Rows
 from dla_hooks.residual.stream import Stream
-from dla_hooks.results.ranked import Result
 from dla_hooks.sources.cautions import warn_of_padding
 from dla_hooks.sources.prompt import check_length
+from dla_hooks.targets.base import Request, TokenRequest
+from dla_hooks.targets.question import Question, read_question
 
-_END = object()
-_UNORDERED = (set, frozenset)
+_NOTHING = torch.zeros((), dtype=torch.long, device="cpu")
 _REAL = torch.ones((), dtype=torch.bool, device="cpu")  # a prompt alone has no padding
-
-
-@dataclass(frozen=True)
-class Row:
-    """One prompt as it was given.
-
-    Attributes:
-        index: its place, from 0.
-        prompt: as given.
-        answers: its own answers, by argument name.
-    """
-
-    index: int
-    prompt: Any
-    answers: dict[str, Any]
-
-
-class Rows:
-    """Prompts with their answers, in the caller's order.
-
-    Args:
-        prompts: an iterable of prompts.
-        answers: by argument name: one answer for all, an iterable with one for each, or None.
-
-    Attributes:
-        total: the number of prompts, or None while it is unknown.
-        for_all: answers shared by all prompts, by argument name.
-        mismatch: the error for a different number of answers than prompts, once that shows.
-
-    Raises:
-        InputError: if this is no iterable of prompts, or has another length than the answers.
-    """
-
-    def __init__(self, prompts: Any, answers: Mapping[str, Any]) -> None:
-        _check_prompts(prompts)
-        self.total: int | None = _length(prompts)
-        self.mismatch: InputError | None = None
-        for name, value in answers.items():
-            if isinstance(value, (*_UNORDERED, Mapping)):
-                raise InputError(
-                    f"{name} must be one token for all prompts, or a list or other iterable with "
-                    f"one answer for each, in their order; a {type(value).__name__} has none that "
-                    "would say which prompt an answer belongs to"
-                )
-        self._prompts: Iterable[Any] = prompts
-        answers = {name: value for name, value in answers.items() if value is not None}
-        self.for_all = {name: value for name, value in answers.items() if _for_all(value)}
-        self._columns = {name: v for name, v in answers.items() if name not in self.for_all}
-        for name, column in self._columns.items():
-            n_answers = _length(column)
-            if None not in (self.total, n_answers) and n_answers != self.total:
-                raise _uneven(name, f"{n_answers} for {self.total} prompts")
-
-    def __iter__(self) -> Iterator[Row]:
-        columns = self._columns.values()
-        together = zip_longest(self._prompts, *columns, fillvalue=_END)
-        for index, (prompt, *own) in enumerate(together):
-            answers = dict(zip(self._columns, own, strict=True))
-            ended = [name for name, answer in answers.items() if answer is _END]
-            if prompt is _END:
-                name = next(name for name in answers if name not in ended)
-                self.mismatch = _uneven(name, f"more than the {index} prompts")
-                return
-            if ended:
-                self.mismatch = _uneven(ended[0], f"{index}, and there are more prompts")
-                return
-            yield Row(index, prompt, {**self.for_all, **answers})
 
 
 @dataclass(frozen=True)
@@ -104,12 +39,34 @@ class Reader:
         tokenizer: for strings, or None.
         prepend_bos: for strings.
         pos: the caller's.
+        centred: whether the vocabulary's mean is taken off every row of W_U.
     """
 
     backend: Backend
     tokenizer: Any
     prepend_bos: bool | None
     pos: Any
+    centred: bool = False
+
+    def read_for_all(self, rows: Rows) -> None:
+        """Read the answers that all prompts share, once.
+
+        Raises:
+            InputError: for an answer that cannot be read.
+        """
+        shared = rows.for_all
+        if any(isinstance(value, Request) for value in shared.values()):
+            if not rows.has_columns:
+                rows.for_all = {"question": self.read_question(shared)}
+            return
+        rows.for_all = {name: self.read_answer(name, value) for name, value in shared.items()}
+
+    def trial(self, rows: Rows) -> dict[str, Any]:
+        """Answers to try the model out with: those that all prompts share, and token 0."""
+        shared = rows.for_all
+        if any(isinstance(value, Request) for value in shared.values()):
+            return {"question": self.read_question({"answer_tokens": 0, **shared})}
+        return shared
 
     def read(self, row: Row) -> Item:
         """Read one prompt as ids, without checking it against the model's limits.
@@ -136,13 +93,61 @@ class Reader:
             raise InputError(
                 f"a prompt must be one row of token ids, got shape {list(read.input_ids.shape)}"
             )
-        found = {name: self.read_answer(name, value) for name, value in row.answers.items()}
-        correct, incorrect = found["answer_tokens"], found.get("incorrect_tokens")
+        question = row.answers.get("question")
+        if question is None and any(isinstance(own, TokenRequest) for own in row.answers.values()):
+            question = self.read_question(row.answers)
+        correct, incorrect = _NOTHING, None
+        if question is None:
+            found = {name: self.read_answer(name, value) for name, value in row.answers.items()}
+            correct, incorrect = found["answer_tokens"], found.get("incorrect_tokens")
         mask = row.prompt.get("attention_mask") if isinstance(row.prompt, Mapping) else None
         given_as_ids = not isinstance(row.prompt, str) and mask is None
+        ids, columns = read.input_ids[read.mask], None
+        if isinstance(self.pos, Span):
+            if not isinstance(row.prompt, str):
+                raise InputError(
+                    f"pos={self.pos!r:.80} needs prompts that are strings, got "
+                    f"{type(row.prompt).__name__}; give positions, as an int or a list"
+                )
+            encode = encoder(tokenizer, self.prepend_bos)
+            columns = self.pos.tokens(row.prompt, ids.tolist(), encode)
+        elif isinstance(self.pos, PerRow):
+            if row.index >= len(self.pos):
+                raise InputError(
+                    f"PerRow holds positions of {len(self.pos)} prompts, and there are more; give "
+                    "one int, or one list, for each"
+                )
+            own = self.pos.rows[row.index]
+            columns = own if isinstance(own, list) else [own]
         return Item(
-            row.index, read.input_ids[read.mask], correct, incorrect, given_as_ids=given_as_ids
+            row.index,
+            ids,
+            correct,
+            incorrect,
+            given_as_ids=given_as_ids,
+            question=question,
+            columns=columns,
         )
+
+    def read_question(self, answers: Mapping[str, Any]) -> Question:
+        """One prompt's question, or that of all, where it is no plain token.
+
+        Raises:
+            InputError: for a target that is no token.
+        """
+        given = answers["answer_tokens"]
+        if isinstance(given, Request) and not isinstance(given, TokenRequest):
+            raise InputError(f"attribute_many takes tokens, got {given!r:.80}; call a plan instead")
+        wrong = answers.get("incorrect_tokens")
+        question = read_question(
+            given,
+            wrong,
+            model=self.backend.model,
+            tokenizer=self.backend.answer_tokenizer(self.tokenizer),
+            centred=self.centred,
+        )
+        assert isinstance(question, Question)
+        return question
 
     def read_answer(self, name: str, value: Any) -> Tensor:
         """One prompt's answer as ids, [] where it is one token."""
@@ -157,13 +162,14 @@ class Reader:
             InputError: for a prompt that is too long, or answers that do not fit it.
             PositionError: when it lacks a position.
         """
-        ids = item.ids[None]
-        prompt = Prompt(ids, torch.ones_like(ids, dtype=torch.bool))
+        prompt = _alone(item.ids)
         check_length(stream, prompt)
         self.backend.check_prompt(prompt)
         if item.given_as_ids:
-            warn_of_padding(stream, ids, self.tokenizer)
-        selection = positions.select(positions.parse(self.pos, len(item.ids)), prompt.mask)
+            warn_of_padding(stream, prompt.input_ids, self.tokenizer)
+        selection = self._selection(item, prompt)
+        if item.question is not None:
+            return self._put(item, selection, stream)
         n_entries = selection.cols.numel()
         given = {"answer_tokens": item.correct, "incorrect_tokens": item.incorrect}
         for name, tokens in given.items():
@@ -176,6 +182,35 @@ class Reader:
                 check_answers(tokens, _REAL.expand_as(tokens), name, stream.vocabulary)
         return replace(item, n_entries=n_entries)
 
+    def settled(self, item: Item) -> Item:
+        """One prompt whose result is stored, as it was checked in the run that made it."""
+        if item.question is None:
+            return item
+        return self._put(item, self._selection(item, _alone(item.ids)), None)
+
+    def _selection(self, item: Item, prompt: Prompt) -> Selection:
+        if item.columns is not None:
+            return positions.select(list(item.columns), prompt.mask)
+        return positions.select(positions.parse(self.pos, len(item.ids)), prompt.mask)
+
+    def _put(self, item: Item, selection: Selection, stream: Stream | None) -> Item:
+        """A prompt whose question is no plain token, at its own positions where it has such."""
+        assert item.question is not None
+        follows = item.question.follows is not None
+        own = put(item.question, item.ids, selection, stream, self.pos)
+        if follows and stream is not None:
+            check_length(stream, _alone(own.ids))
+        moved = own.question is not item.question
+        return replace(
+            item,
+            ids=own.ids,
+            question=own.question,
+            n_entries=len(own.columns),
+            columns=own.columns if moved else item.columns,
+            follows=follows,
+            given=item,
+        )
+
     def _encode(self, text: str, tokenizer: Any) -> list[int]:
         try:
             return self.backend.encode(text, tokenizer, self.prepend_bos)
@@ -184,43 +219,6 @@ class Reader:
                 raise
             # One prompt of many must not end the sweep.
             raise TokenError(f"the prompt {text!r:.80} cannot be tokenized: {error}") from None
-
-
-class Names:
-    """Tokens as text, each made once.
-
-    Args:
-        tokenizer: or None, which names tokens by their ids.
-        answers_with: names answers; a tokenizer, too, or a classifier's labels.
-    """
-
-    def __init__(self, tokenizer: Any, answers_with: Any) -> None:
-        self._prompts, self._answers = _Names(tokenizer), _Names(answers_with)
-
-    def put_on(self, result: Result, item: Item) -> Result:
-        """Say in a result which prompt and answers it is of."""
-        result.tokens = [self._prompts.of(item.ids.tolist())]
-        result.of_tokens(len(item.ids))
-        correct = item.correct.expand(item.n_entries).tolist()
-        wrong = correct
-        if item.incorrect is not None:
-            wrong = item.incorrect.expand(item.n_entries).tolist()
-        if len(set(zip(correct, wrong, strict=True))) == 1:  # one name stands for all entries
-            correct, wrong = correct[:1], wrong[:1]
-        result.answer = self._answers.of(correct)
-        result.incorrect = None if item.incorrect is None else self._answers.of(wrong)
-        return result
-
-
-class _Names:
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self._known: dict[int, str] = {}
-
-    def of(self, ids: list[int]) -> list[str]:
-        new = [i for i in set(ids) if i not in self._known]
-        self._known.update(zip(new, to_strings(new, self._tokenizer), strict=True))
-        return [self._known[i] for i in ids]
 
 
 def _as_ids(prompt: Any) -> Any:
@@ -237,35 +235,6 @@ def _as_ids(prompt: Any) -> Any:
     return as_tensor(prompt, "a prompt", "token ids")
 
 
-def _check_prompts(prompts: Any) -> None:
-    check_dense(prompts, "prompts")
-    what = ""
-    if isinstance(prompts, (str, bytes)):
-        what = "one string; put it in a list"
-    elif isinstance(prompts, Mapping):
-        what = f"a mapping; give the column that holds them, of {sorted(map(str, prompts))}"
-    elif isinstance(prompts, _UNORDERED):
-        what = f"a {type(prompts).__name__}, whose order means nothing; put them in a list"
-    elif getattr(prompts, "ndim", 2) < 2 and "int" in str(getattr(prompts, "dtype", "")):
-        what = "one row of ids; put it in a list"
-    elif not isinstance(prompts, Iterable):
-        what = f"{type(prompts).__name__}: {prompts!r:.80}"
-    if what:
-        raise InputError(f"prompts must be an iterable of prompts, got {what}")
-
-
-def _for_all(value: Any) -> bool:
-    """True for an answer shared by all prompts, False for an iterable of answers."""
-    one = isinstance(value, (str, bytes)) or not isinstance(value, Iterable)
-    return one or getattr(value, "ndim", 1) == 0
-
-
-def _length(values: Any) -> int | None:
-    return len(values) if hasattr(values, "__len__") else None
-
-
-def _uneven(name: str, count: str) -> InputError:
-    return InputError(
-        f"{name} must be one token for all prompts, or hold as many answers as there are prompts; "
-        f"it holds {count}"
-    )
+def _alone(ids: Tensor) -> Prompt:
+    """A prompt by itself, without padding."""
+    return Prompt(ids[None], torch.ones_like(ids[None], dtype=torch.bool))

@@ -16,12 +16,16 @@ from dla_hooks.call import checked
 from dla_hooks.errors import DLAError, InputError
 from dla_hooks.inputs import positions
 from dla_hooks.inputs.prompts import check_tokenizer
+from dla_hooks.inputs.rows_of_positions import PerRow, Span
 from dla_hooks.many import fingerprint
 from dla_hooks.many.batches import Runner, freed
-from dla_hooks.many.prompts import Names, Reader, Row, Rows
+from dla_hooks.many.names import Names
+from dla_hooks.many.prompts import Reader
+from dla_hooks.many.rows import Row, Rows
 from dla_hooks.many.store import Shards
 from dla_hooks.modules.user_hooks import callers_hooks
 from dla_hooks.results.ranked import Result
+from dla_hooks.targets.question import require_answer
 from dla_hooks.units import DEFAULT_UNIT, UnitName, read_units
 from dla_hooks.units.base import Unit
 
@@ -63,11 +67,14 @@ def attribute_many(
         prompts: any iterable of strings, or of token ids [pos] (lists, arrays, tensors).
         answer_tokens: one token for all prompts (a string or an id), or an iterable with one
             answer for each prompt: a string, an id, or with several positions a list or tensor
-            of one id for each selected position.
+            of one id for each selected position. Or one of the other questions that
+            :func:`direct_logit_attribution` takes, for all prompts or in an iterable with one for
+            each; ``Each`` and ``Continuation`` may hold one line for each prompt themselves.
         incorrect_tokens: the same, or None; the results are then of
             ``logit[answer] - logit[incorrect]``.
         unit: into which rows, as for :func:`direct_logit_attribution`; one unit only.
-        pos: which positions of each prompt, as for :func:`direct_logit_attribution`.
+        pos: which positions of each prompt, as for :func:`direct_logit_attribution`. ``PerRow``
+            holds those of all prompts, as a column of a table does.
         tokenizer: for strings, unless the model carries one.
         prepend_bos: for strings, as for :func:`direct_logit_attribution`; so are the next three.
         center_unembed: take the vocabulary's mean off every row of W_U.
@@ -104,8 +111,7 @@ def attribute_many(
     units, single = read_units(unit)
     if not single:
         raise InputError(f"attribute_many takes one unit, got {len(units)}; call it for each")
-    if answer_tokens is None:
-        raise InputError("answer_tokens is required: the token whose logit is attributed")
+    require_answer(answer_tokens)
     max_tokens, window = _count("max_tokens", max_tokens), _count("window", window)
     if chunk_size is not None:
         chunk_size = _count("chunk_size", chunk_size)
@@ -115,17 +121,22 @@ def attribute_many(
     rows = Rows(prompts, {"answer_tokens": answer_tokens, "incorrect_tokens": incorrect_tokens})
     backend = checked(model)
     check_tokenizer(tokenizer)
+    if isinstance(pos, PerRow) and rows.total not in (None, len(pos)):
+        raise InputError(
+            f"PerRow holds positions of {len(pos)} prompts, and there are {rows.total}; give one "
+            "int, or one list, for each"
+        )
     conventions = backend.conventions.given(
         center_unembed=center_unembed, fold_value_biases=fold_value_biases
     )
-    reader = Reader(backend, *backend.reads_with(tokenizer, prepend_bos), pos)
-    for name, value in rows.for_all.items():
-        rows.for_all[name] = reader.read_answer(name, value)
+    centred = conventions.center_unembed
+    reader = Reader(backend, *backend.reads_with(tokenizer, prepend_bos), pos, centred)
+    reader.read_for_all(rows)
 
     width = len(pos) if getattr(pos, "ndim", 0) == 1 else 0  # the width of a mask
     options = {
         "unit": unit,
-        "pos": positions.parse(pos, width),
+        "pos": pos if isinstance(pos, PerRow | Span) else positions.parse(pos, width),
         "center_unembed": conventions.center_unembed,
         "fold_value_biases": conventions.fold_value_biases,
         "check": bool(check),
@@ -140,13 +151,14 @@ def attribute_many(
             "weights": fingerprint.of_weights(backend),
             **options,
             "unit": unit if isinstance(unit, str) else repr(unit),
-            "pos": repr(options["pos"]),
+            # Positions of each prompt's own are held with the prompt.
+            "pos": "PerRow" if isinstance(pos, PerRow) else repr(options["pos"]),
             "tag": tag,
         }
         shards = Shards(folder, stamp)
     runner = Runner(backend, {**options, "chunk_size": chunk_size}, max_tokens)
     if shards is None or shards.fresh:  # a resumed run was tried out when it began
-        runner.try_out(rows.for_all)
+        runner.try_out(reader.trial(rows))
     return _results(rows, reader, runner, shards, window, progress)
 
 
@@ -214,7 +226,7 @@ def _of_window(
                     f"prompt {row.index} or its answer is not the one whose result is stored in "
                     "the folder to resume; give the same prompts and answers, or another folder"
                 )
-            outcomes[row.index] = names.put_on(result, item)
+            outcomes[row.index] = names.put_on(result, reader.settled(item))
     count(len(outcomes))
 
     new = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,7 +13,8 @@ from dla_hooks.calibration.scales import check_weights
 from dla_hooks.errors import DecompositionError, NonFiniteError
 from dla_hooks.projection.ledger import all_finite
 from dla_hooks.residual.stream import coarsest
-from dla_hooks.tolerance import is_coarse, misfit_tolerance
+from dla_hooks.targets.base import Observed
+from dla_hooks.tolerance import misfit_tolerance
 from dla_hooks.units.base import Claim
 from dla_hooks.units.plan import Measurement
 
@@ -25,10 +26,12 @@ class Outcome:
     Attributes:
         gap: largest difference between the parts' sum and the stream's projection.
         logit_gap: largest difference from the model's own logits, where they were looked at.
+        observed: these logits, or None.
     """
 
     gap: float
     logit_gap: float = math.nan
+    observed: Observed | None = field(default=None, repr=False, compare=False)
 
 
 def identity_gap(measurement: Measurement) -> float:
@@ -80,24 +83,6 @@ def norms_of(measurement: Measurement) -> Iterator[tuple[str, float]]:
         yield place.name, measurement.reading.misfit
     for split in measurement.splits.values():
         yield from split.norms
-
-
-def rounding_of(measurement: Measurement, spread: float = 0.0) -> Tensor:
-    """What rounding alone may do to the sum of the parts at each entry [N].
-
-    Every addition rounds the sum so far, and independent roundings grow as a square root. It
-    matters where large parts cancel, as the massive activations of large models do. In 16 bits
-    it is looked at more closely: sums within the logits' spread are left to what is allowed of it.
-    """
-    parts = measurement.parts
-    dtype = measurement.plan.stream.coarsest_dtype
-    eps = torch.finfo(dtype).eps
-    running_SN = parts.steps_SN.cumsum(0).abs_()
-    if spread and is_coarse(dtype):
-        beyond_N: Tensor = (running_SN - spread).clamp_(min=0).square_().sum(0).sqrt_()
-        return beyond_N * eps
-    largest_N: Tensor = running_SN.amax(0)
-    return largest_N * (2 * eps * math.sqrt(len(parts.plan.rows)))
 
 
 def largest(difference: Tensor) -> float:

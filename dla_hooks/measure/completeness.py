@@ -26,8 +26,8 @@ from dla_hooks.measure.claims import (
     identity_gap,
     largest,
     norms_of,
-    rounding_of,
 )
+from dla_hooks.measure.rounding import rounding_of
 from dla_hooks.modules.user_hooks import has_callers
 from dla_hooks.projection.ledger import all_finite
 from dla_hooks.targets.base import Observed
@@ -70,21 +70,23 @@ def hold_against_model(
     if columns is None or logits is None:
         return Outcome(0.0, 0.0)
     observed = Observed.at(measurement.entries, columns, logits)
+    sizes_N = measurement.plan.target.sizes(measurement.entries.target)
+    size_N: Tensor | float = 1.0 if sizes_N is None else sizes_N.to(reading.total_N)
     spread = observed.spread()
     if stream.backend.scores_labels:  # one label has no spread, and two may be close
-        spread = max(spread, largest(measurement.parts.raw_CN))
+        spread = max(spread, largest(measurement.parts.raw_CN / size_N))
     n_writes = len(stream.writes)
     allowed_logit = tolerance(stream.coarsest_dtype, n_writes)[1]
-    rounding_N = rounding_of(measurement, spread)
+    rounding_N = rounding_of(measurement, spread * size_N)
     # Parts are held against the stream before any cap, where the logits are as far apart as this.
     uncapped = spread if stream.softcap is None else observed.spread(stream.softcap)
     for claim, dtype in claims_of(measurement):
         relative = tolerance(dtype, n_writes)[claim.through_norm]
         relative *= _OF_STREAM if is_coarse(dtype) else 1
-        allowed_N = rounding_N + relative * uncapped
+        allowed_N = rounding_N + relative * uncapped * size_N
         if claim.of_stream and is_coarse(dtype) and reading.size_N is not None:
             rounded_N = of_stream(dtype, _additions(measurement), reading.size_N)
-            allowed_N = rounding_N + rounded_N.clamp(max=relative * uncapped)
+            allowed_N = rounding_N + rounded_N.clamp(max=relative * uncapped * size_N)
             relative = min(relative, largest(rounded_N) / max(uncapped, 1e-300))
         broken = broken_of(claim, allowed_N)
         if broken is not None:
@@ -94,14 +96,19 @@ def hold_against_model(
     if not all_finite(theirs_E):
         raise NonFiniteError("the model's own logit of an answer is NaN or infinite")
     logit_gap = largest(own_E - theirs_E)
+    in_logits = logit_gap  # of weighted sets: over the size of their weights
+    if isinstance(size_N, Tensor):
+        sizes_E = size_N if len(size_N) == 1 else size_N[observed.entries_E.to(size_N.device)]
+        in_logits = largest((own_E - theirs_E) / sizes_E)
+        rounding_N = rounding_N / size_N
     # A logit itself is rounded to its dtype, and large ones coarsely; so are two with a small
     # difference.
     rounded = torch.finfo(stream.coarsest_dtype).eps
     coarse = 2 * rounded * measurement.plan.target.largest(observed)
-    if not logit_gap <= allowed_logit * spread + coarse + largest(rounding_N):
+    if not in_logits <= allowed_logit * spread + coarse + largest(rounding_N):
         what = "the last stream's projection, compared with the model's own logits,"
         raise _failure(measurement, prompt, what, logit_gap, spread, allowed_logit)
-    return Outcome(identity_gap(measurement), logit_gap)
+    return Outcome(identity_gap(measurement), logit_gap, observed)
 
 
 def _additions(measurement: Measurement) -> int:

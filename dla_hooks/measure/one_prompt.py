@@ -13,14 +13,16 @@ from torch import Tensor
 from dla_hooks.errors import ShapeMismatchError
 from dla_hooks.inputs.entries import Entries
 from dla_hooks.inputs.positions import Selection, spread_over
-from dla_hooks.inputs.prompts import Prompt
+from dla_hooks.inputs.prompts import Prompt, to_strings
 from dla_hooks.measure.claims import Outcome, identity_gap
 from dla_hooks.measure.completeness import hold_against_model
 from dla_hooks.measure.locator import Locator
+from dla_hooks.measure.looks import seen_at
 from dla_hooks.measure.relative import hold_against_cache, hold_against_reading
 from dla_hooks.residual.hooked import changed_behind
 from dla_hooks.results.ranked import RankedAttribution
 from dla_hooks.results.result import DirectLogitAttribution
+from dla_hooks.results.seen import Seen
 from dla_hooks.sources.base import Source
 from dla_hooks.units.base import RankedSplit
 from dla_hooks.units.plan import Measurement, Plan, Recording
@@ -76,10 +78,27 @@ def measure(
 
 
 def results(
-    measurement: Measurement, outcome: Outcome, source: Source, tokenizer: Any
+    measurement: Measurement,
+    outcome: Outcome,
+    source: Source,
+    tokenizer: Any,
+    seen: Seen | None = None,
 ) -> dict[str, DirectLogitAttribution | RankedAttribution]:
-    """A result for each unit."""
+    """A result for each unit.
+
+    Args:
+        measurement: what was measured.
+        outcome: of the check.
+        source: of the prompt.
+        tokenizer: names the tokens, or None.
+        seen: what the model's logits say at all entries; None leaves it to those of the check.
+    """
     plan, entries, reading = measurement.plan, measurement.entries, measurement.reading
+    if seen is None and outcome.observed is not None:
+        seen = seen_at(entries, outcome.observed, plan.target.answers_K)
+    if seen is not None:
+        named_with = plan.stream.backend.answer_tokenizer(tokenizer)
+        seen = seen.named(lambda ids: to_strings(ids, named_with))
     answer, incorrect = plan.target.names(entries, tokenizer)
     found: dict[str, DirectLogitAttribution | RankedAttribution] = {}
     for key, split in measurement.splits.items():
@@ -97,6 +116,8 @@ def results(
             "incorrect": None if incorrect is None else list(incorrect),
             "model": plan.stream.backend.name,
             "softcap": plan.stream.softcap,
+            "seen": seen,
+            "several": entries.several,
         }
         if split.beside:
             common["beside"] = {name: entries.unfold(own) for name, own in split.beside.items()}

@@ -19,8 +19,8 @@ from dla_hooks.measure.claims import (
     claims_of,
     identity_gap,
     largest,
-    rounding_of,
 )
+from dla_hooks.measure.rounding import rounding_of
 from dla_hooks.projection.ledger import all_finite
 from dla_hooks.residual.stream import coarsest
 from dla_hooks.tolerance import tolerance

@@ -26,6 +26,7 @@ from dla_hooks.results.comparison import (
 )
 from dla_hooks.results.ranked import RankedAttribution, Result
 from dla_hooks.results.rows import Row, Words
+from dla_hooks.results.seen import Seen
 from dla_hooks.sources.base import Source
 from dla_hooks.targets.pair import PairTarget
 from dla_hooks.units.base import RankedSplit, Unit
@@ -44,6 +45,7 @@ class Run:
         target: its own and the other's.
         found: the scalars of both.
         outcome: of the check.
+        seen: what the model's own logits say, where it was run for them.
     """
 
     stream: Stream
@@ -53,6 +55,7 @@ class Run:
     target: PairTarget
     found: Measurement
     outcome: Outcome
+    seen: Seen | None = None
 
     @property
     def scale_N(self) -> Tensor:
@@ -106,7 +109,10 @@ def _result(key: str, run: Run, split: RankedSplit | None) -> Result:
         dtype = own.values_CN.dtype
         own = dataclasses.replace(split, **_cast(split, dtype))
     single = dataclasses.replace(half, splits={key: own})
-    return results(single, run.outcome, run.source, run.tokenizer)[key]
+    outcome, observed = run.outcome, run.outcome.observed
+    if observed is not None:
+        outcome = dataclasses.replace(outcome, observed=run.target.seen_by_own(observed))
+    return results(single, outcome, run.source, run.tokenizer, run.seen)[key]
 
 
 def _difference(one: TwoWays, other: TwoWays) -> TwoWays:

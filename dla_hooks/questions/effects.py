@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from dla_hooks.call import ReadModel, check_given, checked, model_of, source_of, target_of
+from dla_hooks.call import ReadModel, check_given, checked, model_of, placed, source_of, target_of
 from dla_hooks.errors import DecompositionError, HookError, InputError
-from dla_hooks.inputs import positions
 from dla_hooks.inputs.options import whole_number
+from dla_hooks.measure.asked import settled
 from dla_hooks.measure.completeness import seems_current
 from dla_hooks.modules.user_hooks import refuse_second_run
 from dla_hooks.modules.version import forget
@@ -109,9 +109,11 @@ def effects(
             chunk_size=chunk_size,
             purpose=given.words.name,
         )
-        selection = positions.select(pos, source.prompt.mask)
-        target = target_of(read, answer_tokens, incorrect_tokens, conventions)(read.stream)
-        return read, Runs(read.stream, source, selection, target, conventions, bool(check))
+        question = target_of(read, answer_tokens, incorrect_tokens, conventions)
+        question, source, selection = placed(read, question, source, input, pos, chunk_size)
+        known = settled(question, read.stream, source, selection)
+        target = known.question(read.stream)
+        return read, Runs(read.stream, source, known.selection, target, conventions, bool(check))
 
     read, runs = asked()
     failed: DecompositionError | HookError | None = None

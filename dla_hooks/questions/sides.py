@@ -10,10 +10,12 @@ from functools import partial
 from typing import Any
 
 from dla_hooks.backends import Conventions
-from dla_hooks.call import ReadModel, checked, model_of, source_of, target_of
+from dla_hooks.call import ReadModel, checked, model_of, placed, source_of, target_of
 from dla_hooks.errors import ArgumentTypeError, DecompositionError, HookError
-from dla_hooks.inputs import positions
 from dla_hooks.inputs.entries import Entries
+from dla_hooks.inputs.positions import Selection
+from dla_hooks.measure.asked import Asked as AskedOfPrompt
+from dla_hooks.measure.asked import settled, with_next
 from dla_hooks.measure.completeness import seems_current
 from dla_hooks.measure.one_prompt import measure
 from dla_hooks.modules.user_hooks import hooked_modules, refuse_second_run
@@ -86,7 +88,7 @@ class _Side:
 
     read: ReadModel
     source: Source
-    selection: positions.Selection
+    asked: AskedOfPrompt
     target: Target
     conventions: Conventions
 
@@ -97,6 +99,10 @@ class _Side:
     def entries(self) -> Entries:
         """Those of its own target."""
         return self.target.align(self.selection, self.source.prompt.shape)
+
+    @property
+    def selection(self) -> Selection:
+        return self.asked.selection
 
 
 def both_runs(question: Question) -> tuple[Run, Run]:
@@ -165,7 +171,15 @@ def _measured(question: Question, streams: list[Stream]) -> tuple[Run, Run]:
         found_second = measure(plan_of_second, second.source, second.selection, question.check)
     found = measure(plan, first.source, first.selection, question.check)
     return (
-        Run(first.stream, first.source, first.read.tokenizer, entries[0], pairs[0], *found),
+        Run(
+            first.stream,
+            first.source,
+            first.read.tokenizer,
+            entries[0],
+            pairs[0],
+            *found,
+            first.asked.seen,
+        ),
         Run(
             second.stream, second.source, first.read.tokenizer, entries[1], pairs[1], *found_second
         ),
@@ -205,11 +219,16 @@ def _second(question: Question, first: _Side) -> _Side:
             checked(question.second.model), tokenizer=read.tokenizer, prepend_bos=read.prepend_bos
         )
         check_streams(first.stream, read.stream)
-    return _side(question, question.second, read, first.read, first.conventions)
+    return _side(question, question.second, read, first.read, first.conventions, first.asked)
 
 
 def _side(
-    question: Question, asked: Asked, read: ReadModel, answered: ReadModel, conventions: Conventions
+    question: Question,
+    asked: Asked,
+    read: ReadModel,
+    answered: ReadModel,
+    conventions: Conventions,
+    known: AskedOfPrompt | None = None,
 ) -> _Side:
     """One side.
 
@@ -219,6 +238,7 @@ def _side(
         read: its model.
         answered: the model that reads the answers.
         conventions: of both sides.
+        known: what the first side was asked: tokens that it named are those of the second, too.
     """
     source = source_of(
         read,
@@ -227,9 +247,15 @@ def _side(
         chunk_size=question.chunk_size,
         purpose=tuple(unit.words.name for unit in question.units.values()),
     )
-    selection = positions.select(asked.pos, source.prompt.mask)
-    target = target_of(answered, *question.answers, conventions)(read.stream)
-    return _Side(read, source, selection, target, conventions)
+    about = target_of(answered, *question.answers, conventions)
+    about, source, selection = placed(
+        read, about, source, asked.input, asked.pos, question.chunk_size
+    )
+    if known is None:
+        found = settled(about, read.stream, source, selection)
+    else:
+        found = AskedOfPrompt(known.question, with_next(about, source.prompt, selection))
+    return _Side(read, source, found, found.question(read.stream), conventions)
 
 
 def _plan(question: Question, side: _Side, target: Target) -> Plan:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dla_hooks.errors import InputError
 from dla_hooks.results.rows import NO_WORDS, Row, Words, filled
+from dla_hooks.results.seen import Seen
 from dla_hooks.results.where import Located
 
 
@@ -59,12 +60,14 @@ class EntryData(Located):
     beside: dict[str, Tensor]  # each like attribution
     generated: list[list[str]] | None = None
     generated_ids: Tensor | None = None  # [batch, new token]
+    seen: Seen | None
+    several: bool
     keeps_some = False  # whether there are more rows than are kept
     compared: bool = False  # whether the numbers are differences of two runs
 
     @property
     def shape(self) -> torch.Size:
-        """The axes of the entries: ``[batch]`` or ``[batch, pos']``."""
+        """The axes of the entries: ``[batch]`` or ``[batch, pos']``, and one of several answers."""
         return self.attribution.shape[1:]
 
     def total(self) -> Tensor:
@@ -85,6 +88,8 @@ class EntryData(Located):
         if self.target is not None:
             part.target = self.target[place]
         part.beside = {name: own[(slice(None), *place)] for name, own in self.beside.items()}
+        if self.seen is not None:
+            part.seen = self.seen.at(place)
         return part
 
     def of_tokens(self, n: int) -> None:
@@ -130,6 +135,8 @@ class ResultData(EntryData):
     beside: dict[str, Tensor] = field(default_factory=dict)
     generated: list[list[str]] | None = None
     generated_ids: Tensor | None = None
+    seen: Seen | None = None
+    several: bool = False
 
     def __post_init__(self) -> None:
         self.rows, self.words = filled(self.labels, self.unit, list(self.rows), self.words)

@@ -23,7 +23,7 @@ _T = TypeVar("_T")
 RESULT, RANKED, SUMMARY = "dla_hooks.result", "dla_hooks.ranked", "dla_hooks.summary"
 PROMOTED, COMPARISON = "dla_hooks.promoted", "dla_hooks.comparison"
 EFFECTS = "dla_hooks.effects"
-_NEWEST = {RESULT: 2, RANKED: 1, SUMMARY: 2, PROMOTED: 1, COMPARISON: 1, EFFECTS: 1}
+_NEWEST = {RESULT: 3, RANKED: 2, SUMMARY: 2, PROMOTED: 1, COMPARISON: 1, EFFECTS: 1}
 _CALLED = {
     RESULT: "saved attribution",
     RANKED: "saved ranked attribution",

@@ -6,7 +6,7 @@ from html import escape
 
 from dla_hooks.results.data import EntryData
 from dla_hooks.results.ranking import strongest
-from dla_hooks.results.wording import closing, headline, nothing_in, printable
+from dla_hooks.results.wording import closing, headline, nothing_in, printable, said_by_model
 
 _HTML_ROWS = 24
 
@@ -32,7 +32,7 @@ def as_html(data: EntryData) -> str:
         number = f"{shown.remainder.value:+.{digits}f}"
         cells.append(_line(shown.remainder.label, number, _note(shown.remainder.holds)))
     body = "".join(cells)
-    end = "".join(f"<div>{escape(line)}</div>" for line in closing(data))
+    end = "".join(f"<div>{escape(line)}</div>" for line in [*closing(data), *said_by_model(data)])
     return printable(
         '<div style="line-height:1.45;max-width:60em">'
         f'<div style="font-weight:600">{escape(headline(data))}</div>'

@@ -5,15 +5,18 @@ from __future__ import annotations
 import difflib
 import operator
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from dla_hooks.errors import ArgumentTypeError, InputError, LabelError, PositionError
-from dla_hooks.results.data import EntryData, ResultData, names_of_entries, real_entries
+from dla_hooks.results.data import EntryData, ResultData, located, names_of_entries, real_entries
+from dla_hooks.results.seen import Seen
 
 _Data = TypeVar("_Data", bound=EntryData)
+_Result = TypeVar("_Result", bound=ResultData)
 _NEAR = 3
 
 
@@ -95,7 +98,7 @@ def one_position(data: _Data, index: Any) -> _Data:
         PositionError: (an IndexError) when no such position was selected.
         ArgumentTypeError: when ``index`` is no int.
     """
-    if len(data.shape) != 2:
+    if len(data.shape) - data.several != 2:
         raise InputError(
             "one position can be taken from a result with the axes [row, batch, position]; this "
             f"one has the shape {list(data.attribution.shape)}: a single position was selected, "
@@ -107,6 +110,71 @@ def one_position(data: _Data, index: Any) -> _Data:
         part.generated = [row[place : place + 1] for row in data.generated]
         part.generated_ids = data.generated_ids[:, place : place + 1]
     return part
+
+
+def one_answer(data: _Data, index: Any) -> _Data:
+    """The result for one of several answers, without their axis.
+
+    Raises:
+        InputError: when there is one answer only.
+        PositionError: (an IndexError) when there are fewer.
+        ArgumentTypeError: when ``index`` is no int.
+    """
+    if not data.several:
+        raise InputError("this result has no axis of several answers; dla_hooks.Each gives it one")
+    place = counted(index, data.shape[-1], "the answers", "entries")
+    part = _cut(data, (*[slice(None)] * (len(data.shape) - 1), place))
+    part.several = False
+    return part
+
+
+def summed(data: _Result) -> _Result:
+    """The sum over positions of rows, bias and logit: one entry for each prompt.
+
+    Raises:
+        InputError: when there is no axis of positions.
+    """
+    if len(data.shape) - data.several != 2:
+        raise InputError(
+            "there is no axis of positions to sum over; a Continuation, or several positions, give "
+            "one"
+        )
+    axis = len(data.shape) - 1 - data.several  # behind the rows' axis it is one more
+    real = real_entries(data)[0]
+    part = data.at(())
+    part.attribution = data.attribution.nansum(axis + 1)
+    part.bias, part.logit = data.bias.nansum(axis), data.logit.nansum(axis)
+    part.beside = {name: own.nansum(axis + 1) for name, own in data.beside.items()}
+    last = data.positions.masked_fill(~real, -1).amax(axis) if located(data) else data.positions
+    part.positions = last
+    part.answer, part.incorrect = _joined(data, data.answer), None
+    if data.incorrect is not None:
+        part.incorrect = _joined(data, data.incorrect)
+    part.target = part.seen = None
+    if data.seen is not None:
+        log_p = data.seen.log_probability
+        known = log_p.nansum(axis).masked_fill(
+            (log_p.isnan() & real.to(log_p.device)).any(axis), torch.nan
+        )
+        nothing = Seen.nothing(known.shape)
+        part.seen = replace(nothing, log_probability=known)
+    return part
+
+
+def _joined(data: EntryData, names: list[str]) -> list[str]:
+    """The names of each prompt's entries, one after the other; of several answers, of each."""
+    every = names_of_entries(data, names)
+    index = torch.arange(len(every), device="cpu").reshape(data.shape)
+    real = real_entries(data)[0].cpu()
+    if data.several:
+        index, real = index.movedim(-1, 1), real.movedim(-1, 1)
+    index, real = index.reshape(-1, index.shape[-1]), real.reshape(-1, real.shape[-1])
+    pairs = zip(index.tolist(), real.tolist(), strict=True)
+    texts = [
+        [every[i] or "" for i, is_real in zip(*pair, strict=True) if is_real] for pair in pairs
+    ]
+    joined = ["".join(own) if len(set(own)) > 1 else "".join(own[:1]) for own in texts]
+    return joined[:1] if len(set(joined)) == 1 else joined
 
 
 def head_grid(data: ResultData) -> Tensor:

@@ -77,6 +77,8 @@ class RankedAttribution(RankedData, Views):
         beside: further numbers of each kept row, by name, each like ``attribution``.
         generated: of :func:`attribute_generation`, the new tokens of each row, as text; else None.
         generated_ids: the same as ids [batch, new token], as the model's ``generate`` gives them.
+        seen: what the model's own logits say of the answers, or None.
+        several: whether the last axis holds several answers to one prompt.
     """
 
     __module__ = "dla_hooks"
@@ -99,6 +101,17 @@ class RankedAttribution(RankedData, Views):
     def bottom(self, k: int = 5) -> list[tuple[str, float]]:
         """The ``k`` rows that push the logit down the most, most negative first."""
         return self._extreme(k, largest=False)
+
+    def summed(self) -> RankedAttribution:
+        """Refused: which rows are kept differs from position to position.
+
+        Raises:
+            InputError: always; it says what to do.
+        """
+        raise InputError(
+            f"a {self.unit} result keeps the strongest rows of each position, and their sums would "
+            'miss what is not kept; sum a unit that keeps every row, as "component" or "head"'
+        )
 
     def records(self) -> list[dict[str, Any]]:
         """One dictionary per entry and kept row, ``rest`` and ``remainder`` last; see the columns

@@ -13,6 +13,7 @@ from dla_hooks.errors import InputError
 from dla_hooks.results.data import EntryData, RowMeans, entry_mean, no_positions, real_entries
 from dla_hooks.results.row_runs import RowRuns
 from dla_hooks.results.rows import Row, Words
+from dla_hooks.results.seen import Seen
 from dla_hooks.results.wording import quoted
 
 _MOST_SHOWN = 100
@@ -48,6 +49,8 @@ class RankedData(EntryData):
     beside: dict[str, Tensor] = field(default_factory=dict)
     generated: list[list[str]] | None = None
     generated_ids: Tensor | None = None
+    seen: Seen | None = None
+    several: bool = False
     keeps_some = True
 
     def __post_init__(self) -> None:

@@ -62,6 +62,9 @@ class DirectLogitAttribution(ResultData, Views):
         beside: further numbers of each row, by name, each like ``attribution``.
         generated: of :func:`attribute_generation`, the new tokens of each row, as text; else None.
         generated_ids: the same as ids [batch, new token], as the model's ``generate`` gives them.
+        seen: what the model's own logits say of the answers, a :class:`Seen`; None where they were
+            not looked at. ``log_probability``, ``rank`` and ``top_tokens`` read it.
+        several: whether the last axis holds several answers to one prompt (:class:`Each`).
     """
 
     __module__ = "dla_hooks"
@@ -112,6 +115,17 @@ class DirectLogitAttribution(ResultData, Views):
             InputError: when the rows are no heads.
         """
         return parts.head_grid(self)
+
+    def summed(self) -> DirectLogitAttribution:
+        """The sum over the selected positions: one entry for each prompt.
+
+        For a :class:`Continuation` it is the attribution of all its tokens together. Rows, bias and
+        logit are added, padding left out; so is ``log_probability``, where every one is known.
+
+        Raises:
+            InputError: when there is no axis of positions.
+        """
+        return parts.summed(self)
 
     def records(self) -> list[dict[str, Any]]:
         """The lines of :meth:`to_dataframe`, as dictionaries."""

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from dla_hooks.results.row_runs import RowRuns, Run
 from dla_hooks.results.rows import Row, Words
+from dla_hooks.results.seen import Seen
 
 _BESIDE = "beside."
 _LATER = ("generated", "generated_ids")
 """Fields that older versions do not know: they are written only where they say something."""
+_SEEN = "seen."
 _ROW_COLUMNS = tuple(field.name for field in fields(Row) if field.name != "label")
 
 
@@ -34,6 +36,11 @@ def pack(data: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
             continue
         elif field.name == "beside":
             tensors |= {f"{_BESIDE}{name}": own for name, own in value.items()}
+        elif field.name == "seen":
+            if value is not None:
+                own = {one.name: getattr(value, one.name) for one in fields(value)}
+                plain["seen_names"] = own.pop("names")
+                tensors |= {f"{_SEEN}{name}": tensor for name, tensor in own.items()}
         elif field.name == "rows" and value is not None:
             plain["rows"] = row_columns(value)
         else:
@@ -56,6 +63,11 @@ def unpack(tensors: dict[str, Tensor], plain: dict[str, Any]) -> dict[str, Any]:
     beside = {name: given.pop(name) for name in tensors if name.startswith(_BESIDE)}
     if beside:
         given["beside"] = {name.removeprefix(_BESIDE): own for name, own in beside.items()}
+    seen = {name: given.pop(name) for name in tensors if name.startswith(_SEEN)}
+    names = given.pop("seen_names", {})
+    if seen:
+        own = {name.removeprefix(_SEEN): tensor for name, tensor in seen.items()}
+        given["seen"] = Seen(**own, names=names)
     if given.get("rows") is not None:
         given["rows"] = rows_from(given.get("labels"), given["rows"])
     if "words" in given:

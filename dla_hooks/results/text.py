@@ -9,7 +9,14 @@ from torch import Tensor
 
 from dla_hooks.results.data import EntryData, ResultData
 from dla_hooks.results.ranking import Shown, strongest
-from dla_hooks.results.wording import closing, headline, nothing_in, printable, sum_line
+from dla_hooks.results.wording import (
+    closing,
+    headline,
+    nothing_in,
+    printable,
+    said_by_model,
+    sum_line,
+)
 
 _TEXT_ROWS = 14
 _HALF_BAR = 12
@@ -24,7 +31,7 @@ def as_text(data: EntryData) -> str:
     shown = strongest(data, _TEXT_ROWS)
     table = [f"  {line.start}{line.end}".rstrip() for line in lines(shown, _HALF_BAR)]
     sentence = printable(data.words.sentence)
-    return "\n".join([headline(data), sentence, *table, *closing(data)])
+    return "\n".join([headline(data), sentence, *table, *closing(data), *said_by_model(data)])
 
 
 def means_as_text(means: ResultData, standard_error: Tensor, n: int, n_failed: int) -> str:

@@ -11,6 +11,7 @@ from dla_hooks.results import parts, table
 from dla_hooks.results.chart import plot
 from dla_hooks.results.data import EntryData
 from dla_hooks.results.html import as_html
+from dla_hooks.results.seen import Seen
 from dla_hooks.results.stored import Exported
 from dla_hooks.results.text import as_text
 from dla_hooks.results.where import Where
@@ -77,6 +78,46 @@ class Views(EntryData, Exported):
                 f"dla_hooks.where(model, {label!r}) says where the row is"
             )
         return locate(label)
+
+    def each(self, index: int) -> Self:
+        """The result for one of several answers (:class:`Each`): without their axis.
+
+        Args:
+            index: among the answers, from either end.
+
+        Raises:
+            InputError: when there is one answer only.
+            PositionError: (an IndexError) when there are fewer.
+            ArgumentTypeError: when ``index`` is no int.
+        """
+        return parts.one_answer(self, index)
+
+    @property
+    def log_probability(self) -> Tensor:
+        """The log-probability of each answer under the model, natural logarithm [*batch_and_pos].
+
+        NaN where its logits were not looked at, or where the answer is no single token. The check
+        looks at up to four positions, and at every one for ``answer_tokens=dla_hooks.TOP``. It is
+        no sum of the parts: docs/questions/tokens.md says why.
+        """
+        return self._seen().log_probability
+
+    @property
+    def rank(self) -> Tensor:
+        """The rank of each answer among all tokens, from 1 [*batch_and_pos]; -1 where unknown."""
+        return self._seen().rank
+
+    @property
+    def top_tokens(self) -> list[list[tuple[str, float]]]:
+        """The model's own top tokens with their probabilities, the most likely first.
+
+        One list for each entry, flattened; empty where its logits were not looked at.
+        """
+        seen = self._seen()
+        return seen.top() if len(seen.top_ids) else [[] for _ in range(self.shape.numel())]
+
+    def _seen(self) -> Seen:
+        return Seen.nothing(self.shape) if self.seen is None else self.seen
 
     def to_dataframe(self) -> pandas.DataFrame:
         """One line per row, batch entry and position (extra ``pandas``).

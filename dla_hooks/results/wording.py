@@ -84,6 +84,19 @@ def closing(data: EntryData) -> list[str]:
     return [sum_line(data, mean=several), f"gap {data.gap:.1e}, {checked}"]
 
 
+def said_by_model(data: EntryData) -> list[str]:
+    """The rank and probability of the only answer, where the model's logits were looked at."""
+    seen = data.seen
+    if seen is None or seen.rank.numel() != 1 or int(seen.rank) < 1 or not data.answer:
+        return []
+    p = math.exp(float(seen.log_probability))
+    line = f"answer {quoted(data, data.answer[0])}: rank {int(seen.rank)}, p {p:.2g}"
+    if int(seen.rank) > 1 and len(seen.top_ids):
+        text, most = seen.top()[0][0]
+        line += f"; top {quoted(data, text)}, p {most:.2g}"
+    return [line]
+
+
 def sum_line(data: EntryData, *, mean: bool) -> str:
     """The sum that the rows are held to.
 

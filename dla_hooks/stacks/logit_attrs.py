@@ -15,7 +15,8 @@ from dla_hooks.modules.autocast import outside_autocast
 from dla_hooks.stacks.arguments import apply_final_norm, measured, place_of, scale_at
 from dla_hooks.stacks.kept import Kept
 from dla_hooks.stacks.own_logits import OwnLogits
-from dla_hooks.targets.tokens import TokenPairs, read_out
+from dla_hooks.targets.token_sets import TokenSets
+from dla_hooks.targets.tokens import read_out
 
 
 def apply_ln_to_stack(
@@ -133,7 +134,7 @@ def logit_attrs(
             if ids is not None:
                 check_ids(ids, stream.vocabulary)
         wrong = None if answers.incorrect is None else answers.incorrect.reshape(-1)
-        targets = TokenPairs(answers.correct.reshape(-1), wrong)
+        targets = TokenSets.of(answers.correct.reshape(-1), wrong)
         centred = inputs.model.conventions(center_unembed).center_unembed
         kept = Kept.of(inputs, pos_slice, check)
         key = scale_at(kept, len(stream.blocks), False)

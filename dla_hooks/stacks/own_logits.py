@@ -13,7 +13,8 @@ from dla_hooks.modules.autocast import outside_autocast
 from dla_hooks.stacks.checks import failure
 from dla_hooks.stacks.kept import Kept
 from dla_hooks.targets.base import spread_of
-from dla_hooks.targets.tokens import TokenPairs, read_out
+from dla_hooks.targets.token_sets import TokenSets
+from dla_hooks.targets.tokens import read_out
 from dla_hooks.tolerance import tolerance
 
 _MOST_TOKENS = 64
@@ -33,10 +34,9 @@ class OwnLogits:
 
     columns: Tensor | None
 
-    def __init__(self, kept: Kept, scale: Any, targets: TokenPairs) -> None:
+    def __init__(self, kept: Kept, scale: Any, targets: TokenSets) -> None:
         self._kept, self._scale = kept, scale
-        both = [targets.correct, *([] if targets.incorrect is None else [targets.incorrect])]
-        self._ids = torch.cat(both).unique()[:_MOST_TOKENS]
+        self._ids = targets.ids.unique()[:_MOST_TOKENS]
         self.columns = columns_of(kept)
         self._last = None if self.columns is None else kept.last_stream()
 
@@ -58,7 +58,7 @@ class OwnLogits:
         entries = hit.any(-1).nonzero()[:, 0]
         x, scale = (kept.flat(key) for key in (self._last, self._scale))
         x, scale = x[entries.to(x.device)], scale[entries.to(scale.device)]
-        readout = read_out(stream, TokenPairs(self._ids, None), center_unembed=False)
+        readout = read_out(stream, TokenSets.of(self._ids), center_unembed=False)
         own = x.to(readout.d_KM) @ readout.d_KM.T / scale.to(readout.d_KM) + readout.bias_K
         if stream.softcap is not None:
             own = stream.softcap * torch.tanh(own / stream.softcap)

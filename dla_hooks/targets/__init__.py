@@ -16,12 +16,14 @@ if TYPE_CHECKING:
 
 def request_classes() -> dict[str, type[Request]]:
     """The targets that are no tokens, by the name of the class."""
-    from dla_hooks.targets.base import Request
+    from dla_hooks.targets.base import Request, TokenRequest
+    from dla_hooks.targets.own import Own
 
+    hidden = Request, TokenRequest, Own
     found = {}
     for entry in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{entry.name}")
         for name, value in vars(module).items():
-            if isinstance(value, type) and issubclass(value, Request) and value is not Request:
+            if isinstance(value, type) and issubclass(value, Request) and value not in hidden:
                 found[name] = value
     return found

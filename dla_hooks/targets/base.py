@@ -57,9 +57,12 @@ class Observed:
         return cls(logits_BSV, row_E.to(device), column_E.to(device), entries_E, target_E)
 
     def of(self, ids_E: Tensor) -> Tensor:
-        """One token's logit for each entry, in float64."""
+        """The logits of one token for each entry, or of several [n, m], in float64."""
         ids_E = ids_E.to(self.logits_BSV.device)
-        return self.logits_BSV[self.row_E, self.column_E, ids_E].double()
+        row_E, column_E = self.row_E, self.column_E
+        if ids_E.ndim > 1:
+            row_E, column_E = row_E[:, None], column_E[:, None]
+        return self.logits_BSV[row_E, column_E, ids_E].double()
 
     def mean(self) -> Tensor:
         """The mean logit over the vocabulary for each entry, in float64."""
@@ -156,6 +159,8 @@ class Target:
             attributed. Others are only measured, for :meth:`own_and_theirs`.
         reads_logits: whether it is checked by the model's own logits.
         witness: otherwise, what it is checked by besides the stream itself.
+        answers_K: the token that each target asks for; -1 where there is none, and None where there
+            is none at all.
     """
 
     stream: Stream
@@ -163,6 +168,7 @@ class Target:
     readouts: Sequence[Readout]
     reads_logits: bool = True
     witness: Witness | None = None
+    answers_K: Tensor | None = None
 
     def align(
         self, selection: Selection, prompt_shape: tuple[int, int], batched: bool = True
@@ -198,6 +204,17 @@ class Target:
         """Which of the entries the witness tells of [N]; None is all of them."""
         return None
 
+    def sizes(self, target_N: Tensor) -> Tensor | None:
+        """How large the number of each target may be, in logits, for tolerances [n] or [1].
+
+        Args:
+            target_N: of some entries.
+
+        Returns:
+            None where all are 1.
+        """
+        return None
+
     def largest(self, observed: Observed) -> float:
         """The largest of the model's numbers, by whose rounding the comparison is limited."""
         logits = observed.logits_BSV
@@ -218,3 +235,7 @@ class Request:
             InputError: when it does not fit the model.
         """
         raise NotImplementedError(f"{type(self).__name__} must say what it reads of a model")
+
+
+class TokenRequest(Request):
+    """Tokens in another form than their ids; :mod:`dla_hooks.targets.question` reads them."""

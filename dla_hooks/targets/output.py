@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from dla_hooks.calibration.linear_readers import FirstOutput, reader_of
 from dla_hooks.errors import InputError
-from dla_hooks.inputs.answers import Answers
 from dla_hooks.modules.hooks import Call
 from dla_hooks.modules.linear import check_readable, declared_width, output_width, rows
 from dla_hooks.projection.directions import Directions
 from dla_hooks.residual.stream import Stream
 from dla_hooks.targets.base import Request, Target, Witness
 from dla_hooks.targets.stream_target import StreamTarget
+from dla_hooks.targets.token_sets import TokenSets
 from dla_hooks.targets.tokens import TokenTarget
 
 
@@ -65,8 +65,8 @@ class Output(Request):
         module = self._find(stream)
         if module is stream.unembed:
             self._check_channel(stream.vocabulary)
-            answers = Answers(torch.tensor(self.channel, device="cpu"), None)
-            return TokenTarget(stream, answers)
+            token = torch.tensor(self.channel % stream.vocabulary, device="cpu")
+            return TokenTarget(stream, TokenSets.of(token))
         reader = reader_of(stream, module, self.module)
         plain = declared_width(module) is not None and isinstance(module, nn.Linear)
         linear = module if plain else FirstOutput(module, stream.d_model)

@@ -91,9 +91,18 @@ class PairTarget(Target):
         """What the own target compares, at its own half of the entries."""
         return self.own.own_and_theirs(reading, self._own(observed))
 
+    def sizes(self, target_N: Tensor) -> Tensor | None:
+        """As of the own target: both halves are of one size."""
+        return self.own.sizes(target_N % self._n_own)
+
     def largest(self, observed: Observed) -> float:
         """As of the own target."""
         return self.own.largest(self._own(observed))
+
+    def seen_by_own(self, observed: Observed) -> Observed:
+        """What was seen, for the entries of the own target alone."""
+        own = self._own(observed)
+        return dataclasses.replace(own, entries_E=own.entries_E // 2)
 
     def _own(self, observed: Observed) -> Observed:
         kept = observed.target_E < self._n_own

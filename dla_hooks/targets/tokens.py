@@ -1,24 +1,27 @@
-"""Logits of tokens, and differences of two: what ``answer_tokens`` means by default.
+"""Logits of tokens, differences of two, and any weighted sets: what ``answer_tokens`` means.
 
 With the final norm's scale s frozen, the logit of token t is ``x . d / s + bias`` with
 
     d    = k * centre(gamma * P^T W_U[t])          bias = k * (W_U[t] . P(beta) + b_t)
 
-and the difference of two tokens is the same with the difference of their rows and biases
-(:mod:`dla_hooks.projection.reading_point` has the symbols).
+and a weighted set of tokens is the same with the weighted sum of their rows and biases, as the
+difference of two with the weights 1 and -1 (:mod:`dla_hooks.projection.reading_point` has the
+symbols).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dla_hooks.calibration.norm_constants import norm_at
-from dla_hooks.inputs.answers import Answers, check_answers, over_positions
+from dla_hooks.errors import ShapeMismatchError
+from dla_hooks.inputs.answers import check_answers, over_positions
 from dla_hooks.inputs.entries import Entries
 from dla_hooks.inputs.positions import Selection
 from dla_hooks.inputs.prompts import to_strings
@@ -32,94 +35,83 @@ from dla_hooks.projection.readout import Readout
 from dla_hooks.residual.hooked import decoders
 from dla_hooks.residual.stream import Stream, coarsest
 from dla_hooks.targets.base import Observed, Target
+from dla_hooks.targets.token_sets import TokenSets
 from dla_hooks.tolerance import is_coarse
 
 _TARGETS_AT_ONCE = 256
 
 
-@dataclass(frozen=True)
-class TokenPairs:
-    """Distinct tokens, or pairs of a right and a wrong one.
-
-    Attributes:
-        correct: ids [n_targets].
-        incorrect: ids [n_targets], or None for the logits themselves.
-    """
-
-    correct: Tensor
-    incorrect: Tensor | None
-
-
 class TokenTarget(Target):
-    """The logits of some tokens, or differences of logits.
+    """The logits of some tokens, or of weighted sets of tokens, as differences of two are.
 
     Args:
         stream: the located model.
-        answers: token ids, of any shape that can be laid over positions.
+        sets: of any shape that can be laid over positions.
         center_unembed: see :func:`read_out`.
     """
 
-    def __init__(self, stream: Stream, answers: Answers, *, center_unembed: bool = False) -> None:
+    def __init__(self, stream: Stream, sets: TokenSets, *, center_unembed: bool = False) -> None:
         self.stream = stream
         self._vocabulary, self._softcap = stream.vocabulary, stream.softcap
         self._named_with = stream.backend.answer_tokenizer
-        self._outside: dict[str, Tensor] = {}  # with ids that are no tokens of the model
-        correct = self._known("answer_tokens", answers.correct)
-        incorrect = None
-        if answers.incorrect is not None:
-            incorrect = self._known("incorrect_tokens", answers.incorrect)
-        if incorrect is None:
-            distinct, self._which = correct.unique(return_inverse=True)
-            self._pairs = TokenPairs(distinct, None)
-        else:
-            # A pair as one number: rows of a matrix are slow to tell apart.
-            codes = correct * stream.vocabulary + incorrect
-            distinct, self._which = codes.unique(return_inverse=True)
-            self._pairs = TokenPairs(distinct // stream.vocabulary, distinct % stream.vocabulary)
-        self._centred = center_unembed and stream.softcap is None and incorrect is None
+        self._asked, self._has_outside = sets, False
+        outside = (sets.ids < 0) | (sets.ids >= stream.vocabulary)
+        if bool(outside.any()):  # :meth:`align` refuses these
+            self._has_outside = True
+            sets = replace(sets, ids=sets.ids.masked_fill(outside, 0))
+        self._sets, self._which = sets.distinct()
+        centred = center_unembed and stream.softcap is None and bool(self._sets.totals.any())
+        self._centred = centred
+        self.answers_K = self._sets.answers
         self.point = final_point(stream)
-        self.readouts = [read_out(stream, self._pairs, center_unembed=center_unembed)]
-        if stream.softcap is not None and self._pairs.incorrect is not None:
-            # The cap acts on each logit, not on their difference: measure both for the check.
-            for ids in (self._pairs.correct, self._pairs.incorrect):
-                pairs = TokenPairs(ids, None)
-                self.readouts.append(read_out(stream, pairs, center_unembed=False))
+        self.readouts = [read_out(stream, self._sets, center_unembed=center_unembed)]
+        if stream.softcap is not None and not self._sets.plain:
+            # The cap acts on each logit, not on their sum: measure each for the check.
+            for ids in self._sets.ids.unbind(-1):
+                self.readouts.append(read_out(stream, TokenSets.of(ids), center_unembed=False))
 
     def align(
         self, selection: Selection, prompt_shape: tuple[int, int], batched: bool = True
     ) -> Entries:
         """Lay the answers over the selected positions, by the reference's rule.
 
+        Several answers to one prompt are a last axis.
+
         Raises:
             ShapeMismatchError: when they do not broadcast; it names both shapes.
             TokenError: for an id outside the vocabulary, unless it stands at padding.
         """
         selected = tuple(selection.cols.shape)
-        which = over_positions(self._which, selected)
-        shape = torch.broadcast_shapes(which.shape, selected)
-        valid = selection.valid.expand(shape)
-        for name, ids in self._outside.items():
-            check_answers(
-                over_positions(ids, selected).expand(shape), valid, name, self._vocabulary
-            )
+        each = (selection.rows, selection.cols, selection.valid)
+        index = numbered(self._asked, selected)
+        shape = torch.broadcast_shapes(index.shape, selected)
+        if self._asked.several:
+            n = self._asked.shape[-1]
+            which = self._which.reshape(-1, n)[index].expand(*shape, n)
+            rows, cols, valid = (one.expand(shape)[..., None].expand(*shape, n) for one in each)
+        else:
+            which = self._which.reshape(-1)[index].expand(shape)
+            rows, cols, valid = (one.expand(shape) for one in each)
+        if self._has_outside:
+            self._refuse_outside(index, shape, valid)
         return Entries(
-            selection.rows.expand(shape),
-            selection.cols.expand(shape),
-            which.expand(shape),
+            rows,
+            cols,
+            which,
             valid,
             prompt_shape,
             batched,
             selection.mask,
+            several=self._asked.several,
         )
 
     def own_and_theirs(self, reading: Reading, observed: Observed) -> tuple[Tensor, Tensor]:
-        """Our logits (or differences) and the model's, after any cap."""
-        at = observed.entries_E
-        theirs = observed.of(self._pairs.correct[observed.target_E])
-        if self._pairs.incorrect is not None:
-            theirs = theirs - observed.of(self._pairs.incorrect[observed.target_E])
-        elif self._centred:
-            theirs = theirs - observed.mean()
+        """Our logits (or sums of them) and the model's, after any cap."""
+        at, sets, target_E = observed.entries_E, self._sets, observed.target_E
+        theirs = sets.of_logits(observed.of(sets.ids[target_E]), target_E)
+        if self._centred:
+            total = sets.totals if len(sets.totals) == 1 else sets.totals[target_E]
+            theirs = theirs - total.to(theirs.device) * observed.mean()
 
         def own(readout: int) -> Tensor:
             value_N = reading.value_N(readout)
@@ -128,37 +120,62 @@ class TokenTarget(Target):
         cap = self._softcap
         if cap is None:
             ours = own(0)
-        elif self._pairs.incorrect is None:
+        elif len(self.readouts) == 1:
             ours = _capped(own(0), cap)
         else:
-            ours = _capped(own(1), cap) - _capped(own(2), cap)
+            each = [_capped(own(1 + number), cap) for number in range(sets.m)]
+            ours = sets.of_logits(torch.stack(each, -1), target_E)
         return ours, theirs.to(ours.device)
 
+    def sizes(self, target_N: Tensor) -> Tensor | None:
+        """How large the number of each target may be, in logits; None where all are 1."""
+        sizes = self._sets.sizes
+        return sizes if sizes is None or len(sizes) == 1 else sizes[target_N]
+
     def largest(self, observed: Observed) -> float:
-        """The largest of the logits that are compared: of both, where two are subtracted."""
-        pairs = self._pairs
-        asked = [ids for ids in (pairs.correct, pairs.incorrect) if ids is not None]
-        logits = [observed.of(ids[observed.target_E]).abs() for ids in asked]
-        return max((float(one.max()) for one in logits if one.numel()), default=0.0)
+        """The largest of the logits that are compared; where many are added, so are roundings."""
+        logits = observed.of(self._sets.ids[observed.target_E])
+        if not logits.numel():
+            return 0.0
+        return float(logits.abs().max()) * max(1.0, math.sqrt(self._sets.m / 2))
 
     def names(self, entries: Entries, tokenizer: Any) -> tuple[list[str], list[str] | None]:
         """The text of the one answer, or of every entry's answer; likewise of the incorrect."""
+        named_with = self._named_with(tokenizer)
+        right, wrong = self._sets.names(lambda ids: to_strings(ids.tolist(), named_with))
+        if len(right) > 1:
+            places = entries.target_of_entry.reshape(-1).tolist()
+            right = [right[place] for place in places]
+            wrong = None if wrong is None else [wrong[place] for place in places]
+        return right, wrong
 
-        def texts(ids: Tensor) -> list[str]:
-            if len(ids) > 1:
-                ids = ids[entries.target_of_entry].reshape(-1)
-            return to_strings(ids.tolist(), self._named_with(tokenizer))
+    def _refuse_outside(self, index: Tensor, shape: tuple[int, ...], valid: Tensor) -> None:
+        ids, n = self._asked.laid(index).ids, self._asked.n_right
+        sides = {"answer_tokens": ids[..., :n], "incorrect_tokens": ids[..., n:]}
+        for name, side in sides.items():
+            for one in side.unbind(-1):
+                check_answers(one.expand(valid.shape), valid, name, self._vocabulary)
 
-        wrong = self._pairs.incorrect
-        return texts(self._pairs.correct), None if wrong is None else texts(wrong)
 
-    def _known(self, name: str, ids: Tensor) -> Tensor:
-        """The ids, with 0 for what is outside the vocabulary: :meth:`align` refuses these."""
-        outside = (ids < 0) | (ids >= self._vocabulary)
-        if not bool(outside.any()):
-            return ids
-        self._outside[name] = ids
-        return ids.masked_fill(outside, 0)
+def numbered(sets: TokenSets, selected: tuple[int, ...]) -> Tensor:
+    """The number of the set (or of the row of several) for each position; it broadcasts.
+
+    Args:
+        sets: as they were given.
+        selected: the shape of the selected positions.
+
+    Raises:
+        ShapeMismatchError: when they do not broadcast; it names both shapes.
+    """
+    shape = sets.shape[:-1] if sets.several else sets.shape
+    index = torch.arange(shape.numel(), device="cpu").reshape(shape)
+    laid = over_positions(index, selected)
+    if sets.several and laid.ndim and laid.shape[0] not in (1, selected[0]):
+        raise ShapeMismatchError(
+            f"Each has {laid.shape[0]} lines for {selected[0]} prompts; give one line for each "
+            "prompt, or one for all"
+        )
+    return laid
 
 
 def final_point(stream: Stream) -> ReadingPoint:
@@ -174,41 +191,44 @@ def final_point(stream: Stream) -> ReadingPoint:
     )
 
 
-def read_out(stream: Stream, pairs: TokenPairs, *, center_unembed: bool) -> Readout:
+def read_out(stream: Stream, sets: TokenSets, *, center_unembed: bool) -> Readout:
     """Fold the final norm and the unembedding into one direction per target.
 
     Args:
         stream: the located model.
-        pairs: token ids.
+        sets: of tokens [n_targets, m].
         center_unembed: take the vocabulary's mean off every row of W_U (and of b_U), as
-            TransformerLens does unless the logits are capped. Differences do not change.
+            TransformerLens does unless the logits are capped. Where weights sum to 0, as those of
+            differences do, nothing changes.
     """
     dtype = stream.work_dtype
     norm = norm_at(stream, stream.final_norm)
     mean: tuple[Tensor, Tensor] | None = None
-    if center_unembed and stream.softcap is None and pairs.incorrect is None:
+    if center_unembed and stream.softcap is None and bool(sets.totals.any()):
         mean = mean_row(stream.unembed, stream.vocabulary, dtype)
-    fetch = _row_source(stream, pairs)
+    fetch = _row_source(stream, sets)
+
+    def totals(some: Tensor) -> Tensor:
+        return sets.totals if len(sets.totals) == 1 else sets.totals[some]
 
     def fold(some: Tensor, through: Norm | None = norm) -> tuple[Tensor, Tensor]:
-        W_KM, b_K = fetch(pairs.correct[some])
-        if pairs.incorrect is not None:
-            W_wrong, b_wrong = fetch(pairs.incorrect[some])
-            W_KM, b_K = W_KM - W_wrong, b_K - b_wrong
-        elif mean is not None:
-            W_KM, b_K = W_KM - mean[0], b_K - mean[1]
+        W_KM, b_K = sets.rows(some, fetch)
+        if mean is not None:
+            total_K = totals(some).to(W_KM)
+            W_KM, b_K = W_KM - total_K[:, None] * mean[0], b_K - total_K * mean[1]
         return before_norm(stream, through, W_KM, b_K)
 
     def behind() -> Directions:
         return Directions(lambda some: fold(some, None)[0], n_targets, dtype)
 
     def of_logits(logits_EV: Tensor, target_E: Tensor) -> Tensor:
-        found = _pick(logits_EV, pairs.correct[target_E])
-        if pairs.incorrect is not None:
-            return found - _pick(logits_EV, pairs.incorrect[target_E])
-        return found if mean is None else found - logits_EV.double().mean(-1)
+        ids = sets.ids[target_E].to(logits_EV.device)
+        found = sets.of_logits(logits_EV.gather(1, ids), target_E)
+        if mean is None:
+            return found
+        return found - totals(target_E).to(found) * logits_EV.double().mean(-1)
 
-    n_targets = len(pairs.correct)
+    n_targets = len(sets)
     if few(n_targets, stream.d_model):
         d_KM, bias_K = fold(torch.arange(n_targets, device="cpu"))
         directions = Directions.held(d_KM)
@@ -219,7 +239,7 @@ def read_out(stream: Stream, pairs: TokenPairs, *, center_unembed: bool) -> Read
     return Readout(directions, bias_K, behind, of_logits, stream.logit_scale)
 
 
-def _row_source(stream: Stream, pairs: TokenPairs) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+def _row_source(stream: Stream, sets: TokenSets) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """A function from token ids to rows of W_U and their biases.
 
     Rows that lie in memory are read where they lie. Others (on disk, or known only by what a
@@ -228,8 +248,7 @@ def _row_source(stream: Stream, pairs: TokenPairs) -> Callable[[Tensor], tuple[T
     unembed, dtype = stream.unembed, stream.work_dtype
     if at_hand(unembed):
         return lambda ids: rows(unembed, ids, dtype)
-    asked = [pairs.correct] if pairs.incorrect is None else [pairs.correct, pairs.incorrect]
-    needed = torch.cat(asked).unique()
+    needed = sets.ids.unique()
     W, b = rows(unembed, needed, dtype)
 
     def find(ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -267,7 +286,3 @@ def before_norm(
 
 def _capped(logits: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(logits / cap)
-
-
-def _pick(logits_EV: Tensor, ids_E: Tensor) -> Tensor:
-    return logits_EV.gather(1, ids_E.to(logits_EV.device)[:, None])[:, 0].double()

@@ -26,7 +26,8 @@ from dla_hooks.modules.weights import run_device
 from dla_hooks.residual.gains import times
 from dla_hooks.residual.head_site import HeadSite
 from dla_hooks.residual.stream import Stream, WriteSite
-from dla_hooks.targets.tokens import TokenPairs, read_out
+from dla_hooks.targets.token_sets import TokenSets
+from dla_hooks.targets.tokens import read_out
 
 _MARKS = {True: "ok ", False: "BAD", None: "?  "}
 _LONGEST = 8
@@ -228,7 +229,7 @@ class _Trace:
     def readout(self, logits: Tensor) -> Line:
         """k * (W_U N(x) + b), capped, = the model's logits."""
         stream = self.stream
-        readout = read_out(stream, TokenPairs(self.tokens, None), center_unembed=False)
+        readout = read_out(stream, TokenSets.of(self.tokens), center_unembed=False)
         # Only the last positions: a model may put positions of its own before the prompt.
         d_KM = readout.d_KM
         x, y = (t[-len(logits[0]) :].to(d_KM) for t in self.seen["norm", 0])

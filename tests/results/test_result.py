@@ -74,10 +74,11 @@ def test_the_file_is_plain_safetensors_with_json(model, tmp_path):
     from safetensors import safe_open
 
     path = direct_logit_attribution(model, IDS, 5).save(tmp_path / "r.safetensors")
-    assert set(load_file(path)) == {"attribution", "bias", "logit", "positions"}
+    seen = {f"seen.{name}" for name in ("log_probability", "rank", "top_ids", "top_probability")}
+    assert set(load_file(path)) == {"attribution", "bias", "logit", "positions"} | seen
     with safe_open(path, framework="pt") as file:
         header = file.metadata()
-    assert header["version"] == "2"
+    assert header["version"] == "3"
     assert json.loads(header["result"])["unit"] == "component"
 
 
@@ -90,7 +91,7 @@ def test_what_cannot_be_loaded(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "other.safetensors")
     with pytest.raises(InputError, match="no saved attribution"):
         DirectLogitAttribution.load(tmp_path / "other.safetensors")
-    header = {"format": "dla_hooks.result", "version": "3", "result": "{}"}
+    header = {"format": "dla_hooks.result", "version": "4", "result": "{}"}
     save_file({"x": torch.zeros(1)}, tmp_path / "newer.safetensors", metadata=header)
     with pytest.raises(InputError, match="newer dla_hooks"):
         DirectLogitAttribution.load(tmp_path / "newer.safetensors")
