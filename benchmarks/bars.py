@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from benchmarks import contenders, finer, gpu, many, offload, peers, prepared, questions
+from benchmarks import contenders, finer, generate, gpu, many, offload, peers, prepared, questions
 from benchmarks.agree import prove
 from benchmarks.bar import Measured, Options, Skipped, once
 from benchmarks.compare import grid, measure
@@ -202,5 +202,6 @@ BARS = {
     "effects": Case(questions.effects, "gpt2-small", (512,)),
     "offload": Case(offload.measured, "llama-250m", (256,)),
     "many": Case(many.measured, "gpt2-small", (64,)),  # as long as its longest
+    "generate": Case(generate.measured, "gpt2-small", (64,)),
     "gpu": Case(gpu.measured, "llama-3-8b", (2048, 8192)),
 }

@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # X as X: these names are public
     from dla_hooks.errors import TokenizerMissingError as TokenizerMissingError
     from dla_hooks.errors import TrainingModeError as TrainingModeError
     from dla_hooks.errors import UnsupportedModelError as UnsupportedModelError
+    from dla_hooks.generation.verb import attribute_generation as attribute_generation
     from dla_hooks.many.sweep import attribute_many as attribute_many
     from dla_hooks.questions.ablated import Ablated as Ablated
     from dla_hooks.questions.ablated import ablated as ablated
@@ -107,6 +108,7 @@ _HOME = {
     "accumulated_resid": "stacks",
     "apply_ln_to_stack": "stacks",
     "architectures": "residual.registry",
+    "attribute_generation": "generation.verb",
     "attribute_many": "many.sweep",
     "cache_names": "tl.cache_names",
     "compare": "questions.compare",

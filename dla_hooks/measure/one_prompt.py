@@ -58,6 +58,8 @@ def measure(
         columns = columns_to_check(entries, prompt, plan.stream.vocabulary) if check else None
         if recording.needs_all_logits or (check and changed_behind(plan.stream)):
             columns = torch.arange(prompt.shape[1], device="cpu")  # what hooks there would see
+        if source.logits_at is not None:
+            columns = source.logits_at if check else None
     elif plan.stream.ending is not None:
         until = plan.stream.ending.until
     logits = source.show(recording.view, recording.taps, columns, until)

@@ -73,9 +73,10 @@ class AttentionTap(Tap):
 
     def put_on(self, thread: int) -> Any:
         """Watch the module's calls of its attention function, in this thread."""
-        return _Watch(self.place.module, self._count_call)
+        return _Watch(self.place.module, self.count_call)
 
-    def _count_call(self, call: AttentionCall) -> None:
+    def count_call(self, call: AttentionCall) -> None:
+        """Count one call of the function, and read it if it is the wanted one."""
         self.fired += 1
         if self.fired == self.place.use.nth + 1:
             self._on_call(call)

@@ -6,11 +6,12 @@ import copy
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from dla_hooks.backends import Conventions
 from dla_hooks.call import ReadModel, checked, model_of, source_of, target_of
-from dla_hooks.errors import DecompositionError, HookError
+from dla_hooks.errors import ArgumentTypeError, DecompositionError, HookError
 from dla_hooks.inputs import positions
 from dla_hooks.inputs.entries import Entries
 from dla_hooks.measure.completeness import seems_current
@@ -139,7 +140,7 @@ def _measured(question: Question, streams: list[Stream]) -> tuple[Run, Run]:
         question: what is asked.
         streams: takes the located models, for a caller whose call fails.
     """
-    context: Context = question.context or nullcontext
+    context = partial(_entered, question.context)
     changes = question.context is not None
     first = _first(question)
     streams.append(first.stream)
@@ -169,6 +170,23 @@ def _measured(question: Question, streams: list[Stream]) -> tuple[Run, Run]:
             second.stream, second.source, first.read.tokenizer, entries[1], pairs[1], *found_second
         ),
     )
+
+
+def _entered(context: Context | None) -> AbstractContextManager[Any]:
+    """The context of the second run, made anew.
+
+    Raises:
+        ArgumentTypeError: when the caller's function returns none.
+    """
+    if context is None:
+        return nullcontext()
+    made = context()
+    if not (hasattr(made, "__enter__") and hasattr(made, "__exit__")):
+        raise ArgumentTypeError(
+            "other_context must be a function that returns a context manager, such as "
+            f"model.disable_adapter; it returned {type(made).__name__}: {made!r:.80}"
+        )
+    return made
 
 
 def _first(question: Question) -> _Side:

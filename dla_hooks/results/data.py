@@ -57,6 +57,8 @@ class EntryData(Located):
     words: Words
     target: Tensor | None  # [*batch_and_pos]
     beside: dict[str, Tensor]  # each like attribution
+    generated: list[list[str]] | None = None
+    generated_ids: Tensor | None = None  # [batch, new token]
     keeps_some = False  # whether there are more rows than are kept
     compared: bool = False  # whether the numbers are differences of two runs
 
@@ -126,6 +128,8 @@ class ResultData(EntryData):
     words: Words = NO_WORDS
     target: Tensor | None = None
     beside: dict[str, Tensor] = field(default_factory=dict)
+    generated: list[list[str]] | None = None
+    generated_ids: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.rows, self.words = filled(self.labels, self.unit, list(self.rows), self.words)

@@ -79,6 +79,9 @@ def one_prompt(data: _Data, index: Any) -> _Data:
         )
     part = _cut(data, (slice(row, row + 1),))
     part.tokens = data.tokens[row : row + 1]
+    if data.generated is not None and data.generated_ids is not None:
+        part.generated = data.generated[row : row + 1]
+        part.generated_ids = data.generated_ids[row : row + 1]
     for own in part.tokens:
         part.of_tokens(len(own))
     return part
@@ -99,7 +102,11 @@ def one_position(data: _Data, index: Any) -> _Data:
             "or there is no axis for the batch"
         )
     place = counted(index, data.shape[1], "the selected positions", "entries")
-    return _cut(data, (slice(None), place))
+    part = _cut(data, (slice(None), place))
+    if data.generated is not None and data.generated_ids is not None:
+        part.generated = [row[place : place + 1] for row in data.generated]
+        part.generated_ids = data.generated_ids[:, place : place + 1]
+    return part
 
 
 def head_grid(data: ResultData) -> Tensor:

@@ -75,6 +75,8 @@ class RankedAttribution(RankedData, Views):
         softcap: the cap that the model puts on its logits, or None.
         target: which of ``answer`` each entry is about, or None.
         beside: further numbers of each kept row, by name, each like ``attribution``.
+        generated: of :func:`attribute_generation`, the new tokens of each row, as text; else None.
+        generated_ids: the same as ids [batch, new token], as the model's ``generate`` gives them.
     """
 
     __module__ = "dla_hooks"

@@ -46,6 +46,8 @@ class RankedData(EntryData):
     softcap: float | None = None
     target: Tensor | None = None
     beside: dict[str, Tensor] = field(default_factory=dict)
+    generated: list[list[str]] | None = None
+    generated_ids: Tensor | None = None
     keeps_some = True
 
     def __post_init__(self) -> None:

@@ -60,6 +60,8 @@ class DirectLogitAttribution(ResultData, Views):
         target: which of ``answer`` and ``incorrect`` each entry is about [*batch_and_pos]; None
             where there is one for all, or one for each in their order.
         beside: further numbers of each row, by name, each like ``attribution``.
+        generated: of :func:`attribute_generation`, the new tokens of each row, as text; else None.
+        generated_ids: the same as ids [batch, new token], as the model's ``generate`` gives them.
     """
 
     __module__ = "dla_hooks"

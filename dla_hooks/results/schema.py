@@ -17,6 +17,8 @@ from dla_hooks.results.row_runs import RowRuns, Run
 from dla_hooks.results.rows import Row, Words
 
 _BESIDE = "beside."
+_LATER = ("generated", "generated_ids")
+"""Fields that older versions do not know: they are written only where they say something."""
 _ROW_COLUMNS = tuple(field.name for field in fields(Row) if field.name != "label")
 
 
@@ -28,6 +30,8 @@ def pack(data: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
         value = getattr(data, field.name)
         if isinstance(value, Tensor):
             tensors[field.name] = value
+        elif value is None and field.name in _LATER:
+            continue
         elif field.name == "beside":
             tensors |= {f"{_BESIDE}{name}": own for name, own in value.items()}
         elif field.name == "rows" and value is not None:

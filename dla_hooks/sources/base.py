@@ -26,11 +26,13 @@ class Source:
         prompt: the batch of tokens.
         batched: whether results have an axis for the batch.
         has_logits: whether the model's own logits come with the activations.
+        logits_at: the only columns whose logits are there; None where any may be asked for.
     """
 
     prompt: Prompt
     batched: bool = True
     has_logits: bool = True
+    logits_at: Tensor | None = None
 
     def on(self, stream: Stream) -> Source:
         """The same source, for a model that was measured anew."""

@@ -184,7 +184,7 @@ def chunk_size_for(stream: Stream, prompt: Prompt, chunk_size: Any) -> int | Non
     if chunk_size is None:
         if width <= LONG_PROMPT:
             return None
-        reason = _is_hooked(stream.model) or _why_not(stream, prompt)
+        reason = _is_hooked(stream.model) or why_not_in_chunks(stream, prompt)
         if reason is None:
             return AUTOMATIC_CHUNK
         warn(
@@ -196,7 +196,7 @@ def chunk_size_for(stream: Stream, prompt: Prompt, chunk_size: Any) -> int | Non
     size = _as_size(chunk_size)
     if size >= width:
         return None
-    reason = _why_not(stream, prompt)
+    reason = why_not_in_chunks(stream, prompt)
     if reason is not None:
         raise UnsupportedModelError(
             f"{stream.backend.name} cannot be run in chunks of a prompt: {reason}. Leave "
@@ -224,7 +224,7 @@ def _as_size(chunk_size: Any) -> int:
     return size
 
 
-def _why_not(stream: Stream, prompt: Prompt) -> str | None:
+def why_not_in_chunks(stream: Stream, prompt: Prompt) -> str | None:
     """The reason why chunks would give other numbers than the whole prompt, or None."""
     uncut = sorted(set(prompt.extras) - {EMBEDS})
     if uncut:

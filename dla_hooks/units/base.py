@@ -168,6 +168,8 @@ class Unit:
         reads_each_write: whether it needs every write by itself; otherwise what a block added may
             come in one, as from a cache that holds the stream around each block only.
         of_every_model: whether every model that is declared for it has it.
+        by_column: whether its taps read hidden states and attention calls alone, each column by
+            itself, so that these can be held and be shown later.
         taken_out: the kinds of its rows that can be taken out of a model; ``write`` for all that
             sublayers write.
         kept_in: where there are none, why, and what to do instead.
@@ -176,6 +178,7 @@ class Unit:
     words: ClassVar[Words]
     reads_each_write: ClassVar[bool] = True
     of_every_model: ClassVar[bool] = True
+    by_column: ClassVar[bool] = False
     taken_out: ClassVar[tuple[str, ...]] = ()
     kept_in: ClassVar[str] = "no module shows one of them alone"
 

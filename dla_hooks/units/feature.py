@@ -88,6 +88,7 @@ class Features(Unit):
         remainder_is="what stands at none of the dictionaries' places",
         beside=("activation",),
     )
+    by_column = True
     of_every_model = False
     taken_out = ("feature",)
 

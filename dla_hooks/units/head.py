@@ -49,6 +49,7 @@ class Heads(Unit):
         remainder="remainder",
         remainder_is="what no head wrote",
     )
+    by_column = True
 
     taken_out = ("head",)
 

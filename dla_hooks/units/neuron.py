@@ -75,6 +75,7 @@ class Neurons(Unit):
         remainder="remainder",
         remainder_is="what no neuron wrote",
     )
+    by_column = True
     of_every_model = False
     taken_out = ("neuron",)
 

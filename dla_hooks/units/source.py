@@ -74,6 +74,7 @@ class SourceTokens(Unit):
         sources=True,
         beside=("weight",),
     )
+    by_column = True
     of_every_model = False
     kept_in = "attention adds up what a head reads before any module shows it; take out heads"
 

@@ -339,7 +339,9 @@ def test_missing_plot_packages_are_named_before_work(monkeypatch, tmp_path, pack
 # The bars
 
 
-@pytest.mark.parametrize("name", [name for name in bars.BARS if name not in ("offload", "many")])
+@pytest.mark.parametrize(
+    "name", [name for name in bars.BARS if name not in ("offload", "many", "generate")]
+)
 def test_bar_lengths_beyond_the_model_are_refused(name):
     done = run("bars", "--only", name, "--model", "tiny-gpt2", code=2)
     text = " ".join(done.stderr.split())

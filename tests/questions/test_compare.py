@@ -431,6 +431,10 @@ class TestContexts:
         difference = plain - hooked
         expected = difference[..., 5] - difference[..., 9]
         close(found.difference.total() + found.bias, expected, 1e-5)
+        parts = compare(other, one, ids, 5, 9, pos=None, other_context=steered)
+        whole = found.written[-1] if unit == "layer" else found.written.sum(0)
+        whole = whole if found.beyond is None else whole + found.beyond.sum(0)
+        close(whole, parts.written.sum(0), 1e-9)  # every unit halves the whole alike
         if unit != "component":
             return
         label = {"input": "1_hook", "norm": "final_hook"}.get(place, "logit_hook")
@@ -619,6 +623,20 @@ class TestNumbers:
             gap = (own.difference.total() + own.bias - own.logit).abs().max()
             assert float(gap) <= own.gap + 1e-4
 
+    def test_a_capped_and_an_uncapped_model_are_compared_before_the_cap(self):
+        one, ids = build("gemma2"), example_ids("gemma2")
+        config = copy.deepcopy(one.config)
+        config.final_logit_softcapping = None
+        other = type(one)(config).double().eval()
+        other.load_state_dict(one.state_dict())
+        for models in ((one, other), (other, one)):
+            for incorrect in (7, None):
+                found = compare(*models, ids, 5, incorrect, unit=("component", "head"), pos=None)
+                for own in found.values():
+                    assert float(own.attribution.abs().max()) < 1e-9
+                    assert own.difference.softcap is not None
+        assert_exact(compare(build("gemma2", 1), other, ids, 5, 7, pos=None))
+
     def test_a_weight_changed_without_a_trace_is_noticed(self):
         one, other, ids = build("llama", 0), build("llama", 1), example_ids("llama")
         compare(one, other, ids, 5, 7)
@@ -717,6 +735,9 @@ class TestRefusals:
         refused(InputError, "answer_tokens is required", model, None, ids)
         refused(InputError, "provide either", model, None, None, 5)
         refused(ArgumentTypeError, "other_context", model, None, ids, 5, other_context=True)
+        refused(
+            ArgumentTypeError, "returned NoneType", model, None, ids, 5, other_context=lambda: None
+        )
         refused(InputError, "unit must be one of", model, None, ids, 5, unit="neurons")
         refused(dla_hooks.PositionError, "out of range", model, None, ids, 5, pos=9)
         refused(dla_hooks.TokenError, "vocabulary", model, None, ids, 10**6)

@@ -1,0 +1,1 @@
+"""Attribution of each token that a model generates."""
