@@ -130,6 +130,25 @@ def test_each_row_is_that_of_the_stored_vectors(spec, kind):
         torch.testing.assert_close(own.double(), due, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("spec", ["gpt2", "gemma2", "granite", "cohere", "mixtral"])
+def test_effects_are_a_comparison_with_the_ablated_run(spec):
+    model, ids = build(spec), example_ids(spec)
+    found = effects(model, ids, A, B, parts=["0_mlp_out", "L1H1"], pos=None)
+    for number, label in enumerate(found.labels):
+        other = dla_hooks.compare(
+            model,
+            input=ids,
+            answer_tokens=A,
+            incorrect_tokens=B,
+            other_context=lambda label=label: dla_hooks.ablated(model, label),
+            pos=None,
+        )
+        written = found.own[number] + found.downstream[number]
+        torch.testing.assert_close(other.written.sum(0), written, rtol=0, atol=1e-9)
+        torch.testing.assert_close(other.read.sum(0), found.read[number], rtol=0, atol=1e-9)
+        torch.testing.assert_close(other.logit, found.total[number], rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("ablation", ["zero", "mean", "tensor"])
 @pytest.mark.parametrize(
     "part", ["neuron", "feature", "error", "expert", "shared", "write", "head"]
