@@ -15,6 +15,7 @@ from dla_hooks.results.ranked import RankedAttribution, Result
 from dla_hooks.results.result import DirectLogitAttribution
 from dla_hooks.results.row_runs import RowRuns
 from dla_hooks.results.rows import Row
+from dla_hooks.results.seen import Seen
 
 
 def joined(pieces: Sequence[Result], n_tokens: int) -> Result:
@@ -36,6 +37,8 @@ def joined(pieces: Sequence[Result], n_tokens: int) -> Result:
     found.gap = max((piece.gap for piece in pieces), key=_size)
     found.logit_gap = max((piece.logit_gap for piece in pieces), key=_size)
     found.target = None
+    if any(piece.seen is not None for piece in pieces):
+        found.seen = Seen.joined([piece.seen or Seen.nothing(piece.shape) for piece in pieces])
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 
@@ -46,6 +46,23 @@ class Seen:
         numbers = torch.full(shape, math.nan, dtype=torch.float32, device="cpu")
         none = torch.full(shape, -1, device="cpu")
         return cls(numbers, none, none.expand(top, *shape), numbers.expand(top, *shape))
+
+    @classmethod
+    def joined(cls, pieces: Sequence[Seen]) -> Seen:
+        """Those of neighbouring positions, side by side."""
+        top = max(len(one.top_ids) for one in pieces)
+        wide = [one if len(one.top_ids) == top else cls._widened(one, top) for one in pieces]
+        numbers = {
+            one.name: torch.cat([getattr(own, one.name) for own in wide], -1)
+            for one in fields(cls)[:-1]
+        }
+        return cls(**numbers, names={k: text for one in pieces for k, text in one.names.items()})
+
+    @classmethod
+    def _widened(cls, one: Seen, top: int) -> Seen:
+        """One without top tokens, beside others that have some."""
+        nothing = cls.nothing(one.rank.shape, top)
+        return replace(one, top_ids=nothing.top_ids, top_probability=nothing.top_probability)
 
     def changed(self, change: Callable[[Tensor], Tensor], top: Callable[[Tensor], Tensor]) -> Self:
         """The same with other tensors: those of the entries, and those with an axis before them."""
