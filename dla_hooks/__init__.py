@@ -43,6 +43,7 @@ if TYPE_CHECKING:  # X as X: these names are public
     from dla_hooks.residual.registry import architectures as architectures
     from dla_hooks.residual.registry import register as register
     from dla_hooks.results.load import load as load
+    from dla_hooks.results.picture import Picture as Picture
     from dla_hooks.results.promoted import PromotedTokens as PromotedTokens
     from dla_hooks.results.ranked import RankedAttribution as RankedAttribution
     from dla_hooks.results.result import DirectLogitAttribution as DirectLogitAttribution
@@ -76,6 +77,7 @@ _HOME = {
     "LabelError": "errors",
     "MissingExtraError": "errors",
     "NonFiniteError": "errors",
+    "Picture": "results.picture",
     "Plan": "attribution",
     "PositionError": "errors",
     "PromotedTokens": "results.promoted",
