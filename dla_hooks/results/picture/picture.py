@@ -34,7 +34,7 @@ class Picture:
         ... )
         >>> picture = result.plot()
         >>> picture
-        <Picture "Components: ' are' - ' is'", 640 x 413; .save(path) writes html, svg, png or pdf>
+        <Picture "Components: ' are' - ' is'", 640 x 369; .save(path) writes html, svg, png or pdf>
         >>> picture.save("components.svg").name
         'components.svg'
 
