@@ -31,6 +31,8 @@ class EntryLine:
 
 def mixed(data: EntryData) -> bool:
     """Whether entries are about different answers, so that their mean means little."""
+    if len(set(data.answer)) < 2 and len(set(data.incorrect or ())) < 2:
+        return False
     pairs = zip(
         names_of_entries(data, data.answer), names_of_entries(data, data.incorrect), strict=True
     )
@@ -73,8 +75,11 @@ def spreads(data: EntryData) -> dict[str, float]:
 
     Each prompt counts once, with one entry; of several entries of a prompt nothing is said.
     """
+    n = len(data.tokens)
+    if data.keeps_some or n < 2 or data.shape.numel() != n:
+        return {}
     lines = lines_of(data, None, None, None)
-    if len({line.row for line in lines}) != len(lines) or len(lines) < 2 or data.keeps_some:
+    if len({line.row for line in lines}) != len(lines) or len(lines) < 2:
         return {}
     numbers = numbers_of(data, lines).mean("error")
     assert numbers.errors is not None

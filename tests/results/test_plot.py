@@ -246,6 +246,11 @@ class TestBatches:
         summary = summarize([result])
         expected = float(summary.mean[summary.labels.index("0_mlp_out")])
         assert drawn["0_mlp_out"] == pytest.approx(expected, rel=1e-5)
+        assert drawn["logit"] == pytest.approx(summary.logit, rel=1e-5)
+        said = heading(result.plot(pos="mean", prompt="mean")).replace("−", "-")
+        found = re.search(r"= ([+-][\d.]+), the mean logit", said)
+        assert found
+        assert float(found[1]) == pytest.approx(summary.logit, rel=1e-3)
 
     def test_of_many_positions_of_many_prompts_the_first_prompt_is_drawn(self, attribute):
         drawn = attribute(BATCH, pos=None).plot()

@@ -36,10 +36,11 @@ def heading(
 
 def _sum(data: EntryData, lines: Sequence[Line], mean: bool) -> str:
     """What the rows are held to."""
-    flats = [flat for line in lines for flat in line.flats]
     total, bias, logit = (
-        float(each.detach().cpu().double().flatten()[flats].mean())
-        for each in (data.total(), data.bias, data.logit)
+        sum(float(flat[list(line.flats)].mean()) for line in lines) / len(lines)
+        for flat in (
+            each.detach().cpu().double().flatten() for each in (data.total(), data.bias, data.logit)
+        )
     )
     digits = decimals([total, bias, logit])
     what = f"the {'mean ' * mean}logit{' difference' * (data.incorrect is not None)}"
