@@ -71,7 +71,7 @@ def _drawn(
         if kind == "waterfall" and words.cumulative:
             raise InputError(
                 f"the rows of unit {data.unit!r} are running sums already; draw kind='line', or "
-                "take unit='component'"
+                "take a unit whose rows sum to the logit"
             )
     if n is not None:
         numbers = numbers.strongest(n)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
+from torch import Tensor
 
 from dla_hooks.errors import InputError
 from dla_hooks.results.data import ResultData
@@ -20,7 +20,7 @@ _MOST_BARS, _FEW_BARS = 100, 30
 
 def plot(
     means: ResultData,
-    errors: torch.Tensor,
+    errors: Tensor,
     says: str,
     *,
     kind: str | None,
@@ -51,8 +51,8 @@ def plot(
     if not bool(means.attribution.isfinite().any()):
         raise InputError("there is nothing to draw: no prompt, no row, or nothing that is finite")
     words = means.words
-    is_rest = [row.label == words.remainder for row in means.rows]
-    kept = [i for i, rest in enumerate(is_rest) if not rest]
+    kept = [i for i, row in enumerate(means.rows) if row.label != words.remainder]
+    rest = sorted({*range(len(means.rows))} - {*kept})
     values = means.attribution.double()
     numbers = Numbers(
         rows=[means.rows[i] for i in kept],
@@ -60,7 +60,7 @@ def plot(
         values=values[kept],
         others=values.new_zeros(1),
         n_others=0,
-        remainder=values[torch.tensor(is_rest)].sum(0) if any(is_rest) else None,
+        remainder=values[rest].sum(0) if rest else None,
         bias=means.bias,
         logit=means.logit,
         errors=errors[kept][:, None],
