@@ -14,7 +14,8 @@ from dla_hooks.results.ranking import Shown, in_order, strongest
 from dla_hooks.results.text import means_headline
 from dla_hooks.results.wording import closing, headline, nothing_in, printable, sum_line
 
-_ROWS, _ALL_ROWS, _ENTRIES = 24, 300, 60
+_ROWS, _ALL_ROWS, _ENTRIES = 24, 200, 60
+_HALF_BAR = 110  # pixels
 
 # Of middling lightness, so that they stand out on a light page and on a dark one.
 _UP, _DOWN = "#4393c3", "#d6604d"
@@ -85,16 +86,17 @@ def _rows(
     """The rows as tables: the strongest by size, all by size, and in the order of the stream."""
     order = in_order(data)
     n = len(order.rows)
+    first = f", the first {_ALL_ROWS}" * (n > _ALL_ROWS)
     if data.words.cumulative:
         tables = [(f"{what}in stream order", strongest(data, _ROWS))]
         if n > _ROWS:
-            tables.append((f"{what}in stream order, all {n}", _within(order)))
+            tables.append((f"{what}in stream order{first or f', all {n}'}", _within(order)))
     else:
         tables = [(f"{what}by size", strongest(data, _ROWS))]
         if n > _ROWS:
             count = f"all {n}" if n <= _ALL_ROWS else f"the strongest {_ALL_ROWS}"
             tables.append((f"{what}by size, {count}", strongest(data, _ALL_ROWS)))
-        tables.append((f"{what}in stream order", _within(order)))
+        tables.append((f"{what}in stream order{first}", _within(order)))
     return [(name, _table(shown, errors or {})) for name, shown in tables]
 
 
@@ -174,15 +176,12 @@ def _note(text: str) -> str:
 
 
 def _bar(value: float, largest: float) -> str:
-    """Both halves of a bar whose zero is in the middle."""
-    share = 100 * min(1.0, abs(value) / largest) if largest and value == value else 0.0
-    half = "display:inline-block;width:110px;height:.8em;vertical-align:middle"
-    sides = []
-    for colour, own, side, zero in (
-        (_DOWN, value < 0, "right", "border-right:1px solid currentColor"),
-        (_UP, value > 0, "left", ""),
-    ):
-        fill = f'<span style="display:block;float:{side};height:100%;width:{share:.1f}%;'
-        fill += f'background:{colour}"></span>'
-        sides.append(f'<span style="{half};{zero}">{fill if own else ""}</span>')
-    return "".join(sides)
+    """A bar from a zero line in the middle, which is its own edge."""
+    share = min(1.0, abs(value) / largest) if largest and value == value else 0.0
+    width, down = _HALF_BAR * share, value < 0
+    left = _HALF_BAR - width if down else _HALF_BAR
+    return (
+        f'<span style="display:inline-block;height:.8em;vertical-align:middle;'
+        f"margin-left:{left:.1f}px;width:{width:.1f}px;background:{_DOWN if down else _UP};"
+        f'border-{"right" if down else "left"}:1px solid currentColor"></span>'
+    )

@@ -198,11 +198,13 @@ class TestHtml:
 
     def test_bars_have_the_colour_of_their_sign(self):
         page = by_hand(["embed", "0_mlp_out"], [1.0, -0.5])._repr_html_()
-        found = re.findall(r"float:(\w+);height:100%;width:([\d.]+)%;background:(#\w+)", page)
+        found = re.findall(
+            r"margin-left:(.*?)px;width:(.*?)px;background:(#\w+);border-(\w+)", page
+        )
         up, down = found[:2]
         assert found[2:] == [up, down]  # by size, and in stream order
-        assert up[:2] == ("left", "100.0")
-        assert down[:2] == ("right", "50.0")
+        assert (up[:2], up[3]) == (("110.0", "110.0"), "left")
+        assert (down[:2], down[3]) == (("55.0", "55.0"), "right")
         assert up[2] != down[2]
 
     def test_brings_its_own_style_and_fits_any_background(self):
