@@ -54,6 +54,7 @@ if TYPE_CHECKING:  # X as X: these names are public
     from dla_hooks.results.effects import Effects as Effects
     from dla_hooks.results.effects_data import Effect as Effect
     from dla_hooks.results.load import load as load
+    from dla_hooks.results.picture import Picture as Picture
     from dla_hooks.results.promoted import PromotedTokens as PromotedTokens
     from dla_hooks.results.ranked import RankedAttribution as RankedAttribution
     from dla_hooks.results.result import DirectLogitAttribution as DirectLogitAttribution
@@ -97,6 +98,7 @@ _HOME = {
     "NonFiniteError": "errors",
     "NEXT": "targets.own",
     "PerRow": "inputs.rows_of_positions",
+    "Picture": "results.picture",
     "Plan": "attribution",
     "PositionError": "errors",
     "PromotedTokens": "results.promoted",

@@ -28,8 +28,10 @@ catches the builtin goes on working.
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
+from importlib import metadata
 
 
 class DLAError(Exception):
@@ -119,8 +121,22 @@ class MissingExtraError(DLAError, ImportError):
     def __init__(self, feature: str, extra: str) -> None:
         super().__init__(
             f"{feature} needs packages that are not installed. "
-            f"Install them with: pip install 'dla-hooks[{extra}]'"
+            f"Install them with: pip install {' '.join(map(repr, _packages(extra)))}"
         )
+
+
+def _packages(extra: str) -> list[str]:
+    """What an extra of this package asks for, by the names that an index knows."""
+    try:
+        lines = metadata.requires("dla-hooks") or []
+    except metadata.PackageNotFoundError:  # a folder on the path, not installed
+        lines = []
+    found = []
+    for line in lines:
+        package, _, condition = line.partition(";")
+        if re.search(rf"extra == ['\"]{extra}['\"]", condition):
+            found.append(package.strip())
+    return found or [f"dla-hooks[{extra}]"]
 
 
 def warn(message: str) -> None:

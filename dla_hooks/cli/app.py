@@ -137,7 +137,7 @@ def attribute(
         Path | None, typer.Option(metavar="FILE", help="Also write one line per number.")
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Also draw it: .html, .png or .svg.")
+        Path | None, typer.Option(metavar="FILE", help="Also draw it: .html, .svg, .png or .pdf.")
     ] = None,
     dtype: DtypeOption = Dtype.float32,
     device: Device = None,
@@ -188,9 +188,7 @@ def attribute(
     if csv is not None:
         result.to_csv(csv)
     if plot is not None:
-        from dla_hooks.results.chart import save_plot
-
-        save_plot(result.plot(), plot)
+        result.plot().save(plot)
     for path in (json, csv, plot):
         if path is not None:
             _err().print(f"wrote {path}", markup=False, soft_wrap=True)

@@ -116,6 +116,6 @@ def check_outputs(json: Path | None, csv: Path | None, plot: Path | None) -> Non
         if path is not None and not path.parent.is_dir():
             raise InputError(f"cannot write {path}: there is no folder {path.parent}")
     if plot is not None:
-        from dla_hooks.results.chart import check_plot_path
+        from dla_hooks.results.picture import check_path
 
-        check_plot_path(plot)
+        check_path(plot)

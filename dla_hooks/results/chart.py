@@ -72,9 +72,10 @@ def save_plot(chart: Any, path: str | Path) -> Path:
     """
     path = Path(path)
     check_plot_path(path)
+    suffix = path.suffix.lower()
     options: dict[str, Any] = {".html": {"inline": True}, ".png": {"scale_factor": 2}}
     try:
-        chart.save(str(path), **options.get(path.suffix.lower(), {}))
+        chart.save(str(path), format=suffix[1:], **options.get(suffix, {}))
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from None
     return path
@@ -102,7 +103,7 @@ def _altair() -> Any:
     try:
         import altair
     except ImportError:
-        raise MissingExtraError("plot()", "plot") from None
+        raise MissingExtraError("to_altair()", "plot") from None
     return altair
 
 

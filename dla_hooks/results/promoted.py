@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ from dla_hooks.errors import InputError
 from dla_hooks.results import files, promoted_views
 from dla_hooks.results.data import checked_count
 from dla_hooks.results.parts import check_label, counted, unknown_label
+from dla_hooks.results.picture import Picture
+from dla_hooks.results.plots import promoted as promoted_plot
 from dla_hooks.results.promoted_data import NUMBERS, PromotedData
 from dla_hooks.results.stored import Exported
 from dla_hooks.results.table import frame
@@ -157,6 +160,37 @@ class PromotedTokens(PromotedData, Exported):
             MissingExtraError: when pandas is not installed.
         """
         return frame(self.records(), self._columns())
+
+    def plot(
+        self,
+        *,
+        rows: int | Sequence[str] | None = None,
+        k: int = 4,
+        prompt: int | None = None,
+        position: int | None = None,
+        title: str | None = None,
+        width: float | None = None,
+        height: float | None = None,
+    ) -> Picture:
+        """A picture of one entry: each row's tokens, the more coloured the harder they are pushed.
+
+        Args:
+            rows: how many, those that push hardest; or a list of labels; None is all.
+            k: how many tokens each way.
+            prompt: which row of the batch, as in :meth:`prompt`; None is the first.
+            position: which of the selected positions, as in :meth:`position`; None is the last.
+            title: in place of the heading.
+            width: of the picture, in pixels.
+            height: of the cells, in pixels.
+
+        Raises:
+            InputError: when there is no entry, or for an argument without meaning.
+            PositionError: (an IndexError) for a prompt or a position that is not there.
+            LabelError: (a KeyError) for a label that no row has.
+        """
+        data = self if prompt is None else self.prompt(prompt)
+        data = data if position is None else data.position(position)
+        return promoted_plot.plot(data, rows=rows, k=k, title=title, width=width, height=height)
 
     def _listed(self, label: str, k: int | None, way: str) -> list[tuple[str, float]]:
         one = self[label]

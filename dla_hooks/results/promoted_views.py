@@ -49,23 +49,23 @@ def as_dict(data: PromotedData) -> dict[str, Any]:
 
 def as_text(data: PromotedData) -> str:
     """A table in fixed width: a row's label, its first tokens up, its first tokens down."""
-    entry = _shown_entry(data)
+    entry = shown_entry(data)
     if entry is None:
-        return "\n".join([*_head(data), "no token is selected"])
+        return "\n".join([*heading(data), "no token is selected"])
     lines = []
-    for number in _shown_rows(data, entry, _TEXT_ROWS):
+    for number in shown_rows(data, entry, _TEXT_ROWS):
         up, down = (_tokens(data, way, number, entry, _TEXT_TOKENS) for way in ("up", "down"))
         lines.append((printable(data.label_at(number, entry)), _joined(up), _joined(down)))
     widths = [max((len(line[i]) for line in lines), default=0) for i in range(2)]
     table = [f"  {a:<{widths[0]}}  ↑ {b:<{widths[1]}}  ↓ {c}" for a, b, c in lines]
-    return "\n".join([*_head(data), *table, *_end(data, len(lines))])
+    return "\n".join([*heading(data), *table, *_end(data, len(lines))])
 
 
 def as_html(data: PromotedData) -> str:
     """One self-contained, escaped table: a row's label, tokens up, tokens down."""
-    head, entry = _head(data), _shown_entry(data)
+    head, entry = heading(data), shown_entry(data)
     cell = "padding:1px 14px 1px 0;border:none;background:transparent;text-align:left"
-    body, shown = [], [] if entry is None else _shown_rows(data, entry, _HTML_ROWS)
+    body, shown = [], [] if entry is None else shown_rows(data, entry, _HTML_ROWS)
     titles = "".join(f'<th style="{cell}">{title}</th>' for title in ("", "up", "down"))
     for number in shown:
         label = escape(data.label_at(number, entry or 0))
@@ -103,13 +103,13 @@ def _entries(data: PromotedData) -> list[tuple[int, int, int | None]]:
     return [(flat, flat // max(1, per_row), positions[flat]) for flat in range(n) if ids[flat] >= 0]
 
 
-def _shown_entry(data: PromotedData) -> int | None:
+def shown_entry(data: PromotedData) -> int | None:
     """The entry that a table shows: the last real one of the first prompt."""
     entries = _entries(data)
     return next((flat for flat, row, _ in reversed(entries) if row == entries[0][1]), None)
 
 
-def _shown_rows(data: PromotedData, entry: int, most: int) -> list[int]:
+def shown_rows(data: PromotedData, entry: int, most: int) -> list[int]:
     """The rows that push hardest at an entry, in their own order."""
     n = data.shape.numel()
     both = (data.up, data.down)
@@ -119,26 +119,30 @@ def _shown_rows(data: PromotedData, entry: int, most: int) -> list[int]:
     return kept
 
 
-def _tokens(data: PromotedData, way: str, row: int, entry: int, most: int) -> list[tuple[str, str]]:
+def tokens_of(
+    data: PromotedData, way: str, row: int, entry: int, most: int
+) -> list[tuple[str, float]]:
     """The first tokens of a row at an entry, in quotes unless they are ids, with their logits."""
     shape = len(data.labels), data.shape.numel(), data.k
     ids = getattr(data, f"{way}_ids").reshape(shape)[row, entry, :most].tolist()
     values = getattr(data, way).reshape(shape)[row, entry, :most].tolist()
-    found = []
-    for i, value in zip(ids, values, strict=True):
-        name = data.names[i]
-        found.append((name if name == str(i) else printable(repr(name)), f"{value:+.2f}"))
-    return found
+    names = ((i, data.names[i]) for i in ids)
+    quoted = (name if name == str(i) else printable(repr(name)) for i, name in names)
+    return list(zip(quoted, values, strict=True))
+
+
+def _tokens(data: PromotedData, way: str, row: int, entry: int, most: int) -> list[tuple[str, str]]:
+    return [(name, f"{value:+.2f}") for name, value in tokens_of(data, way, row, entry, most)]
 
 
 def _joined(tokens: list[tuple[str, str]]) -> str:
     return "  ".join(f"{token} {value}" for token, value in tokens)
 
 
-def _head(data: PromotedData) -> list[str]:
+def heading(data: PromotedData) -> list[str]:
     """What the table is about: the prompt's end, and what the rows are."""
     model = f" · {data.model}" if data.model else ""
-    entry = _shown_entry(data)
+    entry = shown_entry(data)
     where = ""
     if entry is not None and data.tokens:
         _, row, position = next(one for one in _entries(data) if one[0] == entry)

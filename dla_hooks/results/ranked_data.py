@@ -95,7 +95,7 @@ class RankedData(EntryData):
         remainder = entry_mean(self.remainder)
         beyond = entry_mean(self.total()) - remainder - float(values.double().sum())
         pairs = zip(numbers.tolist(), values.tolist(), strict=True)
-        rows = [(self._named(self.rows[number]), value) for number, value in pairs]
+        rows = [(self.named(self.rows[number]), value) for number, value in pairs]
         n_beyond = len(self.rows) - len(rows)
         rows.append((Row(self.words.remainder, self.words.remainder), remainder))
         return RowMeans(rows, n_beyond, beyond if n_beyond else 0.0)
@@ -127,9 +127,9 @@ class RankedData(EntryData):
 
     def row_label(self, number: int) -> str:
         """The label that a row is shown with."""
-        return self._named(self.rows[number]).label
+        return self.named(self.rows[number]).label
 
-    def _named(self, row: Row) -> Row:
+    def named(self, row: Row) -> Row:
         """The row, with the token that it reads behind its label, where there is one prompt."""
         if row.source is None or len(self.tokens) != 1:
             return row

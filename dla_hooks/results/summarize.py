@@ -17,7 +17,8 @@ from dla_hooks.results.ranked import Result
 from dla_hooks.results.ranked_data import RankedData
 from dla_hooks.results.row_runs import RowRuns
 from dla_hooks.results.rows import Row
-from dla_hooks.results.summary import Subject, Summary, mismatch
+from dla_hooks.results.subject import Subject, mismatch
+from dla_hooks.results.summary import Summary
 
 
 def summarize(results: Iterable[Result | Comparison | DLAError]) -> Summary:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +12,13 @@ from torch import Tensor
 from dla_hooks.errors import ArgumentTypeError, InputError
 from dla_hooks.results import files, table
 from dla_hooks.results.data import ResultData, most_extreme
+from dla_hooks.results.html import means_as_html
 from dla_hooks.results.moments import Moments
+from dla_hooks.results.picture import Picture
+from dla_hooks.results.plots import summary as summary_plot
 from dla_hooks.results.rows import NO_WORDS, Row, Words, filled
 from dla_hooks.results.stored import Stored
+from dla_hooks.results.subject import Subject, mismatch
 from dla_hooks.results.text import means_as_text
 
 if TYPE_CHECKING:
@@ -22,29 +27,6 @@ if TYPE_CHECKING:
 HALVES = ("written", "read")
 """What a comparison has beside the difference of each row."""
 _ERROR = "_standard_error"
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What numbers are about; those of the same subject can be averaged.
-
-    Attributes:
-        unit: its name.
-        labels: of the rows.
-        difference: whether of differences of two logits.
-        rows: a record of each row.
-        words: what the unit says of its rows.
-        softcap: of the model, or None.
-        compared: whether the numbers are differences of two runs.
-    """
-
-    unit: str
-    labels: list[str]
-    difference: bool
-    rows: list[Row]
-    words: Words
-    softcap: float | None
-    compared: bool = False
 
 
 @dataclass(repr=False, eq=False)
@@ -250,7 +232,42 @@ class Summary(Stored):
         halves = (self.beside[name].double() for name in self._halves())
         return Moments(self.n, torch.cat([self.mean.double(), rest, *halves]), self.squares)
 
-    def __repr__(self) -> str:
+    def plot(
+        self,
+        kind: str | None = None,
+        *,
+        rows: int | Sequence[str] | None = None,
+        sort: str | None = None,
+        title: str | None = None,
+        width: float | None = None,
+        height: float | None = None,
+    ) -> Picture:
+        """A picture of the means, with error bars where they are bars or a line.
+
+        Args:
+            kind: ``"bars"``, ``"line"`` or ``"heatmap"`` of layer by index, which has no error
+                bars; None is what the unit says.
+            rows: how many, the strongest; or a list of labels; None is all, or the strongest where
+                they are too many.
+            sort: ``"size"``, by value, or ``"stream"``, in the order of the model.
+            title: in place of the heading.
+            width: of the picture, in pixels.
+            height: of what is below the heading, in pixels.
+
+        Raises:
+            InputError: when there is nothing to draw, or for an argument without meaning.
+            LabelError: (a KeyError) for a label that no row has.
+        """
+        return summary_plot.plot(
+            self._means(), self.standard_error, self._says(), kind=kind, rows=rows, sort=sort,
+            title=title, width=width, height=height,
+        )  # fmt: skip
+
+    def _says(self) -> str:
+        failed = f" ({self.n_failed} {'more ' * (self.n > 0)}failed)" if self.n_failed else ""
+        return f"mean over {self.n} prompt{'s' * (self.n != 1)}{failed}"
+
+    def _means(self) -> ResultData:
         means = ResultData(
             attribution=self.mean[:, None],
             labels=self.labels,
@@ -265,28 +282,14 @@ class Summary(Stored):
             words=self.words,
         )
         means.compared = self.compared
-        return means_as_text(means, self.standard_error, self.n, self.n_failed)
+        return means
+
+    def __repr__(self) -> str:
+        return means_as_text(self._means(), self.standard_error, self.n, self.n_failed)
+
+    def _repr_html_(self) -> str:
+        return means_as_html(self._means(), self.standard_error, self.n, self.n_failed)
 
 
 Summary.__module__ = "dla_hooks"
 Summary.form = files.SUMMARY
-
-
-def mismatch(given: Subject, first: Subject) -> str:
-    """What keeps two results or summaries from being averaged, in words; "" where nothing does."""
-    if given.unit != first.unit:
-        return f"unit is {given.unit!r}, where the first has {first.unit!r}"
-    if given.labels != first.labels:
-        pairs = zip(given.labels, first.labels, strict=False)
-        n = len(given.labels), len(first.labels)
-        other = next((f"{a!r} for {b!r}" for a, b in pairs if a != b), f"{n[0]} rows for {n[1]}")
-        return f"labels are not those of the first ({other})"
-    if given.compared != first.compared:
-        kinds = ("of one run", "the difference of two runs")
-        return f"number is {kinds[given.compared]}, where the first's is {kinds[first.compared]}"
-    if given.difference != first.difference:
-        kinds = ("a logit", "a difference of two logits")
-        return (
-            f"number is {kinds[given.difference]}, where the first's is {kinds[first.difference]}"
-        )
-    return ""

@@ -7,6 +7,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from dla_hooks.results.by_entry import (
+    digits_of,
+    entry_headline,
+    entry_lines,
+    mixed,
+    spreads,
+)
 from dla_hooks.results.data import EntryData, ResultData
 from dla_hooks.results.ranking import Shown, strongest
 from dla_hooks.results.wording import (
@@ -28,10 +35,60 @@ def as_text(data: EntryData) -> str:
     nothing = nothing_in(data)
     if nothing:
         return f"{printable(data.words.sentence)}\n{nothing}"
-    shown = strongest(data, _TEXT_ROWS)
-    table = [f"  {line.start}{line.end}".rstrip() for line in lines(shown, _HALF_BAR)]
-    sentence = printable(data.words.sentence)
+    if mixed(data):
+        return _each_entry(data)
+    errors = spreads(data)
+    sentence = printable(data.words.sentence + " (± standard error)" * bool(errors))
+    table = _with_spreads(strongest(data, _TEXT_ROWS), errors)
     return "\n".join([headline(data), sentence, *table, *closing(data), *said_by_model(data)])
+
+
+def _with_spreads(shown: Shown, errors: dict[str, float]) -> list[str]:
+    """Rows with bars; behind each number its standard error, where it has one."""
+    said = {
+        label: "" if math.isnan(error) else f"± {error:.{shown.decimals}f}  "
+        for label, error in errors.items()
+    }
+    width = max(map(len, said.values()), default=0)
+    table = []
+    for line in lines(shown, _HALF_BAR):
+        spread = said.get(line.label, "")  # what stands for the rest has none
+        table.append(f"  {line.start}{spread:<{width}}{line.end}".rstrip())
+    return table
+
+
+def _each_entry(data: EntryData) -> str:
+    """One line for each entry: its logit, and the strongest row each way."""
+    found, n = entry_lines(data, _TEXT_ROWS)
+    digits = digits_of(found)
+    numbers = [f"{line.logit:+.{digits}f}" for line in found]
+    ups, downs = (
+        ["" if end is None else f"{arrow} {end[0]} {end[1]:+.{digits}f}" for end in ends]
+        for arrow, ends in (("↑", [x.up for x in found]), ("↓", [x.down for x in found]))
+    )
+    columns = [[line.name for line in found], numbers, ups]
+    widths = [max(map(len, column)) for column in columns]
+    table = [
+        f"  {name:<{widths[0]}}  {number:>{widths[1]}}  {up:<{widths[2]}}  {down}".rstrip()
+        for (name, number, up), down in zip(zip(*columns, strict=True), downs, strict=True)
+    ]
+    if n > len(found):
+        table.append(f"  … {n - len(found)} more entries")
+    sentence = printable(f"logit, and of {data.words.sentence.partition(':')[0]} the strongest")
+    return "\n".join(
+        [entry_headline(data), sentence, *table, *closing(data)[1:], *said_by_model(data)]
+    )
+
+
+def means_headline(means: ResultData, n: int, n_failed: int) -> str:
+    """What means are of, over how many prompts, and of which model: one line."""
+    what = "logit differences" if means.incorrect is not None else "logits"
+    if means.compared:
+        what = f"first - second, {what}"
+    head = f"mean of {what} over {n} prompt{'s' * (n != 1)}"
+    if n_failed:
+        head += f" ({n_failed} {'more ' * (n > 0)}failed)"
+    return printable(f"{head} · {means.model}" if means.model else head)
 
 
 def means_as_text(means: ResultData, standard_error: Tensor, n: int, n_failed: int) -> str:
@@ -43,28 +100,13 @@ def means_as_text(means: ResultData, standard_error: Tensor, n: int, n_failed: i
         n: prompts that the means are over.
         n_failed: prompts that failed.
     """
-    what = "logit differences" if means.incorrect is not None else "logits"
-    if means.compared:
-        what = f"first - second, {what}"
-    head = f"mean of {what} over {n} prompt{'s' * (n != 1)}"
-    if n_failed:
-        head += f" ({n_failed} {'more ' * (n > 0)}failed)"
-    if means.model:
-        head += f" · {means.model}"
+    head = means_headline(means, n, n_failed)
     if not n:
-        return printable(head)
+        return head
     sentence = means.words.sentence + " (± standard error)" * (n > 1)
-    shown = strongest(means, _TEXT_ROWS)
-    spreads = {
-        label: "" if math.isnan(error) else f"± {error:.{shown.decimals}f}  "
-        for label, error in zip(means.labels, standard_error.tolist(), strict=True)
-    }
-    width = max(map(len, spreads.values()), default=0)
-    table = []
-    for line in lines(shown, _HALF_BAR):
-        spread = spreads.get(line.label, "")  # what stands for the rest has none
-        table.append(f"  {line.start}{spread:<{width}}{line.end}".rstrip())
-    return "\n".join([printable(head), printable(sentence), *table, sum_line(means, mean=True)])
+    errors = dict(zip(means.labels, standard_error.tolist(), strict=True))
+    table = _with_spreads(strongest(means, _TEXT_ROWS), errors)
+    return "\n".join([head, printable(sentence), *table, sum_line(means, mean=True)])
 
 
 @dataclass(frozen=True)

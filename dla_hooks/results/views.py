@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor
 
 from dla_hooks.errors import InputError
-from dla_hooks.results import parts, table
-from dla_hooks.results.chart import plot
+from dla_hooks.results import chart, parts, table
 from dla_hooks.results.data import EntryData
 from dla_hooks.results.html import as_html
+from dla_hooks.results.picture import Picture
+from dla_hooks.results.plots.plot import plot
+from dla_hooks.results.plots.wish import Wish
 from dla_hooks.results.seen import Seen
 from dla_hooks.results.stored import Exported
 from dla_hooks.results.text import as_text
@@ -134,18 +137,73 @@ class Views(EntryData, Exported):
         """
         return table.frame(self.records(), self._columns())
 
-    def plot(self) -> altair.Chart:
-        """A picture (extra ``plot``): a heatmap of layers, bars, or a line, as its unit says.
+    def plot(
+        self,
+        kind: str | None = None,
+        *,
+        rows: int | Sequence[str] | None = None,
+        row: str | None = None,
+        sort: str | None = None,
+        pos: int | slice | Sequence[int] | str | None = None,
+        prompt: int | str | None = None,
+        answer: str | None = None,
+        title: str | None = None,
+        width: float | None = None,
+        height: float | None = None,
+    ) -> Picture:
+        """A picture, which a notebook shows without a network; no other package is needed.
 
-        Returns:
-            An Altair chart; it draws itself in a notebook, and ``chart.save("plot.png")`` writes
-            png, svg, or html (with ``inline=True`` html that needs no network).
+        One entry is drawn as its unit says: bars, a line, or a heatmap of layer by index. Several
+        positions, prompts or answers stand under each other, in a heatmap with a column for each
+        row of the result. A mean is drawn only where it is asked for, and the title says so.
+
+        Example:
+            >>> import dla_hooks
+            >>> result = dla_hooks.direct_logit_attribution(
+            ...     model, "The keys near the cabinet", " are", pos=None, tokenizer=tokenizer
+            ... )
+            >>> result.plot()  # each token's logit, and who wrote it
+            <Picture "Components: ' are'", ...>
+            >>> result.plot("bars", pos=-1).save("bars.svg").name
+            'bars.svg'
+            >>> result.plot("strip", row="0_mlp_out").title
+            "0_mlp_out: ' are'"
+
+        Args:
+            kind: ``"bars"``; ``"waterfall"``, bars that begin where the one above ends;
+                ``"line"``; ``"heatmap"``, of layer by index where one entry is drawn; or
+                ``"strip"``, the tokens in the colours of one row. Of several positions, bars,
+                waterfall and line draw the last one. None is what the numbers call for.
+            rows: how many, the strongest; or a list of labels. None is all, or the strongest where
+                they are too many.
+            row: the label of the row that colours a strip, or ``"logit"``; None is the strongest.
+                For the unit ``source`` a head (``"L3H0"``): what it took from each token.
+            sort: ``"size"``, by value, or ``"stream"``, in the order of the model.
+            pos: which of the selected positions: of the prompt's tokens, from either end, one or
+                several, or ``"mean"``.
+            prompt: which row of the batch; or ``"mean"``, with the standard error.
+            answer: the text of one of several answers.
+            title: in place of the heading.
+            width: of the picture, in pixels.
+            height: of what is below the heading, in pixels.
+
+        Raises:
+            InputError: when the result holds no number, or for an argument without meaning here.
+            PositionError: (an IndexError) for a prompt or a position that is not there.
+            LabelError: (a KeyError) for a label that no row has.
+        """
+        return plot(self, Wish(kind, rows, row, sort, pos, prompt, answer, title, width, height))
+
+    def to_altair(self) -> altair.Chart:
+        """The result as an Altair chart, whose methods change it (extra ``plot``).
+
+        It draws the means over batch and positions. To see it, a notebook needs a network.
 
         Raises:
             MissingExtraError: when Altair is not installed.
             InputError: when the result holds no number.
         """
-        return plot(self)
+        return chart.plot(self)
 
     def __repr__(self) -> str:
         return as_text(self)

@@ -333,7 +333,7 @@ def test_missing_plot_packages_are_named_before_work(monkeypatch, tmp_path, pack
     done = run("compare", *tiny, "--png", picture, *ONLY_HERE, code=1)
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ")
-    assert line.endswith("pip install 'dla-hooks[plot]'")
+    assert line.endswith("pip install 'altair>=5.5' 'vl-convert-python>=1.7'")
 
 
 # The bars

@@ -229,7 +229,7 @@ class TestErrors:
         failed(attribute("never-loaded", option, missing), "cannot write", "there is no folder")
 
     def test_plot_with_unknown_suffix_fails(self, tmp_path):
-        failed(attribute("never-loaded", "--plot", tmp_path / "p.pdf"), ".html, .png, .svg")
+        failed(attribute("never-loaded", "--plot", tmp_path / "p.gif"), ".html, .svg, .png, .pdf")
 
     def test_brackets_in_messages_are_printed(self):
         failed(attribute("./[bold]x"), "./[bold]x")

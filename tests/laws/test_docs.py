@@ -22,6 +22,7 @@ REFERENCE = ROOT / "docs" / "reference.md"
 
 sys.path.insert(0, str(ROOT / "scripts"))
 reference = importlib.import_module("reference")
+pictures = importlib.import_module("pictures")
 sys.path.remove(str(ROOT / "scripts"))
 
 FUNCTIONS = {
@@ -50,7 +51,7 @@ def items(docstring: str, section: str) -> set[str]:
 
 def test_reference_page_has_what_results_share():
     """What stands on a common base is a method of each result."""
-    stored = [cls for cls in CLASSES.values() if hasattr(cls, "save")]
+    stored = [cls for cls in CLASSES.values() if hasattr(cls, "load")]
     assert len(stored) == 6
     for cls in stored:
         assert {"save", "load", "records", "to_dataframe"} <= set(reference.members(cls)), cls
@@ -59,6 +60,26 @@ def test_reference_page_has_what_results_share():
 def test_reference_page_matches_docstrings():
     command = "python scripts/reference.py --write docs/reference.md"
     assert REFERENCE.read_text(encoding="utf-8") == reference.page(), f"stale: run `{command}`"
+
+
+def test_pictures_of_pages_are_current():
+    command = "python scripts/pictures.py --write docs/pictures"
+    drawn = pictures.pictures()
+    folder = ROOT / "docs" / "pictures"
+    assert {file.stem for file in folder.iterdir()} == set(drawn)
+    stale = [
+        name for name, one in drawn.items() if not pictures.is_current(one, folder / f"{name}.svg")
+    ]
+    assert stale == [], f"stale: run `{command}`"
+
+
+def test_pictures_that_differ_in_a_number_or_a_word_are_stale(tmp_path):
+    from dla_hooks.results import picture
+
+    file = picture.bars(["a", "b"], [1.0, 2.0]).save(tmp_path / "p.svg")
+    assert pictures.is_current(picture.bars(["a", "b"], [1.0, 2.0 + 1e-6]), file)
+    assert not pictures.is_current(picture.bars(["a", "b"], [1.0, 2.2]), file)
+    assert not pictures.is_current(picture.bars(["a", "c"], [1.0, 2.0]), file)
 
 
 def test_public_names_are_on_a_page(pages):
@@ -87,10 +108,10 @@ def test_commands_and_flags_are_documented(pages):
             assert says or flag == "PROMPT", f"{name} {flag} has no help"
 
 
-@pytest.mark.parametrize("name", ["DirectLogitAttribution", "Summary", "PromotedTokens"])
+@pytest.mark.parametrize("name", ["DirectLogitAttribution", "Summary", "PromotedTokens", "Picture"])
 def test_fields_and_methods_of_results_are_on_a_page(pages, name):
     cls = CLASSES[name]
-    for field in dataclasses.fields(cls):
+    for field in dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ():
         if not field.name.startswith("_"):
             assert f"`{field.name}`" in pages
     for member in reference.members(cls):
@@ -197,7 +218,8 @@ PAGES = {
 
 
 @pytest.mark.parametrize("page", sorted(PAGES.keys() - {"reference.md"}))
-def test_examples_of_pages_run(page):
+def test_examples_of_pages_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # what an example saves goes here
     found = doctest.testfile(str(PAGES[page]), module_relative=False)
     assert found.attempted > 5
     assert found.failed == 0

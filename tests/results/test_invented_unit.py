@@ -74,7 +74,7 @@ def test_html_has_the_unit_s_sentence_and_remainder():
 
 
 def test_heatmap_has_a_square_per_numbered_row_and_says_what_has_none(tmp_path):
-    chart = toys().plot()
+    chart = toys().to_altair()
     spec = chart.to_dict()
     cells = next(iter(spec["datasets"].values()))
     squares = {(cell["layer"], cell["index"]): cell["value"] for cell in cells}
@@ -92,7 +92,7 @@ def test_heatmap_has_a_square_per_numbered_row_and_says_what_has_none(tmp_path):
 
 def test_heatmap_keeps_kinds_of_one_layer_and_number_apart():
     rows = [Row("L0H0", "head", 0, 0, 0), Row("L0X0", "cross", 0, 0, 0)]
-    spec = toys(rows=rows, values=[1.0, 2.0]).plot().to_dict()
+    spec = toys(rows=rows, values=[1.0, 2.0]).to_altair().to_dict()
     cells = next(iter(spec["datasets"].values()))
     assert [cell["layer"] for cell in cells] == ["0 head", "0 cross"]
 
@@ -100,14 +100,16 @@ def test_heatmap_keeps_kinds_of_one_layer_and_number_apart():
 @pytest.mark.parametrize("chart", ["bars", "line"])
 def test_other_charts_show_every_row(chart, tmp_path):
     words = Words("toy", "Toys", "toys", chart=chart, cumulative=chart == "line")
-    drawn = toys(words=words).plot()
+    drawn = toys(words=words).to_altair()
     assert {row.label for row in ROWS} <= set(re.findall(r"[\w.~]+", drawn.to_json()))
     assert save_plot(drawn, tmp_path / "p.png").stat().st_size > 1000
 
 
 def test_heatmap_without_any_number_is_drawn_as_bars():
     rows = [Row("a", "a"), Row("b", "b")]
-    cells = next(iter(toys(rows=rows, values=[1.0, 2.0]).plot().to_dict()["datasets"].values()))
+    cells = next(
+        iter(toys(rows=rows, values=[1.0, 2.0]).to_altair().to_dict()["datasets"].values())
+    )
     assert [cell["label"] for cell in cells] == ["a", "b", "bias", "logit"]
 
 

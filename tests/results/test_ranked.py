@@ -128,7 +128,7 @@ class TestNumbers:
         assert len(text.splitlines()) <= 25
         assert "more rows, together" in result._repr_html_()
         pytest.importorskip("altair")
-        bars = json.dumps(result.plot().to_dict())
+        bars = json.dumps(result.to_altair().to_dict())
         assert "remainder" in bars
         assert " more" in bars
 

@@ -66,7 +66,7 @@ class TestText:
             (PROMPT, " Paris", 1, "at token 1 (' cat') of 'The cat sat on the mat'"),
             (PROMPT, " Paris", None, "mean over all 6 positions of 'The cat"),
             (PROMPT, " Paris", (1, 3), "mean over 2 positions of 'The cat"),
-            (PROMPT, [" Paris", " mat"], -1, "' Paris' and 1 more, mean over 2 answers, at the"),
+            (PROMPT, [" Paris", " mat"], -1, "each its own answer, at the last token of 'The cat"),
             ([PROMPT, "When Mary"], " Paris", -1, "mean over 2 prompts, at the last token of each"),
             ([PROMPT, "When Mary"], " Paris", 0, "mean over 2 prompts, at token 0 of each"),
             ([PROMPT, "When Mary"], " Paris", None, "mean over 8 entries of 2 prompts (first: "),
@@ -192,14 +192,19 @@ class TestHtml:
         page = _Balance()
         page.feed(result._repr_html_())
         assert page.open == []
-        assert {tag for tag, _ in page.tags} == {"div", "table", "tr", "td", "span"}
+        table = {"div", "table", "tr", "td", "span", "details", "summary"}
+        assert {tag for tag, _ in page.tags} == table
         assert f"0_{nasty}" in page.text
 
     def test_bars_have_the_colour_of_their_sign(self):
         page = by_hand(["embed", "0_mlp_out"], [1.0, -0.5])._repr_html_()
-        up, down = re.findall(r"float:(\w+);height:100%;width:([\d.]+)%;background:(#\w+)", page)
-        assert up[:2] == ("left", "100.0")
-        assert down[:2] == ("right", "50.0")
+        found = re.findall(
+            r"margin-left:(.*?)px;width:(.*?)px;background:(#\w+);border-(\w+)", page
+        )
+        up, down = found[:2]
+        assert found[2:] == [up, down]  # by size, and in stream order
+        assert (up[:2], up[3]) == (("110.0", "110.0"), "left")
+        assert (down[:2], down[3]) == (("55.0", "55.0"), "right")
         assert up[2] != down[2]
 
     def test_brings_its_own_style_and_fits_any_background(self):

@@ -142,7 +142,7 @@ def test_a_unit_that_no_table_knows_stands_for_itself(tmp_path):
     result = load(old_file(tmp_path / "r.safetensors", rest={**OLD, "unit": "mine"}))
     assert repr(result).splitlines()[1] == "mine"
     assert list(result.records()[0])[:5] == ["label", "kind", "layer", "sub", "head"]
-    assert result.plot().to_dict()["title"]["text"] == "mine: ' Paris'"
+    assert result.to_altair().to_dict()["title"]["text"] == "mine: ' Paris'"
 
 
 @pytest.mark.parametrize("version", ["²", "", "one", "-1", "1.0", "9" * 5000])
@@ -244,7 +244,7 @@ def test_half_a_surrogate_pair_breaks_no_view(tmp_path):
     assert "\\ud83d" in result.to_csv(tmp_path / "r.csv").read_text("utf-8")
     loaded = load(result.save(tmp_path / "r.safetensors"))
     assert (loaded.tokens, loaded.answer, loaded.labels) == ([[half]], [half], result.labels)
-    save_plot(result.plot(), tmp_path / "r.svg")
+    save_plot(result.to_altair(), tmp_path / "r.svg")
     frame = result.to_dataframe()
     assert frame["attribution"].tolist() == [1.0, 1.0]
 
@@ -265,8 +265,8 @@ def test_what_is_not_finite_breaks_no_view(tmp_path, unit, values):
     loaded = load(result.save(tmp_path / "r.safetensors"))
     torch.testing.assert_close(loaded.attribution, numbers, equal_nan=True)
     if numbers.isfinite().any():
-        json.loads(json.dumps(result.plot().to_dict()), parse_constant=pytest.fail)
-        save_plot(result.plot(), tmp_path / "r.svg")
+        json.loads(json.dumps(result.to_altair().to_dict()), parse_constant=pytest.fail)
+        save_plot(result.to_altair(), tmp_path / "r.svg")
     else:
         with pytest.raises(InputError, match="nothing is finite"):
             result.plot()

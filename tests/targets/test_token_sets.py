@@ -290,7 +290,7 @@ class TestEach:
     def test_views_and_files_have_all_answers(self, tmp_path):
         model, ids = build("gpt2"), example_ids("gpt2")
         found = attribute(model, ids, Each(self.ANSWERS), pos=[0, 2])
-        assert "mean" in repr(found)
+        assert "each its own answer" in repr(found)
         assert "mean" in found._repr_html_()
         loaded = dla_hooks.load(found.save(tmp_path / "each.safetensors"))
         assert loaded.several

@@ -1,4 +1,4 @@
-"""What a plot shows, read off the chart and off the files."""
+"""What an Altair chart shows, read off the chart and off the files."""
 
 from __future__ import annotations
 
@@ -198,6 +198,9 @@ class TestFiles:
         assert "0_attn_out" in page
         assert len(page) > 500_000  # Vega itself is in it
 
+    def test_suffix_may_be_of_any_case(self, attribute, tmp_path):
+        assert save_plot(plot(attribute()), tmp_path / "p.PNG").read_bytes()[:4] == b"\x89PNG"
+
     @pytest.mark.parametrize("name", ["plot.pdf", "plot", "plot.jpeg"])
     def test_any_other_suffix_is_refused(self, attribute, tmp_path, name):
         with pytest.raises(InputError, match=r"\.html, \.png, \.svg.*got '.*plot"):
@@ -211,8 +214,8 @@ class TestFiles:
 @pytest.mark.parametrize(
     ("module", "action", "feature"),
     [
-        ("altair", lambda result, path: result.plot(), "plot()"),
-        ("vl_convert", lambda result, path: save_plot(result.plot(), path), "saving a plot"),
+        ("altair", lambda result, path: result.to_altair(), "to_altair()"),
+        ("vl_convert", lambda result, path: save_plot(result.to_altair(), path), "saving a plot"),
     ],
 )
 def test_what_is_missing_is_named(attribute, tmp_path, monkeypatch, module, action, feature):
@@ -221,7 +224,7 @@ def test_what_is_missing_is_named(attribute, tmp_path, monkeypatch, module, acti
     with pytest.raises(MissingExtraError) as caught:
         action(result, tmp_path / "p.png")
     assert str(caught.value).startswith(f"{feature} needs packages")
-    assert "pip install 'dla-hooks[plot]'" in str(caught.value)
+    assert "pip install 'altair>=5.5' 'vl-convert-python>=1.7'" in str(caught.value)
 
 
 def test_a_plot_needs_no_pandas(tmp_path):
@@ -232,7 +235,7 @@ def test_a_plot_needs_no_pandas(tmp_path):
         "from dla_hooks.results.chart import save_plot\n"
         "r = DirectLogitAttribution(torch.ones(1, 1), ['embed'], 'component', torch.zeros(1),"
         " torch.ones(1), 0.0)\n"
-        f"save_plot(r.plot(), {str(tmp_path / 'p.svg')!r})\n"
+        f"save_plot(r.to_altair(), {str(tmp_path / 'p.svg')!r})\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
