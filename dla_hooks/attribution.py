@@ -233,6 +233,13 @@ class Plan:
     def _make(self) -> PlanData:
         return make_plan(self._question(self._read.stream), self._units, self._conventions)
 
+    def _for(self, source: Source, selection: positions.Selection) -> PlanData:
+        """The plan for one prompt: the direction of some targets depends on it."""
+        target = self._data.target.in_prompt(source, selection)
+        if target is self._data.target:
+            return self._data
+        return make_plan(target, self._units, self._conventions)
+
     def _measure_again(self, backend: Backend) -> None:
         """Make the plan anew, for a model that has changed."""
         self._read = dataclasses.replace(self._read, stream=located(backend))
@@ -248,7 +255,8 @@ class Plan:
         self._asked = True
         failed: DecompositionError | HookError | None = None
         try:
-            found, outcome = measure(self._data, source, selection, self._check)
+            plan = self._for(source, selection)
+            found, outcome = measure(plan, source, selection, self._check)
             if self._check or seems_current(found, outcome) or self._hooked():
                 may_be_stale = False
         except (DecompositionError, HookError) as error:
@@ -262,7 +270,8 @@ class Plan:
             if failed is not None:
                 refuse_second_run(backend.model, failed)
             source = source.on(self._read.stream)
-            found, outcome = measure(self._data, source, selection, self._check)
+            plan = self._for(source, selection)
+            found, outcome = measure(plan, source, selection, self._check)
         made = results(found, outcome, source, self._read.tokenizer)
         return next(iter(made.values())) if self._single else made
 

@@ -181,7 +181,7 @@ def hold_against_reading(measurement: Measurement, dtype: torch.dtype) -> Outcom
     allowed_N = relative * torch.maximum(largest_N, theirs_N.abs()) + _rounding(measurement)
     if not bool((gap_N <= allowed_N).all()):
         witness = measurement.plan.target.witness
-        where = "the model" if witness is None else witness.place.name
+        where = "the model in the run before" if witness is None else witness.place.name
         raise DecompositionError(
             f"the stream at {stream.last_label}, read as the target says, and what {where} "
             f"itself computes differ by {_largest(gap_N):.3g}, where rounding explains "

@@ -156,6 +156,7 @@ class Target:
             attributed. Others are only measured, for :meth:`own_and_theirs`.
         reads_logits: whether it is checked by the model's own logits.
         witness: otherwise, what it is checked by besides the stream itself.
+        known_N: instead of a witness, what an earlier run showed at each entry.
     """
 
     stream: Stream
@@ -163,6 +164,19 @@ class Target:
     readouts: Sequence[Readout]
     reads_logits: bool = True
     witness: Witness | None = None
+    known_N: Tensor | None = None
+
+    def in_prompt(self, source: Any, selection: Selection) -> Target:
+        """The target for one prompt, where it depends on what the model does with it.
+
+        Args:
+            source: shows the activations (:class:`dla_hooks.sources.base.Source`).
+            selection: the selected entries.
+
+        Raises:
+            InputError: for positions that do not go with the target.
+        """
+        return self
 
     def align(
         self, selection: Selection, prompt_shape: tuple[int, int], batched: bool = True

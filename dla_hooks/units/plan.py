@@ -69,7 +69,7 @@ class Measurement:
         reading: what the final norm saw: the whole stream.
         parts: the terms of the stream.
         splits: the rows of each unit.
-        theirs_N: what the model itself computed, where the target has a witness.
+        theirs_N: what the model itself computed, where the target has a witness or was seen before.
     """
 
     plan: Plan
@@ -124,7 +124,9 @@ class Recording:
         parts = self._parts.finish(reading)
         splits = {key: recorder.finish(parts) for key, recorder in self._units.items()}
         theirs = self._theirs
-        theirs_N = None if theirs is None else theirs.gathered(reading.scale_N.device)[0]
+        theirs_N = self._plan.target.known_N
+        if theirs is not None:
+            theirs_N = theirs.gathered(reading.scale_N.device)[0]
         return Measurement(self._plan, self._entries, reading, parts, splits, theirs_N)
 
 
