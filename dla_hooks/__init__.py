@@ -38,6 +38,7 @@ if TYPE_CHECKING:  # X as X: these names are public
     from dla_hooks.errors import TrainingModeError as TrainingModeError
     from dla_hooks.errors import UnsupportedModelError as UnsupportedModelError
     from dla_hooks.many.sweep import attribute_many as attribute_many
+    from dla_hooks.questions.upstream import upstream as upstream
     from dla_hooks.residual.architecture import Architecture as Architecture
     from dla_hooks.residual.architecture import Write as Write
     from dla_hooks.residual.registry import architectures as architectures
@@ -104,6 +105,7 @@ _HOME = {
     "stack_head_results": "stacks",
     "stack_neuron_results": "stacks",
     "summarize": "results.summarize",
+    "upstream": "questions.upstream",
     "verify": "verification.recognise",
     "wrap": "tl.wrap",
 }

@@ -140,8 +140,9 @@ class WayIn(Tap):
         name, read = self.place.name, self._read
         if read is None or not made.requires_grad:
             raise UnsupportedModelError(
-                f"what {name} hands to its attention function is not made of what it reads there: "
-                "layers that share keys and values take those of an earlier layer"
+                f"what {name} hands to its attention function is not made of what it reads there by "
+                "linear maps and norms: layers that share keys and values take those of an earlier "
+                f"layer{self._among()}"
             )
         rows_R, columns_R = rows_R.to(made.device), columns_R.to(made.device)
         at_made = torch.zeros_like(made)
@@ -174,14 +175,16 @@ class WayIn(Tap):
         size_R = ahead_RM.norm(dim=-1) + behind_RD.to(dtype).norm(dim=-1) + constants_R.abs()
         if bool(((own_R - theirs_R).abs() <= (1e-5 + 16 * eps) * size_R).all()):
             return
-        among = ", ".join(self._passed.frozen.values())
-        among = f" (among what stands there is {among})" if among else ""
         raise UnsupportedModelError(
             f"what the attention function of {self.place.name} gets is no linear reading of what "
-            f"the module reads, with the scales of norms frozen{among}: the two miss by "
+            "the module reads, with the scales of norms frozen: the two miss by "
             f"{float((own_R - theirs_R).abs().max()):.2g} of {float(size_R.max()):.2g}. Values "
-            "that are clipped do this, and hooks of yours in between"
+            f"that are clipped do this, and hooks of yours in between{self._among()}"
         )
+
+    def _among(self) -> str:
+        found = ", ".join(self._passed.frozen.values())
+        return f"; neither a linear map nor a norm is {found}" if found else ""
 
     def _pull_back(self, made: Tensor, at_made: Tensor) -> tuple[Tensor, Tensor]:
         """Directions at the module's input, and the sum of what maps add, in each row [B]."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dla_hooks.calibration.attention_form import attention_forms
 from dla_hooks.calibration.attention_way import attention_way
 from dla_hooks.calibration.head_widths import with_head_widths
 from dla_hooks.errors import InputError, UnsupportedModelError
@@ -169,14 +170,22 @@ def _site(asked: AttentionScore, stream: Stream) -> HeadSite:
     layers = [block.layer for block in stream.blocks]
     if asked.layer not in layers:
         raise InputError(f"{name} has the layers 0 to {layers[-1]}, and no layer {asked.layer}")
-    writes = with_head_widths(stream).blocks[layers.index(asked.layer)].writes
-    site = next((write.heads for write in writes if write.heads is not None), None)
-    if site is None:
+    sized = with_head_widths(stream)
+    writes = sized.blocks[layers.index(asked.layer)].writes
+    write = next((one for one in writes if one.heads is not None), None)
+    site = None if write is None else write.heads
+    if write is None or site is None:
         raise InputError(f"layer {asked.layer} of {name} has no attention heads")
     if asked.head >= site.n_heads:
         raise InputError(
             f"layer {asked.layer} of {name} has the heads 0 to {site.n_heads - 1}, and no head "
             f"{asked.head}"
+        )
+    if write.label in attention_forms(sized).unseen:
+        raise UnsupportedModelError(
+            f"{site.name} of {name} is reached without a call of transformers' attention functions "
+            "(it computes attention in a loop of its own, or has none), so that its queries and "
+            "keys cannot be seen"
         )
     return site
 
