@@ -60,7 +60,9 @@ class Entries:
         """The same entries at other columns [N], each with a target of its own, in order."""
         valid = torch.ones_like(self.target_of_entry, dtype=torch.bool)
         valid = valid if self._valid is None else self._valid
-        rows, cols, target = (torch.zeros(valid.shape, dtype=torch.long, device="cpu") for _ in "rct")
+        rows, cols, target = (
+            torch.zeros(valid.shape, dtype=torch.long, device="cpu") for _ in "rct"
+        )
         numbers = torch.arange(len(self), device="cpu")
         for values, own in ((rows, self.rows), (cols, columns), (target, numbers)):
             values[valid] = own

@@ -140,8 +140,8 @@ class WayIn(Tap):
         name, read = self.place.name, self._read
         if read is None or not made.requires_grad:
             raise UnsupportedModelError(
-                f"what {name} hands to its attention function is not made of what it reads there by "
-                "linear maps and norms: layers that share keys and values take those of an earlier "
+                f"what {name} hands to its attention function is not made of what it reads there "
+                "by linear maps and norms: layers that share keys and values take those of an earlier "
                 f"layer{self._among()}"
             )
         rows_R, columns_R = rows_R.to(made.device), columns_R.to(made.device)
@@ -162,7 +162,9 @@ class WayIn(Tap):
                 "its heads read at a token is no reading of the stream there"
             )
         constants_R = constants_B[rows_R]
-        self._check(made[rows_R, head, columns_R], d_RD, read[rows_R, places_R], found_RM, constants_R)
+        self._check(
+            made[rows_R, head, columns_R], d_RD, read[rows_R, places_R], found_RM, constants_R
+        )
         return found_RM, constants_R
 
     def _check(
@@ -229,7 +231,9 @@ class WayIn(Tap):
             pulled = pull_back(step.module, d_NK, name)
             added = bias_of(step.module)
         else:
-            x, y = (t.detach().reshape(-1, t.shape[-1])[live].to(dtype) for t in (entered, step.left))
+            x, y = (
+                t.detach().reshape(-1, t.shape[-1])[live].to(dtype) for t in (entered, step.left)
+            )
             s, misfit = frozen_scale(norm, x, y)
             if not float(misfit) <= misfit_tolerance(entered.dtype):
                 raise DecompositionError(

@@ -1,4 +1,4 @@
-"""Who wrote what a head read? One head-and-source row, split by the parts of the stream it reads."""
+"""Who wrote what a head read? One head-and-source row, split by the parts of what it reads."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ def upstream(
 ) -> Any:
     """Split what one head took from one token by who wrote what the head read there.
 
-    A row of the unit ``source``, ``L9H6<5``, is ``p (v . u_h) / s``: attention weight, value and the
-    folded direction. With the pattern and all scales frozen v is linear in the stream at position 5,
-    so that each part written there before block 9 has an exact share of the row. The shares and the
-    bias (value biases, the norm's beta) sum to the row, which is the ``logit`` of the result.
+    A row of the unit ``source``, ``L9H6<5``, is ``p (v . u_h) / s``: attention weight, value and
+    folded direction. With the pattern and all scales frozen v is linear in the stream at position
+    5, so that each part written there before block 9 has an exact share of the row. The shares and
+    the bias (value biases, the norm's beta) sum to the row, which is the ``logit`` of the result.
 
     A path is walked back with ``unit=SourceTokens(...)`` and a longer ``part``: in the result for
     ``"L9H6<5"`` look for the strongest row, say ``"L7H3<2"``, and ask for
@@ -185,10 +185,10 @@ def _as_rows(part: Any) -> list[tuple[str, int]]:
     found = []
     for label in labels:
         if isinstance(label, str) and _NEURON.fullmatch(label):
+            number = label.partition("N")[2]
             raise InputError(
-                f"a neuron's row is no linear reading of the stream, but its pre-activation is: "
-                f"attribute dla_hooks.Output(path of the module that makes it, {label.split('N')[1]}"
-                ") as answer_tokens; of a gated MLP that is the gate's projection, or the up "
+                "a neuron's row is no linear reading of the stream, but its pre-activation is: "
+                f"attribute dla_hooks.Output(path of the module that makes it, {number}) as answer_tokens; of a gated MLP that is the gate's projection, or the up "
                 "projection. A router's logit is an Output, too"
             )
         match = _ROW.fullmatch(label) if isinstance(label, str) else None

@@ -7,17 +7,15 @@ is an ordinary run, and is held against that number.
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dla_hooks.calibration.linear_readers import Reader
-from dla_hooks.errors import InputError, PositionError
+from dla_hooks.errors import PositionError
 from dla_hooks.inputs.entries import Entries
 from dla_hooks.inputs.positions import Selection
-from dla_hooks.targets.base import Target
 from dla_hooks.targets.stream_target import StreamTarget
 
 

@@ -33,7 +33,7 @@ CLASSES = {name: value for name, value in reference.public().items() if inspect.
 @pytest.fixture(scope="module")
 def pages() -> str:
     """The README and all pages, as one text."""
-    files = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    files = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     return "\n".join(file.read_text(encoding="utf-8") for file in files)
 
 
@@ -189,7 +189,7 @@ def test_wrong_examples_in_docstrings_fail():
     assert "Expected" in "".join(said)
 
 
-@pytest.mark.parametrize("page", ["inputs", "interventions", "units"])
+@pytest.mark.parametrize("page", ["inputs", "interventions", "units", "questions/upstream"])
 def test_examples_of_pages_run(page):
     found = doctest.testfile(str(ROOT / "docs" / f"{page}.md"), module_relative=False)
     assert found.attempted > 10
