@@ -255,8 +255,7 @@ class Plan:
         self._asked = True
         failed: DecompositionError | HookError | None = None
         try:
-            plan = self._for(source, selection)
-            found, outcome = measure(plan, source, selection, self._check)
+            found, outcome = measure(self._for(source, selection), source, selection, self._check)
             if self._check or seems_current(found, outcome) or self._hooked():
                 may_be_stale = False
         except (DecompositionError, HookError) as error:
@@ -270,8 +269,7 @@ class Plan:
             if failed is not None:
                 refuse_second_run(backend.model, failed)
             source = source.on(self._read.stream)
-            plan = self._for(source, selection)
-            found, outcome = measure(plan, source, selection, self._check)
+            found, outcome = measure(self._for(source, selection), source, selection, self._check)
         made = results(found, outcome, source, self._read.tokenizer)
         return next(iter(made.values())) if self._single else made
 

@@ -141,8 +141,8 @@ class WayIn(Tap):
         if read is None or not made.requires_grad:
             raise UnsupportedModelError(
                 f"what {name} hands to its attention function is not made of what it reads there "
-                "by linear maps and norms: layers that share keys and values take those of an earlier "
-                f"layer{self._among()}"
+                "by linear maps and norms: layers that share keys and values take those of an "
+                f"earlier layer{self._among()}"
             )
         rows_R, columns_R = rows_R.to(made.device), columns_R.to(made.device)
         at_made = torch.zeros_like(made)

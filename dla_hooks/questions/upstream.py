@@ -188,7 +188,8 @@ def _as_rows(part: Any) -> list[tuple[str, int]]:
             number = label.partition("N")[2]
             raise InputError(
                 "a neuron's row is no linear reading of the stream, but its pre-activation is: "
-                f"attribute dla_hooks.Output(path of the module that makes it, {number}) as answer_tokens; of a gated MLP that is the gate's projection, or the up "
+                f"attribute dla_hooks.Output(path of the module that makes it, {number}) as "
+                "answer_tokens; of a gated MLP that is the gate's projection, or the up "
                 "projection. A router's logit is an Output, too"
             )
         match = _ROW.fullmatch(label) if isinstance(label, str) else None
