@@ -162,7 +162,8 @@ class _HeadRow(StreamTarget):
         columns_B = columns_of(self._position, selection)
         unit = HeadRead(self._label, columns_B)
         plan = make_plan(of, {"read": unit}, self._conventions)
-        found, _ = measure(plan, source.at_once(), selection, self._check)
+        with torch.inference_mode(False):  # in which autograd is off
+            found, _ = measure(plan, source.at_once(), selection, self._check)
         split = found.splits["read"]
         assert isinstance(split, HeadReadSplit)
         name = f"{self._label}<{self._position}"

@@ -118,7 +118,8 @@ class _Score(StreamTarget):
         taps: list[Tap] = [tap]
         ending = self.stream.ending
         assert ending is not None
-        source.at_once().show(View(entries), lambda _: taps, None, ending.until)
+        with torch.inference_mode(False):  # in which autograd is off
+            source.at_once().show(View(entries), lambda _: taps, None, ending.until)
         v_RM, bias_R, score_R = found[0]
         return EntryTarget(way.reader, entries, v_RM, bias_R, score_R, ([repr(asked)], None))
 

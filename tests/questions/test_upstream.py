@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from mapping_zoo import build_any
 from zoo import build, example_ids
 
 import dla_hooks
@@ -144,6 +145,57 @@ def test_padded_rows_give_what_they_give_alone():
         torch.testing.assert_close(
             batch.attribution[:, number], alone.attribution[:, 0], rtol=0, atol=1e-6
         )
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "minicpm3", "llama4_text", "exaone4", "bitnet"])
+def test_latent_values_and_odd_norms_are_read_through(kind):
+    model, ids = build_any(kind), torch.randint(3, 50, (2, 7), generator=torch.Generator())
+    head = f"L{model.config.num_hidden_layers - 1}H1"
+    unit = SourceTokens(heads=[head], top=None)
+    rows = direct_logit_attribution(model, ids, ANSWER, INCORRECT, unit=unit)
+    result = upstream(model, ids, ANSWER, INCORRECT, part=f"{head}<{SOURCE}")
+    expected = [row_of(rows, f"{head}<{SOURCE}", (b,)) for b in (0, 1)]
+    torch.testing.assert_close(result.logit, torch.tensor(expected).double(), rtol=0, atol=1e-6)
+    whole = result.attribution.sum(0) + result.bias
+    torch.testing.assert_close(whole, result.logit, rtol=0, atol=1e-9)
+
+
+def test_keys_and_values_of_an_earlier_layer_are_refused():
+    model = build_any("gemma4_text", num_kv_shared_layers=1)
+    head = f"L{model.config.num_hidden_layers - 1}H1"
+    with pytest.raises(UnsupportedModelError, match="earlier layer"):
+        upstream(model, torch.arange(3, 10)[None], ANSWER, part=f"{head}<4")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "olmo2"])
+def test_shares_sum_to_the_row_in_other_dtypes(family, dtype):
+    model, ids = build(family, dtype=dtype), example_ids(family)
+    result = upstream(model, ids, ANSWER, INCORRECT, part="L1H1<3", pos=None)
+    whole = result.attribution.sum(0) + result.bias
+    close = 1e-5 if dtype == torch.float32 else 5e-2
+    torch.testing.assert_close(whole, result.logit, rtol=0, atol=close)
+
+
+def test_inference_mode_changes_nothing():
+    model, ids = build("llama"), example_ids("llama")
+    plain = upstream(model, ids, ANSWER, INCORRECT, part="L1H1<3")
+    with torch.inference_mode():
+        found = upstream(model, ids.clone(), ANSWER, INCORRECT, part="L1H1<3")
+    torch.testing.assert_close(found.attribution, plain.attribution, rtol=0, atol=1e-12)
+
+
+def test_a_hook_on_values_is_refused_and_one_on_the_stream_is_a_part():
+    model, ids = build("llama"), example_ids("llama")
+    values = model.model.layers[1].self_attn.v_proj.register_forward_hook(lambda m, a, out: 2 * out)
+    with pytest.raises(UnsupportedModelError, match="hooks of yours"):
+        upstream(model, ids, ANSWER, part="L1H1<3")
+    values.remove()
+    model.model.layers[0].register_forward_hook(lambda m, a, out: 1.5 * out)
+    result = upstream(model, ids, ANSWER, part="L1H1<3")
+    assert "0_hook" in result.labels
+    whole = result.attribution.sum(0) + result.bias
+    torch.testing.assert_close(whole, result.logit, rtol=0, atol=1e-9)
 
 
 def test_positions_that_do_not_see_the_token_are_zero_and_none_at_all_is_refused():
