@@ -24,7 +24,7 @@ from dla_hooks.targets.stream_target import StreamTarget
 from dla_hooks.units import DEFAULT_UNIT, UnitName, read_units
 from dla_hooks.units.base import Unit
 from dla_hooks.units.plan import make_plan
-from dla_hooks.units.source_layer import source_layers
+from dla_hooks.units.source_layer import as_heads, source_layers
 
 _ROW = re.compile(r"(L[0-9]+(?:\.[0-9]+)?H[0-9]+)<([0-9]+)")
 _NEURON = re.compile(r"L[0-9]+N[0-9]+")
@@ -145,7 +145,7 @@ class _HeadRow(StreamTarget):
         self._of, self._label, self._position = of, label, position
         self._conventions, self._check, self._tokenizer = conventions, check, tokenizer
         whole = of.stream.whole
-        (chosen,) = source_layers(whole, HeadRead(label, torch.empty(0, device="cpu")).heads, None)
+        (chosen,) = source_layers(whole, as_heads([label]), None)
         write = next((one for one in of.stream.writes if one.label == chosen.label), None)
         if write is None or write.heads is None:
             raise InputError(
