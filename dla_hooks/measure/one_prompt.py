@@ -116,6 +116,7 @@ def results(
             "incorrect": None if incorrect is None else list(incorrect),
             "model": plan.stream.backend.name,
             "softcap": plan.stream.softcap,
+            "reading": plan.target.reading,
             "seen": seen,
             "several": entries.several,
         }
