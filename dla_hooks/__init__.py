@@ -38,6 +38,8 @@ if TYPE_CHECKING:  # X as X: these names are public
     from dla_hooks.errors import TrainingModeError as TrainingModeError
     from dla_hooks.errors import UnsupportedModelError as UnsupportedModelError
     from dla_hooks.many.sweep import attribute_many as attribute_many
+    from dla_hooks.pages.document import Report as Report
+    from dla_hooks.pages.report import report as report
     from dla_hooks.residual.architecture import Architecture as Architecture
     from dla_hooks.residual.architecture import Write as Write
     from dla_hooks.residual.registry import architectures as architectures
@@ -80,6 +82,7 @@ _HOME = {
     "PositionError": "errors",
     "PromotedTokens": "results.promoted",
     "RankedAttribution": "results.ranked",
+    "Report": "pages.document",
     "ShapeMismatchError": "errors",
     "Summary": "results.summary",
     "TokenError": "errors",
@@ -101,6 +104,7 @@ _HOME = {
     "prepare": "attribution",
     "promoted_tokens": "stacks",
     "register": "residual.registry",
+    "report": "pages.report",
     "stack_head_results": "stacks",
     "stack_neuron_results": "stacks",
     "summarize": "results.summarize",

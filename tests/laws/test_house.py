@@ -25,7 +25,7 @@ FLOORS = (
     ("units", "verification"),
     ("measure", "call", "tl"),
     ("attribution", "stacks", "questions"),
-    ("many",),
+    ("many", "pages"),
     ("__init__",),
     ("placement", "demo"),
     ("checkpoint",),
