@@ -121,7 +121,9 @@ def _text(one: dict[str, Any]) -> str:
         if not unit["dense"] or unit["cumulative"] or "exact" not in unit:
             continue
         values = unit["exact"].values[:, 0].tolist()
-        pairs = sorted(zip(unit["rows"]["label"], values, strict=True), key=lambda row: -abs(row[1]))
+        pairs = sorted(
+            zip(unit["rows"]["label"], values, strict=True), key=lambda row: -abs(row[1])
+        )
         lines.append(f"{unit['title']}, the strongest:")
         lines += [f"  {label:<16} {value:+.4f}" for label, value in pairs[:10]]
     lines.append(f"bias {one['bias'][focus]}, logit {one['logit'][focus]}")

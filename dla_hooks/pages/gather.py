@@ -6,11 +6,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from dla_hooks.errors import ArgumentTypeError, InputError
 from dla_hooks.pages import contents
 from dla_hooks.pages.grid import BUDGET
 from dla_hooks.pages.reads import effects_of, promotes_of, reads_of
-from dla_hooks.results.data import EntryData
+from dla_hooks.results.data import EntryData, real_entries
 from dla_hooks.results.promoted import PromotedTokens
 from dla_hooks.results.ranked_data import RankedData
 from dla_hooks.results.summary import Summary
@@ -125,7 +127,7 @@ def _subject(subjects: list[_Subject], kind: str, prompt: int, data: EntryData) 
 
 
 def _page(subject: _Subject, n_pages: int, effects: dict[str, Any] | None) -> dict[str, Any]:
-    about = {
+    about: dict[str, Any] = {
         "kind": subject.kind,
         "model": printable(subject.model),
         "tokens": subject.tokens,
@@ -188,11 +190,8 @@ def _add(page: dict[str, Any], data: EntryData, spots: list[int], n_pages: int) 
 
 def _entries(data: EntryData, shown: list[int]) -> Any:
     """Some of the real entries of one prompt's result."""
-    import torch
-
-    from dla_hooks.results.data import real_entries
-
-    place = real_entries(data)[0].flatten().nonzero()[:, 0][torch.tensor(shown, device="cpu")]
+    found = real_entries(data)[0].flatten().nonzero()[:, 0][torch.tensor(shown, device="cpu")]
+    place: Any = found
     return data.at((slice(None), place)) if len(data.shape) == 2 else data.at((place,))
 
 

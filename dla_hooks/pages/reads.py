@@ -1,4 +1,4 @@
-"""What stands on the card of a row: the tokens that a head reads, the tokens that a row promotes."""
+"""What stands on the card of a row: the tokens that a head reads, those that a row promotes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ def reads_of(data: RankedData, at: list[int], budget: int) -> dict[str, Any] | N
         place the head's number, the token's, the value and the attention weight [place, entry].
     """
     valid = real_entries(data)[0].flatten()
-    flat = [one.reshape(len(one), valid.numel())[:, valid] for one in (data.index, data.attribution)]
+    flat = [
+        one.reshape(len(one), valid.numel())[:, valid] for one in (data.index, data.attribution)
+    ]
     places = min(len(flat[0]), max(64, budget // max(1, len(at))))
     index, values = (one[:places].cpu() for one in flat)
     known = index[index >= 0].unique()

@@ -82,7 +82,7 @@ def report(
 
     Raises:
         InputError: for an argument that cannot be used; subclasses say which.
-        UnsupportedModelError: for a model that is no sum of writes, or a unit that it does not have.
+        UnsupportedModelError: for a model that is no sum of writes, or has no such unit.
         DecompositionError: when the parts do not sum to the model's own numbers.
 
     >>> import dla_hooks

@@ -49,16 +49,15 @@ def call(name: str, kind: str, dtype: str, input: Any, asked: Mapping[str, Any])
     given = [repr(input) if isinstance(input, str) else "input"]
     arguments = [*given, *(f"{key}={value!r}" for key, value in asked.items())]
     lines = [f"    {argument}," for argument in ["model", *arguments, "tokenizer=tokenizer"]]
-    return "\n".join(
-        [*imports, *load, "dla_hooks.report(", *lines, f'    path="{_PAGE}",', ")"]
-    )
+    return "\n".join([*imports, *load, "dla_hooks.report(", *lines, f'    path="{_PAGE}",', ")"])
 
 
 def command(name: str, input: Any, asked: Mapping[str, Any], dtype: str) -> str | None:
     """One line for a shell; None where a shell cannot say what was asked."""
     answer, incorrect = asked.get("answer_tokens"), asked.get("incorrect_tokens")
-    words = [input, answer, *([incorrect] if incorrect is not None else [])]
-    if not name or not all(isinstance(word, str) and "\0" not in word for word in words):
+    if not (name and isinstance(input, str) and isinstance(answer, str)):
+        return None
+    if not isinstance(incorrect, str | None) or "\0" in f"{input}{answer}{incorrect}":
         return None
     options = set(asked) - {"answer_tokens", "incorrect_tokens", "units", "prepend_bos"}
     units = asked.get("units")

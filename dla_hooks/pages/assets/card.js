@@ -50,7 +50,7 @@ function cardPanel() {
       return [el("span", {}, tokenChip(own.tokens[token]), " ", el("small", {}, token)), meter(value, most),
         el("span", { class: "number" }, signed(value, digits), " ", el("small", { title: "attention weight" }, Number.isFinite(weight) ? percent(weight) : ""))];
     });
-    if (own.tokens.length > shown.length) items.push([el("span", { class: "soft" }, "all others"), meter(rest, most), el("span", { class: "number" }, signed(rest, digits))]);
+    if (own.tokens.length > shown.length) items.push([el("span", { class: "soft" }, "all others"), el("span"), el("span", { class: "number" }, signed(rest, digits))]);
     return [el("h3", {}, "Tokens it reads ", el("span", { class: "faint" }, "value, attention")), el("div", { class: "list" }, items)];
   }
 
@@ -80,7 +80,12 @@ function cardPanel() {
       reads(), promotes()].flat().filter(Boolean));
   });
 
-  const table = () => ({ columns: ["section", "name", "value", "note"], rows: lines });
-  const picture = () => listPicture(`${state.label}, ${described(chosenUnit())}, at position ${page().spots[state.entry]}`, lines.map(([section, name, value, note]) => [section ? `${section} ${name}` : name, value, note]));
+  function table() {
+    return { columns: ["section", "name", "value", "note"], rows: lines };
+  }
+  function picture() {
+    const title = `${state.label}, ${described(chosenUnit())}, at position ${page().spots[state.entry]}`;
+    return listPicture(title, lines.map(([section, name, value, note]) => [section ? `${section} ${name}` : name, value, note]));
+  }
   return node;
 }

@@ -16,7 +16,7 @@ function heatmapPanel() {
     const lanes = [...new Set(rows.map(laneOf))];
     const columns = Math.max(...rows.map((one) => one.index)) + 1;
     const left = several ? 92 : 40, top = 20;
-    const wide = Math.min(46, (width - left - 8) / columns), tall = Math.max(7, Math.min(wide, 34, 620 / lanes.length));
+    const wide = Math.min(columns < 9 ? 74 : 46, (width - left - 8) / columns), tall = Math.max(7, Math.min(wide, 34, 620 / lanes.length));
     const gap = wide > 12 ? 1.5 : 0.5;
     const numbers = wide >= 36 && tall >= 18;
     const cells = rows.map((one) => {
@@ -52,11 +52,12 @@ function heatmapPanel() {
     }
     const values = built.cells.map((one) => own.value(one.label, state.entry));
     const most = largestOf(values), digits = Math.max(1, digitsFor(most) - 1);
+    const fits = 6.6 * signed(-most, digits).length < built.wide - 3;
     built.cells.forEach((one, i) => {
       const { fill, ink } = shade(most > 0 ? values[i] / most : NaN);
       one.box.setAttribute("fill", fill);
       if (one.text) {
-        one.text.textContent = Number.isFinite(values[i]) ? signed(values[i], digits) : "";
+        one.text.textContent = fits && Number.isFinite(values[i]) ? signed(values[i], digits) : "";
         one.text.setAttribute("fill", ink);
         one.text.style.fill = ink;
       }

@@ -104,6 +104,10 @@ function tablePanel() {
     const ends = last(own).map(([label, value]) => all.map((column, i) => (i === 0 ? label : column.key === "value" ? value : null)));
     return { columns: all.map((one) => one.name), rows: [...lines(own).map((one) => all.map((column) => column.of(one))), ...ends] };
   }
-  const picture = () => listPicture(`${unit().title} at position ${page().spots[state.entry]}`, [...lines(unit()).slice(0, 40).map((one) => [columns(unit())[0].of(one), one.value, ""]), ...last(unit())]);
+  function picture() {
+    const own = unit(), name = columns(own)[0].of;
+    const rows = lines(own).slice(0, 40).map((one) => [name(one), one.value, ""]);
+    return listPicture(`${own.title} at position ${page().spots[state.entry]}`, [...rows, ...last(own)]);
+  }
   return node;
 }

@@ -74,7 +74,7 @@ function waterfallPanel() {
       svg("rect", { x: x(n), y: top, width: step, height: plot, fill: "transparent" }),
       svg("rect", { x: x(n) + step * 0.12, y: Math.min(y(0), y(logit)), width: step * 0.76, height: Math.max(1, Math.abs(y(logit) - y(0))), fill: paint("ink"), rx: Math.min(1.5, step / 6) }),
       svg("text", { transform: `translate(${x(n + 0.5) + 4},${top + plot + 12}) rotate(-32)`, "font-size": 11, "text-anchor": "end", class: "axis" }, "logit"));
-    const axis = svg("text", { x: (left + width - right) / 2, y: height - 4, "font-size": 11, "text-anchor": "middle", class: "axis" }, groups.some((one) => one.layer !== null) ? "layer" : "");
+    const axis = svg("text", { x: (left + width - right) / 2, y: height - 4, "font-size": 11, "text-anchor": "middle", class: "axis" }, groups.some((one) => one.layer !== null) ? "layer (solid: attention, pale: MLP)" : "");
     return svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": caption() }, bands, ticks, marks, total, names, axis);
   }
 
