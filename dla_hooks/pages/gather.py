@@ -10,7 +10,7 @@ import torch
 
 from dla_hooks.errors import ArgumentTypeError, InputError
 from dla_hooks.pages import contents
-from dla_hooks.pages.grid import BUDGET
+from dla_hooks.pages.grid import BUDGET, room
 from dla_hooks.pages.reads import effects_of, promotes_of, reads_of
 from dla_hooks.results.data import EntryData, real_entries
 from dla_hooks.results.promoted import PromotedTokens
@@ -18,8 +18,9 @@ from dla_hooks.results.ranked_data import RankedData
 from dla_hooks.results.summary import Summary
 from dla_hooks.results.wording import printable, question
 
-_READS = 24_000
+_READS = 12_000
 """Pairs of a head and a token that all pages list together."""
+_KEPT = 150_000  # of the budget, for what is never rounded
 _MOST_RANKED = 64
 """Entries at which a page lists ranked rows."""
 
@@ -142,7 +143,7 @@ def _page(subject: _Subject, n_pages: int, effects: dict[str, Any] | None) -> di
         return {**about, **entry, "focus": 0, "units": [unit], "reads": None, "promotes": []}
     whole = max(subject.results, key=lambda one: len(contents.spots(one)))
     spots = contents.spots(whole)
-    kept = _room(subject.results, len(spots), BUDGET // n_pages)
+    kept = _room(subject.results, len(spots), (BUDGET - _KEPT) // n_pages)
     entry = contents.entries_of(whole)
     if kept < len(spots):
         about["notes"].append(
@@ -196,10 +197,9 @@ def _entries(data: EntryData, shown: list[int]) -> Any:
 
 
 def _room(results: list[EntryData], n: int, budget: int) -> int:
-    """How many entries fit, each number in one byte at least."""
-    rows = sum(len(one.attribution) for one in results if not isinstance(one, RankedData))
-    beside = sum(len(one.beside) * len(one.attribution) for one in results if not one.keeps_some)
-    return max(1, min(n, int(budget * 1.1) // max(1, rows + beside)))
+    """How many of ``n`` entries the file has room for."""
+    dense = [one for one in results if not one.keeps_some]
+    return min(n, room(sum((1 + len(one.beside)) * len(one.attribution) for one in dense), budget))
 
 
 def _last(value: Any, kept: int, name: str) -> Any:

@@ -1,7 +1,8 @@
 """Numbers of a page as bytes: [row, entry] each, as exact as fits the file.
 
-A grid keeps float32 where there is room, otherwise 16 or 7 bits of each entry's largest value. The
-page knows which, and says so; at the entry that it opens with, numbers are always float32.
+A grid keeps float32 where there is room. Otherwise its numbers are steps of the largest value of
+their entry, 32,767 or 63 to either side. The page knows which, and says so; at the entry that it
+opens with, numbers are always float32.
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BUDGET = 2**21
-"""Bytes of all grids of a page together, before they are compressed."""
-_FINE = 1_600_000  # of these, for grids in more than 7 bits
+BUDGET = 1_950_000
+"""What all grids of a page may cost together: bytes, as far as they can be compressed."""
+_COSTS = {"f4": 4.0, "i4": 3.0, "i2": 2.0, "i1": 0.8}
 _LEVELS = {"i2": 32767, "i1": 63}
 _INTS = {"i2": torch.int16, "i1": torch.int8}
-_SIZES = {"f4": 4, "i4": 4, "i2": 2, "i1": 1}
+
+
+def room(n_rows: int, budget: float) -> int:
+    """How many entries of so many rows fit, rounded as far as need be."""
+    return max(1, int(budget / (_COSTS["i1"] * max(1, n_rows))))
 
 
 @dataclass
@@ -79,22 +84,32 @@ def packed(value: Any) -> tuple[Any, str]:
 
 
 def _kinds(grids: list[Grid]) -> dict[int, str]:
-    """The type of each grid's numbers: the small ones are exact first."""
-    kinds, left = {}, _FINE
-    for grid in sorted(grids, key=lambda one: one.values.numel()):
+    """The type of each grid's numbers: all fit in the least, and small ones are exact first."""
+    least = {id(one): _least(one) for one in grids}
+    left = BUDGET - sum(one.values.numel() * _COSTS[least[id(one)]] for one in grids)
+    kinds = dict(least)
+    for grid in sorted((one for one in grids if one.rounded), key=lambda one: one.values.numel()):
         n = grid.values.numel()
-        kind = "f4" if grid.values.is_floating_point() else "i4"
-        if grid.rounded:
-            fits = (one for one in ("f4", "i2") if n * _SIZES[one] * 2 <= left + n)
-            kind = next(fits, "i1")
-        kinds[id(grid)] = kind
-        left -= n * _SIZES[kind]
+        for kind in ("f4", "i2"):
+            more = n * (_COSTS[kind] - _COSTS["i1"])
+            if more <= left:
+                kinds[id(grid)] = kind
+                left -= more
+                break
     return kinds
+
+
+def _least(grid: Grid) -> str:
+    if grid.rounded:
+        return "i1"
+    if grid.values.is_floating_point():
+        return "f4"
+    return "i2" if not grid.values.numel() or int(grid.values.abs().max()) <= 32767 else "i4"
 
 
 def _rounded(values: Tensor, kind: str) -> tuple[Tensor, list[float] | None]:
     """Integers in place of numbers, and what one of them is worth at each entry."""
-    if kind not in _LEVELS:
+    if not values.is_floating_point() or kind == "f4":
         return values, None
     finite = values.isfinite()
     scale = values.where(finite, 0.0).abs().amax(0) / _LEVELS[kind]
