@@ -141,6 +141,6 @@ def _of_each(given: list[str], n: int, option: str) -> list[str]:
     """One for all prompts, or one for each."""
     if len(given) not in (1, n):
         raise InputError(
-            f"there are {n} prompts and {len(given)} times {option}; give it once, or once for each"
+            f"{option} is given {len(given)} times for {n} prompt{'s' * (n > 1)}; give it once, or once for each"
         )
     return given

@@ -94,7 +94,8 @@ def test_card_lists_tokens_read_and_promoted(page, small):
 
 def test_click_on_a_component_chooses_it(page):
     page.run(
-        "document.querySelectorAll('#waterfall .bar')[3].dispatchEvent(new MouseEvent('click', {bubbles: true}))"
+        "document.querySelectorAll('#waterfall .bar')[3]"
+        ".dispatchEvent(new MouseEvent('click', {bubbles: true}))"
     )
     page.frame()
     assert page.text("#card .name") == "0_mlp_out"

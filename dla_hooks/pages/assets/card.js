@@ -43,7 +43,7 @@ function cardPanel() {
     if (!own.reads?.knows(state.label)) return null;
     const found = own.reads.of(state.label, state.entry);
     if (!found) return [el("h3", {}, "Tokens it reads"), el("p", { class: "soft" }, "Measured at ", goTo(own.reads.at.at(-1), `position ${own.spots[own.reads.at.at(-1)]}`), " only.")];
-    const shown = found.slice(0, 8), most = largestOf(found.map((one) => one.value)), digits = digitsFor(most);
+    const shown = found.slice(0, 8), most = largestOf(found.map((one) => one.value)), digits = digitsFor(Math.max(most, Math.abs(chosenValue())));
     const rest = chosenValue() - shown.reduce((sum, one) => sum + one.value, 0);
     const items = shown.map(({ token, value, weight }) => {
       lines.push(["reads", own.tokens[token], value, `position ${token}, attention ${weight.toFixed(3)}`]);

@@ -58,7 +58,7 @@ function tablePanel() {
       return;
     }
     const found = lines(own), shown = found.slice(0, most), ends = last(own);
-    const biggest = largestOf([...found.map((one) => one.value), ...ends.map(([, value]) => value)]), digits = digitsFor(biggest);
+    const biggest = largestOf(found.map((one) => one.value)), digits = digitsFor(biggest);
     const all = columns(own);
     const sort = (key) => () => { sorted = { by: key, way: sorted.by === key ? -sorted.way : key === "label" ? 1 : -1 }; draw(); };
     const heading = (one) => el("th", { scope: "col", class: one.number ? "number" : null, "aria-sort": sorted.by === one.key ? (sorted.way > 0 ? "ascending" : "descending") : null },
