@@ -140,7 +140,8 @@ def add_to(
 def _of_each(given: list[str], n: int, option: str) -> list[str]:
     """One for all prompts, or one for each."""
     if len(given) not in (1, n):
+        prompts = f"{n} prompt{'s' * (n > 1)}"
         raise InputError(
-            f"{option} is given {len(given)} times for {n} prompt{'s' * (n > 1)}; give it once, or once for each"
+            f"{option} is given {len(given)} times for {prompts}; give it once, or once for each"
         )
     return given

@@ -8,6 +8,7 @@ import re
 import pytest
 from typer.testing import CliRunner
 
+import dla_hooks.checkpoint
 from dla_hooks.cli.app import app
 
 PROMPT = "The keys near the cabinet"
@@ -54,7 +55,7 @@ def test_several_prompts_units_and_positions_are_followed(tmp_path):
     ],
 )
 def test_bad_options_are_refused_before_loading(options, words, monkeypatch):
-    monkeypatch.setattr("dla_hooks.cli.app._load", None)
+    monkeypatch.setattr(dla_hooks.checkpoint, "load_model", None)
     done = call(PROMPT, "--answer", " are", *options)
     assert done.exit_code in (1, 2)
     assert words in " ".join(done.output.split())
