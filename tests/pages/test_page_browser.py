@@ -345,3 +345,25 @@ def test_notebook_frame_runs_the_page(browser, small, tmp_path):
         assert browser.text("#card .name") == "L0H3"
     finally:
         browser.driver.switch_to.default_content()
+
+
+def test_summary_and_single_position_are_shown_without_a_strip_or_with_one_token(browser, tmp_path):
+    model, tokenizer = dla_hooks.demo.load()
+    results = [
+        dla_hooks.direct_logit_attribution(model, text, " are", unit="head", tokenizer=tokenizer)
+        for text in ("The keys near the cabinet", "The dogs near the car")
+    ]
+    summary = dla_hooks.summarize(results)
+    browser.open(dla_hooks.Report.of(summary).save(tmp_path / "summary.html"))
+    assert browser.run("return document.getElementById('tokens').hidden")
+    assert "over 2 prompts" in browser.text("h1")
+    assert "standard error" in browser.text("#card")
+    assert "position" not in browser.text("#heads .what")
+    layers = dla_hooks.direct_logit_attribution(
+        model, "The keys near the cabinet", " are", unit="layer", tokenizer=tokenizer
+    )
+    browser.open(dla_hooks.Report.of(layers).save(tmp_path / "layers.html"))
+    assert browser.run("return document.getElementById('heads').hidden")
+    assert browser.run("return document.querySelectorAll('#tokens .at:not(.off)').length") == 1
+    assert "sum up to here" in browser.text("#card")
+    assert browser.complaints() == []

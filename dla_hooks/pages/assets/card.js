@@ -84,7 +84,7 @@ function cardPanel() {
     return { columns: ["section", "name", "value", "note"], rows: lines };
   }
   function picture() {
-    const title = `${state.label}, ${described(chosenUnit())}, at position ${page().spots[state.entry]}`;
+    const title = `${state.label}, ${described(chosenUnit())}${where()}`;
     return listPicture(title, lines.map(([section, name, value, note]) => [section ? `${section} ${name}` : name, value, note]));
   }
   return node;

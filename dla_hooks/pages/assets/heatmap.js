@@ -68,7 +68,7 @@ function heatmapPanel() {
     const span = Math.min(220, Math.max(150, built.wide * built.columns));
     built.scale.replaceChildren(legend(most, span, built.left, built.bottom + 14, digits));
     built.picture.setAttribute("aria-label", `${own.title} by layer; the strongest is ${ranking(own, state.entry)[0]?.label ?? "none"}`);
-    what.textContent = own.has(state.entry) ? `${own.title} at position ${page().spots[state.entry]}; click to choose one` : "Not measured at this position";
+    what.textContent = own.has(state.entry) ? `${own.title}${where()}; click to choose one` : "Not measured at this position";
     node.querySelector("h2").textContent = `Layer by ${own.index_is}`;
     choice.draw();
   });

@@ -5,6 +5,7 @@ const drawers = [];
 let waiting = false;
 
 const page = () => state.content.pages[state.page];
+const where = (entry = state.entry) => (page().located ? ` at position ${page().spots[entry]}` : "");
 const unitNamed = (key) => page().units.find((one) => one.key === key);
 const chosenUnit = () => unitNamed(state.unit);
 const chosenValue = (entry = state.entry) => chosenUnit()?.value(state.label, entry) ?? NaN;

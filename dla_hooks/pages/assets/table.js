@@ -68,14 +68,14 @@ function tablePanel() {
       const value = column.of(one);
       if (!column.number) return el("td", { class: "name", title: visible(value) }, visible(value));
       if (column.key === "value") return el("td", { class: `number ${signClass(value)}` }, signed(value, digits));
-      return el("td", { class: "number" }, value === null ? "" : Number.isInteger(value) ? String(value) : Number(value).toPrecision(3));
+      return el("td", { class: "number" }, value === null ? "" : Number.isInteger(value) ? String(value) : Number(value).toPrecision(3).replace("-", MINUS));
     };
     const chosen = (one) => state.unit === own.key && one.label === state.label;
     const line = (one) => el("tr", { "data-row": one.label, tabindex: chosen(one) ? 0 : -1, "aria-selected": String(chosen(one)) }, all.map((column) => cell(column, one)));
     const foot = ([label, value, holds]) => el("tr", {}, all.map((column, i) =>
       i === 0 ? el("td", { class: "name" }, label) : column.key === "value" ? el("td", { class: "number" }, signed(value, digits)) : column.bar ? el("td", { class: "wide" }, holds) : el("td")));
     scroll.replaceChildren(
-      el("table", {}, el("caption", { class: "sr" }, `${own.title} at position ${page().spots[state.entry]}`), el("thead", {}, el("tr", {}, all.map(heading))),
+      el("table", {}, el("caption", { class: "sr" }, `${own.title}${where()}`), el("thead", {}, el("tr", {}, all.map(heading))),
         el("tbody", {}, shown.map(line)), el("tfoot", {}, ends.map(foot))),
       ...(found.length > shown.length ? [el("button", { type: "button", class: "link", onclick: () => { most = Infinity; draw(); } }, `Show all ${found.length} rows`)] : []));
     count.textContent = `${found.length} rows${own.exactAt(state.entry) ? "" : ", values rounded to fit the file"}`;
@@ -107,7 +107,7 @@ function tablePanel() {
   function picture() {
     const own = unit(), name = columns(own)[0].of;
     const rows = lines(own).slice(0, 40).map((one) => [name(one), one.value, ""]);
-    return listPicture(`${own.title} at position ${page().spots[state.entry]}`, [...rows, ...last(own)]);
+    return listPicture(`${own.title}${where()}`, [...rows, ...last(own)]);
   }
   return node;
 }

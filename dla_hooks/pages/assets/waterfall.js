@@ -7,6 +7,7 @@ function waterfallPanel() {
   let bars = [];
 
   const unit = () => streamUnit(page());
+  const pale = (one) => /mlp|moe|expert|ffn/.test(one.kind ?? "");
 
   // One for each row, then the bias: where it begins and ends.
   function steps() {
@@ -62,7 +63,7 @@ function waterfallPanel() {
     const marks = found.map((one, i) => {
       const from = Number.isFinite(one.from) ? y(one.from) : y(0), to = Number.isFinite(one.to) ? y(one.to) : y(0);
       const chosen = one.pick && state.unit === unit().key && state.label === one.label;
-      const light = /mlp|moe|expert|ffn/.test(one.kind ?? "");
+      const light = pale(one);
       return svg("g", { class: "bar", "data-mark": i },
         svg("rect", { x: x(i), y: top, width: step, height: plot, fill: "transparent" }),
         svg("rect", { x: x(i) + step * 0.12, y: Math.min(from, to), width: step * 0.76, height: Math.max(1, Math.abs(to - from)), fill: one.kind === "bias" ? paint("faint") : paint(one.value < 0 ? "down" : "up"), "fill-opacity": light ? 0.6 : 1, rx: Math.min(1.5, step / 6) }),
@@ -74,7 +75,7 @@ function waterfallPanel() {
       svg("rect", { x: x(n), y: top, width: step, height: plot, fill: "transparent" }),
       svg("rect", { x: x(n) + step * 0.12, y: Math.min(y(0), y(logit)), width: step * 0.76, height: Math.max(1, Math.abs(y(logit) - y(0))), fill: paint("ink"), rx: Math.min(1.5, step / 6) }),
       svg("text", { transform: `translate(${x(n + 0.5) + 4},${top + plot + 12}) rotate(-32)`, "font-size": 11, "text-anchor": "end", class: "axis" }, "logit"));
-    const axis = svg("text", { x: (left + width - right) / 2, y: height - 4, "font-size": 11, "text-anchor": "middle", class: "axis" }, groups.some((one) => one.layer !== null) ? "layer (solid: attention, pale: MLP)" : "");
+    const axis = svg("text", { x: (left + width - right) / 2, y: height - 4, "font-size": 11, "text-anchor": "middle", class: "axis" }, groups.every((one) => one.layer === null) ? "" : found.some(pale) ? "layer (pale: MLP)" : "layer");
     return svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": caption() }, bands, ticks, marks, total, names, axis);
   }
 
