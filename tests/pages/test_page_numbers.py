@@ -362,3 +362,17 @@ def test_notebook_shows_the_page_in_a_frame(made):
     html = made._repr_html_()
     assert html.startswith("<iframe srcdoc=")
     assert 'sandbox="allow-scripts allow-downloads"' in html
+
+
+def test_rank_probability_and_top_tokens_are_shown_where_a_result_has_them(demo):
+    result = dla_hooks.direct_logit_attribution(
+        demo.model, PROMPT, ANSWER, unit="head", pos=[-2, -1], tokenizer=demo.tokenizer
+    )
+    result.seen = SimpleNamespace(
+        rank=torch.tensor([[-1, 1]]), log_probability=torch.tensor([[torch.nan, -0.25]])
+    )
+    result.top_tokens = [[], [(" are", 0.78), (" is", 0.02)]]
+    page = dla_hooks.Report.of(result).data()["pages"][0]
+    assert page["rank"] == [None, 1]
+    assert page["probability"] == [None, pytest.approx(0.7788, abs=1e-4)]
+    assert page["top"] == [[], [[" are", 0.78], [" is", 0.02]]]
