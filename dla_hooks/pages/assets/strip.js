@@ -7,7 +7,7 @@ function stripPanel() {
   const { node, what, body } = panel("tokens", "Prompt", { picture, table, choices: choice.node });
   const strip = el("div", { class: "strip", role: "listbox", "aria-label": "Tokens of the prompt", tabindex: 0, "aria-orientation": "horizontal" });
   body.append(strip);
-  let built = null, marks = [];
+  let built = null, marks = [], coloured = "", chosen = -1;
 
   const readable = () => Boolean(page().reads?.knows(state.label));
   const reading = () => state.strip === "reads" && readable();
@@ -22,7 +22,7 @@ function stripPanel() {
   }
 
   function build(own) {
-    built = own;
+    [built, coloured, chosen] = [own, "", -1];
     marks = own.tokens.map((token, spot) => {
       const entry = own.entryOf.get(spot);
       return el("span", { class: `at${entry === undefined ? " off" : ""}`, id: `token-${spot}`, role: "option", "data-mark": spot, "aria-disabled": entry === undefined }, visible(token) || "∅");
@@ -31,26 +31,36 @@ function stripPanel() {
     strip.replaceChildren(...marks.flatMap((mark, spot) => (own.tokens[spot].includes("\n") ? [mark, el("span", { class: "break", "aria-hidden": "true" })] : [mark])));
   }
 
+  // Thousands of tokens: they are coloured anew only when their numbers are others.
+  function colour() {
+    const key = [state.unit, state.label, reading() ? state.entry : "", darkMode.matches].join();
+    if (coloured === key) return;
+    coloured = key;
+    const found = values();
+    const most = largestOf([...found.values()].map(([value]) => value));
+    marks.forEach((mark, spot) => {
+      const [value] = found.get(spot) ?? [NaN];
+      const { fill, ink } = shade(most > 0 ? value / most : NaN);
+      mark.style.background = fill === "none" ? "" : fill;
+      mark.style.color = fill === "none" ? "" : ink;
+    });
+  }
+
   drawers.push(() => {
     const own = page();
     node.hidden = !own.located;
     if (node.hidden) return;
     if (built !== own) build(own);
     choice.draw();
-    const found = values();
-    const most = largestOf([...found.values()].map(([value]) => value));
-    const digits = digitsFor(most);
-    marks.forEach((mark, spot) => {
-      const [value] = found.get(spot) ?? [NaN];
-      const { fill, ink } = shade(most > 0 ? value / most : NaN);
-      mark.style.background = fill === "none" ? "" : fill;
-      mark.style.color = fill === "none" ? "" : ink;
-      const chosen = own.spots[state.entry] === spot;
-      mark.classList.toggle("chosen", chosen);
-      mark.setAttribute("aria-selected", String(chosen));
-      mark.setAttribute("aria-label", `${quoted(own.tokens[spot])}, position ${spot}, ${signed(value, digits)}`);
-    });
+    colour();
     const spot = own.spots[state.entry];
+    if (chosen !== spot) {
+      marks[chosen]?.classList.remove("chosen");
+      marks[chosen]?.setAttribute("aria-selected", "false");
+      chosen = spot;
+    }
+    marks[spot].classList.add("chosen");
+    marks[spot].setAttribute("aria-selected", "true");
     strip.setAttribute("aria-activedescendant", `token-${spot}`);
     const box = marks[spot];
     if (box && (box.offsetTop < strip.scrollTop + strip.offsetTop || box.offsetTop + box.offsetHeight > strip.scrollTop + strip.offsetTop + strip.clientHeight)) strip.scrollTop = box.offsetTop - strip.offsetTop - strip.clientHeight / 2;

@@ -1,6 +1,6 @@
 // Every row of a unit: searched, sorted, and what is not listed in one line.
 
-const MOST_LINES = 200;
+const MOST_LINES = 100;
 
 function tablePanel() {
   const { node, what, body } = panel("table", "All rows", { picture, table });
