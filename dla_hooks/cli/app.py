@@ -16,6 +16,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 import dla_hooks
+from dla_hooks.cli import report as cli_report
 from dla_hooks.cli.options import (
     UNIT,
     ChunkSize,
@@ -225,6 +226,14 @@ def list_architectures() -> None:
     from dla_hooks.cli import listing
 
     _out().print(listing.architectures(dla_hooks.architectures()))
+
+
+cli_report.add_to(
+    app,
+    lambda *arguments, **options: _load(*arguments, **options),
+    lambda line: _err().print(line, markup=False, soft_wrap=True),
+    lambda what: _progress(what),
+)
 
 
 def main() -> None:
