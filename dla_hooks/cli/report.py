@@ -49,13 +49,13 @@ def add_to(
             ),
         ],
         answer: Annotated[
-            list[str],
+            list[str] | None,
             typer.Option(
                 help="The token whose logit is attributed, with its leading space: ' Paris'. Once, "
-                "or once for each prompt.",
+                "or once for each prompt; by default the model's own top token.",
                 show_default=False,
             ),
-        ],
+        ] = None,
         incorrect: Annotated[
             list[str] | None,
             typer.Option(
@@ -108,7 +108,7 @@ def add_to(
         where = parse_pos(pos)
         if not output.parent.is_dir():
             raise InputError(f"cannot write {output}: there is no folder {output.parent}")
-        answers = _of_each(answer, len(prompts), "--answer")
+        answers = _of_each(answer, len(prompts), "--answer") if answer else [None]
         wrong = _of_each(incorrect, len(prompts), "--incorrect") if incorrect else None
         loaded, tokenizer = load(
             model, dtype, device, trust_remote_code, device_map=device_map, max_memory=max_memory

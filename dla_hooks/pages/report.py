@@ -17,6 +17,7 @@ from dla_hooks.pages import reproduce
 from dla_hooks.pages.asking import Prompt, ask, promoted_of
 from dla_hooks.pages.document import Report
 from dla_hooks.results.files import checked as checked_path
+from dla_hooks.targets.own import TOP
 from dla_hooks.units import read_units
 from dla_hooks.units.base import Unit
 
@@ -26,7 +27,7 @@ _PROMOTED = 6
 def report(
     model: Any,
     input: Any,
-    answer_tokens: Any,
+    answer_tokens: Any = None,
     incorrect_tokens: Any = None,
     *,
     units: Sequence[str | Unit] | None = None,
@@ -58,7 +59,7 @@ def report(
         model: of any kind that :func:`direct_logit_attribution` takes.
         input: as there; a list of strings makes one page for each, all in one file.
         answer_tokens: as there. With a list of strings as input, a list of as many answers has one
-            for each prompt.
+            for each prompt. None is ``dla_hooks.TOP``, the model's own top token at each position.
         incorrect_tokens: likewise.
         units: names of units, or objects with their own options. None is "component", "layer",
             "head", and "source", "neuron", "expert" where the model has them.
@@ -96,6 +97,7 @@ def report(
         folder = checked_path(path).parent
         if not folder.is_dir():
             raise InputError(f"cannot write {path}: there is no folder {folder}")
+    answer_tokens = TOP if answer_tokens is None else answer_tokens
     count = _count(promoted, given=units is not None)
     chosen = None if units is None else read_units(tuple(units))[0]
     read = model_of(checked(model), tokenizer=tokenizer, prepend_bos=prepend_bos)

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dla_hooks.targets.base import Request
+from dla_hooks.targets.own import TOP, Own
+
 _DEMO = Path(__file__).parents[1] / "demo" / "model"
 _PAGE = "page.html"
 
@@ -47,15 +50,20 @@ def call(name: str, kind: str, dtype: str, input: Any, asked: Mapping[str, Any])
         ]
     imports = ["import dla_hooks"] if name == "demo" else ["import torch, transformers, dla_hooks"]
     given = [repr(input) if isinstance(input, str) else "input"]
-    arguments = [*given, *(f"{key}={value!r}" for key, value in asked.items())]
+    arguments = [*given, *(f"{key}={_said(value)}" for key, value in asked.items())]
     lines = [f"    {argument}," for argument in ["model", *arguments, "tokenizer=tokenizer"]]
     return "\n".join([*imports, *load, "dla_hooks.report(", *lines, f'    path="{_PAGE}",', ")"])
+
+
+def _said(value: Any) -> str:
+    """An argument as Python has it."""
+    return f"dla_hooks.{value!r}" if isinstance(value, Request | Own) else repr(value)
 
 
 def command(name: str, input: Any, asked: Mapping[str, Any], dtype: str) -> str | None:
     """One line for a shell; None where a shell cannot say what was asked."""
     answer, incorrect = asked.get("answer_tokens"), asked.get("incorrect_tokens")
-    if not (name and isinstance(input, str) and isinstance(answer, str)):
+    if not (name and isinstance(input, str) and (answer is TOP or isinstance(answer, str))):
         return None
     if not isinstance(incorrect, str | None) or "\0" in f"{input}{answer}{incorrect}":
         return None
@@ -64,7 +72,8 @@ def command(name: str, input: Any, asked: Mapping[str, Any], dtype: str) -> str 
     if options or not (units is None or all(isinstance(one, str) for one in units)):
         return None
     parts = ["dla-hooks", "report", shlex.quote(name), shlex.quote(input)]
-    parts += [f"--answer={shlex.quote(answer)}"]
+    if isinstance(answer, str):
+        parts.append(f"--answer={shlex.quote(answer)}")
     if incorrect is not None:
         parts.append(f"--incorrect={shlex.quote(incorrect)}")
     for unit in units or ():

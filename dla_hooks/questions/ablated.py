@@ -260,7 +260,7 @@ def _value(part: Part, how: Any) -> Tensor | None:
     if isinstance(how, numbers.Real) and not isinstance(how, bool):
         how = torch.tensor(float(how), dtype=torch.float64, device="cpu")
     if hasattr(how, "__array__") and not isinstance(how, Tensor):
-        how = torch.as_tensor(how)
+        how = torch.as_tensor(how, device="cpu")
     if not isinstance(how, Tensor):
         raise InputError(
             f"what takes the place of {part.label} must be 'zero', 'mean', a number or a tensor "

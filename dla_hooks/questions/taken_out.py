@@ -108,7 +108,7 @@ class Measured:
         split = self.found.splits[key]
         at = {label: place for place, label in enumerate(labels)}
         places = [at[row.label] for row in split.rows]
-        values_CN = torch.zeros(len(labels), *self.scale_N.shape).to(self.scale_N)
+        values_CN = self.scale_N.new_zeros(len(labels), *self.scale_N.shape)
         values_CN[places] = split.values_CN.double()
         behind_CN = torch.zeros_like(values_CN)
         remainder = self.found.plan.units[key].unit.words.remainder

@@ -112,7 +112,9 @@ class Effects(EffectsData, Exported):
         if rows is None or numbers is None:
             known = ["component", *([] if self.unit_labels is None else [self.unit])]
             raise InputError(f"unit must be one of {', '.join(map(repr, known))}; got {unit!r:.40}")
-        values = torch.tensor([entry_mean(own) for own in numbers[number]], dtype=torch.float64)
+        values = torch.tensor(
+            [entry_mean(own) for own in numbers[number]], dtype=torch.float64, device="cpu"
+        )
         order = values.abs().argsort(descending=True)[:k].tolist()
         return [(rows[row], float(values[row])) for row in order]
 

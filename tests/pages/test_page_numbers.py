@@ -378,3 +378,15 @@ def test_rank_probability_and_top_tokens_are_shown_where_a_result_has_them(demo)
     first = [[demo.tokenizer.decode([int(row.argmax())]), float(row.max())] for row in p]
     for own, (text, most) in zip(page["top"], first, strict=True):
         assert own[0] == [text, pytest.approx(most, rel=1e-3)]
+
+
+def test_without_an_answer_the_models_own_top_token_is_asked_for(demo):
+    made = dla_hooks.report(demo.model, PROMPT, units=["component"], tokenizer=demo.tokenizer)
+    page = made.data()["pages"][0]
+    result = dla_hooks.direct_logit_attribution(
+        demo.model, PROMPT, dla_hooks.TOP, pos=None, tokenizer=demo.tokenizer
+    )
+    assert result.answer[-1] == " are"
+    assert str(page).count("' are'") >= 1
+    assert "--answer" not in page["reproduce"]["command"]
+    assert "answer_tokens=dla_hooks.TOP" in page["reproduce"]["call"]
