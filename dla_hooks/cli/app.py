@@ -44,6 +44,11 @@ class _Commands(TyperGroup):
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
 
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Each with its whole sentence."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, one.help or "") for name, one in self.commands.items()])
+
     def list_commands(self, ctx: Any) -> list[str]:
         """In the order in which they are met, not by the alphabet."""
         return [*self.commands]

@@ -39,15 +39,15 @@ def attribute(
     top: Top = 10,
 ) -> None:
     """Split a logit, or the difference of two, into what each part of a model wrote."""
-    where, tokens = question.where(), question.tokens()
+    where = question.where()
     files.check()
-    check = readable(prompt, [*tokens.values()], where, run.prepend_bos)
+    check = readable(prompt, question.said, where, run.prepend_bos)
     loaded, tokenizer = load(model, loading, check=check)
     with running():
         result = dla_hooks.direct_logit_attribution(
             loaded,
             prompt,
-            **tokens,
+            **question.tokens(),
             unit=unit.value,
             pos=where,
             tokenizer=tokenizer,

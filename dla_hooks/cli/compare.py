@@ -69,7 +69,7 @@ def compare(
     unit: UnitOption = UNIT,
 ) -> None:
     """Split the difference of two runs' logits: by what was written, and how it is read."""
-    where, tokens = question.where(), question.tokens()
+    where = question.where()
     elsewhere = None if other_pos is None else as_pos(other_pos, name="--other-pos")
     if other is None and other_prompt is None and other_pos is None:
         raise typer.BadParameter(
@@ -77,7 +77,7 @@ def compare(
             param_hint="'--other'",
         )
     files.check()
-    check = readable(prompt, [*tokens.values()], where, run.prepend_bos)
+    check = readable(prompt, question.said, where, run.prepend_bos)
     loaded, tokenizer = load(model, loading, check=check, also=() if other is None else (other,))
     second = None if other is None else load(other, loading, needs_tokenizer=False)[0]
     with running():
@@ -85,7 +85,7 @@ def compare(
             loaded,
             second,
             prompt,
-            **tokens,
+            **question.tokens(),
             other_input=other_prompt,
             other_pos=elsewhere,
             unit=unit.value,

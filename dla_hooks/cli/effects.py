@@ -76,18 +76,18 @@ def effects(
     ] = "zero",
 ) -> None:
     """Take parts out one by one: what the logit really loses, beside their direct effects."""
-    where, tokens = question.where(), question.tokens()
+    where = question.where()
     how = _as_ablation(ablation)
     if part and parts is not None:
         raise typer.BadParameter("parts are named, and so is --part", param_hint="'--parts'")
     files.check()
-    check = readable(prompt, [*tokens.values()], where, run.prepend_bos)
+    check = readable(prompt, question.said, where, run.prepend_bos)
     loaded, tokenizer = load(model, loading, check=check)
     with running("taking parts out"):
         result = dla_hooks.effects(
             loaded,
             prompt,
-            **tokens,
+            **question.tokens(),
             unit=unit.value,
             parts=part or parts or 10,
             ablation=how,

@@ -10,6 +10,7 @@ from typing import Any
 from dla_hooks.cli.options import Loading
 from dla_hooks.cli.startup import lean_imports
 from dla_hooks.cli.terminal import note, progress
+from dla_hooks.cli.words import OWN
 from dla_hooks.errors import TokenizerMissingError
 
 _OFFLINE = "HF_HUB_OFFLINE"
@@ -64,7 +65,7 @@ def load(
         return loaded, tokenizer
 
 
-def readable(prompt: str, answers: Sequence[Any], pos: Any, prepend_bos: bool | None) -> Any:
+def readable(prompt: str, answers: Sequence[str | None], pos: Any, prepend_bos: bool | None) -> Any:
     """A check, by a tokenizer alone, of what a prompt is asked.
 
     Raises:
@@ -81,7 +82,7 @@ def readable(prompt: str, answers: Sequence[Any], pos: Any, prepend_bos: bool | 
         from dla_hooks.inputs.rows_of_positions import Span
 
         for name, answer in zip(("--answer", "--incorrect"), answers, strict=False):
-            if isinstance(answer, str):
+            if answer is not None and answer not in OWN:
                 read_ids(answer, name, None, tokenizer)
         ids = encode(prompt, tokenizer, prepend_bos)
         if ids and not isinstance(pos, Span):

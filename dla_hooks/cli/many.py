@@ -103,12 +103,8 @@ def many(
 ) -> None:
     """Attribute a file of prompts, one by one, and show the means over all of them."""
     table = tables.read(file)
-    asked = {
-        "answer_tokens": _one_of("--answer", answer, table.answers),
-        "incorrect_tokens": _one_of("--incorrect", incorrect, table.incorrect),
-    }
-    if asked["answer_tokens"] is None:
-        asked["answer_tokens"] = as_answer("top")
+    answers = _one_of("--answer", answer, table.answers) or "top"
+    against = _one_of("--incorrect", incorrect, table.incorrect)
     where = as_pos(pos)
     if table.positions is not None:
         if pos is not None:
@@ -126,7 +122,8 @@ def many(
     results = dla_hooks.attribute_many(
         loaded,
         table.prompts,
-        **asked,
+        _as_tokens(answers),
+        _as_tokens(against),
         unit=unit.value,
         pos=where,
         tokenizer=tokenizer,
@@ -155,7 +152,14 @@ def _one_of(option: str, given: str | None, column: list[Any] | None) -> Any:
         raise InputError(
             f"{option} goes with a file without a column {option[2:]!r}; this one has it"
         )
-    return as_answer(given) if column is None else column
+    return given if column is None else column
+
+
+def _as_tokens(given: Any) -> Any:
+    """One answer, or one for each prompt, as the library takes it."""
+    if isinstance(given, list):
+        return [as_answer(one) if isinstance(one, str) else one for one in given]
+    return as_answer(given)
 
 
 def _folder_of(output: Path | None) -> Path | None:

@@ -184,8 +184,13 @@ class Question:
     pos: Pos = None
     span: Span = None
 
+    @property
+    def said(self) -> tuple[str | None, str | None]:
+        """What was typed: the answer, and the token that is subtracted."""
+        return self.answer, self.incorrect
+
     def tokens(self) -> dict[str, Any]:
-        """Whose logit, as the library takes it."""
+        """Whose logit, as the library takes it; called once transformers may be imported."""
         return {
             "answer_tokens": as_answer(self.answer or "top"),
             "incorrect_tokens": as_answer(self.incorrect),

@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from dla_hooks.cli.words import as_answer, as_pos
+from dla_hooks.cli.words import as_pos
 from dla_hooks.errors import InputError
 
 COLUMNS = ("prompt", "answer", "incorrect", "position")
@@ -69,15 +69,13 @@ def read(path: Path) -> Table:
     for (number, _), prompt in zip(lines, prompts, strict=True):
         if not isinstance(prompt, str):
             raise InputError(f"{name}, line {number}: the prompt must be text, got {prompt!r:.60}")
-    answers, incorrect = ([*map(_answer, own)] if own else None for own in
-        (columns["answer"], columns["incorrect"]))  # fmt: skip
     positions = columns["position"]
     if positions is not None:
         positions = [
             _position(value, name, number)
             for (number, _), value in zip(lines, positions, strict=True)
         ]
-    return Table(prompts, answers, incorrect, positions)
+    return Table(prompts, columns["answer"], columns["incorrect"], positions)
 
 
 def _of_json(text: str, name: str) -> list[tuple[int, dict[str, Any]]]:
@@ -118,10 +116,6 @@ def _column(lines: list[tuple[int, dict[str, Any]]], column: str, name: str) -> 
     if missing:
         raise InputError(f"{name}, line {missing[0]} has no {column!r}, and other lines have one")
     return [line[column] for _, line in lines]
-
-
-def _answer(value: Any) -> Any:
-    return as_answer(value) if isinstance(value, str) else value
 
 
 def _position(value: Any, name: str, number: int) -> Any:

@@ -53,7 +53,7 @@ def upstream(
     top: Top = 10,
 ) -> None:
     """Split what a head took from one token by who wrote what the head read there."""
-    where, tokens = question.where(), question.tokens()
+    where = question.where()
     for label in part:
         if not _ROW.fullmatch(label):
             raise typer.BadParameter(
@@ -61,13 +61,13 @@ def upstream(
                 param_hint="'--part'",
             )
     files.check()
-    check = readable(prompt, [*tokens.values()], where, run.prepend_bos)
+    check = readable(prompt, question.said, where, run.prepend_bos)
     loaded, tokenizer = load(model, loading, check=check)
     with running():
         result = dla_hooks.upstream(
             loaded,
             prompt,
-            **tokens,
+            **question.tokens(),
             part=part,
             unit=unit.value,
             pos=where,
