@@ -17,7 +17,6 @@ from dla_hooks.cli.help import examples
 from dla_hooks.cli.terminal import out
 from dla_hooks.errors import InputError
 from dla_hooks.residual.architecture import Architecture
-from dla_hooks.results.files import write_text
 from dla_hooks.units import units_of
 
 
@@ -49,7 +48,8 @@ def list_architectures(
         if json == STDOUT:
             sys.stdout.write(text)
         else:
-            said(write_text(json, text))
+            json.write_text(text, encoding="utf-8")
+            said(json)
 
 
 def _lines() -> list[dict[str, Any]]:

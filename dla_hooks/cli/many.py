@@ -33,6 +33,10 @@ from dla_hooks.cli.terminal import note, show
 from dla_hooks.cli.words import as_answer, as_pos
 from dla_hooks.errors import DLAError, InputError
 
+_SAID = {
+    "top": "the model's own top token",
+    "next": "the token that comes next in the text",
+}
 RESULTS, SUMMARY, FINISHED = "results.jsonl", "summary.safetensors", "finished"
 """What a folder holds: a line per prompt, the means, and what a later run goes on from."""
 
@@ -136,6 +140,8 @@ def many(
     with _opened(lines) as opened:
         means = dla_hooks.summarize(_written(results, opened))
     if output != STDOUT:
+        if isinstance(answers, str) and answers in _SAID:
+            show(f"the answer of each prompt is {_SAID[answers]}\n")
         show(repr(means))
     if folder is not None:
         said(means.save(folder / SUMMARY))
