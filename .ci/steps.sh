@@ -33,6 +33,18 @@ developer() {
   source "$work/dev/bin/activate"
 }
 
+# browser: Debian's Chromium and its driver, where there are none; without apt the tests are skipped.
+browser() {
+  if command -v chromium chromedriver > /dev/null; then
+    chromium --version
+  elif command -v apt-get > /dev/null && [ "$(id -u)" = 0 ]; then
+    { apt-get update && apt-get install -y --no-install-recommends chromium chromium-driver fonts-dejavu-core; } > "$work/apt" \
+      && chromium --version || tail -n 3 "$work/apt"
+  else
+    printf 'no apt: the tests in a browser are skipped\n'
+  fi
+}
+
 # versions NAME PIP-ARGUMENTS…: a fresh environment of other versions, with what the tests need.
 versions() {
   local name=$1

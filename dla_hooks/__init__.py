@@ -41,6 +41,8 @@ if TYPE_CHECKING:  # X as X: these names are public
     from dla_hooks.inputs.rows_of_positions import PerRow as PerRow
     from dla_hooks.inputs.rows_of_positions import Span as Span
     from dla_hooks.many.sweep import attribute_many as attribute_many
+    from dla_hooks.pages.document import Report as Report
+    from dla_hooks.pages.report import report as report
     from dla_hooks.questions.ablated import Ablated as Ablated
     from dla_hooks.questions.ablated import ablated as ablated
     from dla_hooks.questions.compare import compare as compare
@@ -105,6 +107,7 @@ _HOME = {
     "PromotedTokens": "results.promoted",
     "RUNNER_UP": "targets.own",
     "RankedAttribution": "results.ranked",
+    "Report": "pages.document",
     "ShapeMismatchError": "errors",
     "Span": "inputs.rows_of_positions",
     "Summary": "results.summary",
@@ -133,6 +136,7 @@ _HOME = {
     "prepare": "attribution",
     "promoted_tokens": "stacks",
     "register": "residual.registry",
+    "report": "pages.report",
     "stack_head_results": "stacks",
     "stack_neuron_results": "stacks",
     "summarize": "results.summarize",

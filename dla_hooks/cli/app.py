@@ -22,6 +22,7 @@ from dla_hooks.cli import (
     listing,
     many,
     promote,
+    report,
     startup,
     upstream,
     verify,
@@ -85,6 +86,7 @@ def _options(
 for _name, _command in {
     "demo": demo.demo,
     "attribute": attribute.attribute,
+    "report": report.report,
     "many": many.many,
     "generate": generate.generate,
     "compare": compare.compare,

@@ -26,7 +26,8 @@ class PromoteUnit(StrEnum):
 
 
 @examples(
-    "dla-hooks promote demo 'The keys near the cabinet' --unit head",
+    "dla-hooks promote demo 'The keys near the cabinet' \\",
+    "    --unit head",
     "dla-hooks promote demo 'The keys near the cabinet' \\",
     "    --unit neuron -k 3 --csv -",
 )

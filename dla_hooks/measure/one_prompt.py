@@ -54,7 +54,7 @@ def measure(
             f"{entries.shape[0]} answers do not fit the one prompt of a cache without its batch "
             "axis; give one token, or keep the axis"
         )
-    recording, columns, until = Recording(plan, entries, source.missing), None, None
+    recording, columns = Recording(plan, entries, source.missing), None
     reads_logits = plan.target.reads_logits
     if reads_logits:
         columns = columns_to_check(entries, prompt, plan.stream.vocabulary) if check else None
@@ -62,9 +62,7 @@ def measure(
             columns = torch.arange(prompt.shape[1], device="cpu")  # what hooks there would see
         if source.logits_at is not None:
             columns = source.logits_at if check else None
-    elif plan.stream.ending is not None:
-        until = plan.stream.ending.until
-    logits = source.show(recording.view, recording.taps, columns, until)
+    logits = source.show(recording.view, recording.taps, columns, plan.target.until)
     measurement = recording.finish()
     if not check:
         return measurement, Outcome(identity_gap(measurement))
@@ -116,6 +114,7 @@ def results(
             "incorrect": None if incorrect is None else list(incorrect),
             "model": plan.stream.backend.name,
             "softcap": plan.stream.softcap,
+            "reading": plan.target.reading,
             "seen": seen,
             "several": entries.several,
         }

@@ -13,6 +13,7 @@ from dla_hooks.backends import Conventions
 from dla_hooks.calibration.attention_way import attention_way
 from dla_hooks.call import check_given, checked, model_of, placed, source_of, target_of
 from dla_hooks.errors import InputError
+from dla_hooks.inputs.entries import Entries
 from dla_hooks.inputs.positions import Selection
 from dla_hooks.measure.asked import Asked, settled
 from dla_hooks.measure.one_prompt import measure
@@ -177,9 +178,18 @@ class _HeadRow(StreamTarget):
                 f"comes later, or is masked; {name} is no row there"
             )
         entries = found.entries.at(columns_B[found.entries.rows])
-        answers, incorrect = of.names(found.entries, self._tokenizer)
-        names = [f"{name} of {answer}" for answer in answers], incorrect
+        names = [f"{name} of {one}" for one in _asked_for(of, found.entries, self._tokenizer)]
         return EntryTarget(self._reader, entries, split.v_NM, split.bias_N, split.value_N, names)
+
+
+def _asked_for(of: Target, entries: Entries, tokenizer: Any) -> list[str]:
+    """What a target asks for, in words: one, or one for each entry."""
+    answers, incorrect = of.names(entries, tokenizer)
+    if of.reading is not None:
+        return answers
+    if incorrect is None:
+        return [repr(answer) for answer in answers]
+    return [f"{one!r} - {other!r}" for one, other in zip(answers, incorrect, strict=True)]
 
 
 def _as_rows(part: Any) -> list[tuple[str, int]]:

@@ -124,7 +124,7 @@ class _Score(StreamTarget):
         with torch.inference_mode(False):  # in which autograd is off
             source.at_once().show(View(entries), lambda _: taps, None, ending.until)
         v_RM, bias_R, score_R = found[0]
-        return EntryTarget(way.reader, entries, v_RM, bias_R, score_R, ([repr(asked)], None))
+        return EntryTarget(way.reader, entries, v_RM, bias_R, score_R, [repr(asked)])
 
     def _read(
         self, way: WayIn, call: AttentionCall, query: Tensor, key: Tensor, width: int

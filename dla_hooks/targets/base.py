@@ -161,6 +161,8 @@ class Target:
         witness: otherwise, what it is checked by besides the stream itself.
         answers_K: the token that each target asks for; -1 where there is none, and None where there
             is none at all.
+        until: the input of a module from which on nothing need run, or None.
+        reading: what is read, in words, where that is no logit.
         of_prompt: whether its directions depend on what the model does with a prompt.
         known_N: instead of a witness, what an earlier run showed at each entry.
     """
@@ -171,6 +173,8 @@ class Target:
     reads_logits: bool = True
     witness: Witness | None = None
     answers_K: Tensor | None = None
+    until: Place | None = None
+    reading: str | None = None
     of_prompt: bool = False
     known_N: Tensor | None = None
 

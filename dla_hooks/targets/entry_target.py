@@ -28,7 +28,7 @@ class EntryTarget(StreamTarget):
         v_NM: directions [N, d_model], which read the norm's output.
         bias_N: what the readings have besides [N].
         known_N: what they should be [N].
-        names: the text of the answers and of the incorrect tokens, for results.
+        names: what is read, in words: one, or one for each entry.
     """
 
     def __init__(
@@ -38,9 +38,9 @@ class EntryTarget(StreamTarget):
         v_NM: Tensor,
         bias_N: Tensor,
         known_N: Tensor,
-        names: tuple[list[str], list[str] | None],
+        names: list[str],
     ) -> None:
-        super().__init__(reader.stream, reader.norm, v_NM, None, "", bias_N)
+        super().__init__(reader.stream, reader.norm, v_NM, None, names[0], bias_N)
         self.witness, self.known_N = None, known_N
         self._entries, self._names = entries, names
 
@@ -52,7 +52,7 @@ class EntryTarget(StreamTarget):
 
     def names(self, entries: Any, tokenizer: Any) -> tuple[list[str], list[str] | None]:
         """What is read."""
-        return self._names
+        return self._names, None
 
 
 def columns_of(position: int, selection: Selection) -> Tensor:

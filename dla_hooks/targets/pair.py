@@ -44,7 +44,7 @@ class PairTarget(Target):
 
     def __init__(self, own: Target, other: Readout) -> None:
         self.own, self.stream, self.point = own, own.stream, own.point
-        self.reads_logits = own.reads_logits
+        self.reads_logits, self.until = own.reads_logits, own.until
         first = own.readouts[0].directions
         if len(first) != len(other.directions):
             raise InputError(

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from dla_hooks.calibration.norm_constants import norm_at
-from dla_hooks.modules.hooks import Place
+from dla_hooks.modules.hooks import Place, Use
 from dla_hooks.projection.directions import Directions
 from dla_hooks.projection.reading_point import ReadingPoint
 from dla_hooks.projection.readout import Readout
@@ -39,7 +39,8 @@ class StreamTarget(Target):
         name: str,
         bias_K: Tensor | None = None,
     ) -> None:
-        self.stream, self.witness, self._name = stream, witness, name
+        self.stream, self.witness, self.reading = stream, witness, name
+        self.until = _until(stream, norm)
         dtype = stream.work_dtype
         rounds = is_coarse(coarsest((stream.stream_dtype, stream.write_dtype)))
         v_KM = v_KM.to(dtype)
@@ -56,4 +57,13 @@ class StreamTarget(Target):
 
     def names(self, entries: Any, tokenizer: Any) -> tuple[list[str], list[str] | None]:
         """What is read."""
-        return [self._name], None
+        return [self.reading or type(self).__name__], None
+
+
+def _until(stream: Stream, norm: Place | None) -> Place:
+    """Where a forward pass may end: hooks of the caller's behind that do not fire."""
+    if stream.ending is not None:
+        return stream.ending.until
+    if norm is None:
+        return stream.last
+    return Place(stream.unembed, "the unembedding", Use(0, 0), before=True, first=True)

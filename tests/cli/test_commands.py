@@ -27,7 +27,7 @@ from dla_hooks.units import unit_class, unit_names
 PROMPT = "The keys near the cabinet"
 ASKED = ("--answer", " are", "--incorrect", " is")
 COMMANDS = (
-    *("demo", "attribute", "many", "generate", "compare"),
+    *("demo", "attribute", "report", "many", "generate", "compare"),
     *("effects", "upstream", "promote", "verify", "list"),
 )
 
@@ -347,7 +347,7 @@ class TestProcess:
         ask = dla_hooks.direct_logit_attribution
         with chunk_bars():
             ask(net, PROMPT, " are", tokenizer=tokenizer, chunk_size=2)
-        assert "3/3" in capsys.readouterr().err
+        assert "0/3" in capsys.readouterr().err
         ask(net, PROMPT, " are", tokenizer=tokenizer, chunk_size=2)
         with chunk_bars(False):
             ask(net, PROMPT, " are", tokenizer=tokenizer, chunk_size=2)

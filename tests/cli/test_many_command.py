@@ -96,7 +96,7 @@ def test_a_folder_holds_lines_and_means_and_is_gone_on_from(model, file, tmp_pat
     def ran(*_, **__):
         raise AssertionError("a finished prompt ran again")
 
-    monkeypatch.setattr("dla_hooks.many.batches.measure", ran)
+    monkeypatch.setattr("dla_hooks.attribution.measure", ran)
     again = call("many", "demo", file, "-o", folder)
     assert again.exit_code == 0, again.output
     assert [line["attribution"] for line in lines_of((folder / "results.jsonl").read_text())] == [

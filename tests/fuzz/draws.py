@@ -19,8 +19,11 @@ from questions import (
     Wrong,
     ask,
     hold,
+    hold_compare,
+    hold_direction,
     hold_many,
     hold_neurons,
+    hold_sets,
     hold_stacks,
     prepared,
     question_of,
@@ -123,6 +126,15 @@ def _settle(bench: Bench, found: Outcome, without: tuple[str, ...]) -> None:
         return
     if question.way == "neurons":
         found.kind = _as_guest(bench, lambda: hold_neurons(bench, truth))
+        return
+    if question.way == "direction":
+        found.kind = _as_guest(bench, lambda: hold_direction(bench, question, truth))
+        return
+    if question.way == "sets":
+        found.kind = _as_guest(bench, lambda: hold_sets(bench, truth))
+        return
+    if question.way == "compare":
+        found.kind = _as_guest(bench, lambda: hold_compare(bench, truth))
         return
     if question.way == "unchecked":  # nothing is promised of its numbers
         _as_guest(bench, lambda: ask(bench, question))

@@ -14,6 +14,7 @@ import dla_hooks
 
 UNITS = ["component", "layer", "head"]
 WAYS = ["once", "once", "once", "twice", "plan", "plan", "many", "stacks", "neurons", "unchecked"]
+WAYS += ["direction", "direction", "sets", "compare"]
 
 
 class Wrong(Exception):
@@ -362,3 +363,91 @@ def hold_neurons(bench: Bench, truth: Truth) -> str:
     whole = truth.streams["final_post"][real]
     _close("neurons and remainder", stack.sum(0).double()[real], whole, 3 * _allowed(bench) * size)
     return "right"
+
+
+def hold_direction(bench: Bench, question: Question, truth: Truth) -> str:
+    """A direction in a stream part of the way up: what the block there read, and who wrote it."""
+    labels = [label for label in truth.streams if label != "0_mid"]
+    if not labels:
+        return "right in sum"
+    at, unit = bench.chosen(*labels), bench.random.choice([*UNITS, "neuron"])
+    stream = truth.streams[at]
+    v = torch.randn(stream.shape[-1], generator=bench.generator, dtype=torch.float64)
+    target = dla_hooks.Direction(v, at)
+    bench.said.append(f"{target}, unit={unit}")
+    with bench.running():
+        found = dla_hooks.direct_logit_attribution(
+            bench.model, bench.ids, target, unit=unit, pos=None, attention_mask=bench.mask
+        )
+    real = _real(bench)
+    size = float((stream[real].abs() @ v.abs()).max())
+    allowed = 3 * _allowed(bench) * max(size, float(found.attribution[:, real].abs().max()))
+    own = (found.total().double() + found.bias)[real]
+    _close("what wrote along a direction", own, found.logit.double()[real], allowed)
+    _close(f"the stream at {at}", found.logit.double()[real], (stream @ v)[real], allowed)
+    if unit != "component" or at != "final_post":
+        return "right in sum"
+    rows = dict(zip(found.labels, found.attribution.double(), strict=True))
+    for label, x in truth.written.items():
+        if label in rows and label.endswith("_out"):
+            _close(f"row {label}", rows[label][real], (x @ v)[real], allowed)
+    return "right"
+
+
+def hold_sets(bench: Bench, truth: Truth) -> str:
+    """A weighted set of tokens against the model's own logits, and against single tokens."""
+    vocab = bench.root.config.vocab_size
+    ids = bench.random.sample(range(vocab), 3)
+    weights = [bench.random.choice([1, -1, 0.5, 100, -0.01]) for _ in ids]
+    asked = dla_hooks.Tokens(dict(zip(ids, weights, strict=True)))
+    given: dict[str, Any] = {"pos": None, "attention_mask": bench.mask}
+    with bench.running():
+        found = dla_hooks.direct_logit_attribution(bench.model, bench.ids, asked, **given)
+    with bench.running():
+        each = dla_hooks.direct_logit_attribution(
+            bench.model, bench.ids, dla_hooks.Each([ids] * len(bench.ids)), pos=-1,
+            attention_mask=bench.mask,
+        )  # fmt: skip
+    real, scale = _real(bench), sum(map(abs, weights))
+    due = sum(w * truth.logits[..., i] for i, w in zip(ids, weights, strict=True))
+    allowed = 3 * _allowed(bench) * scale * max(
+        truth.size, float(each.attribution.nan_to_num().abs().max())
+    )  # fmt: skip
+    _close("a weighted set", found.logit.double()[real], due[real], allowed)
+    own = (found.total().double() + found.bias)[real]
+    _close("rows of a weighted set", own, found.logit.double()[real], allowed)
+    last = found.position(-1) if bench.mask is None else None
+    if last is not None and each.labels == found.labels:
+        summed = (each.attribution.double() * torch.tensor(weights).double()).sum(-1)
+        _close("a set and its tokens", last.attribution.double(), summed, allowed)
+    return "right"
+
+
+def hold_compare(bench: Bench, truth: Truth) -> str:
+    """Two prompts compared, against the model's own logits on both."""
+    if bench.mask is not None or bench.positional:
+        return "right in sum"
+    token, unit = bench.random.randrange(bench.root.config.vocab_size), bench.random.choice(UNITS)
+    other = bench.ids.flip(1)
+    with bench.running():
+        found = dla_hooks.compare(
+            bench.model, None, bench.ids, token, other_input=other, unit=unit, pos=None
+        )
+    if found.first.softcap is not None:
+        return "right in sum"
+    due = truth.logits[..., token] - plainly(bench, other, None).double()[..., token]
+    size = max(truth.size, float(found.first.attribution.abs().max()))
+    allowed = 3 * _allowed(bench) * max(size, float(found.second.attribution.abs().max()))
+    _close("the difference of two runs", found.logit.double(), due, allowed)
+    rows = found.attribution.double()
+    whole = rows[-1] if unit == "layer" else rows.sum(0)
+    _close("rows of a comparison", whole + found.bias, found.logit.double(), allowed)
+    halves = found.written.double() + found.read.double()
+    _close("written and read", halves, rows, allowed)
+    return "right in sum"
+
+
+def _real(bench: Bench) -> Tensor:
+    if bench.mask is None:
+        return torch.ones_like(bench.ids, dtype=torch.bool)
+    return bench.mask.bool()

@@ -26,7 +26,7 @@ FLOORS = (
     ("measure", "call", "tl"),
     ("attribution", "stacks"),
     ("questions",),
-    ("many", "generation"),
+    ("many", "generation", "pages"),
     ("__init__",),
     ("placement", "demo"),
     ("checkpoint",),

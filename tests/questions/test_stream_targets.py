@@ -194,6 +194,18 @@ def test_blocks_behind_the_reading_do_not_run(at, runs):
     assert abs(float(result.gap)) < 1e-9  # the model is as it was
 
 
+@pytest.mark.parametrize("through", [False, True])
+def test_hooks_behind_the_last_stream_do_not_fire(through):
+    model, ids = build("llama"), example_ids("llama")
+    fired = []
+    model.lm_head.register_forward_hook(lambda *_: fired.append("lm_head"))
+    if not through:
+        model.model.norm.register_forward_hook(lambda *_: fired.append("norm"))
+    result = attribute(model, ids, Direction(vector_for(model), through_norm=through), pos=None)
+    assert fired == []
+    assert torch.allclose(result.total() + result.bias, result.logit)
+
+
 def test_models_whose_weights_are_brought_run_whole():
     accelerate = pytest.importorskip("accelerate")
     model, ids = build("llama"), example_ids("llama")

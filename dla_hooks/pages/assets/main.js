@@ -1,0 +1,35 @@
+// The page as a whole.
+
+async function begin() {
+  const app = document.getElementById("app");
+  if (typeof DecompressionStream === "undefined") {
+    app.append(el("p", {}, "This browser is too old for this page: it needs one of 2023 or later."));
+    return;
+  }
+  state.content = await readContent();
+  const spoken = el("p", { class: "sr", role: "status", "aria-live": "polite" });
+  app.append(headerPanel(), stripPanel(),
+    el("div", { class: "body" },
+      el("div", { class: "column" }, waterfallPanel(), heatmapPanel()),
+      el("div", { class: "side" }, cardPanel())),
+    tablePanel(), footPanel(), spoken);
+  document.body.append(tip);
+  drawers.push(() => {
+    const own = page(), spot = own.spots[state.entry];
+    spoken.textContent = `${state.label}, ${signed(chosenValue())}${own.located ? `, at position ${spot}, ${quoted(own.tokens[spot])}` : ""}`;
+  });
+  readAddress();
+  draw();
+  addEventListener("hashchange", () => { readAddress(); choose({}); });
+  darkMode.addEventListener("change", () => choose({}));
+  let width = innerWidth;
+  addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; choose({}); } });
+  addEventListener("scroll", hideTip, { passive: true });
+  listenToKeys();
+  document.documentElement.dataset.ready = "true";
+}
+
+begin().catch((error) => {
+  document.getElementById("app").append(el("p", { class: "notes" }, `This page cannot be shown: ${error}`));
+  throw error;
+});

@@ -1,0 +1,131 @@
+// The components in the order of the stream, each from where the last one ended, up to the logit.
+
+function waterfallPanel() {
+  const { node, what, body } = panel("waterfall", "From the embedding to the logit", { picture: () => drawn(900), table });
+  const canvas = el("div", { class: "canvas", tabindex: 0, role: "group", "aria-label": "Waterfall of components; arrow keys choose one" });
+  body.append(canvas);
+  let bars = [];
+
+  const unit = () => streamUnit(page());
+  const pale = (one) => /mlp|moe|expert|ffn/.test(one.kind ?? "");
+
+  // One for each row, then the bias: where it begins and ends.
+  function steps() {
+    const own = unit();
+    let rows = own.list(state.entry);
+    let more = null;
+    if (own.index_is && rows.length > 40) {  // no components: the strongest of what there is
+      const kept = new Set([...rows].filter((one) => !one.remainder).sort((a, b) => Math.abs(b.value) - Math.abs(a.value)).slice(0, 30));
+      const others = rows.filter((one) => !kept.has(one) && !one.remainder);
+      more = { label: `${others.length} more`, value: others.reduce((sum, one) => sum + one.value, 0), row: -1 };
+      rows = [...rows.filter((one) => kept.has(one)), more, ...rows.filter((one) => one.remainder)];
+    }
+    let at = 0;
+    const found = rows.map((one) => {
+      const from = at;
+      at += one.value;
+      return { ...one, from, to: at, pick: one !== more };
+    });
+    const bias = page().bias[state.entry];
+    return [...found, { label: "bias", value: bias, from: at, to: at + bias, layer: null, kind: "bias", pick: false }];
+  }
+
+  function drawn(width) {
+    const found = steps(), own = page();
+    bars = found;
+    const left = 52, right = 14, top = 18, plot = 210, bottom = 46;
+    const height = top + plot + bottom;
+    const step = (width - left - right) / (found.length + 1);
+    const ends = found.flatMap(({ from, to }) => [from, to]).filter(Number.isFinite);
+    const low = Math.min(0, ...ends), high = Math.max(0, ...ends), span = high - low || 1;
+    const y = (value) => top + plot * (1 - (value - low) / span);
+    const x = (i) => left + i * step;
+    const digits = Math.max(0, digitsFor(Math.max(high, -low)) - 2);
+
+    const ticks = niceTicks(low, high, 5).map((value) => [
+      svg("line", { x1: left, x2: width - right, y1: y(value), y2: y(value), class: value === 0 ? "zero" : "rule" }),
+      svg("text", { x: left - 7, y: y(value) + 4, "font-size": 11, "text-anchor": "end", class: "axis" }, value === 0 ? "0" : signed(value, digits))]);
+
+    const groups = [];
+    found.forEach((one, i) => {
+      const last = groups.at(-1);
+      if (one.layer !== null && last?.layer === one.layer) last.to = i + 1;
+      else groups.push({ layer: one.layer, from: i, to: i + 1, label: one.label });
+    });
+    const every = Math.max(1, Math.ceil(20 / (step * (groups.find((one) => one.layer !== null)?.to - groups.find((one) => one.layer !== null)?.from || 1))));
+    const names = groups.filter(({ layer }) => layer === null || layer % every === 0).map(({ layer, from, to, label }) =>
+      layer === null
+        ? svg("text", { transform: `translate(${x((from + to) / 2) + 4},${top + plot + 12}) rotate(-32)`, "font-size": 11, "text-anchor": "end", class: "axis" }, shortened(label, 12))
+        : svg("text", { x: x((from + to) / 2), y: top + plot + 17, "font-size": 11, "text-anchor": "middle", class: "axis" }, layer));
+    const bands = groups.filter(({ layer }) => layer !== null && layer % 2 === 1).map(({ from, to }) =>
+      svg("rect", { x: x(from), y: top, width: x(to) - x(from), height: plot, fill: paint("wash") }));
+
+    const marks = found.map((one, i) => {
+      const from = Number.isFinite(one.from) ? y(one.from) : y(0), to = Number.isFinite(one.to) ? y(one.to) : y(0);
+      const chosen = one.pick && state.unit === unit().key && state.label === one.label;
+      const light = pale(one);
+      return svg("g", { class: "bar", "data-mark": i },
+        svg("rect", { x: x(i), y: top, width: step, height: plot, fill: "transparent" }),
+        svg("rect", { x: x(i) + step * 0.12, y: Math.min(from, to), width: step * 0.76, height: Math.max(1, Math.abs(to - from)), fill: one.kind === "bias" ? paint("faint") : paint(one.value < 0 ? "down" : "up"), "fill-opacity": light ? 0.6 : 1, rx: Math.min(1.5, step / 6) }),
+        svg("line", { x1: x(i) + step * 0.12, x2: x(i + 1) + step * 0.88, y1: to, y2: to, stroke: paint("faint"), "stroke-width": 0.75 }),
+        chosen ? svg("rect", { class: "ring", x: x(i) + step * 0.12 - 2, y: Math.min(from, to) - 2, width: step * 0.76 + 4, height: Math.max(1, Math.abs(to - from)) + 4, rx: 3 }) : null);
+    });
+    const logit = own.logit[state.entry], n = found.length;
+    const total = svg("g", { class: "bar", "data-mark": n },
+      svg("rect", { x: x(n), y: top, width: step, height: plot, fill: "transparent" }),
+      svg("rect", { x: x(n) + step * 0.12, y: Math.min(y(0), y(logit)), width: step * 0.76, height: Math.max(1, Math.abs(y(logit) - y(0))), fill: paint("ink"), rx: Math.min(1.5, step / 6) }),
+      svg("text", { transform: `translate(${x(n + 0.5) + 4},${top + plot + 12}) rotate(-32)`, "font-size": 11, "text-anchor": "end", class: "axis" }, "logit"));
+    const axis = svg("text", { x: (left + width - right) / 2, y: height - 4, "font-size": 11, "text-anchor": "middle", class: "axis" }, groups.every((one) => one.layer === null) ? "" : found.some(pale) ? "layer (pale: MLP)" : "layer");
+    return svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": caption() }, bands, ticks, marks, total, names, axis);
+  }
+
+  function caption() {
+    const moved = steps().map((one) => one.value).filter(Number.isFinite);
+    const up = moved.filter((value) => value > 0).reduce((sum, value) => sum + value, 0);
+    const down = moved.filter((value) => value < 0).reduce((sum, value) => sum - value, 0);
+    const lost = up + down > 0 ? (2 * Math.min(up, down)) / (up + down) : 0;
+    const about = unit().rounded && state.entry !== page().focus ? "about " : "";
+    return `${about}${signed(up, 2)} pushed up, ${signed(-down, 2)} pushed down, together ${signed(up - down, 2)}: ${percent(lost)} of it cancels`;
+  }
+
+  function table() {
+    const rows = steps().map((one) => [one.label, one.value, one.to]);
+    return { columns: ["component", "value", "running sum"], rows: [...rows, ["logit", page().logit[state.entry], page().logit[state.entry]]] };
+  }
+
+  drawers.push(() => {
+    node.hidden = !unit() || !unit().has(state.entry);
+    if (node.hidden) return;
+    what.textContent = caption();
+    canvas.replaceChildren(drawn(Math.max(320, canvas.clientWidth)), hiddenTable("Components in the order of the stream", table()));
+  });
+  canvas.addEventListener("click", (event) => {
+    const one = bars[Number(event.target.closest("[data-mark]")?.dataset.mark)];
+    if (one?.pick) choose({ unit: unit().key, label: one.label, tab: unit().key });
+  });
+  canvas.addEventListener("keydown", (event) => {
+    const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (!by) return;
+    event.preventDefault();
+    event.stopPropagation();
+    const picks = bars.filter((one) => one.pick);
+    const at = state.unit === unit().key ? picks.findIndex((one) => one.label === state.label) : -1;
+    const next = picks[Math.min(picks.length - 1, Math.max(0, at + by))];
+    choose({ unit: unit().key, label: next.label, tab: unit().key });
+  });
+  hover(canvas, (i) => {
+    const one = bars[Number(i)];
+    if (!one) return ["logit", [["value", signed(page().logit[state.entry], 4)]]];
+    return [one.label, [["value", signed(one.value, 4)], ["sum up to here", signed(one.to, 4)]]];
+  });
+  return node;
+}
+
+function niceTicks(low, high, n) {
+  const rough = (high - low || 1) / n;
+  const power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 5, 10].map((one) => one * power).find((one) => one >= rough);
+  const found = [];
+  for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) found.push(i * step);
+  return found;
+}
