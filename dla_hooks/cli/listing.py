@@ -1,31 +1,82 @@
-"""What ``dla-hooks list`` prints. It needs no torch, so that the list comes at once."""
+"""``dla-hooks list``. It needs no torch, so that the list comes at once."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json as json_text
+import sys
+from typing import Annotated, Any
 
+import typer
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+import dla_hooks
+from dla_hooks.cli.files import STDOUT, Json, check_folder, said
+from dla_hooks.cli.help import examples
+from dla_hooks.cli.terminal import out
+from dla_hooks.errors import InputError
 from dla_hooks.residual.architecture import Architecture
 from dla_hooks.units import units_of
 
 
-def architectures(known: Sequence[Architecture]) -> RenderableType:
-    """One line per model type, in alphabetical order."""
+@examples("dla-hooks list llama", "dla-hooks list --json - gemma")
+def list_architectures(
+    part: Annotated[
+        str,
+        typer.Argument(
+            metavar="[NAME]",
+            help="Only the types whose name holds this, in capitals or not.",
+            show_default=False,
+        ),
+    ] = "",
+    json: Json = None,
+) -> None:
+    """List the model types that are known, and what is special about each."""
+    if json is not None:
+        check_folder(json)
+    found = [line for line in _lines() if part.lower() in line["model_type"].lower()]
+    if not found:
+        raise InputError(
+            f"no declared model type holds {part!r}; another is recognised where it has a known "
+            "shape: dla-hooks verify MODEL says so"
+        )
+    if json != STDOUT:
+        out().print(_table(found, whole=not part))
+    if json is not None:
+        text = json_text.dumps(found, ensure_ascii=False, indent=1) + "\n"
+        if json == STDOUT:
+            sys.stdout.write(text)
+        else:
+            json.write_text(text, encoding="utf-8")
+            said(json)
+
+
+def _lines() -> list[dict[str, Any]]:
+    """One record per model type, in alphabetical order."""
+    known = dla_hooks.architectures()
+    by_type = {name: architecture for architecture in known for name in architecture.model_types}
+    return [
+        {
+            "model_type": name,
+            "units": [*units_of(by_type[name])],
+            "special": _special(by_type[name]),
+        }
+        for name in sorted(by_type)
+    ]
+
+
+def _table(found: list[dict[str, Any]], whole: bool) -> RenderableType:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("model type", no_wrap=True)
     table.add_column("units", no_wrap=True)
     table.add_column("besides blocks, norm and unembedding", overflow="fold")
-    by_type = {name: architecture for architecture in known for name in architecture.model_types}
-    for name in sorted(by_type):
-        table.add_row(name, " ".join(units_of(by_type[name])), "; ".join(_special(by_type[name])))
-    return Group(
-        table,
-        "",
-        Text("Other types are recognised where they have one of these shapes and verify."),
-    )
+    for line in found:
+        table.add_row(line["model_type"], " ".join(line["units"]), "; ".join(line["special"]))
+    if not whole:
+        return table
+    end = "Other types are recognised where they have one of these shapes and verify."
+    return Group(table, "", Text(end))
 
 
 def _special(architecture: Architecture) -> list[str]:

@@ -9,15 +9,23 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
+from dla_hooks.results.by_entry import mixed
 from dla_hooks.results.data import ResultData
 from dla_hooks.results.ranking import Shown, both_ends, in_order, strongest
-from dla_hooks.results.text import lines
+from dla_hooks.results.text import as_text, lines
 from dla_hooks.results.wording import closing, headline, printable, question, said_by_model
 
 if TYPE_CHECKING:
+    from dla_hooks.cli.options import Question
     from dla_hooks.demo import Example
 
 _UP, _DOWN, _FAINT = "blue", "red", "bright_black"
+
+_OWN = {
+    "top": "the model's own top token",
+    "next": "the token that comes next in the text",
+    "runner-up": "the model's second token",
+}
 
 _TASKS = {
     "indirect_object": "Who is given something: the name that was said once, not the one said "
@@ -28,10 +36,29 @@ _TASKS = {
 }
 
 
-def attribution(result: ResultData, top: int) -> RenderableType:
-    """The ``top`` rows at both ends, and the sum that they are held to."""
+def asked(question: Question) -> str:
+    """A line about the answer where nobody typed it; "" where somebody did."""
+    word = question.answer or "top"
+    if word not in _OWN:
+        return ""
+    left_out = "no --answer was given: " if question.answer is None else ""
+    return f"{left_out}the answer is {_OWN[word]}"
+
+
+def attribution(result: ResultData, top: int, about: str = "") -> RenderableType:
+    """The ``top`` rows at both ends, and the sum that they are held to.
+
+    Args:
+        result: any; of different answers, a line for each.
+        top: how many rows.
+        about: a line about the question, or "".
+    """
+    said = [Text(about, _FAINT)] if about else []
+    if mixed(result):
+        return Group(*said, Text(as_text(result), no_wrap=True, overflow="ignore"))
     sum_line, gap_line = closing(result)
     return Group(
+        *said,
         Text(headline(result, with_model=False), "bold"),
         Text(printable(f"{result.model} · {result.words.sentence}"), _FAINT),
         "",

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from dla_hooks.backends import Backend
 from dla_hooks.call import checked

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -9,11 +10,12 @@ import torch
 from torch import Tensor
 
 from dla_hooks.errors import InputError
-from dla_hooks.results import effects_views, files
+from dla_hooks.results import effects_chart, effects_views, files
 from dla_hooks.results.data import entry_mean
-from dla_hooks.results.effects_chart import plot
 from dla_hooks.results.effects_data import Effect, EffectsData
 from dla_hooks.results.parts import check_label, unknown_label
+from dla_hooks.results.picture import Picture
+from dla_hooks.results.plots import effects as effects_plot
 from dla_hooks.results.result import DirectLogitAttribution
 from dla_hooks.results.schema import pack, unpack
 from dla_hooks.results.stored import Exported
@@ -134,14 +136,44 @@ class Effects(EffectsData, Exported):
         """
         return frame(self.records(), self._columns())
 
-    def plot(self) -> altair.Chart:
-        """A picture (extra ``plot``): a bar for each part, with marks for total and direct.
+    def plot(
+        self,
+        kind: str | None = None,
+        *,
+        rows: int | Sequence[str] | None = None,
+        title: str | None = None,
+        width: float | None = None,
+        height: float | None = None,
+    ) -> Picture:
+        """A picture: bars for each part, as means over batch and positions.
+
+        Args:
+            kind: ``"effects"``, direct beside total (None is this one); or ``"split"``, where the
+                total went: own, downstream and read.
+            rows: how many parts, the first ones; or a list of labels; None is all, up to 30.
+            title: in place of the heading.
+            width: of the picture, in pixels.
+            height: of what is below the heading, in pixels.
+
+        Raises:
+            InputError: when the result holds no number, or for an argument without meaning.
+            LabelError: (a KeyError) for a part that was not taken out.
+        """
+        return effects_plot.plot(
+            self, kind=kind, rows=rows, title=title, width=width, height=height
+        )
+
+    def to_altair(self) -> altair.Chart:
+        """An Altair chart, whose methods change it (extra ``plot``): where each total went.
+
+        A bar for each part, with marks for total and direct. To see it, a notebook needs a
+        network.
 
         Raises:
             MissingExtraError: when Altair is not installed.
             InputError: when the result holds no number.
         """
-        return plot(self)
+        return effects_chart.plot(self)
 
     def save(self, path: str | Path) -> Path:
         """Write everything, the clean run's attribution too, to one safetensors file.

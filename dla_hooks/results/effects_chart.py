@@ -29,7 +29,7 @@ def plot(data: EffectsData) -> altair.Chart:
     try:
         import altair as alt
     except ImportError:
-        raise MissingExtraError("plot()", "plot") from None
+        raise MissingExtraError("to_altair()", "plot") from None
     means, labels = data.means(), [printable(label) for label in data.labels]
     lines = list(zip(labels, means, strict=True))
     pieces = _lines(lines, tuple(_PIECES))

@@ -30,6 +30,7 @@ from dla_hooks.modules.weights import is_sharded
 from dla_hooks.projection.tiles import View
 from dla_hooks.residual.hooked import places_hooked
 from dla_hooks.residual.stream import Stream
+from dla_hooks.sources.bars import with_bar
 from dla_hooks.sources.base import Source
 from dla_hooks.sources.prompt import refusing_length
 
@@ -74,7 +75,8 @@ class Live(Source):
         logits, width = [], self.prompt.shape[1]
         if until is not None and runs_whole(self._stream.model):
             until = None
-        for chunk, run in chunks(self._stream.backend, self.prompt, columns, self._chunk_size):
+        pieces = chunks(self._stream.backend, self.prompt, columns, self._chunk_size)
+        for chunk, run in with_bar(pieces, -(-width // (self._chunk_size or width))):
             piece = view.part(chunk.start, chunk.stop)
             looks = taps(piece) if piece is view or len(piece) else []
             if self.prompt.extras or places_hooked(self._stream):

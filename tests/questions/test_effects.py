@@ -463,9 +463,35 @@ def test_saved_effects_come_back_whole(some, tmp_path):
     assert json.loads(some.to_json())["labels"] == some.labels
 
 
+def test_pictures_draw_the_means_of_every_part(some):
+    for kind, names in ((None, ("direct", "total")), ("split", ("own", "downstream", "read"))):
+        picture = some.plot(kind)
+        assert isinstance(picture, dla_hooks.Picture)
+        drawn = dict(picture.values)
+        assert len(drawn) == len(names) * len(some.labels)
+        for label in some.labels:
+            for name in names:
+                mean = float(getattr(some[label], name).mean())
+                assert drawn[f"{label} · {name}"] == pytest.approx(mean, abs=1e-6)
+                mark = (
+                    f'data-label="{label} · {name}" data-value="{drawn[f"{label} · {name}"]:.7g}"'
+                )
+                assert mark in picture.to_svg()
+    last = some.labels[-1]
+    assert [name for name, _ in some.plot(rows=[last]).values] == [
+        f"{last} · direct",
+        f"{last} · total",
+    ]
+    assert len(some.plot(rows=2).values) == 4
+    with pytest.raises(dla_hooks.LabelError):
+        some.plot(rows=["L9H9"])
+    with pytest.raises(dla_hooks.InputError, match="kind must be one of effects, split"):
+        some.plot("bars")
+
+
 def test_views_show_every_part(some):
     pytest.importorskip("altair")
-    chart = json.dumps(some.plot().to_dict())
+    chart = json.dumps(some.to_altair().to_dict())
     for label in some.labels:
         assert label in repr(some)
         assert label in some._repr_html_()

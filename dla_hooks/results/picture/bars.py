@@ -117,7 +117,7 @@ def _drawn(
     low, high = _ends(starts, ends, spreads)
     left = PAD + room + 8 + (beside if any(value < 0 for value in values) else 0)
     right = wide - PAD - (beside if any(not value < 0 for value in values) else 0)
-    at = _scale(low, high, left, max(right, left + 40))
+    at = scale(low, high, left, max(right, left + 40))
 
     for tick in ticks(low, high, max(1, min(6, int((right - left) / 50)))):
         canvas.line(at(tick), 4, at(tick), bottom + 2, stroke_opacity=0.12)
@@ -175,13 +175,19 @@ def _ends(
     starts: Sequence[float], ends: Sequence[float], spreads: Sequence[float]
 ) -> tuple[float, float]:
     """The smallest and the largest number drawn; zero is among them."""
-    reach = [0.0, *starts, *ends]
+    reach = [*starts, *ends]
     for sign in (-1, 1):
         reach += [end + sign * spread for end, spread in zip(ends, spreads, strict=True)]
-    known = [each for each in reach if math.isfinite(each)]
+    return ends_of(reach)
+
+
+def ends_of(values: Sequence[float]) -> tuple[float, float]:
+    """The smallest and the largest of the values that are finite, zero among them."""
+    known = [0.0, *(value for value in values if math.isfinite(value))]
     return min(known), max(known)
 
 
-def _scale(low: float, high: float, left: float, right: float) -> Callable[[float], float]:
+def scale(low: float, high: float, left: float, right: float) -> Callable[[float], float]:
+    """From a number to its place between two edges, in pixels."""
     span = (high - low) or 1.0
     return lambda value: left + (value - low) / span * (right - left)

@@ -1,0 +1,64 @@
+"""``dla-hooks attribute``."""
+
+from __future__ import annotations
+
+import dla_hooks
+from dla_hooks.cli.files import Files
+from dla_hooks.cli.help import examples
+from dla_hooks.cli.loading import load, readable
+from dla_hooks.cli.options import (
+    UNIT,
+    Loading,
+    Model,
+    PromptArgument,
+    Question,
+    Run,
+    Top,
+    UnitOption,
+)
+from dla_hooks.cli.running import running
+from dla_hooks.cli.terminal import out
+from dla_hooks.errors import InputError
+
+
+@examples(
+    "dla-hooks attribute demo 'The keys near the cabinet'",
+    "dla-hooks attribute demo 'The keys near the cabinet' \\",
+    "    --answer ' are' --incorrect ' is' --unit head",
+    "dla-hooks attribute demo 'The keys near the cabinet' \\",
+    "    --answer next --pos 0:-1 --json -",
+)
+def attribute(
+    model: Model,
+    prompt: PromptArgument,
+    question: Question,
+    run: Run,
+    files: Files,
+    loading: Loading,
+    unit: UnitOption = UNIT,
+    top: Top = 10,
+) -> None:
+    """Split a logit, or the difference of two, into what each part of a model wrote."""
+    where = question.where()
+    files.check()
+    check = readable(prompt, question.said, where, run.prepend_bos)
+    loaded, tokenizer = load(model, loading, check=check)
+    with running():
+        result = dla_hooks.direct_logit_attribution(
+            loaded,
+            prompt,
+            **question.tokens(),
+            unit=unit.value,
+            pos=where,
+            tokenizer=tokenizer,
+            prepend_bos=run.prepend_bos,
+            chunk_size=run.chunk_size,
+        )
+        if not result.attribution.numel():
+            raise InputError(f"--pos {question.pos} selects no position of this prompt")
+
+    from dla_hooks.cli import views
+
+    if not files.quiet:
+        out().print(views.attribution(result, top, views.asked(question)), crop=False)
+    files.write(result)

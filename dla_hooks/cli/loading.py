@@ -1,0 +1,122 @@
+"""Models for commands: everything that can be refused is refused before the weights are read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dla_hooks.cli.options import Loading
+from dla_hooks.cli.startup import lean_imports
+from dla_hooks.cli.terminal import note, progress
+from dla_hooks.cli.words import OWN
+from dla_hooks.errors import TokenizerMissingError
+
+_OFFLINE = "HF_HUB_OFFLINE"
+
+
+def load(
+    model: str,
+    loading: Loading,
+    *,
+    also: Sequence[str] = (),
+    needs_tokenizer: bool = True,
+    check: Any = None,
+) -> tuple[Any, Any]:
+    """A model and its tokenizer.
+
+    Args:
+        model: as ``MODEL`` was typed.
+        loading: how.
+        also: other models that the process loads later.
+        needs_tokenizer: whether it is read; it must then be there.
+        check: called with the tokenizer, before the weights are read.
+
+    Raises:
+        DLAError: when there is no such model, or it cannot be loaded.
+    """
+    source = _source(model)
+    with progress(f"loading {model}"):
+        _say_where(model, source)
+        with lean_imports(source, *map(_source, also)):
+            from dla_hooks import checkpoint, placement
+
+            if loading.device_map is not None:
+                placement.hand_back_freed_memory()  # the process is ours
+            tokenizer = None
+            if needs_tokenizer:
+                tokenizer = checkpoint.load_tokenizer(source, loading.trust_remote_code)
+                if tokenizer is None:
+                    raise TokenizerMissingError(
+                        f"{model} has no tokenizer, which the prompt and the answer are read "
+                        "with; save one into the folder with tokenizer.save_pretrained(folder)"
+                    )
+                if check is not None:
+                    check(tokenizer)
+            loaded = checkpoint.load_model(
+                source,
+                loading.dtype.value,
+                loading.device,
+                loading.trust_remote_code,
+                device_map=None if loading.device_map is None else loading.device_map.value,
+                max_memory=loading.max_memory,
+            )
+        return loaded, tokenizer
+
+
+def readable(prompt: str, answers: Sequence[str | None], pos: Any, prepend_bos: bool | None) -> Any:
+    """A check, by a tokenizer alone, of what a prompt is asked.
+
+    Raises:
+        InputError: for an answer that is not one token, and a prompt without any.
+        PositionError: for a position that the prompt does not have.
+    """
+
+    def check(tokenizer: Any) -> None:
+        import torch
+
+        from dla_hooks.inputs.answers import read_ids
+        from dla_hooks.inputs.positions import select
+        from dla_hooks.inputs.prompts import encode
+        from dla_hooks.inputs.rows_of_positions import Span
+
+        for name, answer in zip(("--answer", "--incorrect"), answers, strict=False):
+            if answer is not None and answer not in OWN:
+                read_ids(answer, name, None, tokenizer)
+        ids = encode(prompt, tokenizer, prepend_bos)
+        if ids and not isinstance(pos, Span):
+            select(pos, torch.ones(1, len(ids), dtype=torch.bool))
+
+    return check
+
+
+def _source(model: str) -> str:
+    if model != "demo":
+        return model
+    from dla_hooks.demo import path
+
+    return str(path())
+
+
+def _say_where(model: str, source: str) -> None:
+    """Say that a model is looked for elsewhere, which may take a while."""
+    if (
+        Path(source).expanduser().exists()
+        or source[:1] in (".", "/", "~", "")
+        or os.environ.get(_OFFLINE)
+    ):
+        return
+    if source.count("/") > 1 or "\\" in source:
+        return
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        cached = isinstance(try_to_load_from_cache(source, "config.json"), str)
+    except ValueError:  # no such name can be on the hub, and the loader says so
+        return
+    if not cached:
+        note(
+            f"there is no folder {model}, and the local cache does not have it: asking "
+            f"huggingface.co (with {_OFFLINE}=1 set, only the cache is looked in) …"
+        )

@@ -1,0 +1,201 @@
+"""``dla-hooks many``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, TextIO
+
+import typer
+
+import dla_hooks
+from dla_hooks.cli import tables
+from dla_hooks.cli.files import STDOUT, check_folder, said
+from dla_hooks.cli.help import examples
+from dla_hooks.cli.loading import load
+from dla_hooks.cli.options import (
+    OUTPUT,
+    RUN,
+    UNIT,
+    Answer,
+    ChunkSize,
+    Incorrect,
+    Loading,
+    Model,
+    Pos,
+    PrependBos,
+    UnitOption,
+)
+from dla_hooks.cli.terminal import note, show
+from dla_hooks.cli.words import as_answer, as_pos
+from dla_hooks.errors import DLAError, InputError
+
+_SAID = {
+    "top": "the model's own top token",
+    "next": "the token that comes next in the text",
+}
+RESULTS, SUMMARY, FINISHED = "results.jsonl", "summary.safetensors", "finished"
+"""What a folder holds: a line per prompt, the means, and what a later run goes on from."""
+
+
+@examples(
+    "printf 'prompt,answer\\nThe dogs, are\\nThe key, is\\n' |",
+    "    dla-hooks many demo -",
+    "dla-hooks many demo prompts.csv --unit head -o found",
+    "dla-hooks many demo prompts.csv -o found.jsonl",
+)
+def many(
+    model: Model,
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            help="Prompts: .jsonl or .csv with the columns prompt and, for each prompt its own, "
+            "answer, incorrect, position. '-' is stdin.",
+            show_default=False,
+        ),
+    ],
+    loading: Loading,
+    answer: Answer = None,
+    incorrect: Incorrect = None,
+    unit: UnitOption = UNIT,
+    pos: Pos = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="OUT",
+            help="A .jsonl file with a line for each prompt ('-' is stdout); or a folder, with "
+            "such a file and a summary. The same call with the same folder goes on where it ended.",
+            show_default=False,
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    summary: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Also write the means as .safetensors, which dla_hooks.load reads.",
+            show_default=False,
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Also draw the means: .html, .svg, .png or .pdf.",
+            show_default=False,
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="The most tokens in a batch, padding counted.",
+            rich_help_panel=RUN,
+        ),
+    ] = 4096,
+    prepend_bos: PrependBos = None,
+    chunk_size: ChunkSize = None,
+) -> None:
+    """Attribute a file of prompts, one by one, and show the means over all of them."""
+    table = tables.read(file)
+    answers = _one_of("--answer", answer, table.answers) or "top"
+    against = _one_of("--incorrect", incorrect, table.incorrect)
+    where = as_pos(pos)
+    if table.positions is not None:
+        if pos is not None:
+            raise InputError("--pos goes with a file without positions; this one has a column")
+        where = dla_hooks.PerRow(table.positions)
+    folder = _folder_of(output)
+    for path in (summary, plot, output if folder is None else None):
+        if path not in (None, STDOUT):
+            check_folder(path)
+    if plot is not None:
+        from dla_hooks.results.picture import check_path
+
+        check_path(plot)
+    loaded, tokenizer = load(model, loading)
+    results = dla_hooks.attribute_many(
+        loaded,
+        table.prompts,
+        _as_tokens(answers),
+        _as_tokens(against),
+        unit=unit.value,
+        pos=where,
+        tokenizer=tokenizer,
+        prepend_bos=prepend_bos,
+        max_tokens=max_tokens,
+        chunk_size=chunk_size,
+        resume=None if folder is None else folder / FINISHED,
+    )
+    lines = output if folder is None else folder / RESULTS
+    with _opened(lines) as opened:
+        means = dla_hooks.summarize(_written(results, opened))
+    if output != STDOUT:
+        if isinstance(answers, str) and answers in _SAID:
+            show(f"the answer of each prompt is {_SAID[answers]}\n")
+        show(repr(means))
+    if folder is not None:
+        said(means.save(folder / SUMMARY))
+    if summary is not None:
+        said(means.save(summary))
+    if plot is not None:
+        said(means.plot().save(plot))
+    if lines not in (None, STDOUT):
+        said(lines)
+
+
+def _one_of(option: str, given: str | None, column: list[Any] | None) -> Any:
+    if given is not None and column is not None:
+        raise InputError(
+            f"{option} goes with a file without a column {option[2:]!r}; this one has it"
+        )
+    return given if column is None else column
+
+
+def _as_tokens(given: Any) -> Any:
+    """One answer, or one for each prompt, as the library takes it."""
+    if isinstance(given, list):
+        return [as_answer(one) if isinstance(one, str) else one for one in given]
+    return as_answer(given)
+
+
+def _folder_of(output: Path | None) -> Path | None:
+    """The folder to write to, made where it is not there; None for a file and for nothing."""
+    if output is None or output == STDOUT or output.suffix.lower() == ".jsonl":
+        return None
+    if output.is_file() or not output.parent.is_dir():
+        raise InputError(
+            f"cannot write {output}: give a .jsonl file, '-', or a folder (in one that is there)"
+        )
+    output.mkdir(exist_ok=True)
+    return output
+
+
+@contextmanager
+def _opened(path: Path | None) -> Iterator[TextIO | None]:
+    if path is None or path == STDOUT:
+        yield None if path is None else sys.stdout
+        return
+    with path.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+        yield file
+
+
+def _written(results: Iterable[Any], file: TextIO | None) -> Iterator[Any]:
+    """The results, each written as a line when it comes; failures are said on stderr."""
+    for index, result in enumerate(results):
+        failed = isinstance(result, DLAError)
+        if failed:
+            note(f"prompt {index} failed: {' '.join(str(result).splitlines())}")
+        if file is not None:
+            about = {"error": str(result)} if failed else json.loads(result.to_json())
+            file.write(json.dumps({"prompt_index": index, **about}, ensure_ascii=False) + "\n")
+        yield result
