@@ -29,9 +29,19 @@ def pictures() -> dict[str, Picture]:
         )
 
     every = attribute(pos=None)
+    examples = dla_hooks.demo.held_out("indirect_object", 100)
+    many = dla_hooks.attribute_many(
+        model,
+        [one.prompt for one in examples],
+        [one.answer for one in examples],
+        [one.incorrect for one in examples],
+        tokenizer=tokenizer,
+    )
     return {
         "components": attribute().plot("waterfall"),
+        "data_set": dla_hooks.summarize(many).plot(),
         "heads": attribute(unit="head").plot(),
+        "neurons": attribute(unit=dla_hooks.Neurons(top=5)).plot(),
         "positions": every.plot(),
         "tokens": every.plot("strip", row="3_attn_out"),
     }

@@ -1,4 +1,4 @@
-"""A made-up architecture, declared at run time as the README shows, with every kind of oddity."""
+"""A made-up architecture, declared at run time as docs/models.md shows, with every oddity."""
 
 from __future__ import annotations
 
@@ -200,9 +200,9 @@ def test_undeclared_model_is_refused_with_a_sketch():
     assert start.writes[0].module == "mixer"
 
 
-def test_readme_recipe_is_a_valid_declaration():
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    snippets = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+def test_recipe_of_the_docs_is_a_valid_declaration():
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
+    snippets = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     (recipe,) = (snippet for snippet in snippets if "dla_hooks.register(" in snippet)
     registry.architectures()
     before = dict(registry._registered)
