@@ -198,6 +198,7 @@ BARS = {
     "finer": Case(finer.units, "gpt2-small", (512,), also=(("mixtral-6x768", 512),)),
     "finer-chunks": Case(finer.in_chunks, "long-llama", (16384,), shortest=_CHUNKS),
     "promoted": Case(finer.promoted, "gpt2-small", (512,)),
+    "early": Case(questions.early, "gpt2-small", (512,)),
     "compare": Case(questions.compare, "gpt2-small", (512,)),
     "effects": Case(questions.effects, "gpt2-small", (512,)),
     "offload": Case(offload.measured, "llama-250m", (256,)),

@@ -66,6 +66,35 @@ def compare(options: Options) -> list[Measured]:
     return found
 
 
+def early(options: Options) -> list[Measured]:
+    """A direction at layer l of L, prepared: time at most l / L + 0.1, peak 1.03."""
+    found = []
+    for tokens in options.tokens:
+        setting = Setting(options.model, tokens, unit="component", pos="last")
+        bar = (options.model, tokens) in _SIZES
+        model = Bench(setting).model("hf")
+        for name, share in _EARLY.items():
+            call, passes = _direction(share)(model, setting)
+            layer, n = _layer(model, share)
+            what = f"a direction at layer {layer} of {n}, {setting.named()}"
+            options.say(f"{what}: is it the stream's own projection?")
+            _prove_direction(call(), model, setting, layer)
+            limit = layer / n + 0.1 if bar else None
+            found.append(_timed(what, {PLAIN: passes, "early": call}, limit, options))
+            if measurable():
+                peak = in_a_process({"job": "question", "name": name, "setting": vars(setting)})
+                plain = peak_of(PLAIN, setting)
+                found.append(
+                    Measured(
+                        f"memory, {what}",
+                        once(peak / max(1, plain)),
+                        1.03 if bar else None,
+                        detail=f"{peak / 1e6:,.1f} MB / {plain / 1e6:,.1f} MB",
+                    )
+                )
+    return found
+
+
 def effects(options: Options) -> list[Measured]:
     """Effects of 10 rows: time over 11 plain passes (1.05)."""
     found = []
@@ -132,18 +161,55 @@ def _two_checkpoints(model: Any, setting: Setting) -> tuple[Call, Passes]:
     return call, Passes((model, ids), (other, ids))
 
 
+def _layer(model: Any, share: float) -> tuple[int, int]:
+    """The layer at a share of the depth, and the depth."""
+    n: int = model.config.num_hidden_layers
+    return round(share * n), n
+
+
+def _direction(share: float) -> Callable[[Any, Setting], tuple[Call, Passes]]:
+    """A prepared plan of a direction part of the way up, and the plain pass."""
+
+    def make(model: Any, setting: Setting) -> tuple[Call, Passes]:
+        ids, pos = setting.ids(), setting.answers()[2]
+        target = dla_hooks.Direction(_vector(model), f"{_layer(model, share)[0]}_pre")
+        plan = dla_hooks.prepare(model, target, unit=setting.unit)
+        return lambda: plan(ids, pos=pos), Passes((model, ids))
+
+    return make
+
+
+def _vector(model: Any) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(model.config.hidden_size, generator=generator)
+
+
+def _prove_direction(found: Any, model: Any, setting: Setting, layer: int) -> None:
+    """Check the sum against the model's own hidden states."""
+    with torch.no_grad():
+        states = model(setting.ids(), output_hidden_states=True, use_cache=False).hidden_states
+    own = states[layer][:, -1] @ _vector(model)
+    gap = float((found.attribution.sum(0) - own).abs().max())
+    if not gap <= 1e-4 * float(found.attribution.abs().max()):
+        raise Disagreement(f"a direction misses the stream's own projection by {gap:.1e}")
+
+
+_EARLY = {"a quarter up": 0.25, "half way up": 0.5, "three quarters up": 0.75}
 COMPARISONS: dict[str, Callable[[Any, Setting], tuple[Call, Passes]]] = {
     "two prompts": _two_prompts,
     "two checkpoints": _two_checkpoints,
 }
 
 
+CALLS = COMPARISONS | {name: _direction(share) for name, share in _EARLY.items()}
+
+
 def peak_here(name: str, setting: dict[str, Any]) -> int:
-    """Bytes above the weights at the highest point of one comparison, in this process."""
+    """Bytes above the weights at the highest point of one call, in this process."""
     asked = Setting(**setting)
     model = Bench(asked).model("hf")
     short = Setting(**{**setting, "tokens": min(asked.tokens, _WARM_UP)})
-    make = COMPARISONS[name]
+    make = CALLS[name]
     call, passes = make(model, asked)
     make(model, short)[0]()
     for one, _ in passes.runs:

@@ -45,6 +45,7 @@ if TYPE_CHECKING:  # X as X: these names are public
     from dla_hooks.questions.ablated import ablated as ablated
     from dla_hooks.questions.compare import compare as compare
     from dla_hooks.questions.effects import effects as effects
+    from dla_hooks.questions.upstream import upstream as upstream
     from dla_hooks.questions.where import where as where
     from dla_hooks.residual.architecture import Architecture as Architecture
     from dla_hooks.residual.architecture import Write as Write
@@ -135,6 +136,7 @@ _HOME = {
     "stack_head_results": "stacks",
     "stack_neuron_results": "stacks",
     "summarize": "results.summarize",
+    "upstream": "questions.upstream",
     "verify": "verification.recognise",
     "where": "questions.where",
     "wrap": "tl.wrap",

@@ -155,6 +155,11 @@ def _read_one(value: Any, name: str, model: Any, tokenizer: Any) -> int:
             return max(-(2**62), min(operator.index(value), 2**62))
         except TypeError:
             pass  # no integer of any kind: refused with everything else
+    if isinstance(value, (list, tuple)):
+        raise InputError(
+            f"{name} holds a list within a list: a tensor lays one token over each position, and "
+            f"dla_hooks.Each asks for several answers per prompt; got {value!r:.80}"
+        )
     raise InputError(
         f"{name} must be a string of one token, an int, a list of these, or an integer tensor "
         f"(torch.as_tensor makes one of an array); got {type(value).__name__}: {value!r:.80}"

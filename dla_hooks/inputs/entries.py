@@ -59,6 +59,18 @@ class Entries:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def at(self, columns: Tensor) -> Entries:
+        """The same entries at other columns [N], each with a target of its own, in order."""
+        valid = torch.ones_like(self.target_of_entry, dtype=torch.bool)
+        valid = valid if self._valid is None else self._valid
+        rows, cols, target = (
+            torch.zeros(valid.shape, dtype=torch.long, device="cpu") for _ in "rct"
+        )
+        numbers = torch.arange(len(self), device="cpu")
+        for values, own in ((rows, self.rows), (cols, columns), (target, numbers)):
+            values[valid] = own
+        return Entries(rows, cols, target, valid, self.prompt_shape, self.batched, self.mask)
+
     def of_target(self, numbers_K: Tensor) -> Tensor:
         """Spread numbers [..., K] for targets to entries [..., N]; one target's stay [..., 1]."""
         if numbers_K.shape[-1] == 1:

@@ -21,11 +21,10 @@ from dla_hooks.calibration.prompt import short_prompt
 from dla_hooks.errors import DecompositionError, DLAError, InputError, UnsupportedModelError
 from dla_hooks.inputs.forms import pad_left
 from dla_hooks.inputs.rows_of_positions import PerRow
-from dla_hooks.many.questions import together
+from dla_hooks.many.questions import Asking, OneForAll, together
 from dla_hooks.modules.user_hooks import hooked_modules
 from dla_hooks.residual.stream import Stream
 from dla_hooks.results.ranked import RankedAttribution, Result
-from dla_hooks.targets.question import Question
 from dla_hooks.verification.recognise import stream_of
 
 
@@ -53,7 +52,7 @@ class Item:
     n_entries: int = 1
     given_as_ids: bool = False
     follows: bool = False
-    question: Question | None = None
+    question: Asking | None = None
     columns: Sequence[int] | None = None
     given: Item | None = None
 
@@ -246,17 +245,18 @@ class Runner:
             return PerRow([own[0] for own in columns])
         return PerRow.of_any_length(columns)
 
-    def _together(self, batch: Sequence[Item]) -> Question:
+    def _together(self, batch: Sequence[Item]) -> Asking:
         questions = [item.question for item in batch if item.question is not None]
         if len(questions) != len(batch):
             raise InputError("plain answers stand beside others; give all prompts one kind")
         counts = None if self._one_each(batch) else [item.n_entries for item in batch]
         return together(questions, counts)
 
-    def _asking(self, question: Question) -> Plan:
+    def _asking(self, question: Asking) -> Plan:
         """The plan for a question; the last one is kept."""
         if self._kept is None or self._kept[0] != question:
-            self._kept = question, self._prepare(question)
+            given = question.request if isinstance(question, OneForAll) else question
+            self._kept = question, self._prepare(given)
         return self._kept[1]
 
     def _plan(self, correct: Tensor, incorrect: Tensor | None) -> Plan:

@@ -18,12 +18,12 @@ from dla_hooks.inputs.positions import Selection
 from dla_hooks.inputs.prompts import Prompt, read_prompt, tokenizer_for
 from dla_hooks.inputs.rows_of_positions import PerRow, Span, encoder
 from dla_hooks.many.batches import Item
-from dla_hooks.many.questions import put
+from dla_hooks.many.questions import Asking, OneForAll, put
 from dla_hooks.many.rows import Row, Rows
 from dla_hooks.residual.stream import Stream
 from dla_hooks.sources.cautions import warn_of_padding
 from dla_hooks.sources.prompt import check_length
-from dla_hooks.targets.base import Request, TokenRequest
+from dla_hooks.targets.base import Request
 from dla_hooks.targets.question import Question, read_question
 
 _NOTHING = torch.zeros((), dtype=torch.long, device="cpu")
@@ -94,7 +94,7 @@ class Reader:
                 f"a prompt must be one row of token ids, got shape {list(read.input_ids.shape)}"
             )
         question = row.answers.get("question")
-        if question is None and any(isinstance(own, TokenRequest) for own in row.answers.values()):
+        if question is None and any(isinstance(own, Request) for own in row.answers.values()):
             question = self.read_question(row.answers)
         correct, incorrect = _NOTHING, None
         if question is None:
@@ -129,16 +129,13 @@ class Reader:
             columns=columns,
         )
 
-    def read_question(self, answers: Mapping[str, Any]) -> Question:
+    def read_question(self, answers: Mapping[str, Any]) -> Asking:
         """One prompt's question, or that of all, where it is no plain token.
 
         Raises:
-            InputError: for a target that is no token.
+            InputError: for tokens that cannot be read, or beside a target that is none.
         """
-        given = answers["answer_tokens"]
-        if isinstance(given, Request) and not isinstance(given, TokenRequest):
-            raise InputError(f"attribute_many takes tokens, got {given!r:.80}; call a plan instead")
-        wrong = answers.get("incorrect_tokens")
+        given, wrong = answers["answer_tokens"], answers.get("incorrect_tokens")
         question = read_question(
             given,
             wrong,
@@ -146,8 +143,7 @@ class Reader:
             tokenizer=self.backend.answer_tokenizer(self.tokenizer),
             centred=self.centred,
         )
-        assert isinstance(question, Question)
-        return question
+        return question if isinstance(question, Question) else OneForAll(given)
 
     def read_answer(self, name: str, value: Any) -> Tensor:
         """One prompt's answer as ids, [] where it is one token."""

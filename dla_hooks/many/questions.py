@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from dla_hooks.inputs.prompts import Prompt, check_ids
 from dla_hooks.measure.asked import next_tokens
 from dla_hooks.residual.stream import Stream
 from dla_hooks.results.ranked import Result
+from dla_hooks.targets.base import Request
 from dla_hooks.targets.own import NEXT, Own
 from dla_hooks.targets.question import Question, Side
 from dla_hooks.targets.token_sets import TokenSets
@@ -33,12 +34,32 @@ class Placed:
     """
 
     ids: Tensor
-    question: Question
+    question: Asking
     columns: list[int]
 
 
+@dataclass(frozen=True)
+class OneForAll:
+    """A target that is no token, the same for all prompts.
+
+    Attributes:
+        request: what the caller gave.
+    """
+
+    request: Request
+    follows: ClassVar[None] = None
+
+    def known(self) -> OneForAll:
+        """The same: it needs no prompt."""
+        return self
+
+
+Asking = Question | OneForAll
+"""What is asked of one prompt, where that is no plain token."""
+
+
 def put(
-    question: Question, ids: Tensor, selection: Selection, stream: Stream | None, pos: Any
+    question: Asking, ids: Tensor, selection: Selection, stream: Stream | None, pos: Any
 ) -> Placed:
     """Ask of one prompt: the tokens that follow it, or come next in it, become answers.
 
@@ -71,7 +92,8 @@ def put(
             check_ids(more, min(stream.backend.n_tokens(), stream.vocabulary))
         columns = list(range(len(ids) - 1, len(ids) - 1 + len(more)))
         return Placed(torch.cat((ids, more)), question.about(TokenSets.of(more)), columns)
-    if NEXT in (question.right, question.wrong):
+    sides_given = () if isinstance(question, OneForAll) else (question.right, question.wrong)
+    if isinstance(question, Question) and NEXT in sides_given:
         if stream is not None and stream.backend.scores_labels:
             raise InputError("NEXT is a token of the text, and a classifier's labels are none")
         prompt = Prompt(ids[None], torch.ones_like(ids[None], dtype=torch.bool))
@@ -80,7 +102,7 @@ def put(
         sides = {name: coming for name in ("right", "wrong") if getattr(question, name) is NEXT}
         question = question.knowing(sides)
     columns = selection.cols.reshape(-1).tolist()
-    for side in (question.right, question.wrong):
+    for side in () if isinstance(question, OneForAll) else (question.right, question.wrong):
         if isinstance(side, TokenSets):
             own = side.shape[:-1] if side.several else side.shape
             if len(own) > 1 or own.numel() not in (1, len(columns)):
@@ -91,7 +113,7 @@ def put(
     return Placed(ids, question, columns)
 
 
-def together(questions: Sequence[Question], n_entries: Sequence[int] | None) -> Question:
+def together(questions: Sequence[Asking], n_entries: Sequence[int] | None) -> Asking:
     """The questions of a batch's prompts as one.
 
     Args:
@@ -99,17 +121,22 @@ def together(questions: Sequence[Question], n_entries: Sequence[int] | None) -> 
         n_entries: how many positions each prompt has; None for a single one of each.
     """
     first = questions[0]
+    if isinstance(first, OneForAll):
+        return first
+    given = [one for one in questions if isinstance(one, Question)]
     if all(one is first for one in questions) and _same_for_all(first):
         return first
-    right = _stacked([one.right for one in questions], n_entries)
+    right = _stacked([one.right for one in given], n_entries)
     wrong: Side | None = None
     if first.wrong is not None:
-        wrong = _stacked([one.wrong for one in questions if one.wrong is not None], n_entries)
+        wrong = _stacked([one.wrong for one in given if one.wrong is not None], n_entries)
     return replace(first, right=right, wrong=wrong)
 
 
-def names(question: Question, result: Result, texts: Names) -> tuple[list[str], list[str] | None]:
+def names(question: Asking, result: Result, texts: Names) -> tuple[list[str], list[str] | None]:
     """The names of a result's answers, and of what is subtracted: one, or one for each entry."""
+    if isinstance(question, OneForAll):
+        return [repr(question.request)], None
     right = _names(question.right, result, texts)
     wrong = None if question.wrong is None else _names(question.wrong, result, texts)
     pairs = set(zip(right, right if wrong is None else wrong, strict=True))
@@ -118,8 +145,14 @@ def names(question: Question, result: Result, texts: Names) -> tuple[list[str], 
     return right, wrong
 
 
-def as_plain(question: Question) -> list[Any]:
+def as_plain(question: Asking) -> list[Any]:
     """What a question asks, as JSON can hold it."""
+    if isinstance(question, OneForAll):
+        own = vars(question.request)
+        return [
+            type(question.request).__name__,
+            *([k, v.tolist() if isinstance(v, Tensor) else repr(v)] for k, v in own.items()),
+        ]
     sides: list[Any] = []
     for side in (question.right, question.wrong):
         if isinstance(side, TokenSets):

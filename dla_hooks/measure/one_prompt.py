@@ -47,7 +47,7 @@ def measure(
     plan: Plan, source: Source, selection: Selection, check: bool
 ) -> tuple[Measurement, Outcome]:
     """Let a source show its activations to a plan's taps, and check what they wrote."""
-    prompt = source.prompt
+    plan, prompt = plan.in_prompt(source, selection), source.prompt
     entries = plan.target.align(selection, prompt.shape, source.batched)
     if not entries.batched and entries.shape[0] > 1:
         raise ShapeMismatchError(
@@ -116,6 +116,7 @@ def results(
             "incorrect": None if incorrect is None else list(incorrect),
             "model": plan.stream.backend.name,
             "softcap": plan.stream.softcap,
+            "reading": plan.target.reading,
             "seen": seen,
             "several": entries.several,
         }

@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor, nn
 from transformers import modeling_utils
@@ -193,10 +194,11 @@ def _watched(function: Callable[..., Any], implementation: str) -> Callable[...,
     def watched(
         module: nn.Module, query: Any, key: Any, value: Any, attention_mask: Any = None, **more: Any
     ) -> Any:
-        found = function(module, query, key, value, attention_mask, **more)
         looks = _looks_of_thread().get(module)
         if not looks:
-            return found
+            return function(module, query, key, value, attention_mask, **more)
+        with torch.no_grad():  # a look may have it on around this
+            found = function(module, query, key, value, attention_mask, **more)
         output, *rest = found
         for watch in tuple(looks):
             call = AttentionCall(

@@ -60,6 +60,12 @@ def head_blocks(call: AttentionCall, heads: Sequence[int], n_queries: int) -> It
         yield HeadBlock(slice(head, head + 1), slice(place, place + 1), shared)
 
 
+def scaling_of(call: AttentionCall) -> Any:
+    """What scores are multiplied by before anything else."""
+    scaling = call.options.get("scaling")
+    return call.query.shape[-1] ** -0.5 if scaling is None else scaling
+
+
 def attention_weights(
     call: AttentionCall,
     row: int,
@@ -83,8 +89,7 @@ def attention_weights(
         return call.weights[row, block.heads].index_select(1, queries).to(dtype)
     q_HTD = call.query[row, block.heads].index_select(1, queries).to(dtype)
     k_VSD = call.key[row, block.shared].to(dtype)
-    scaling = options.get("scaling")
-    q_HTD = q_HTD * (q_HTD.shape[-1] ** -0.5 if scaling is None else scaling)
+    q_HTD = q_HTD * scaling_of(call)
     n_heads, n_queries, _ = q_HTD.shape
     q_VGD = q_HTD.reshape(len(k_VSD), -1, q_HTD.shape[-1])
     scores_HTS = torch.bmm(q_VGD, k_VSD.transpose(1, 2)).view(n_heads, n_queries, -1)

@@ -161,6 +161,17 @@ def hidden_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     raise HookError("a module that should read the stream was called without any tensor")
 
 
+def with_hidden(
+    args: tuple[Any, ...], kwargs: dict[str, Any], new: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A module's arguments with others in the place of what :func:`hidden_in` finds."""
+    for i, value in enumerate(args):
+        if isinstance(value, Tensor):
+            return (*args[:i], new, *args[i + 1 :]), kwargs
+    key = next(k for k in ("hidden_states", *kwargs) if isinstance(kwargs.get(k), Tensor))
+    return args, {**kwargs, key: new}
+
+
 def hidden_out(output: Any) -> Tensor:
     """The hidden states in a module's output: see :func:`dla_hooks.modules.outputs.tensor_in`.
 
@@ -261,12 +272,7 @@ def _put_in(edit: Edit, thread: int) -> torch.utils.hooks.RemovableHandle:
         (kwargs,) = rest
         if edit.optional and not any(isinstance(x, Tensor) for x in (*args, *kwargs.values())):
             return None
-        new = edit.change(hidden_in(args, kwargs))
-        for i, value in enumerate(args):
-            if isinstance(value, Tensor):
-                return (*args[:i], new, *args[i + 1 :]), kwargs
-        key = next(k for k in ("hidden_states", *kwargs) if isinstance(kwargs.get(k), Tensor))
-        return args, {**kwargs, key: new}
+        return with_hidden(args, kwargs, edit.change(hidden_in(args, kwargs)))
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if threading.get_ident() != thread or (edit.optional and tensor_in(output) is None):

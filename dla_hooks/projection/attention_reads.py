@@ -87,14 +87,14 @@ def reads(
         u_KI = folded.at(tile, device)
         which, gate_TI = tile.which, None
         if z is not None:
-            gate_TI = _gates(call, z, row, queries, dtype)
+            gate_TI = gates(call, z, row, queries, dtype)
             u_KI, which = tile.spread(u_KI) * gate_TI, None
         u_HKD = u_KI.view(len(u_KI), n_heads, d_head).transpose(0, 1)
         shape = len(heads), tile.size, n_sources
         values_HTS, weights_HTS = (torch.empty(shape, dtype=dtype, device=device) for _ in "vw")
         for block in head_blocks(call, heads, tile.size):
             if gate_TI is not None:
-                _check_gates(call, row, block, gate_TI.view(-1, n_heads, d_head))
+                _checkgates(call, row, block, gate_TI.view(-1, n_heads, d_head))
             p_HTS = attention_weights(call, row, queries, block, dtype, softmax_dtype)
             given_HKS = read_values(call, row, block, u_HKD[block.heads])
             if which is not None:
@@ -104,7 +104,7 @@ def reads(
         yield Reads(row, tile, values_HTS, weights_HTS, view.columns.stop - n_sources)
 
 
-def _gates(call: AttentionCall, z: Tensor, row: int, queries: Tensor, dtype: torch.dtype) -> Tensor:
+def gates(call: AttentionCall, z: Tensor, row: int, queries: Tensor, dtype: torch.dtype) -> Tensor:
     """What attention's output is multiplied by at some queries [T, I]; 0 where both are zero."""
     flat_a = call.output.reshape(len(call.query), -1, z.shape[-1])
     flat_z = z.reshape(len(flat_a), -1, z.shape[-1])
@@ -113,7 +113,7 @@ def _gates(call: AttentionCall, z: Tensor, row: int, queries: Tensor, dtype: tor
     return (z_TI / a_TI).masked_fill_((a_TI == 0) & (z_TI == 0), 0)
 
 
-def _check_gates(call: AttentionCall, row: int, block: HeadBlock, gate_THD: Tensor) -> None:
+def _checkgates(call: AttentionCall, row: int, block: HeadBlock, gate_THD: Tensor) -> None:
     """Refuse a gate that cannot be told, where what it multiplies sums to zero by chance.
 
     Raises:

@@ -1,1 +1,1 @@
-"""Questions of more than one run: why do two differ, and what if a part were not there?"""
+"""Questions beyond one logit of one run."""

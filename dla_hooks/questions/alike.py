@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -13,6 +14,7 @@ from dla_hooks.inputs.positions import Selection
 from dla_hooks.inputs.prompts import Prompt
 from dla_hooks.residual.stream import Stream
 from dla_hooks.results.rows import Row
+from dla_hooks.targets.base import Target
 from dla_hooks.units.base import Unit
 from dla_hooks.units.plan import Plan
 
@@ -163,4 +165,23 @@ def _check_number(unit: Unit, n_rows: int, n_entries: int) -> None:
             f"{_WAYS * n_rows * n_entries:,} numbers in both runs, and a comparison keeps up to "
             f"{MOST_NUMBERS:,}: its strongest differences need not be among the strongest rows of "
             f"either. {max(1, most // n_rows)} entries fit; select fewer positions, or fewer layers"
+        )
+
+
+def check_target(target: Target, what: str, asked: Any) -> None:
+    """Refuse a target whose directions depend on the run: two runs would be asked different things.
+
+    Args:
+        target: of a run.
+        what: the verb that was called.
+        asked: what the caller gave as ``answer_tokens``.
+
+    Raises:
+        InputError: naming it.
+    """
+    if target.of_prompt:
+        raise InputError(
+            f"{what} asks two runs for the same reading, and {asked!r:.80} is "
+            "another one in each: what a head looks for depends on the other token. Attribute it "
+            "in each run by itself"
         )

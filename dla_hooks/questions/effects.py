@@ -13,6 +13,7 @@ from dla_hooks.measure.completeness import seems_current
 from dla_hooks.modules.user_hooks import refuse_second_run
 from dla_hooks.modules.version import forget
 from dla_hooks.questions.ablated import ZERO, names_of
+from dla_hooks.questions.alike import check_target
 from dla_hooks.questions.one_by_one import OneByOne
 from dla_hooks.questions.taken_out import HEAD, Runs
 from dla_hooks.results.effects import Effects
@@ -113,6 +114,7 @@ def effects(
         question, source, selection = placed(read, question, source, input, pos, chunk_size)
         known = settled(question, read.stream, source, selection)
         target = known.question(read.stream)
+        check_target(target, "effects", answer_tokens)
         return read, Runs(read.stream, source, known.selection, target, conventions, bool(check))
 
     read, runs = asked()

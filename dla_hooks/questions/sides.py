@@ -20,7 +20,13 @@ from dla_hooks.measure.completeness import seems_current
 from dla_hooks.measure.one_prompt import measure
 from dla_hooks.modules.user_hooks import hooked_modules, refuse_second_run
 from dla_hooks.modules.version import forget
-from dla_hooks.questions.alike import check_plans, check_prompts, check_selections, check_streams
+from dla_hooks.questions.alike import (
+    check_plans,
+    check_prompts,
+    check_selections,
+    check_streams,
+    check_target,
+)
 from dla_hooks.questions.differences import Run
 from dla_hooks.residual.stream import Stream
 from dla_hooks.sources.base import Source
@@ -276,7 +282,9 @@ def _side(
         found = settled(about, read.stream, source, selection)
     else:
         found = AskedOfPrompt(known.question, with_next(about, source.prompt, selection))
-    return _Side(read, source, found, found.question(read.stream), conventions)
+    target = found.question(read.stream)
+    check_target(target, "compare", question.answers[0])
+    return _Side(read, source, found, target, conventions)
 
 
 def _plan(question: Question, side: _Side, target: Target) -> Plan:

@@ -60,6 +60,7 @@ class EntryData(Located):
     beside: dict[str, Tensor]  # each like attribution
     generated: list[list[str]] | None = None
     generated_ids: Tensor | None = None  # [batch, new token]
+    reading: str | None = None
     seen: Seen | None
     several: bool
     keeps_some = False  # whether there are more rows than are kept
@@ -135,6 +136,7 @@ class ResultData(EntryData):
     beside: dict[str, Tensor] = field(default_factory=dict)
     generated: list[list[str]] | None = None
     generated_ids: Tensor | None = None
+    reading: str | None = None
     seen: Seen | None = None
     several: bool = False
 

@@ -8,7 +8,7 @@ from typing import Any
 from dla_hooks.results.data import EntryData, entry_mean
 from dla_hooks.results.ranking import Drawn, decimals, drawn, largest
 from dla_hooks.results.rows import Row
-from dla_hooks.results.wording import printable
+from dla_hooks.results.wording import of_what, printable
 
 INK = "#333333"
 _MOST_BARS = 30
@@ -84,7 +84,7 @@ def bars(alt: Any, data: EntryData) -> Any:
     all_rows = drawn(data)
     rows = _few(all_rows) if data.keeps_some else _named(all_rows.rows)
     bias, logit = entry_mean(data.bias), entry_mean(data.logit)
-    total = "logit" if data.incorrect is None else "logit difference"
+    total = of_what(data)
     values = [_coloured(label, value) for label, value in [*rows, ("bias", bias)]]
     values.append({"label": total, "value": finite(logit), "colour": INK})
     order = [bar["label"] for bar in values]

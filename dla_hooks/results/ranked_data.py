@@ -49,6 +49,7 @@ class RankedData(EntryData):
     beside: dict[str, Tensor] = field(default_factory=dict)
     generated: list[list[str]] | None = None
     generated_ids: Tensor | None = None
+    reading: str | None = None
     seen: Seen | None = None
     several: bool = False
     keeps_some = True

@@ -62,6 +62,8 @@ class DirectLogitAttribution(ResultData, Views):
         beside: further numbers of each row, by name, each like ``attribution``.
         generated: of :func:`attribute_generation`, the new tokens of each row, as text; else None.
         generated_ids: the same as ids [batch, new token], as the model's ``generate`` gives them.
+        reading: what was read, where that is no logit (:class:`Direction`); else None. ``logit`` is
+            then the value that was read.
         seen: what the model's own logits say of the answers, a :class:`Seen`; None where they were
             not looked at. ``log_probability``, ``rank`` and ``top_tokens`` read it.
         several: whether the last axis holds several answers to one prompt (:class:`Each`).

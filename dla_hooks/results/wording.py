@@ -75,10 +75,11 @@ def headline(data: EntryData, with_model: bool = True) -> str:
 
 def closing(data: EntryData) -> list[str]:
     """The sum that the rows are held to, and how well it holds: two lines."""
+    numbers = "logits" if data.reading is None else "number"
     checked = (
-        "not checked against the model's logits"
+        f"not checked against the model's {numbers}"
         if math.isnan(data.logit_gap)
-        else f"to the model's own logits {data.logit_gap:.1e}"
+        else f"to the model's own {numbers} {data.logit_gap:.1e}"
     )
     several = int(real_entries(data)[0].sum()) > 1
     return [sum_line(data, mean=several), f"gap {data.gap:.1e}, {checked}"]
@@ -107,15 +108,20 @@ def sum_line(data: EntryData, *, mean: bool) -> str:
     logit, bias = entry_mean(data.logit), entry_mean(data.bias)
     total = entry_mean(data.total())
     digits = decimals([total, bias, logit])
-    what = "the mean logit" if mean else "the logit"
-    if data.incorrect is not None:
-        what += " difference"
+    what = f"the {'mean ' * mean}{of_what(data)}"
     if data.softcap is not None:
         what += f" before the cap of {data.softcap:g}"
     if data.compared:
         what += ", first - second"
     start = "last entry" if data.words.cumulative else "sum"
     return f"{start} {total:+.{digits}f}  + bias {bias:+.{digits}f}  = {logit:+.{digits}f}, {what}"
+
+
+def of_what(data: EntryData) -> str:
+    """What a number is: a logit, a difference of two, or a value that was read."""
+    if data.reading is not None:
+        return "value"
+    return "logit" if data.incorrect is None else "logit difference"
 
 
 def prompt(data: EntryData, row: int, width: int) -> str:
@@ -140,6 +146,8 @@ def printable(text: str) -> str:
 
 def quoted(data: EntryData, token: str) -> str:
     """A token as it is named: in quotes, for its spaces, or by its id without a tokenizer."""
+    if data.reading is not None and token in data.answer:
+        return token  # no token, but what is read
     return f"token {token}" if ids_only(data) else repr(token)
 
 

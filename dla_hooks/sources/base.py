@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dla_hooks.errors import CacheEntryError
+from dla_hooks.errors import CacheEntryError, InputError
 from dla_hooks.inputs.prompts import Prompt
 from dla_hooks.modules.hooks import Place, Tap
 from dla_hooks.projection.tiles import View
@@ -37,6 +37,17 @@ class Source:
     def on(self, stream: Stream) -> Source:
         """The same source, for a model that was measured anew."""
         return self
+
+    def at_once(self) -> Source:
+        """The same source, which shows the whole prompt together, and queries and keys with it.
+
+        Raises:
+            InputError: where it does not show these.
+        """
+        raise InputError(
+            f"a {type(self).__name__} does not show queries and keys: let the model run "
+            "(leave out cache=)"
+        )
 
     def missing(self, place: Place) -> CacheEntryError | None:
         """Why the activation at a place cannot be shown; None where it can."""

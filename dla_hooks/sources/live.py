@@ -56,6 +56,10 @@ class Live(Source):
         """The same run, of a model that was measured anew."""
         return Live(stream, self.prompt, self._chunk_size)
 
+    def at_once(self) -> Live:
+        """The same run in one piece."""
+        return Live(self._stream, self.prompt)
+
     def show(
         self,
         view: View,

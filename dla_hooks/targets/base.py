@@ -161,6 +161,9 @@ class Target:
         witness: otherwise, what it is checked by besides the stream itself.
         answers_K: the token that each target asks for; -1 where there is none, and None where there
             is none at all.
+        reading: what is read, in words, where that is no logit.
+        of_prompt: whether its directions depend on what the model does with a prompt.
+        known_N: instead of a witness, what an earlier run showed at each entry.
     """
 
     stream: Stream
@@ -169,6 +172,21 @@ class Target:
     reads_logits: bool = True
     witness: Witness | None = None
     answers_K: Tensor | None = None
+    reading: str | None = None
+    of_prompt: bool = False
+    known_N: Tensor | None = None
+
+    def in_prompt(self, source: Any, selection: Selection) -> Target:
+        """The target for one prompt, where it depends on what the model does with it.
+
+        Args:
+            source: shows the activations (:class:`dla_hooks.sources.base.Source`).
+            selection: the selected entries.
+
+        Raises:
+            InputError: for positions that do not go with the target.
+        """
+        return self
 
     def align(
         self, selection: Selection, prompt_shape: tuple[int, int], batched: bool = True

@@ -39,7 +39,7 @@ class StreamTarget(Target):
         name: str,
         bias_K: Tensor | None = None,
     ) -> None:
-        self.stream, self.witness, self._name = stream, witness, name
+        self.stream, self.witness, self.reading = stream, witness, name
         dtype = stream.work_dtype
         rounds = is_coarse(coarsest((stream.stream_dtype, stream.write_dtype)))
         v_KM = v_KM.to(dtype)
@@ -56,4 +56,4 @@ class StreamTarget(Target):
 
     def names(self, entries: Any, tokenizer: Any) -> tuple[list[str], list[str] | None]:
         """What is read."""
-        return [self._name], None
+        return [self.reading or type(self).__name__], None

@@ -75,7 +75,13 @@ class HeadsPlan(UnitPlan):
 
 
 class HeadsRecorder(Recorder):
-    """All layers' heads in one run."""
+    """All layers' heads in one run.
+
+    Attributes:
+        post_scales_LN: after :meth:`finish`, the scale of each layer's post-norm, if it has one.
+    """
+
+    post_scales_LN: Tensor
 
     def __init__(self, plan: HeadsPlan, view: View) -> None:
         self._plan, n_layers = plan, len(plan.layers)
@@ -105,6 +111,7 @@ class HeadsRecorder(Recorder):
         values_CN = self._values.gathered(reading.scale_N.device)
         heads_CN, rest_N = values_CN.split([len(values_CN) - 1, 1])
         beside_LN, scale_LN = self._aside.gathered(values_CN.device).split(len(layers))
+        self.post_scales_LN = scale_LN
         (biases_LK, betas_LK), of_target = self._plan.constants, parts.entries.of_target
         if biases_LK is not None:
             beside_LN += of_target(biases_LK.to(beside_LN.device))

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from dla_hooks.backends import Conventions
 from dla_hooks.inputs.entries import Entries
+from dla_hooks.inputs.positions import Selection
 from dla_hooks.modules.hooks import Call, Tap
 from dla_hooks.projection.kernels import project
 from dla_hooks.projection.ledger import FixedRows
@@ -34,12 +36,27 @@ class Plan:
         target: what is attributed.
         parts: the terms of the stream, and what they are projected on.
         units: the units, by the key of their result.
+        conventions: that they were made with.
     """
 
     stream: Stream
     target: Target
     parts: PartsPlan
     units: Mapping[str, UnitPlan]
+    conventions: Conventions
+
+    def in_prompt(self, source: Any, selection: Selection) -> Plan:
+        """The plan for one prompt: the direction of some targets depends on it.
+
+        Args:
+            source: shows the activations (:class:`dla_hooks.sources.base.Source`).
+            selection: the selected entries.
+        """
+        target = self.target.in_prompt(source, selection)
+        if target is self.target:
+            return self
+        units = {key: plan.unit for key, plan in self.units.items()}
+        return make_plan(target, units, self.conventions)
 
 
 def make_plan(target: Target, units: Mapping[str, Unit], conventions: Conventions) -> Plan:
@@ -56,7 +73,7 @@ def make_plan(target: Target, units: Mapping[str, Unit], conventions: Convention
     stream = target.stream
     parts = PartsPlan(stream, target.readouts[0].directions)
     plans = {key: unit.prepare(parts, conventions) for key, unit in units.items()}
-    return Plan(stream, target, parts, plans)
+    return Plan(stream, target, parts, plans, conventions)
 
 
 @dataclass(frozen=True)
@@ -69,7 +86,7 @@ class Measurement:
         reading: what the final norm saw: the whole stream.
         parts: the terms of the stream.
         splits: the rows of each unit.
-        theirs_N: what the model itself computed, where the target has a witness.
+        theirs_N: what the model itself computed, where the target has a witness or was seen before.
     """
 
     plan: Plan
@@ -124,7 +141,9 @@ class Recording:
         parts = self._parts.finish(reading)
         splits = {key: recorder.finish(parts) for key, recorder in self._units.items()}
         theirs = self._theirs
-        theirs_N = None if theirs is None else theirs.gathered(reading.scale_N.device)[0]
+        theirs_N = self._plan.target.known_N
+        if theirs is not None:
+            theirs_N = theirs.gathered(reading.scale_N.device)[0]
         return Measurement(self._plan, self._entries, reading, parts, splits, theirs_N)
 
 

@@ -109,10 +109,10 @@ class SourceTokens(Unit):
             InputError: for a layer or head that is not there.
             UnsupportedModelError: where the tokens that heads read cannot be told apart.
         """
-        return _SourcePlan(self, parts)
+        return SourcePlan(self, parts)
 
 
-class _SourcePlan(UnitPlan):
+class SourcePlan(UnitPlan):
     """All chosen heads on one model and target."""
 
     def __init__(self, unit: SourceTokens, parts: PartsPlan) -> None:
@@ -134,13 +134,13 @@ class _SourcePlan(UnitPlan):
         return RowRuns(self.runs(entries.numbers()[1]))
 
     def recorder(self, view: View) -> Recorder:
-        return _SourceRecorder(self, view)
+        return SourceRecorder(self, view)
 
 
-class _SourceRecorder(Recorder):
+class SourceRecorder(Recorder):
     """What all chosen heads read in one run."""
 
-    def __init__(self, plan: _SourcePlan, view: View) -> None:
+    def __init__(self, plan: SourcePlan, view: View) -> None:
         self._plan, self._entries = plan, view.entries
         self._heads = plan.heads.recorder(view)
         self._numbers, n_sources = view.entries.numbers()

@@ -336,3 +336,27 @@ def test_result_says_what_was_read(tmp_path):
     again = dla_hooks.load(tmp_path / "r.safetensors")
     assert again.answer == result.answer
     assert torch.equal(again.attribution, result.attribution)
+
+
+def test_many_prompts_and_summaries_take_directions():
+    model = build("llama")
+    target = Direction(vector_for(model), "1_pre")
+    prompts = [[5, 6, 7], [8, 9, 10, 11], [3, 4]]
+    found = list(dla_hooks.attribute_many(model, prompts, target))
+    for prompt, result in zip(prompts, found, strict=True):
+        alone = attribute(model, prompt, target)
+        assert torch.allclose(result.attribution, alone.attribution, atol=1e-9)
+    assert dla_hooks.summarize(found).labels == found[0].labels
+
+
+def test_many_prompts_with_another_direction_are_another_sweep(tmp_path):
+    model = build("gpt2")
+    prompts = [[5, 6, 7], [8, 9, 10]]
+    one, other = Direction(vector_for(model), "1_pre"), Direction(vector_for(model, 1), "1_pre")
+    first = list(dla_hooks.attribute_many(model, prompts, one, resume=tmp_path / "a"))
+    again = list(dla_hooks.attribute_many(model, prompts, one, resume=tmp_path / "a"))
+    assert torch.equal(first[1].attribution, again[1].attribution)
+    with pytest.raises(InputError):
+        list(dla_hooks.attribute_many(model, prompts, other, resume=tmp_path / "a"))
+    with pytest.raises(InputError, match="incorrect_tokens"):
+        list(dla_hooks.attribute_many(model, prompts, one, 5))

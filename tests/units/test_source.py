@@ -388,7 +388,7 @@ class TestABrokenMechanismIsRefused:
         def no_gates(call, z, row, queries, dtype):
             return torch.ones(len(queries), z.shape[-1], dtype=dtype)
 
-        monkeypatch.setattr(attention_reads, "_gates", no_gates)
+        monkeypatch.setattr(attention_reads, "gates", no_gates)
         model = build_any("qwen3_next", 0)
         with pytest.raises(DecompositionError, match="the tokens that L"):
             ranked(model, example_ids_any(model))

@@ -14,6 +14,7 @@ from dla_hooks.results.plots.lines import MEAN, Line, lines_of, names_of
 from dla_hooks.results.plots.numbers import Numbers, no_means, numbers_of
 from dla_hooks.results.plots.tokens import strip
 from dla_hooks.results.plots.wish import Wish, check
+from dla_hooks.results.wording import of_what
 
 _MOST_BARS, _FEW_BARS = 100, 30
 
@@ -41,7 +42,7 @@ def plot(data: EntryData, wish: Wish) -> Picture:
     head = heading(data, lines, mean, note, wish)
     look = kinds.Look(
         head[0], head[1], wish.width, wish.height,
-        "logit" if data.incorrect is None else "logit difference", _by_size(data, kind, wish),
+        of_what(data), _by_size(data, kind, wish),
     )  # fmt: skip
     return _drawn(data, numbers, kind, look, wish, lines)
 
