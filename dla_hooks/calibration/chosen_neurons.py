@@ -37,7 +37,8 @@ def chosen_neurons(
             raise _no_neurons(f"layer {block.layer} of {stream.backend.name}", "leave it out")
         found += [(write, sites[write.label], sub) for sub, write in enumerate(own)]
     if not found:
-        raise _no_neurons(stream.backend.name, "attribute whole sublayers (leave out unit=)")
+        what = f"{stream.backend.name}{stream.extent}"
+        raise _no_neurons(what, "attribute whole sublayers (leave out unit=)")
     return found
 
 

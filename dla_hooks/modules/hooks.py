@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dla_hooks.errors import HookError
+from dla_hooks.modules.asides import in_aside
 from dla_hooks.modules.autocast import outside_autocast
 from dla_hooks.modules.outputs import tensor_in, with_tensor
 from dla_hooks.modules.weights import whole_activation
@@ -139,11 +140,11 @@ class Tap:
         # `rest` is (kwargs,) or (kwargs, output). While one thread removes its tap, another may
         # call it without the kwargs. So check the thread before unpacking anything.
         def before(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
-            if threading.get_ident() == thread:
+            if threading.get_ident() == thread and not in_aside():
                 self.count(Call(args, rest[0]))
 
         def after(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
-            if threading.get_ident() == thread:
+            if threading.get_ident() == thread and not in_aside():
                 self.count(Call(args, rest[0], rest[1], before=False))
 
         mark(before, after)

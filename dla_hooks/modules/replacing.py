@@ -160,11 +160,12 @@ class _Runs:
         return of <= 1 or (fired[number] - 1) % of == nth
 
     def _before(self, number: int, one: Replacement) -> Callable[..., Arguments | None]:
-        def before(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-        ) -> Arguments | None:
-            if not self._is_turn(number, one.place):
+        # While one thread puts the hook on or takes it off, another may call it without the kwargs:
+        # there it is not on.
+        def before(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> Arguments | None:
+            if not rest or not self._is_turn(number, one.place):
                 return None
+            (kwargs,) = rest
             if one.arguments is not None:
                 return one.arguments(args, kwargs)
             assert one.change is not None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dla_hooks.errors import UnsupportedModelError
+from dla_hooks.modules.asides import aside
 from dla_hooks.modules.compiled import eagerly, is_compiled
 from dla_hooks.modules.faults import as_refusal
 from dla_hooks.modules.user_hooks import hooked_modules, silenced
@@ -76,7 +77,8 @@ def pull_back(module: nn.Module, d_KM: Tensor, width: int, name: str, instead: s
 def past_hooks(module: nn.Module) -> Iterator[None]:
     """A module's own map within a ``with`` block: not autocast, not compiled, not sharded.
 
-    Hooks of the caller's on modules inside of it belong to the caller's run, too.
+    Hooks of the caller's on modules inside of it belong to the caller's run, too, and taps to that
+    of the model.
     """
     device = run_device(module).type
     with (
@@ -84,6 +86,7 @@ def past_hooks(module: nn.Module) -> Iterator[None]:
         eagerly(is_compiled(module)),
         gathered(module),
         silenced(hooked_modules(module.modules())),
+        aside(),
     ):
         yield
 

@@ -113,11 +113,11 @@ class OneByOne:
         return own_N
 
     def _most_direct(self, clean: Measured, count: int) -> list[str]:
-        name = self._unit.words.name
+        name, stream = self._unit.words.name, self._runs.target.stream
         key = HEAD if name == HEAD else _CHOSEN
         kinds = self._unit.taken_out
         if "write" in kinds:
-            kinds = tuple({write.kind for write in self._runs.target.stream.writes})
+            kinds = tuple({write.kind for write in stream.writes})
         found = most_direct(clean, key, kinds, count)
         if found is None:
             raise InputError(
@@ -126,7 +126,7 @@ class OneByOne:
             )
         if not found:
             raise UnsupportedModelError(
-                f"{self._runs.stream.backend.name} has no row of the unit {name!r} to take out"
+                f"{stream.backend.name}{stream.extent} has no row of the unit {name!r} to take out"
             )
         return found
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -135,7 +135,7 @@ def both_runs(question: Question) -> tuple[Run, Run]:
         forget(stream.backend.model)
         if failed is not None:
             refuse_second_run(stream.backend.model, failed)
-    return _measured(question, [])
+    return _measured(question, [], anew=True)
 
 
 def _seems_current(run: Run) -> bool:
@@ -143,7 +143,7 @@ def _seems_current(run: Run) -> bool:
     return seems_current(run.found, run.outcome) or bool(hooked)
 
 
-def _measured(question: Question, streams: list[Stream]) -> tuple[Run, Run]:
+def _measured(question: Question, streams: list[Stream], *, anew: bool = False) -> tuple[Run, Run]:
     """Read both, refuse what is not alike, then run one after the other.
 
     Each is made and run in its own context. Only directions cross over.
@@ -151,9 +151,10 @@ def _measured(question: Question, streams: list[Stream]) -> tuple[Run, Run]:
     Args:
         question: what is asked.
         streams: takes the located models, for a caller whose call fails.
+        anew: measure the model on each side of the context, which may change it without a trace.
     """
-    context = partial(_entered, question.context)
     changes = question.context is not None
+    context = partial(_entered, question.context, streams if anew and changes else ())
     first = _first(question)
     streams.append(first.stream)
     with context():
@@ -192,14 +193,34 @@ def _measured(question: Question, streams: list[Stream]) -> tuple[Run, Run]:
     )
 
 
-def _entered(context: Context | None) -> AbstractContextManager[Any]:
-    """The context of the second run, made anew.
+@contextmanager
+def _entered(context: Context | None, forgotten: Sequence[Stream]) -> Iterator[None]:
+    """Be in the context of the second run, made anew.
+
+    Args:
+        context: the caller's function, or None.
+        forgotten: models of which nothing is remembered across either end of it.
 
     Raises:
-        ArgumentTypeError: when the caller's function returns none.
+        ArgumentTypeError: when the caller's function returns no context manager.
     """
     if context is None:
-        return nullcontext()
+        yield
+        return
+    try:
+        with _context_of(context):
+            _forget(forgotten)
+            yield
+    finally:
+        _forget(forgotten)
+
+
+def _forget(streams: Sequence[Stream]) -> None:
+    for stream in streams:
+        forget(stream.backend.model)
+
+
+def _context_of(context: Context) -> AbstractContextManager[Any]:
     made = context()
     if not (hasattr(made, "__enter__") and hasattr(made, "__exit__")):
         raise ArgumentTypeError(

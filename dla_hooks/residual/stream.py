@@ -215,6 +215,11 @@ class Stream:
         return "final_post" if self.ending is None else self.ending.label
 
     @property
+    def extent(self) -> str:
+        """How much of the model is read, for messages that name it; all of it says nothing."""
+        return "" if self.ending is None else f", as far as {self.last_label},"
+
+    @property
     def behind_blocks(self) -> tuple[Place, ...]:
         """The places of the stream behind its last write; it is read at the last one."""
         return (self.final_norm.entered,) if self.ending is None else self.ending.places

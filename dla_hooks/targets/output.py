@@ -65,8 +65,11 @@ class Output(Request):
         module = self._find(stream)
         if module is stream.unembed:
             self._check_channel(stream.vocabulary)
-            token = torch.tensor(self.channel % stream.vocabulary, device="cpu")
-            return TokenTarget(stream, TokenSets.of(token))
+            channel = self.channel % stream.vocabulary
+            # The model may multiply what the module puts out: the logit is k times that.
+            return TokenTarget(
+                stream, TokenSets.made_of([([channel], [1 / stream.logit_scale])], (), False)
+            )
         reader = reader_of(stream, module, self.module)
         plain = declared_width(module) is not None and isinstance(module, nn.Linear)
         linear = module if plain else FirstOutput(module, stream.d_model)

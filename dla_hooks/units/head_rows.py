@@ -59,8 +59,8 @@ class HeadsPlan(UnitPlan):
                 self.layers.append(HeadLayer(parts, write, constants.get(write.label), place))
         if not self.layers:
             raise UnsupportedModelError(
-                f"{type(stream.backend.root).__name__} has no attention heads with a direct path "
-                "to the stream; attribute whole sublayers instead (leave out unit=)"
+                f"{type(stream.backend.root).__name__}{stream.extent} has no attention heads with "
+                "a direct path to the stream; attribute whole sublayers instead (leave out unit=)"
             )
         # What a layer writes besides its heads: the projection's bias, and the post-norm's beta.
         biases = [(layer.at_output, layer.bias_M) for layer in self.layers]

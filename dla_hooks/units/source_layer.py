@@ -113,8 +113,8 @@ def source_layers(
     }
     if not own:
         raise UnsupportedModelError(
-            f"{model} has no attention heads with a direct path to the stream; attribute whole "
-            "sublayers instead (leave out unit=)"
+            f"{model}{stream.extent} has no attention heads with a direct path to the stream; "
+            "attribute whole sublayers instead (leave out unit=)"
         )
     _check_layers(model, len(stream.blocks), {layer for layer, _ in own}, layers)
     forms = _forms(sized, model)

@@ -649,3 +649,21 @@ def test_ablation_of_a_transformer_lens_model_is_that_of_the_raw_one(spec, refer
             found = direct_logit_attribution(reference, ids, 5, 7)
         own = due[:, 5] - due[:, 7]
         torch.testing.assert_close(found.logit.to(own), own, rtol=1e-3, atol=1e-3)
+
+
+def test_other_thread_runs_the_model_while_an_ablation_is_being_put_on_or_off():
+    """Torch writes down that a hook is there, and apart from it that it takes keywords."""
+    model, ids = build("llama"), example_ids("llama")
+    clean, found = logits(model, ids), []
+    with ablated(model, ["L0H1", "L1H0"]):
+        halves = [module._forward_pre_hooks_with_kwargs for module in model.modules()]
+        kept = [dict(half) for half in halves]
+        for half in halves:
+            half.clear()
+        thread = threading.Thread(target=lambda: found.append(logits(model, ids)))
+        thread.start()
+        thread.join()
+        for half, own in zip(halves, kept, strict=True):
+            half.update(own)
+        assert not torch.equal(logits(model, ids), clean)
+    assert torch.equal(found[0], clean)

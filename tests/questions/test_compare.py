@@ -879,3 +879,36 @@ def adapted(peft, spec, targets, seed=0):
                 noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                 parameter.copy_(0.3 * noise)
     return model
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("spec", ["gpt2", "gemma2", "granite", "gpt_neox-parallel", "mixtral"])
+def test_context_that_writes_weights_without_a_trace_is_measured_on_each_side(spec, check):
+    model, ids = made(spec), ids_of(spec)
+    changed = made(spec, 1)
+    expected = compare(model, changed, ids, 4, 9, pos=None)
+
+    @contextlib.contextmanager
+    def other_weights():
+        old = [weight.data.clone() for weight in model.parameters()]
+        for weight, new in zip(model.parameters(), changed.parameters(), strict=True):
+            weight.data.copy_(new.data)
+        try:
+            yield
+        finally:
+            for weight, new in zip(model.parameters(), old, strict=True):
+                weight.data.copy_(new)
+
+    for _ in range(2):
+        found = compare(
+            model,
+            input=ids,
+            answer_tokens=4,
+            incorrect_tokens=9,
+            pos=None,
+            other_context=other_weights,
+            check=check,
+        )
+        close(found.written, expected.written)
+        close(found.read, expected.read)
+        close(found.logit, expected.logit)

@@ -10,6 +10,7 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig
 import dla_hooks
 from dla_hooks import DecompositionError, Direction, InputError, Output, UnsupportedModelError
 from dla_hooks import direct_logit_attribution as attribute
+from tests.helpers.mapping_zoo import build_any, example_ids_any
 from tests.helpers.zoo import ZOO, build, example_ids
 
 UNITS = ("component", "layer", "head", "neuron")
@@ -150,6 +151,32 @@ def test_outputs_are_the_modules_own_or_refused(spec):
         right.append(path.rpartition(".")[2])
     assert len(right) >= 2  # what reads the stream
     assert len(refused) >= 1  # what writes to it
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("name", ["gpt2", "cohere", "granite", "falcon_h1"])
+def test_unembedding_s_channel_is_what_the_module_puts_out_ahead_of_any_scale(name, seed):
+    made = (build, example_ids) if name != "falcon_h1" else (build_any, example_ids_any)
+    model, ids = (make(name, seed=seed) for make in made)
+    seen = []
+    handle = model.lm_head.register_forward_hook(lambda _, args, output: seen.append(output))
+    with torch.no_grad():
+        model(ids, use_cache=False)
+    handle.remove()
+    result = attribute(model, ids, Output("lm_head", -3), pos=None)
+    torch.testing.assert_close(result.logit, seen[0][..., -3].double(), rtol=0, atol=1e-5)
+    parts = result.attribution.sum(0) + result.bias
+    torch.testing.assert_close(parts, result.logit, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("unit", ["head", "neuron", "source"])
+def test_unit_without_rows_ahead_of_the_reading_is_refused_for_that_reason(unit):
+    model, ids = build("gpt2"), example_ids("gpt2")
+    with pytest.raises(UnsupportedModelError, match="as far as 0_pre, has no"):
+        attribute(model, ids, Direction(vector_for(model), "0_pre"), unit=unit)
+    if unit != "source":
+        with pytest.raises(UnsupportedModelError, match="as far as 0_pre, has no"):
+            dla_hooks.effects(model, ids, Direction(vector_for(model), "0_pre"), unit=unit)
 
 
 def test_router_logit_is_split_by_who_wrote_it():

@@ -533,3 +533,15 @@ def test_other_units_of_the_adapted_maps_in_the_same_run(unit):
     both = dla_hooks.direct_logit_attribution(model, [[3, 4, 5]], 7, unit=("adapter", unit))
     alone = dla_hooks.direct_logit_attribution(model, [[3, 4, 5]], 7, unit=unit)
     torch.testing.assert_close(both[unit].attribution, alone.attribution, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("other", ["head", "neuron", "source"])
+@pytest.mark.parametrize("spec", ["llama", "gemma2"])
+def test_directions_that_are_made_while_the_model_runs_leave_adapters_alone(spec, other):
+    """Of many answers; the modules that make them are called then, and adapters are inside."""
+    model, ids = adapted(spec, lora("o_proj", "down_proj")), example_ids(spec, 4, 12)
+    answers = torch.arange(48).view(4, 12)
+    found = direct_logit_attribution(model, ids, answers, unit=("adapter", other), pos=None)
+    for unit in ("adapter", other):
+        alone = direct_logit_attribution(model, ids, answers, unit=unit, pos=None)
+        torch.testing.assert_close(found[unit].attribution, alone.attribution, rtol=0, atol=1e-9)
