@@ -61,4 +61,5 @@ def misfit_tolerance(dtype: torch.dtype) -> float:
 def length_of(x_RM: Tensor) -> Tensor:
     """The length of vectors [R], also where its square is no number other than 0."""
     most_R = x_RM.abs().amax(-1).clamp(min=torch.finfo(x_RM.dtype).tiny)
-    return most_R * (x_RM / most_R[:, None]).norm(dim=-1)
+    found: Tensor = most_R * (x_RM / most_R[:, None]).norm(dim=-1)
+    return found
