@@ -10,6 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+LEAST = torch.finfo(torch.float32).tiny
+"""A miss of this size is rounding: smaller numbers have fewer digits. Attention weights may be."""
+
 
 def tolerance(dtype: torch.dtype, n_writes: int) -> tuple[float, float]:
     """Allowed gaps over the logits' spread: (parts against stream, stream against logits).
@@ -53,3 +56,10 @@ def is_coarse(dtype: torch.dtype) -> bool:
 def misfit_tolerance(dtype: torch.dtype) -> float:
     """How much of a norm's output rounding may leave unexplained, for a model in ``dtype``."""
     return 4 * torch.finfo(dtype).eps + 1e-5
+
+
+def length_of(x_RM: Tensor) -> Tensor:
+    """The length of vectors [R], also where its square is no number other than 0."""
+    most_R = x_RM.abs().amax(-1).clamp(min=torch.finfo(x_RM.dtype).tiny)
+    found: Tensor = most_R * (x_RM / most_R[:, None]).norm(dim=-1)
+    return found

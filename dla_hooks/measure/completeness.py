@@ -28,6 +28,7 @@ from dla_hooks.measure.claims import (
     norms_of,
 )
 from dla_hooks.measure.rounding import rounding_of
+from dla_hooks.modules.autocast import AUTOCAST
 from dla_hooks.modules.user_hooks import has_callers
 from dla_hooks.projection.ledger import all_finite
 from dla_hooks.targets.base import Observed
@@ -130,10 +131,7 @@ def _failure(
         )
     relative = gap / max(spread, 1e-300)
     if torch.is_autocast_enabled(measurement.reading.scale_N.device.type):
-        why = (
-            "Autocast is on, under which the model's own products are rounded to 16 bits: call "
-            "this outside of it, or with check=False"
-        )
+        why = AUTOCAST
     elif stream.softcap is not None and has_callers(stream.model._forward_hooks):
         why = (
             "Where a hook of yours on the whole model changes logits, it does so behind their cap, "

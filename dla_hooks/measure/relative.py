@@ -21,9 +21,10 @@ from dla_hooks.measure.claims import (
     largest,
 )
 from dla_hooks.measure.rounding import rounding_of
+from dla_hooks.modules.autocast import AUTOCAST
 from dla_hooks.projection.ledger import all_finite
 from dla_hooks.residual.stream import coarsest
-from dla_hooks.tolerance import tolerance
+from dla_hooks.tolerance import LEAST, tolerance
 from dla_hooks.units.plan import Measurement
 
 
@@ -70,10 +71,13 @@ def hold_against_reading(measurement: Measurement, dtype: torch.dtype) -> Outcom
     check_finite(measurement)
     if not measurement.parts.complete:
         return Outcome(math.nan)
+    rounds = torch.is_autocast_enabled(reading.scale_N.device.type)
     largest_N = _hold_parts(
         measurement,
         dtype,
-        "look for hooks of yours that change activations inside of a block, or call "
+        AUTOCAST
+        if rounds
+        else "look for hooks of yours that change activations inside of a block, or call "
         "dla_hooks.verify(model), which shows what adds up",
     )
     check_norms(measurement)
@@ -87,15 +91,16 @@ def hold_against_reading(measurement: Measurement, dtype: torch.dtype) -> Outcom
     if witnessed_N is not None:
         gap_N = gap_N.masked_fill(~witnessed_N.to(gap_N.device), 0)
     relative = tolerance(coarsest((dtype, stream.product_dtype)), len(stream.writes))[1]
-    allowed_N = relative * torch.maximum(largest_N, theirs_N.abs()) + rounding_of(measurement)
+    allowed_N = relative * torch.maximum(largest_N, theirs_N.abs()) + LEAST
+    allowed_N += rounding_of(measurement)
     if not bool((gap_N <= allowed_N).all()):
         witness = measurement.plan.target.witness
         where = "the model" if witness is None else witness.place.name
+        why = "a hook of yours, or something else between the two, changes what is read"
         raise DecompositionError(
             f"the stream at {stream.last_label}, read as the target says, and what {where} "
             f"itself computes differ by {largest(gap_N):.3g}, where rounding explains "
-            f"{relative:.0e} of {largest(largest_N):.3g}: a hook of yours, or something else "
-            "between the two, changes what is read"
+            f"{relative:.0e} of {largest(largest_N):.3g}: {AUTOCAST if rounds else why}"
         )
     return Outcome(identity_gap(measurement), largest(gap_N))
 
@@ -111,7 +116,7 @@ def _hold_parts(measurement: Measurement, dtype: torch.dtype, why: str) -> Tenso
     rounding_N = rounding_of(measurement)
     for claim, seen in claims_of(measurement):
         relative = tolerance(coarsest((dtype, seen)), len(stream.writes))[claim.through_norm]
-        broken = broken_of(claim, relative * largest_N + rounding_N)
+        broken = broken_of(claim, relative * largest_N + rounding_N + LEAST)
         if broken is not None:
             raise DecompositionError(
                 f"{broken[0]} miss by {broken[1]:.3g}, where rounding explains "

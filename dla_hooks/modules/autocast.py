@@ -9,6 +9,12 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+AUTOCAST = (
+    "Autocast is on, under which the model's own products are rounded to 16 bits: call this "
+    "outside of it, or with check=False"
+)
+"""Why numbers miss each other under it, and what to do."""
+
 _DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 _Given = ParamSpec("_Given")

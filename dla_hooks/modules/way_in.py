@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from dla_hooks.errors import DecompositionError, HookError, UnsupportedModelError
 from dla_hooks.modules.attention_interface import AttentionCall, AttentionTap
+from dla_hooks.modules.autocast import outside_autocast
 from dla_hooks.modules.hooks import Place, Tap, hidden_in, mark, with_hidden
 from dla_hooks.modules.linear import bias_of, pull_back
 from dla_hooks.modules.norms import Norm, frozen_scale
-from dla_hooks.tolerance import misfit_tolerance
+from dla_hooks.tolerance import LEAST, length_of, misfit_tolerance
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,7 @@ class WayIn(Tap):
         """Let go of all that the way is made of."""
         self._read, self._steps, self._entered, self._open = None, [], [], False
 
+    @outside_autocast
     def reading(
         self, made: Tensor, rows_R: Tensor, columns_R: Tensor, head: int, d_RD: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -171,11 +173,12 @@ class WayIn(Tap):
         self, made_RD: Tensor, d_RD: Tensor, read_RM: Tensor, found_RM: Tensor, constants_R: Tensor
     ) -> None:
         """Hold the reading against what it is of."""
-        dtype, eps = self._dtype, torch.finfo(read_RM.dtype).eps
+        dtype, lefts = self._dtype, [step.left for step in self._steps]  # coarser under autocast
+        eps = max(torch.finfo(one.dtype).eps for one in (read_RM, made_RD, *lefts))
         ahead_RM, behind_RD = read_RM.detach().to(dtype) * found_RM, made_RD.detach() * d_RD
         own_R, theirs_R = ahead_RM.sum(-1) + constants_R, behind_RD.to(dtype).sum(-1)
-        size_R = ahead_RM.norm(dim=-1) + behind_RD.to(dtype).norm(dim=-1) + constants_R.abs()
-        if bool(((own_R - theirs_R).abs() <= (1e-5 + 16 * eps) * size_R).all()):
+        size_R = length_of(ahead_RM) + length_of(behind_RD.to(dtype)) + constants_R.abs()
+        if bool(((own_R - theirs_R).abs() <= (1e-5 + 16 * eps) * size_R + LEAST).all()):
             return
         raise UnsupportedModelError(
             f"what the attention function of {self.place.name} gets is no linear reading of what "

@@ -209,15 +209,12 @@ def _entered(context: Context | None, forgotten: Sequence[Stream]) -> Iterator[N
         return
     try:
         with _context_of(context):
-            _forget(forgotten)
+            for stream in forgotten:
+                forget(stream.backend.model)
             yield
     finally:
-        _forget(forgotten)
-
-
-def _forget(streams: Sequence[Stream]) -> None:
-    for stream in streams:
-        forget(stream.backend.model)
+        for stream in forgotten:
+            forget(stream.backend.model)
 
 
 def _context_of(context: Context) -> AbstractContextManager[Any]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dla_hooks.calibration.scales import check_weights
 from dla_hooks.errors import DecompositionError, NonFiniteError
-from dla_hooks.modules.autocast import outside_autocast
+from dla_hooks.modules.autocast import AUTOCAST, outside_autocast
 from dla_hooks.modules.hooks import Call, Tap
 from dla_hooks.modules.linear import bias_of
 from dla_hooks.residual.gains import constant_label, path_factors, times
@@ -209,10 +209,7 @@ def failure(kept: Kept, what: str, gap: float, size: float, allowed: float) -> D
             "or its weights were."
         )
     elif kept.autocast:
-        why = (
-            "Autocast is on, under which the model's own products are rounded to 16 bits: call "
-            "this outside of it, or with check=False."
-        )
+        why = f"{AUTOCAST}."
     else:
         why = trace_report(stream, kept.inputs.source.prompt).diagnosis()
     relative = f"which is {gap / size:.1e} of" if size > 1e-12 * gap else "which is nothing like"

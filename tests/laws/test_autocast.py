@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from alter import alter_output
 from zoo import build, example_ids, supports
 
-from dla_hooks import DecompositionError, direct_logit_attribution
+from dla_hooks import (
+    AttentionScore,
+    DecompositionError,
+    Direction,
+    direct_logit_attribution,
+    upstream,
+)
 
 NAMES = ["gpt2", "gemma2", "phi", "llama"]
 
@@ -113,3 +121,28 @@ def test_check_under_autocast_fails_with_reason():
     with autocast(), pytest.raises(DecompositionError, match="Autocast is on.* check=False"):
         direct_logit_attribution(model, ids, 5)
     assert direct_logit_attribution(model, ids, 5).gap < 1e-4
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-bias", "gemma2", "qwen3", "olmo2", "mixtral"])
+def test_readings_ahead_of_the_end_under_autocast_stay_close(name):
+    model, ids = build(name, dtype=torch.float32), example_ids(name)
+    vector = torch.ones(model.config.hidden_size)
+    targets = [AttentionScore(1, 1, -1, 4, side) for side in ("query", "key")]
+    for target in (Direction(vector, "1_mid"), *targets):
+        plain = direct_logit_attribution(model, ids, target)
+        with autocast():
+            found = direct_logit_attribution(model, ids, target, check=False)
+            close = 3e-2 * float(plain.attribution.abs().sum(0).max())
+            torch.testing.assert_close(found.logit, plain.logit, rtol=0, atol=close)
+            with contextlib.suppress(DecompositionError):
+                direct_logit_attribution(model, ids, target)
+    plain = upstream(model, ids, 3, 5, part="L1H1<2")
+    with autocast():
+        found = upstream(model, ids, 3, 5, part="L1H1<2", check=False)
+    torch.testing.assert_close(found.logit, plain.logit, rtol=5e-2, atol=5e-3)
+
+
+def test_check_of_a_reading_under_autocast_fails_with_reason():
+    model, ids = build("gemma2", dtype=torch.float32), example_ids("gemma2")
+    with autocast(), pytest.raises(DecompositionError, match="Autocast is on"):
+        direct_logit_attribution(model, ids, AttentionScore(1, 1, -1, 4))

@@ -249,3 +249,17 @@ def test_no_answer_is_refused():
     with pytest.raises(InputError, match="answer_tokens"):
         upstream(build("llama"), example_ids("llama"), part="L1H0<4")
     assert dla_hooks.upstream is upstream
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_token_that_is_hardly_read_at_all_has_a_row_of_nearly_nothing(name, dtype):
+    """With attention weights whose squares, and those of their products, are no numbers but 0."""
+    model, ids = build(name, dtype=dtype), example_ids(name, 1, 6)
+    module = model.transformer.h[1].attn if name == "gpt2" else model.model.layers[1].self_attn
+    for factor in (8.0, 20.0, 60.0, 300.0, 2000.0):
+        module.scaling = factor
+        for position in range(3):
+            found = upstream(model, ids, 3, 5, part=f"L1H1<{position}", pos=None)
+            parts = found.attribution.sum(0) + found.bias
+            torch.testing.assert_close(parts, found.logit, rtol=1e-3, atol=1e-5, equal_nan=True)
