@@ -207,11 +207,18 @@ def _entered(context: Context | None, forgotten: Sequence[Stream]) -> Iterator[N
     if context is None:
         yield
         return
+    failed: BaseException | None = None
     try:
         with _context_of(context):
             for stream in forgotten:
                 forget(stream.backend.model)
-            yield
+            try:
+                yield
+            except BaseException as error:
+                failed = error
+                raise
+        if failed is not None:  # the context has swallowed it
+            raise failed
     finally:
         for stream in forgotten:
             forget(stream.backend.model)

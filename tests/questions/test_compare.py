@@ -912,3 +912,10 @@ def test_context_that_writes_weights_without_a_trace_is_measured_on_each_side(sp
         close(found.written, expected.written)
         close(found.read, expected.read)
         close(found.logit, expected.logit)
+
+
+def test_errors_are_raised_through_a_context_that_swallows_them():
+    model, ids = build("llama"), example_ids("llama")
+    model.model.layers[0].register_forward_hook(lambda *_: (_ for _ in ()).throw(OSError("no")))
+    with pytest.raises(OSError, match="no"):
+        compare(model, None, ids, 5, other_context=lambda: contextlib.suppress(Exception))
