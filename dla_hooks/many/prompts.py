@@ -21,7 +21,7 @@ from dla_hooks.many.batches import Item
 from dla_hooks.many.questions import Asking, OneForAll, put
 from dla_hooks.many.rows import Row, Rows
 from dla_hooks.residual.stream import Stream
-from dla_hooks.sources.cautions import warn_of_padding
+from dla_hooks.sources.cautions import warn_of_padding, warn_of_unknown
 from dla_hooks.sources.prompt import check_length
 from dla_hooks.targets.base import Request
 from dla_hooks.targets.question import Question, read_question
@@ -84,6 +84,8 @@ class Reader:
             vocabulary=self.backend.n_tokens(),
             encode=lambda text: self._encode(text, tokenizer),
         )
+        if isinstance(row.prompt, str):
+            warn_of_unknown(read.input_ids, tokenizer, row.prompt)
         if read.extras:
             raise InputError(
                 f"a prompt holds {', '.join(read.extras)}, and attribute_many takes texts and "

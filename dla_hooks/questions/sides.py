@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from dla_hooks.backends import Conventions
 from dla_hooks.call import ReadModel, checked, model_of, placed, source_of, target_of
-from dla_hooks.errors import ArgumentTypeError, DecompositionError, HookError
+from dla_hooks.errors import DecompositionError, HookError
 from dla_hooks.inputs.entries import Entries
 from dla_hooks.inputs.positions import Selection
 from dla_hooks.measure.asked import Asked as AskedOfPrompt
@@ -27,6 +26,7 @@ from dla_hooks.questions.alike import (
     check_streams,
     check_target,
 )
+from dla_hooks.questions.contexts import Context, entered
 from dla_hooks.questions.differences import Run
 from dla_hooks.residual.stream import Stream
 from dla_hooks.sources.base import Source
@@ -34,8 +34,6 @@ from dla_hooks.targets.base import Target
 from dla_hooks.targets.pair import PairTarget, lent
 from dla_hooks.units.base import Unit
 from dla_hooks.units.plan import Plan, make_plan
-
-Context = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -154,7 +152,7 @@ def _measured(question: Question, streams: list[Stream], *, anew: bool = False) 
         anew: measure the model on each side of the context, which may change it without a trace.
     """
     changes = question.context is not None
-    context = partial(_entered, question.context, streams if anew and changes else ())
+    context = partial(entered, question.context, streams if anew and changes else ())
     first = _first(question)
     streams.append(first.stream)
     with context():
@@ -191,47 +189,6 @@ def _measured(question: Question, streams: list[Stream], *, anew: bool = False) 
             second.stream, second.source, first.read.tokenizer, entries[1], pairs[1], *found_second
         ),
     )
-
-
-@contextmanager
-def _entered(context: Context | None, forgotten: Sequence[Stream]) -> Iterator[None]:
-    """Be in the context of the second run, made anew.
-
-    Args:
-        context: the caller's function, or None.
-        forgotten: models of which nothing is remembered across either end of it.
-
-    Raises:
-        ArgumentTypeError: when the caller's function returns no context manager.
-    """
-    if context is None:
-        yield
-        return
-    failed: BaseException | None = None
-    try:
-        with _context_of(context):
-            for stream in forgotten:
-                forget(stream.backend.model)
-            try:
-                yield
-            except BaseException as error:
-                failed = error
-                raise
-        if failed is not None:  # the context has swallowed it
-            raise failed
-    finally:
-        for stream in forgotten:
-            forget(stream.backend.model)
-
-
-def _context_of(context: Context) -> AbstractContextManager[Any]:
-    made = context()
-    if not (hasattr(made, "__enter__") and hasattr(made, "__exit__")):
-        raise ArgumentTypeError(
-            "other_context must be a function that returns a context manager, such as "
-            f"model.disable_adapter; it returned {type(made).__name__}: {made!r:.80}"
-        )
-    return made
 
 
 def _first(question: Question) -> _Side:

@@ -33,6 +33,10 @@ _LONG = (
     "own, but at positions that it was not trained for. Shorten the prompt, or load the model with "
     "settings for longer ones (rope_parameters)"
 )
+_UNKNOWN = (
+    "the prompt holds a word that the tokenizer does not know, and the model reads {unknown!r} in "
+    "its place. Use words that it knows, or the tokenizer that belongs to the model"
+)
 
 _known: Remembered[_Known] = Remembered()
 
@@ -74,6 +78,23 @@ def warn_of(stream: Stream, prompt: Prompt, tokenizer: Any, *, given_as_ids: boo
         return
     if not padded or int(prompt.mask.sum(-1).max()) > longest:
         warn(_LONG)
+
+
+def warn_of_unknown(ids: Tensor, tokenizer: Any, text: Any) -> None:
+    """Warn of a text with words that its tokenizer does not know.
+
+    Args:
+        ids: what the tokenizer made of it.
+        tokenizer: the one that did.
+        text: a string, or several.
+    """
+    unknown, token = (getattr(tokenizer, f"unk_token{end}", None) for end in ("", "_id"))
+    others = {getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "pad")}
+    if not isinstance(token, int) or token in others or not bool((ids == token).any()):
+        return
+    texts = [text] if isinstance(text, str) else text
+    if not any(str(unknown) in one for one in texts):
+        warn(_UNKNOWN.format(unknown=unknown))
 
 
 def warn_of_padding(stream: Stream, ids: Tensor, tokenizer: Any) -> bool:

@@ -14,7 +14,7 @@ from dla_hooks.inputs.extras import POSITIONS
 from dla_hooks.inputs.prompts import Prompt, is_text, read_prompt, tokenizer_for
 from dla_hooks.modules.faults import described_error
 from dla_hooks.residual.stream import Stream
-from dla_hooks.sources.cautions import warn_of
+from dla_hooks.sources.cautions import warn_of, warn_of_unknown
 
 _LONGEST = "max_position_embeddings"
 
@@ -58,6 +58,8 @@ def prompt_for(
     )
     as_ids = not (masked or is_text(input) or prompt.padded)  # rows of lists are padded here
     warn_of(stream, prompt, tokenizer, given_as_ids=as_ids)
+    if is_text(input):
+        warn_of_unknown(prompt.input_ids, tokenizer, input)
     return prompt
 
 

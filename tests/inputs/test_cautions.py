@@ -9,7 +9,14 @@ import torch
 from mapping_zoo import build_any
 from zoo import build, tiny_tokenizer
 
-from dla_hooks import DLAWarning, InputError, attribute_many, direct_logit_attribution, prepare
+from dla_hooks import (
+    DLAWarning,
+    InputError,
+    attribute_many,
+    demo,
+    direct_logit_attribution,
+    prepare,
+)
 
 PAD = 7
 LOOKS_PADDED, TWO_BOS = "look padded", "begins with two BOS"
@@ -203,3 +210,20 @@ def test_error_of_a_callers_hook_passes_at_a_trained_length():
     model.transformer.blocks[0].register_forward_pre_hook(fail)
     with pytest.raises(IndexError, match="^mine$"):
         direct_logit_attribution(model, [5, 6], 7)
+
+
+def test_a_word_that_the_tokenizer_does_not_know_is_said():
+    model, tokenizer = demo.load()
+
+    def ask(text):
+        return warned(lambda: direct_logit_attribution(model, text, " are", tokenizer=tokenizer))
+
+    assert ask("The keys near the cabinet") == []
+    (said,) = ask(["The keys near the cabinet", "The zebras near the cabinet"])
+    assert "does not know" in said
+    assert "<|unk|>" in said
+    assert ask("The<|unk|> near the cabinet") == []  # it was meant
+    (said,) = warned(
+        lambda: list(attribute_many(model, ["The zebras"], " are", tokenizer=tokenizer))
+    )
+    assert "does not know" in said
