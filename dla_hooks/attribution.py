@@ -21,6 +21,7 @@ from dla_hooks.call import (
     target_of,
 )
 from dla_hooks.errors import DecompositionError, HookError
+from dla_hooks.inputs.positions import said_first
 from dla_hooks.measure.asked import Asked, settled
 from dla_hooks.measure.completeness import seems_current
 from dla_hooks.measure.one_prompt import measure, results
@@ -99,8 +100,7 @@ def direct_logit_attribution(
         center_unembed: take the vocabulary's mean off every row of W_U, as TransformerLens does
             by default (unless logits are capped). Differences of two tokens do not change. None
             is False, or for a wrapped model what it was wrapped with; so is the next.
-        fold_value_biases: move each head's constant part (its value bias) to the remainder, as
-            TransformerLens does by default. Only heads change.
+        fold_value_biases: move each head's value bias to the remainder, as TransformerLens does.
         check: hold the parts against the last stream and, at a few positions, against the model's
             own logits, and raise if they do not add up. A cache does not say which logits the
             model gave; there the parts are held against the last stream alone.
@@ -137,7 +137,8 @@ def direct_logit_attribution(
     read = model_of(backend, tokenizer=tokenizer, prepend_bos=prepend_bos)
     source = source_for(read, units.values(), input, cache, attention_mask, chunk_size)
     conventions = read.conventions(center_unembed, fold_value_biases)
-    question = target_of(read, answer_tokens, incorrect_tokens, conventions)
+    with said_first(pos, source.prompt.mask):
+        question = target_of(read, answer_tokens, incorrect_tokens, conventions)
     question, source, selection = placed(read, question, source, input, pos, chunk_size)
     asked = settled(question, read.stream, source, selection)
     plan = Plan(model, read, asked.question, units, single, conventions, bool(check))

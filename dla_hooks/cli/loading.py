@@ -86,7 +86,7 @@ def readable(prompt: str, answers: Sequence[str | None], pos: Any, prepend_bos: 
                 read_ids(answer, name, None, tokenizer)
         ids = encode(prompt, tokenizer, prepend_bos)
         if ids and not isinstance(pos, Span):
-            select(pos, torch.ones(1, len(ids), dtype=torch.bool))
+            select(pos, torch.ones(1, len(ids), dtype=torch.bool, device="cpu"))
 
     return check
 

@@ -7,7 +7,8 @@ padding on either side. ``pos=None`` keeps the columns of the batch as they are.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,6 +167,22 @@ def _side_by_side(
     return Selection(
         torch.arange(len(mask), device="cpu")[:, None].expand_as(cols), cols, valid, mask
     )
+
+
+@contextmanager
+def said_first(pos: Any, mask: Tensor) -> Iterator[None]:
+    """Where positions are wrong, and so is something else, say what is wrong with the positions.
+
+    Args:
+        pos: any form of positions; of one that a tokenizer must read, nothing is said.
+        mask: True at the real tokens [batch, pos].
+    """
+    try:
+        yield
+    except InputError:
+        if not isinstance(pos, Span):
+            select(pos, mask)
+        raise
 
 
 def spread_over(count: int, most: int) -> Tensor:

@@ -150,7 +150,7 @@ class StoredCache(Source):
         name = place.name
         holder, _, norm = name.rpartition(".")
         if name == self._stream.final_norm.name or norm in _NORMS:
-            if not place.before:
+            if not place.before and hasattr(place.module, "hook_normalized"):
                 return self._entry(f"{name}.hook_normalized")
             if norm not in _NORMS:
                 return self._last()
