@@ -164,7 +164,7 @@ def _two_checkpoints(model: Any, setting: Setting) -> tuple[Call, Passes]:
 def _layer(model: Any, share: float) -> tuple[int, int]:
     """The layer at a share of the depth, and the depth."""
     n: int = model.config.num_hidden_layers
-    return round(share * n), n
+    return min(round(share * n), n - 1), n
 
 
 def _direction(share: float) -> Callable[[Any, Setting], tuple[Call, Passes]]:
