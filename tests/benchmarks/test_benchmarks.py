@@ -435,8 +435,8 @@ def test_every_bar_runs_on_a_tiny_model(name, tmp_path):
         pytest.skip(filed[0]["skipped"])
     found = [one["ratio"]["median"] for one in filed]
     assert all(0 <= ratio < 1e3 for ratio in found), found
-    if name != "chunks":  # memory alone, and a tiny model may not raise the peak at all
-        assert all(ratio > 0 for ratio in found), found
+    # A tiny model may not raise the peak of memory at all, and chunks measure nothing else.
+    assert name == "chunks" or any(ratio > 0 for ratio in found), found
 
 
 def test_named_sizes_match_parameter_counts():
