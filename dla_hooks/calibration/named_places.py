@@ -95,7 +95,7 @@ def feature_rows(read: Sequence[tuple[NamedPlace, int]]) -> RowRuns:
 
 def _find(stream: Stream, label: str) -> NamedPlace:
     d_model, blocks = stream.d_model, stream.blocks
-    if label == FINAL:
+    if label == FINAL == stream.last_label:
         order = len(blocks), 0.0
         return NamedPlace(label, FINAL, stream.last, d_model, order, len(blocks), None)
     for number, block in enumerate(blocks):
@@ -120,6 +120,13 @@ def _find(stream: Stream, label: str) -> NamedPlace:
             check_readable(site.linear, site.name)
             width, order = input_width(site.linear), (number, float(nth))
             return NamedPlace(label, "z", site.place, width, order, number, layer, write, site)
+    if stream.ending is not None and label in _behind(stream):
+        raise InputError(
+            f"{label!r:.40} is not ahead of {stream.last_label}, where the stream is read, so that "
+            "nothing there is part of the number; leave it out, or read the stream later"
+        )
+    if not blocks:
+        raise InputError(f"{label!r:.40} is no place of the stream as far as {stream.last_label}")
     some = [write.label for write in blocks[-1].writes]
     raise InputError(
         f"{label!r:.40} is no place of {stream.backend.name}; places are what a sublayer writes, "
@@ -127,3 +134,11 @@ def _find(stream: Stream, label: str) -> NamedPlace:
         f"the stream at '{blocks[-1].layer}_pre', at '{blocks[-1].layer}_mid' in sequential "
         f"blocks, or at {FINAL!r}"
     )
+
+
+def _behind(stream: Stream) -> set[str]:
+    """The names of the places from where the stream is read on."""
+    layers = {block.layer for block in stream.whole.blocks[len(stream.blocks) - 1 :]}
+    writes = {write.label for write in stream.whole.writes}
+    names = {f"{layer}_{end}" for layer in layers for end in ("pre", "mid", "z")}
+    return {FINAL} | names | writes

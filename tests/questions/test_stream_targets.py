@@ -179,6 +179,34 @@ def test_unit_without_rows_ahead_of_the_reading_is_refused_for_that_reason(unit)
             dla_hooks.effects(model, ids, Direction(vector_for(model), "0_pre"), unit=unit)
 
 
+class _Dictionary:
+    """A dictionary of as many features as the stream is wide."""
+
+    def encode(self, x):
+        return x.relu()
+
+    def decode(self, f):
+        return f * 0.5 + 1
+
+
+@pytest.mark.parametrize("at", ["1_pre", "1_mid"])
+def test_features_ahead_of_the_reading_add_up_and_those_behind_are_refused(at):
+    model, ids = build("llama"), example_ids("llama")
+    v = vector_for(model)
+
+    def ask(place):
+        unit = dla_hooks.Features({place: _Dictionary()}, top=None)
+        return attribute(model, ids, Direction(v, at), unit=unit, pos=None)
+
+    x = seen_at(model.model.layers[0].mlp, model, ids, before=False)
+    found = ask("0_mlp_out")
+    assert torch.allclose(found["L0F3"].nan_to_num(), x[..., 3].relu() * 0.5 * v[3], atol=1e-9)
+    assert torch.allclose(found.total() + found.bias, found.logit)
+    for place in ("final_post", "1_mlp_out", "2_pre"):
+        with pytest.raises(InputError, match=f"{place}.* is not ahead of {at}"):
+            ask(place)
+
+
 def test_router_logit_is_split_by_who_wrote_it():
     model, ids = build("mixtral"), example_ids("mixtral")
     gate = model.model.layers[1].mlp.gate
