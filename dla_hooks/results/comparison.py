@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from torch import Tensor
 
 from dla_hooks.errors import InputError
 from dla_hooks.results import comparison_views, files, table
-from dla_hooks.results.chart import plot
+from dla_hooks.results.picture import Picture
 from dla_hooks.results.ranked import REMAINDER, REST, RankedAttribution, Result
 from dla_hooks.results.result import DirectLogitAttribution
 from dla_hooks.results.rows import Row, Words
-from dla_hooks.results.schema import as_json, pack, unpack
+from dla_hooks.results.schema import as_json, pack_within, unpack_within
 from dla_hooks.results.stored import Exported
 
 if TYPE_CHECKING:
@@ -191,55 +190,43 @@ class Comparison(Exported):
         """
         return table.frame(self.records(), self._columns())
 
-    def plot(self) -> altair.Chart:
-        """A picture of the difference (extra ``plot``); see :meth:`DirectLogitAttribution.plot`.
+    def plot(self, kind: str | None = None, **options: Any) -> Picture:
+        """A picture of the difference, which needs no network and no other package.
+
+        Args:
+            kind: see :meth:`DirectLogitAttribution.plot`.
+            **options: likewise.
+
+        Raises:
+            InputError: when the result holds no number, or for an argument without meaning.
+        """
+        return self.difference.plot(kind, **options)
+
+    def to_altair(self) -> altair.Chart:
+        """An Altair chart of the difference (extra ``plot``); a notebook needs a network for it.
 
         Raises:
             MissingExtraError: when Altair is not installed.
             InputError: when the result holds no number.
         """
-        return plot(self.difference)
-
-    def save(self, path: str | Path) -> Path:
-        """Write the difference and both runs' attributions to one safetensors file.
-
-        Args:
-            path: of the file to write; by custom it ends in ``.safetensors``.
-
-        Raises:
-            InputError: for what is no path.
-            CheckpointError: when it cannot be written there.
-        """
-        tensors: dict[str, Tensor] = {}
-        plain: dict[str, Any] = {_KIND: self.difference.form}
-        for name in ("written_means", "beyond"):
-            if getattr(self, name) is not None:
-                tensors[name] = getattr(self, name)
-        for name in _PARTS:
-            own, plain[name] = pack(getattr(self, name))
-            tensors |= {f"{name}.{field}": tensor for field, tensor in own.items()}
-        return files.write(path, self.form, tensors, plain)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Read it back.
-
-        Raises:
-            CheckpointError: when there is no such file, or it cannot be read.
-            InputError: when the file holds something else, or comes from a newer version.
-        """
-        return files.read(path, {cls.form: cls.from_file})
+        return self.difference.to_altair()
 
     @classmethod
     def from_file(cls, **fields: Any) -> Self:
         """Make a comparison of the fields of its file."""
         made = _KINDS[fields.pop(_KIND)]
-        parts = {}
+        parts: dict[str, Any] = {name: made(**unpack_within(name, fields)) for name in _PARTS}
+        return cls(**parts, **fields)
+
+    def _packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        given = {name: getattr(self, name) for name in ("written_means", "beyond")}
+        tensors = {name: own for name, own in given.items() if own is not None}
+        plain: dict[str, Any] = {_KIND: self.difference.form}
         for name in _PARTS:
-            own = {key: fields[key] for key in fields if key.startswith(f"{name}.")}
-            tensors = {key.removeprefix(f"{name}."): fields.pop(key) for key in own}
-            parts[name] = made(**unpack(tensors, fields.pop(name)))
-        return cls(parts["difference"], parts["first"], parts["second"], **fields)
+            own, rest = pack_within(name, getattr(self, name))
+            tensors |= own
+            plain |= rest
+        return tensors, plain
 
     def __getitem__(self, label: str) -> Tensor:
         """The difference [*batch_and_pos] of one row; of a ranked unit NaN where it is not kept.

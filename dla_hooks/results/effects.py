@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -17,7 +16,7 @@ from dla_hooks.results.parts import check_label, unknown_label
 from dla_hooks.results.picture import Picture
 from dla_hooks.results.plots import effects as effects_plot
 from dla_hooks.results.result import DirectLogitAttribution
-from dla_hooks.results.schema import pack, unpack
+from dla_hooks.results.schema import pack, pack_within, unpack_within
 from dla_hooks.results.stored import Exported
 from dla_hooks.results.table import frame
 
@@ -175,39 +174,16 @@ class Effects(EffectsData, Exported):
         """
         return effects_chart.plot(self)
 
-    def save(self, path: str | Path) -> Path:
-        """Write everything, the clean run's attribution too, to one safetensors file.
-
-        Args:
-            path: of the file to write; by custom it ends in ``.safetensors``.
-
-        Raises:
-            InputError: for what is no path.
-            CheckpointError: when it cannot be written there.
-        """
-        tensors, plain = pack(self)
-        own, plain[_CLEAN] = pack(self.clean)
-        tensors |= {f"{_CLEAN}.{name}": tensor for name, tensor in own.items()}
-        return files.write(path, self.form, tensors, plain)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Self:
-        """Read it back.
-
-        Raises:
-            CheckpointError: when there is no such file, or it cannot be read.
-            InputError: when the file holds something else, or comes from a newer version.
-        """
-        return files.read(path, {cls.form: cls.from_file})
-
     @classmethod
     def from_file(cls, **fields: Any) -> Self:
         """Make effects of the fields of their file."""
-        start = f"{_CLEAN}."
-        names = [name for name in fields if name.startswith(start)]
-        own = {name.removeprefix(start): fields.pop(name) for name in names}
-        clean = DirectLogitAttribution(**unpack(own, fields.pop(_CLEAN)))
+        clean = DirectLogitAttribution(**unpack_within(_CLEAN, fields))
         return cls(clean=clean, **fields)
+
+    def _packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, plain = pack(self)
+        own, rest = pack_within(_CLEAN, self.clean)
+        return tensors | own, plain | rest
 
     def __repr__(self) -> str:
         return effects_views.as_text(self)

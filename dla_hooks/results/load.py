@@ -15,6 +15,15 @@ from dla_hooks.results.summary import Summary
 
 Saved = DirectLogitAttribution | RankedAttribution | Summary | PromotedTokens | Comparison | Effects
 
+_KINDS: tuple[type[Saved], ...] = (
+    DirectLogitAttribution,
+    RankedAttribution,
+    Summary,
+    PromotedTokens,
+    Comparison,
+    Effects,
+)
+
 
 def load(path: str | Path) -> Saved:
     """Read what the ``save`` of a result or a summary has written.
@@ -37,12 +46,5 @@ def load(path: str | Path) -> Saved:
         InputError: when the file holds something else, or comes from a newer version.
         CheckpointError: when there is no such file, or it cannot be read.
     """
-    kinds: dict[str, Callable[..., Saved]] = {
-        files.RESULT: DirectLogitAttribution,
-        files.RANKED: RankedAttribution,
-        files.SUMMARY: Summary,
-        files.PROMOTED: PromotedTokens,
-        files.COMPARISON: Comparison.from_file,
-        files.EFFECTS: Effects.from_file,
-    }
+    kinds: dict[str, Callable[..., Saved]] = {one.form: one.from_file for one in _KINDS}
     return files.read(path, kinds)

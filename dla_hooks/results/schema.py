@@ -75,6 +75,20 @@ def unpack(tensors: dict[str, Tensor], plain: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
+def pack_within(name: str, data: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """:func:`pack` of a result that is a field of another one."""
+    tensors, plain = pack(data)
+    return {f"{name}.{field}": tensor for field, tensor in tensors.items()}, {name: plain}
+
+
+def unpack_within(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The other way round: takes the field out of what is given."""
+    start = f"{name}."
+    tensors = {key: given.pop(key) for key in list(given) if key.startswith(start)}
+    own = {key.removeprefix(start): tensor for key, tensor in tensors.items()}
+    return unpack(own, given.pop(name))
+
+
 def row_columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
     """Rows as columns ``kind``, ``layer``, ``sub``, ``index``, aligned with their labels.
 

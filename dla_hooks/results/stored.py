@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar, Self, overload
 
+from torch import Tensor
+
 from dla_hooks.results import files
 from dla_hooks.results.schema import pack
 from dla_hooks.results.table import csv_text, json_text
@@ -29,7 +31,7 @@ class Stored:
             InputError: for what is no path.
             CheckpointError: when it cannot be written there.
         """
-        return files.write(path, self.form, *pack(self))
+        return files.write(path, self.form, *self._packed())
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -39,7 +41,16 @@ class Stored:
             CheckpointError: when there is no such file, or it cannot be read.
             InputError: when the file holds something else, or comes from a newer version.
         """
-        return files.read(path, {cls.form: cls})
+        return files.read(path, {cls.form: cls.from_file})
+
+    @classmethod
+    def from_file(cls, **fields: Any) -> Self:
+        """Make one of the fields of its file."""
+        return cls(**fields)
+
+    def _packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What its file holds: tensors by name, and the rest as JSON can hold it."""
+        return pack(self)
 
 
 class Exported(Stored):

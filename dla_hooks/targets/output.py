@@ -71,8 +71,8 @@ class Output(Request):
                 stream, TokenSets.made_of([([channel], [1 / stream.logit_scale])], (), False)
             )
         reader = reader_of(stream, module, self.module)
-        plain = declared_width(module) is not None and isinstance(module, nn.Linear)
-        linear = module if plain else FirstOutput(module, stream.d_model)
+        says = declared_width(module) is not None  # as linear modules do; routers say nothing
+        linear = module if says else FirstOutput(module, stream.d_model)
         check_readable(linear, self.module)
         self._check_channel(output_width(linear))
         channel = self.channel % output_width(linear)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -126,9 +127,19 @@ class TestViews:
         assert second not in repr(compared())
 
     @pytest.mark.parametrize("unit", UNITS)
+    def test_a_picture_is_of_the_difference_and_needs_no_extra(self, unit, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, "altair", None)
+        found = compared(unit)
+        drawn = found.plot()
+        assert isinstance(drawn, dla_hooks.Picture)
+        assert "first - second" in drawn.title
+        assert "<svg" in drawn.save(tmp_path / "c.svg").read_text()
+        assert drawn.title == found.difference.plot().title
+
+    @pytest.mark.parametrize("unit", UNITS)
     def test_a_chart_is_titled_as_a_difference(self, unit):
         pytest.importorskip("altair")
-        chart = compared(unit).plot().to_dict()
+        chart = compared(unit).to_altair().to_dict()
         assert "first - second" in chart["title"]["text"]
 
     def test_a_result_without_halves_is_refused(self):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from mapping_zoo import CannotBuild, build_any, example_ids_any
 from torch import nn
 from transformers import AutoModelForSequenceClassification, LlamaConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from zoo import ZOO, build, example_ids
 
 import dla_hooks
 from dla_hooks import DecompositionError, Direction, InputError, Output, UnsupportedModelError
 from dla_hooks import direct_logit_attribution as attribute
-from tests.helpers.mapping_zoo import build_any, example_ids_any
-from tests.helpers.zoo import ZOO, build, example_ids
 
 UNITS = ("component", "layer", "head", "neuron")
 FAMILIES = (
@@ -427,3 +428,32 @@ def test_many_prompts_with_another_direction_are_another_sweep(tmp_path):
         list(dla_hooks.attribute_many(model, prompts, other, resume=tmp_path / "a"))
     with pytest.raises(InputError, match="incorrect_tokens"):
         list(dla_hooks.attribute_many(model, prompts, one, 5))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+def test_every_type_reads_a_direction_where_its_last_block_begins(model_type):
+    try:
+        model = build_any(model_type)
+    except CannotBuild as error:
+        pytest.skip(str(error))
+    ids = example_ids_any(model)
+    try:
+        labels = attribute(model, ids, 3, unit="layer").labels
+    except dla_hooks.UnsupportedModelError as error:
+        pytest.skip(f"refused: {error!s:.60}")
+    last = [label for label in labels if label.endswith("_pre")][-1]
+    v = vector_of(model)
+    stack, names = dla_hooks.accumulated_resid(model, ids, return_labels=True)
+    x = stack[names.index(last)].double()
+    result = attribute(model, ids, Direction(v, last), pos=None)
+    size = 1e-5 * float(x.norm(dim=-1).max() * v.norm())
+    assert torch.allclose(result.logit.double(), x @ v, atol=size, rtol=0)
+    assert torch.allclose((result.total() + result.bias).double(), x @ v, atol=size, rtol=0)
+
+
+def vector_of(model: nn.Module) -> torch.Tensor:
+    """A direction as wide as the stream, which the model itself shows."""
+    stack = dla_hooks.accumulated_resid(model, example_ids_any(model), layer=1)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(stack.shape[-1], generator=generator, dtype=torch.float64)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import tl_models
 import torch
 
 import dla_hooks
 from dla_hooks import Direction
-from tests.helpers import tl_models
 
 pytest.importorskip("transformer_lens")
 pytestmark = pytest.mark.tl
