@@ -75,12 +75,15 @@ def headline(data: EntryData, with_model: bool = True) -> str:
 
 def closing(data: EntryData) -> list[str]:
     """The sum that the rows are held to, and how well it holds: two lines."""
-    numbers = "logits" if data.reading is None else "number"
-    checked = (
-        f"not checked against the model's {numbers}"
-        if math.isnan(data.logit_gap)
-        else f"to the model's own {numbers} {data.logit_gap:.1e}"
-    )
+    if data.reading is not None:
+        own = "the stream's own number" if math.isnan(data.logit_gap) else "the model's own number"
+        checked = f"to {own}"
+    elif math.isnan(data.logit_gap):
+        checked = "not checked against the model's logits"
+    else:
+        checked = "to the model's own logits"
+    if not math.isnan(data.logit_gap):
+        checked += f" {data.logit_gap:.1e}"
     several = int(real_entries(data)[0].sum()) > 1
     return [sum_line(data, mean=several), f"gap {data.gap:.1e}, {checked}"]
 

@@ -53,7 +53,7 @@ class Layers(Unit):
             places = parts.places[number]
             rows.append(Row(f"{block.layer}_pre", "pre", block.layer))
             steps.append(places[0])
-            if n_first is not None and n_first < len(places):
+            if n_first is not None:
                 rows.append(Row(f"{block.layer}_mid", "mid", block.layer))
                 steps.append(places[n_first])
         last = stream.last_label

@@ -177,3 +177,8 @@ def test_a_position_that_a_short_row_lacks_is_refused(model):
     ids, mask, _ = padded("right")
     with pytest.raises(PositionError, match="row 2 of the input has 1 tokens"):
         direct_logit_attribution(model, ids, 5, pos=1, attention_mask=mask)
+
+
+def test_positions_are_said_first_where_tokens_are_wrong_too(model):
+    with pytest.raises(PositionError, match="position 7 is out of range"):
+        direct_logit_attribution(model, IDS, [[5], [6]], pos=WIDTH)

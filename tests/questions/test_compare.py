@@ -916,6 +916,37 @@ def test_context_that_writes_weights_without_a_trace_is_measured_on_each_side(sp
 
 def test_errors_are_raised_through_a_context_that_swallows_them():
     model, ids = build("llama"), example_ids("llama")
-    model.model.layers[0].register_forward_hook(lambda *_: (_ for _ in ()).throw(OSError("no")))
+
+    def fails(*_):
+        raise OSError("no")
+
+    @contextlib.contextmanager
+    def swallows():
+        handle = model.model.layers[0].register_forward_hook(fails)
+        with contextlib.suppress(OSError):
+            try:
+                yield
+            finally:
+                handle.remove()
+
     with pytest.raises(OSError, match="no"):
-        compare(model, None, ids, 5, other_context=lambda: contextlib.suppress(Exception))
+        compare(model, None, ids, 5, other_context=swallows)
+
+
+@pytest.mark.parametrize("weight", [1e-6, 1e6])
+def test_weighted_sets_are_held_to_their_own_size(weight):
+    model, ids = build("llama").float(), example_ids("llama")
+    asked = dla_hooks.Tokens({5: weight, 7: -weight})
+    found = compare(model, None, ids, asked, other_input=ids.flip(1), pos=None)
+    plain = compare(model, None, ids, 5, 7, other_input=ids.flip(1), pos=None)
+    close(found.attribution / weight, plain.attribution, 1e-4)
+
+
+def test_the_text_s_own_tokens_are_those_of_the_first_prompt():
+    model, ids = build("llama"), example_ids("llama")
+    found = compare(model, None, ids, dla_hooks.NEXT, other_input=ids.flip(1), pos=None)
+    assert found.attribution.shape[1:] == (len(ids), ids.shape[1] - 1)
+    with torch.no_grad():
+        first, second = (model(one).logits[:, :-1] for one in (ids, ids.flip(1)))
+    due = (first - second).gather(-1, ids[:, 1:, None])[..., 0]
+    close(found.logit, due)

@@ -13,6 +13,8 @@ from zoo import ZOO, build, example_ids
 import dla_hooks
 from dla_hooks import DecompositionError, Direction, InputError, Output, UnsupportedModelError
 from dla_hooks import direct_logit_attribution as attribute
+from dla_hooks.modules.hooks import Place, Run
+from dla_hooks.modules.runs import ended_at
 
 UNITS = ("component", "layer", "head", "neuron")
 FAMILIES = (
@@ -178,6 +180,24 @@ def test_unit_without_rows_ahead_of_the_reading_is_refused_for_that_reason(unit)
     if unit != "source":
         with pytest.raises(UnsupportedModelError, match="as far as 0_pre, has no"):
             dla_hooks.effects(model, ids, Direction(vector_for(model), "0_pre"), unit=unit)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "path"),
+    [
+        ("beam", "mlp.up_proj"),  # blocks that multiply the stream on its way to the MLP
+        ("doge", "mlp.up_proj"),
+        ("gemma4_text", "mlp.up_proj"),
+        ("gpt_neox_japanese", "mlp.dense_h_to_4h"),  # its last block adds a constant
+    ],
+)
+def test_gains_and_constants_inside_of_the_block_are_counted(model_type, path):
+    model = build_any(model_type)
+    ids = example_ids_any(model)
+    full = next(p for p in reversed([p for p, _ in model.named_modules()]) if p.endswith(path))
+    own = seen_at(model.get_submodule(full), model, ids, before=False)[..., 1].double()
+    result = attribute(model, ids, Output(full, 1), pos=None)
+    assert_adds_up(result, own, atol=1e-5 * float(result.attribution.abs().max()))
 
 
 class _Dictionary:
@@ -398,7 +418,9 @@ def test_incorrect_tokens_do_not_go_with_a_direction():
 def test_result_says_what_was_read(tmp_path):
     model, ids = build("llama"), example_ids("llama")
     result = attribute(model, ids, Direction(vector_for(model), "1_pre"))
-    assert "1_pre" in str(result)
+    assert str(result).startswith("Direction([")  # no token, and so not in quotes
+    assert "the mean value" in str(result)
+    assert "to the stream's own number" in str(result)
     assert "1_pre" in result.answer[0]
     result.save(tmp_path / "r.safetensors")
     again = dla_hooks.load(tmp_path / "r.safetensors")
@@ -457,3 +479,16 @@ def vector_of(model: nn.Module) -> torch.Tensor:
     stack = dla_hooks.accumulated_resid(model, example_ids_any(model), layer=1)
     generator = torch.Generator().manual_seed(0)
     return torch.randn(stack.shape[-1], generator=generator, dtype=torch.float64)
+
+
+def test_one_end_is_not_taken_for_another():
+    module = nn.Linear(2, 2)
+    place, outer, inner = Place(module, "it", before=True), Run(), Run()
+    with ended_at(place, outer):
+        with ended_at(place.ahead, inner):
+            module(torch.zeros(1, 2))
+        assert inner.ended
+        with ended_at(Place(nn.Linear(2, 2), "another", before=True), Run()):
+            module(torch.zeros(1, 2))
+        raise AssertionError("the outer one ends the pass")
+    assert outer.ended
