@@ -28,6 +28,7 @@ from dla_hooks import (
 )
 from dla_hooks.projection import directions
 from dla_hooks.targets import pair
+from dla_hooks.targets.token_sets import TokenSets
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT
 
@@ -933,13 +934,17 @@ def test_errors_are_raised_through_a_context_that_swallows_them():
         compare(model, None, ids, 5, other_context=swallows)
 
 
-@pytest.mark.parametrize("weight", [1e-6, 1e6])
-def test_weighted_sets_are_held_to_their_own_size(weight):
-    model, ids = build("llama").float(), example_ids("llama")
-    asked = dla_hooks.Tokens({5: weight, 7: -weight})
-    found = compare(model, None, ids, asked, other_input=ids.flip(1), pos=None)
-    plain = compare(model, None, ids, 5, 7, other_input=ids.flip(1), pos=None)
-    close(found.attribution / weight, plain.attribution, 1e-4)
+@pytest.mark.parametrize("weight", [1e-6, 1.0, 1e6])
+def test_weighted_sets_are_held_to_their_own_size(weight, monkeypatch):
+    model, ids = build("llama"), example_ids("llama")
+    asked, rows = dla_hooks.Tokens({5: weight, 7: -0.5 * weight}), TokenSets.rows
+    found = compare(model, None, ids, asked, other_input=ids.flip(1))
+    assert_exact(found, 1e-9 * weight)
+    monkeypatch.setattr(
+        TokenSets, "rows", lambda self, *given: tuple(1.01 * one for one in rows(self, *given))
+    )
+    with pytest.raises(DecompositionError):
+        compare(model, None, ids, asked, other_input=ids.flip(1))
 
 
 def test_the_text_s_own_tokens_are_those_of_the_first_prompt():
