@@ -100,7 +100,9 @@ class TokenSets:
             wrong = wrong.spread()
         elif wrong.several and not right.several:
             right = right.spread()
-        shape = torch.broadcast_shapes(right.shape, wrong.shape)
+        shape = right.shape  # the same for both, nearly always
+        if shape != wrong.shape:
+            shape = torch.broadcast_shapes(shape, wrong.shape)
         ids = torch.cat([each.ids.expand(*shape, each.m) for each in (right, wrong)], -1)
         signed = [right.weights, -wrong.weights]
         if any(each.ndim > 1 for each in signed):
@@ -114,6 +116,10 @@ class TokenSets:
 
     def distinct(self) -> tuple[TokenSets, Tensor]:
         """The sets that differ [K], and the number among them of each [*shape]."""
+        if self.shape.numel() == 1:
+            weights = self.weights if self.weights.ndim == 1 else self.weights.reshape(1, self.m)
+            only = replace(self, ids=self.ids.reshape(1, self.m), weights=weights, several=False)
+            return only, torch.zeros(self.shape, dtype=torch.long, device="cpu")
         columns = list(self.ids.reshape(-1, self.m).unbind(-1))
         if self.weights.ndim > 1:
             each = self.weights.reshape(-1, self.m).unbind(-1)
