@@ -50,7 +50,7 @@ versions() {
   local name=$1
   shift
   "$python" -m venv "$work/$name"
-  "$work/$name/bin/pip" install "$@" pytest hypothesis setuptools
+  "$work/$name/bin/pip" install "$@" pytest pytest-xdist hypothesis setuptools
   "$work/$name/bin/pip" install --no-deps -e .
 }
 
@@ -68,7 +68,7 @@ newest_transformers() {
 transformer_lens() {
   "$python" -m venv "$work/tl-$1"
   "$work/tl-$1/bin/pip" install torch==2.13.0
-  "$work/tl-$1/bin/pip" install "transformer-lens==$1" nnsight==0.8.1 pytest hypothesis setuptools
+  "$work/tl-$1/bin/pip" install "transformer-lens==$1" nnsight==0.8.1 pytest pytest-xdist hypothesis setuptools
   "$work/tl-$1/bin/pip" install --no-deps -e .
 }
 
