@@ -43,22 +43,24 @@ class Look:
             answer_E: the token that each entry asks for, -1 for none; None for none at all.
         """
         logits_EV = logits_EV if logits_EV.dtype == torch.float64 else logits_EV.float()
-        total_E1 = logits_EV.logsumexp(-1, keepdim=True)
-        values_EK, ids_EK = logits_EV.topk(min(_TOP, logits_EV.shape[-1]))
+        log_p_EV = logits_EV.log_softmax(-1)
+        # By the logits: their logarithms may be rounded to ties.
+        ids_EK = logits_EV.topk(min(_TOP, logits_EV.shape[-1])).indices
+        log_p_EK = log_p_EV.gather(-1, ids_EK)
         if answer_E is None:
-            log_p_E = total_E1.new_full((len(logits_EV),), math.nan)
+            log_p_E = log_p_EV.new_full((len(logits_EV),), math.nan)
             none_E = ids_EK.new_full((len(logits_EV),), -1)
-            return cls(log_p_E, none_E, ids_EK.T, (values_EK - total_E1).T)
+            return cls(log_p_E, none_E, ids_EK.T, log_p_EK.T)
         answer_E = answer_E.to(logits_EV.device)
         has_all = len(answer_E) and int(answer_E.min()) >= 0
         asked_E = answer_E if has_all else answer_E.clamp(min=0)
-        value_E1 = logits_EV.gather(-1, asked_E[:, None])
-        rank_E = (logits_EV > value_E1).sum(-1).add_(1)
-        log_p_E = (value_E1 - total_E1)[:, 0]
+        asked_E1 = asked_E[:, None]
+        rank_E = (logits_EV > logits_EV.gather(-1, asked_E1)).sum(-1).add_(1)
+        log_p_E = log_p_EV.gather(-1, asked_E1)[:, 0]
         if not has_all:
             log_p_E = log_p_E.masked_fill(answer_E < 0, math.nan)
             rank_E = rank_E.masked_fill(answer_E < 0, -1)
-        return cls(log_p_E, rank_E, ids_EK.T, (values_EK - total_E1).T)
+        return cls(log_p_E, rank_E, ids_EK.T, log_p_EK.T)
 
     @classmethod
     def joined(cls, looks: Sequence[Look]) -> Look:
@@ -111,7 +113,7 @@ def seen_at(entries: Entries, observed: Observed, answers_K: Tensor | None) -> S
     n, logits_BSV = len(observed.entries_E), observed.logits_BSV
     if not n:
         return None
-    answer_E = None if answers_K is None else answers_K[observed.target_E]
+    answer_E = None if answers_K is None else answers_K.index_select(0, observed.target_E)
     at_once = max(1, _AT_ONCE // logits_BSV.shape[-1])
     if logits_BSV.shape[1] == 1 and n == len(logits_BSV) <= at_once:  # each row's only position
         look = Look.at(logits_BSV[:, 0], answer_E)

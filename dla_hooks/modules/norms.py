@@ -175,9 +175,11 @@ def frozen_scale(norm: Norm, x_NM: Tensor, y_NM: Tensor) -> tuple[Tensor, Tensor
         return s, s.new_zeros(())
     most = partial(torch.linalg.vector_norm, ord=torch.inf, dim=-1)
     unexplained = most(y.addcdiv_(a, s[:, None], value=-1))
-    return s, torch.where(unexplained == 0, 0.0, unexplained / most(y_NM)).max()
+    return s, (unexplained / most(y_NM).clamp_(min=torch.finfo(s.dtype).tiny)).max()
 
 
 def largest(misfits: list[Tensor]) -> float:
     """The largest of several misfits; NaN if any is."""
+    if len(misfits) == 1:
+        return float(misfits[0])
     return float(torch.stack([misfit.cpu() for misfit in misfits]).max()) if misfits else 0.0

@@ -166,7 +166,7 @@ class PointRecorder:
         if self._point.norm_place is None:
             scale_N.fill_(1)
         target_N = self._entries.target.to(rows.device)
-        biases = [readout.bias_K.to(rows.device)[target_N] for readout in self._readouts]
+        biases = [one.bias_K.to(rows.device).index_select(0, target_N) for one in self._readouts]
         hooks = dict[str, Tensor]()
         if self._behind is not None:
             hooks[FINAL_HOOK] = self._behind.finish(rows.device)

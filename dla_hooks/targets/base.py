@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -52,21 +53,27 @@ class Observed:
         """The entries whose columns the model's logits were kept for."""
         hit = entries.cols[:, None] == columns  # in each row once at most
         entries_E, column_E = hit.nonzero().unbind(-1)
-        row_E, device = entries.rows[entries_E], logits_BSV.device
-        target_E = entries.target[entries_E]
+        # `index_select` costs a fifth of what indexing costs.
+        row_E, target_E = (of.index_select(0, entries_E) for of in (entries.rows, entries.target))
+        device = logits_BSV.device
         return cls(logits_BSV, row_E.to(device), column_E.to(device), entries_E, target_E)
+
+    @cached_property
+    def place_E(self) -> Tensor:
+        """Where each such entry's logits are, among the rows of all columns."""
+        return self.row_E * self.logits_BSV.shape[1] + self.column_E
 
     def of(self, ids_E: Tensor) -> Tensor:
         """The logits of one token for each entry, or of several [n, m], in float64."""
-        ids_E = ids_E.to(self.logits_BSV.device)
-        row_E, column_E = self.row_E, self.column_E
+        first_E = self.place_E * self.logits_BSV.shape[-1]
         if ids_E.ndim > 1:
-            row_E, column_E = row_E[:, None], column_E[:, None]
-        return self.logits_BSV[row_E, column_E, ids_E].double()
+            first_E = first_E[:, None]
+        return self.logits_BSV.take(ids_E.to(first_E.device) + first_E).double()
 
     def mean(self) -> Tensor:
         """The mean logit over the vocabulary for each entry, in float64."""
-        return self.logits_BSV.mean(-1, dtype=torch.float64)[self.row_E, self.column_E]
+        means_BS = self.logits_BSV.mean(-1, dtype=torch.float64)
+        return means_BS.reshape(-1).index_select(0, self.place_E)
 
     def spread(self, cap: float | None = None) -> float:
         """Largest less smallest logit over the vocabulary, averaged over the entries.
@@ -81,7 +88,8 @@ class Observed:
             most = 1 - 1e-3  # of a logit at the cap, all that is known is that it is large
             capped = (logits_BSV.double() / cap).clamp(-most, most)
             logits_BSV = torch.where(torch.isfinite(logits_BSV), cap * capped.atanh(), -torch.inf)
-        return float(spread_of(logits_BSV)[self.row_E, self.column_E].mean())
+        spread_BS = spread_of(logits_BSV)
+        return float(spread_BS.reshape(-1).index_select(0, self.place_E).mean())
 
 
 def spread_of(logits_BSV: Tensor) -> Tensor:
@@ -130,8 +138,9 @@ def _without_masks(
 
 def _lies_between(logits_BSV: Tensor, high_BS: Tensor, spread_BS: Tensor) -> Tensor:
     """Whether some logit lies between the largest ones and the lower half [batch, columns]."""
-    below = (high_BS[..., None] - logits_BSV) / spread_BS[..., None]
-    return ((below > 1 / _GAP) & (below < 1 / 2)).any(-1) | (spread_BS <= 0)
+    middle_BS = high_BS - spread_BS * (1 / 2 + 1 / _GAP) / 2
+    nearest_BS = (logits_BSV - middle_BS[..., None]).abs_().amin(-1)
+    return (nearest_BS < spread_BS * (1 / 2 - 1 / _GAP) / 2) | (spread_BS <= 0)
 
 
 @dataclass(frozen=True)

@@ -108,14 +108,14 @@ class TokenTarget(Target):
     def own_and_theirs(self, reading: Reading, observed: Observed) -> tuple[Tensor, Tensor]:
         """Our logits (or sums of them) and the model's, after any cap."""
         at, sets, target_E = observed.entries_E, self._sets, observed.target_E
-        theirs = sets.of_logits(observed.of(sets.ids[target_E]), target_E)
+        theirs = sets.of_logits(observed.of(sets.ids.index_select(0, target_E)), target_E)
         if self._centred:
             total = sets.totals if len(sets.totals) == 1 else sets.totals[target_E]
             theirs = theirs - total.to(theirs.device) * observed.mean()
 
         def own(readout: int) -> Tensor:
             value_N = reading.value_N(readout)
-            return value_N[at.to(value_N.device)].double()
+            return value_N.index_select(0, at.to(value_N.device)).double()
 
         cap = self._softcap
         if cap is None:
@@ -134,10 +134,11 @@ class TokenTarget(Target):
 
     def largest(self, observed: Observed) -> float:
         """The largest of the logits that are compared; where many are added, so are roundings."""
-        logits = observed.of(self._sets.ids[observed.target_E])
+        logits = observed.of(self._sets.ids.index_select(0, observed.target_E))
         if not logits.numel():
             return 0.0
-        return float(logits.abs().max()) * max(1.0, math.sqrt(self._sets.m / 2))
+        most = torch.linalg.vector_norm(logits, torch.inf)
+        return float(most) * max(1.0, math.sqrt(self._sets.m / 2))
 
     def names(self, entries: Entries, tokenizer: Any) -> tuple[list[str], list[str] | None]:
         """The text of the one answer, or of every entry's answer; likewise of the incorrect."""
