@@ -10,12 +10,12 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from logging import CRITICAL, getLogger
 from pathlib import Path
 from typing import Any
 
 from dla_hooks.errors import CheckpointError, DLAError, InputError, UnsupportedModelError
 from dla_hooks.placement import Placement, first_line
+from dla_hooks.quiet import quiet
 
 DTYPES = ("float32", "float64", "bfloat16", "float16", "auto")
 
@@ -87,10 +87,10 @@ def load_model(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with _quiet(), _one_line(source, "config.json"):
+    with quiet(), _one_line(source, "config.json"):
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     with placement as arguments:
-        with _quiet(), _one_line(source, "the weights", config.model_type):
+        with quiet(), _one_line(source, "the weights", config.model_type):
             auto: Any = AutoModelForCausalLM  # not typed for output_loading_info
             model, info = auto.from_pretrained(
                 source,
@@ -117,7 +117,7 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
         return None
     from transformers import AutoTokenizer
 
-    with _quiet(), _one_line(source, "the tokenizer"):
+    with quiet(), _one_line(source, "the tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     return tokenizer if tokenizer.vocab_size else None
 
@@ -216,28 +216,6 @@ def _one_line(source: str, what: str, model_type: str = "") -> Iterator[None]:
                 "hub cannot be reached"
             ) from error
         raise CheckpointError(f"{source}: {what} cannot be read: {first_line(error)}") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide transformers' bars and reports; problems in them are raised as errors."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    others = [getLogger(name) for name in ("huggingface_hub", "accelerate")]
-    levels = [logger.level for logger in others]
-    for logger in others:
-        logger.setLevel(CRITICAL)
-    logging.set_verbosity(CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        for logger, before in zip(others, levels, strict=True):
-            logger.setLevel(before)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _some(names: list[str]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dla_hooks.cli.options import Loading
-from dla_hooks.cli.startup import lean_imports
+from dla_hooks.cli.startup import import_models, quick_imports
 from dla_hooks.cli.terminal import note, progress
 from dla_hooks.cli.words import OWN
 from dla_hooks.errors import TokenizerMissingError
@@ -39,7 +39,7 @@ def load(
     source = _source(model)
     with progress(f"loading {model}"):
         _say_where(model, source)
-        with lean_imports(source, *map(_source, also)):
+        with quick_imports():
             from dla_hooks import checkpoint, placement
 
             if loading.device_map is not None:
@@ -54,14 +54,15 @@ def load(
                     )
                 if check is not None:
                     check(tokenizer)
-            loaded = checkpoint.load_model(
-                source,
-                loading.dtype.value,
-                loading.device,
-                loading.trust_remote_code,
-                device_map=None if loading.device_map is None else loading.device_map.value,
-                max_memory=loading.max_memory,
-            )
+            import_models(source, *map(_source, also))
+        loaded = checkpoint.load_model(
+            source,
+            loading.dtype.value,
+            loading.device,
+            loading.trust_remote_code,
+            device_map=None if loading.device_map is None else loading.device_map.value,
+            max_memory=loading.max_memory,
+        )
         return loaded, tokenizer
 
 

@@ -363,7 +363,7 @@ class TestProcess:
         (tmp_path / "config.json").write_text(json.dumps(config))
         code = (
             "import sys; from dla_hooks.cli import startup; startup.claim()\n"
-            f"with startup.lean_imports({str(tmp_path)!r}): import transformers.modeling_utils\n"
+            f"startup.import_models({str(tmp_path)!r}); import transformers.modeling_utils\n"
             "from transformers.utils import is_torchao_available\n"
             "print('torchao' in sys.modules, is_torchao_available())"
         )
