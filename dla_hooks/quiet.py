@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Hide what this thread logs, up to errors, and transformers' bars.
@@ -55,7 +56,7 @@ def _handlers() -> list[logging.Handler]:
 
 
 class _Bars:
-    """The switch of transformers' bars, and with it the hub's: the last of several calls resets it."""
+    """The switch of transformers' and the hub's bars, which the last of several calls puts back."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -63,7 +64,7 @@ class _Bars:
         self._shown = self._hidden_by_hub = False
 
     def off(self) -> None:
-        from huggingface_hub.utils import are_progress_bars_disabled
+        from huggingface_hub.utils.tqdm import are_progress_bars_disabled
         from transformers.utils import logging as switch
 
         with self._lock:
@@ -74,7 +75,7 @@ class _Bars:
             self._calls += 1
 
     def as_found(self) -> None:
-        from huggingface_hub.utils import disable_progress_bars
+        from huggingface_hub.utils.tqdm import disable_progress_bars
         from transformers.utils import logging as switch
 
         with self._lock:

@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 
 import dla_hooks
 from dla_hooks import demo
+from dla_hooks.bars import shown
 from dla_hooks.cli.app import app
 from dla_hooks.cli.effects import EffectsUnit
 from dla_hooks.cli.promote import PromoteUnit
 from dla_hooks.cli.words import as_typed
-from dla_hooks.sources.bars import chunk_bars
 from dla_hooks.units import unit_class, unit_names
 
 PROMPT = "The keys near the cabinet"
@@ -346,13 +346,13 @@ class TestProcess:
     def test_long_prompts_show_a_bar_over_their_pieces(self, model, capsys):
         net, tokenizer = model
         ask = dla_hooks.direct_logit_attribution
-        with chunk_bars():
+        with shown(True):
             ask(net, PROMPT, " are", tokenizer=tokenizer, chunk_size=2)
         assert "0/3" in capsys.readouterr().err
         ask(net, PROMPT, " are", tokenizer=tokenizer, chunk_size=2)
-        with chunk_bars(False):
+        with shown(False):
             ask(net, PROMPT, " are", tokenizer=tokenizer, chunk_size=2)
-        with chunk_bars():
+        with shown(True):
             ask(net, PROMPT, " are", tokenizer=tokenizer)
         assert capsys.readouterr().err == ""
 

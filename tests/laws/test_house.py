@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 # rooms of one floor do not know each other. CONTRIBUTING.md says what each room is for.
 FLOORS = (
     ("errors", "_version", "tolerance", "quiet"),
-    ("inputs", "modules", "results"),
+    ("bars", "inputs", "modules", "results"),
     ("backends",),
     ("residual",),
     ("adapters", "projection", "calibration"),
