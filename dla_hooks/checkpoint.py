@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dla_hooks import hub
 from dla_hooks.errors import CheckpointError, DLAError, InputError, UnsupportedModelError
 from dla_hooks.placement import Placement, first_line
 from dla_hooks.quiet import quiet
@@ -135,6 +136,7 @@ def _source(path: str | Path) -> str:
         raise CheckpointError(f"{name} is a file; give the folder that holds it and config.json")
     if isinstance(path, Path) or name[0] in "./~" or "\\" in name or name.count("/") > 1:
         raise CheckpointError(f"there is no folder {name}")
+    hub.check(name)
     return name
 
 
@@ -211,10 +213,7 @@ def _one_line(source: str, what: str, model_type: str = "") -> Iterator[None]:
                 "transformers may"
             ) from error
         if "couldn't connect" in text:
-            raise CheckpointError(
-                f"{source} is neither a folder here nor in the local cache, and the Hugging Face "
-                "hub cannot be reached"
-            ) from error
+            raise hub.unreachable(source) from error
         raise CheckpointError(f"{source}: {what} cannot be read: {first_line(error)}") from error
 
 

@@ -333,7 +333,7 @@ class TestProcess:
         assert done.stderr == ""
         assert json.loads(done.stdout)["answer"] == [" are"]
 
-    @pytest.mark.slow  # it tries for half a minute
+    @pytest.mark.slow  # two processes
     def test_a_model_that_is_nowhere_is_said_to_be_looked_for(self, tmp_path):
         env = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
         done = self.run("verify", "nobody/nothing", **env)

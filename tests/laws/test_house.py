@@ -28,7 +28,7 @@ FLOORS = (
     ("questions",),
     ("many", "generation", "pages"),
     ("__init__",),
-    ("placement", "demo"),
+    ("placement", "demo", "hub"),
     ("checkpoint",),
     ("cli",),
     ("__main__",),
