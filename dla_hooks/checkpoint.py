@@ -85,8 +85,9 @@ def load_model(
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     source = _source(path)
     placement = Placement(device, device_map, max_memory)
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    with quiet():
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
 
     with quiet(), _one_line(source, "config.json"):
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -116,7 +117,8 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
     folder = Path(source)
     if folder.is_dir() and not any((folder / name).exists() for name in _TOKENIZER_FILES):
         return None
-    from transformers import AutoTokenizer
+    with quiet():
+        from transformers import AutoTokenizer
 
     with quiet(), _one_line(source, "the tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)

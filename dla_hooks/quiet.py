@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,8 +20,10 @@ def quiet() -> Iterator[None]:
     What other threads log is seen as ever. The bars are one switch for the process: it is off while
     any call is under way.
     """
-    import torch  # noqa: F401  (each puts its handler on when it is imported)
-    import transformers.utils.logging  # noqa: F401
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "IProgress not found")  # tqdm's, in a bare notebook
+        import torch  # noqa: F401  (each puts its handler on when it is imported)
+        import transformers.utils.logging  # noqa: F401
 
     muted = _Others()
     handlers = _handlers()
