@@ -5,12 +5,17 @@ The hub's own client tries each file of a model five times over half a minute, s
 
 from __future__ import annotations
 
-import os
-
 from dla_hooks.errors import CheckpointError
 
 OFFLINE = "HF_HUB_OFFLINE"
 _SECONDS = 10
+
+
+def is_offline() -> bool:
+    """Whether the hub's client has been told to look in the local cache alone."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
 
 
 def is_cached(name: str) -> bool:
@@ -44,7 +49,7 @@ def check(name: str) -> None:
     Raises:
         CheckpointError: it says so.
     """
-    if os.environ.get(OFFLINE):
+    if is_offline():
         return  # the client looks in the cache alone, and says what it lacks
     try:
         cached = is_cached(name)

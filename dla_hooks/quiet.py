@@ -7,6 +7,7 @@ transformers shows bars. Nobody asked for either; problems in loading are raised
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -20,11 +21,7 @@ def quiet() -> Iterator[None]:
     What other threads log is seen as ever. The bars are one switch for the process: it is off while
     any call is under way.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "IProgress not found")  # tqdm's, in a bare notebook
-        import torch  # noqa: F401  (each puts its handler on when it is imported)
-        import transformers.utils.logging  # noqa: F401
-
+    _import()
     muted = _Others()
     handlers = _handlers()
     for handler in handlers:
@@ -36,6 +33,16 @@ def quiet() -> Iterator[None]:
         _bars.as_found()
         for handler in handlers:
             handler.removeFilter(muted)
+
+
+def _import() -> None:
+    """Import what puts handlers of its own on."""
+    if {"torch", "transformers"} <= sys.modules.keys():
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "IProgress not found")  # tqdm's, in a bare notebook
+        import torch  # noqa: F401
+        import transformers.utils.logging  # noqa: F401
 
 
 class _Others(logging.Filter):

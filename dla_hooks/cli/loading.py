@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -110,10 +109,10 @@ def _say_where(model: str, source: str) -> None:
     if (
         Path(source).expanduser().exists()
         or source[:1] in (".", "/", "~", "")
-        or os.environ.get(hub.OFFLINE)
+        or source.count("/") > 1
+        or "\\" in source
+        or hub.is_offline()
     ):
-        return
-    if source.count("/") > 1 or "\\" in source:
         return
     try:
         cached = hub.is_cached(source)
