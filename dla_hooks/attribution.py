@@ -11,15 +11,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dla_hooks.backends import Backend, Conventions
-from dla_hooks.call import (
-    ReadModel,
-    check_given,
-    checked,
-    model_of,
-    placed,
-    source_for,
-    target_of,
-)
+from dla_hooks.bars import with_progress
+from dla_hooks.call import ReadModel, check_given, checked, model_of, placed, source_for, target_of
 from dla_hooks.errors import DecompositionError, HookError
 from dla_hooks.inputs.positions import said_first
 from dla_hooks.measure.asked import Asked, settled
@@ -38,6 +31,7 @@ from dla_hooks.units.plan import make_plan
 from dla_hooks.verification.recognise import located
 
 
+@with_progress
 def direct_logit_attribution(
     model: Any,
     input: Any = None,
@@ -54,6 +48,7 @@ def direct_logit_attribution(
     fold_value_biases: bool | None = None,
     check: bool = True,
     chunk_size: int | None = None,
+    progress: bool | None = None,
 ) -> Any:
     """Split a logit, or a difference of two logits, into what each part of the model wrote.
 
@@ -109,6 +104,8 @@ def direct_logit_attribution(
             The numbers are the same; a model whose numbers would not be is refused. Hooks of your
             own see each chunk by itself, and a warning says so. None runs prompts of more than
             8,192 tokens in chunks of 2,048, where the model allows it and has no such hooks.
+        progress: show a bar over the chunks; None shows it in a terminal or a notebook, where they
+            take long.
 
     Returns:
         A :class:`DirectLogitAttribution`, whose ``attribution`` is [component, batch] for a
@@ -217,6 +214,7 @@ class Plan:
         self._last: Plan | None = None
         self._data = self._make()
 
+    @with_progress
     def __call__(
         self,
         input: Any = None,
@@ -225,6 +223,7 @@ class Plan:
         attention_mask: Any = None,
         cache: Any = None,
         chunk_size: int | None = None,
+        progress: bool | None = None,
     ) -> Any:
         """Attribute one prompt, or one batch of prompts.
 
@@ -234,6 +233,7 @@ class Plan:
             attention_mask: for padded ids.
             cache: take activations from it, instead of running the model.
             chunk_size: run so many tokens at a time.
+            progress: show a bar over the chunks.
 
         Returns:
             What :func:`direct_logit_attribution` returns for the same arguments.

@@ -10,12 +10,13 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from logging import CRITICAL, getLogger
 from pathlib import Path
 from typing import Any
 
+from dla_hooks import hub
 from dla_hooks.errors import CheckpointError, DLAError, InputError, UnsupportedModelError
 from dla_hooks.placement import Placement, first_line
+from dla_hooks.quiet import quiet
 
 DTYPES = ("float32", "float64", "bfloat16", "float16", "auto")
 
@@ -84,13 +85,14 @@ def load_model(
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     source = _source(path)
     placement = Placement(device, device_map, max_memory)
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    with quiet():
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
 
-    with _quiet(), _one_line(source, "config.json"):
+    with quiet(), _one_line(source, "config.json"):
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     with placement as arguments:
-        with _quiet(), _one_line(source, "the weights", config.model_type):
+        with quiet(), _one_line(source, "the weights", config.model_type):
             auto: Any = AutoModelForCausalLM  # not typed for output_loading_info
             model, info = auto.from_pretrained(
                 source,
@@ -115,9 +117,10 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
     folder = Path(source)
     if folder.is_dir() and not any((folder / name).exists() for name in _TOKENIZER_FILES):
         return None
-    from transformers import AutoTokenizer
+    with quiet():
+        from transformers import AutoTokenizer
 
-    with _quiet(), _one_line(source, "the tokenizer"):
+    with quiet(), _one_line(source, "the tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     return tokenizer if tokenizer.vocab_size else None
 
@@ -135,6 +138,7 @@ def _source(path: str | Path) -> str:
         raise CheckpointError(f"{name} is a file; give the folder that holds it and config.json")
     if isinstance(path, Path) or name[0] in "./~" or "\\" in name or name.count("/") > 1:
         raise CheckpointError(f"there is no folder {name}")
+    hub.check(name)
     return name
 
 
@@ -211,33 +215,8 @@ def _one_line(source: str, what: str, model_type: str = "") -> Iterator[None]:
                 "transformers may"
             ) from error
         if "couldn't connect" in text:
-            raise CheckpointError(
-                f"{source} is neither a folder here nor in the local cache, and the Hugging Face "
-                "hub cannot be reached"
-            ) from error
+            raise hub.unreachable(source) from error
         raise CheckpointError(f"{source}: {what} cannot be read: {first_line(error)}") from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide transformers' bars and reports; problems in them are raised as errors."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    others = [getLogger(name) for name in ("huggingface_hub", "accelerate")]
-    levels = [logger.level for logger in others]
-    for logger in others:
-        logger.setLevel(CRITICAL)
-    logging.set_verbosity(CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        for logger, before in zip(others, levels, strict=True):
-            logger.setLevel(before)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _some(names: list[str]) -> str:

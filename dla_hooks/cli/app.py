@@ -29,8 +29,14 @@ from dla_hooks.cli import (
 )
 from dla_hooks.cli.bundles import spread
 from dla_hooks.cli.help import Command
-from dla_hooks.cli.terminal import complain, out
+from dla_hooks.cli.terminal import complain, note, out, say_warnings, spell_out
 from dla_hooks.errors import DLAError
+
+
+def _of_system(error: OSError) -> str:
+    """What the system refused, as to write to a full disk."""
+    what = error.strerror or str(error)
+    return what if error.filename is None else f"{error.filename}: {what}"
 
 
 class _Commands(TyperGroup):
@@ -43,7 +49,13 @@ class _Commands(TyperGroup):
             complain(error)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
+            note("interrupted")
             raise typer.Exit(130) from None
+        except BrokenPipeError:
+            raise  # whoever read has seen enough
+        except OSError as error:
+            complain(_of_system(error))
+            raise typer.Exit(1) from None
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Each with its whole sentence."""
@@ -102,8 +114,6 @@ for _name, _command in {
 def main() -> None:
     """The console script ``dla-hooks``."""
     startup.claim()
-    for stream in (sys.stdout, sys.stderr):
-        # A terminal without block characters shows question marks instead of a traceback.
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+    spell_out(sys.stdout, sys.stderr)
+    say_warnings()
     app(prog_name="dla-hooks")

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dla_hooks import hub
 from dla_hooks.cli.options import Loading
-from dla_hooks.cli.startup import lean_imports
+from dla_hooks.cli.startup import import_models, quick_imports
 from dla_hooks.cli.terminal import note, progress
 from dla_hooks.cli.words import OWN
 from dla_hooks.errors import TokenizerMissingError
-
-_OFFLINE = "HF_HUB_OFFLINE"
 
 
 def load(
@@ -39,10 +37,12 @@ def load(
     source = _source(model)
     with progress(f"loading {model}"):
         _say_where(model, source)
-        with lean_imports(source, *map(_source, also)):
+        with quick_imports():
             from dla_hooks import checkpoint, placement
 
-            if loading.device_map is not None:
+            device_map = None if loading.device_map is None else loading.device_map.value
+            placement.Placement(loading.device, device_map, loading.max_memory)  # or it refuses
+            if device_map is not None:
                 placement.hand_back_freed_memory()  # the process is ours
             tokenizer = None
             if needs_tokenizer:
@@ -54,14 +54,15 @@ def load(
                     )
                 if check is not None:
                     check(tokenizer)
-            loaded = checkpoint.load_model(
-                source,
-                loading.dtype.value,
-                loading.device,
-                loading.trust_remote_code,
-                device_map=None if loading.device_map is None else loading.device_map.value,
-                max_memory=loading.max_memory,
-            )
+            import_models(source, *map(_source, also))
+        loaded = checkpoint.load_model(
+            source,
+            loading.dtype.value,
+            loading.device,
+            loading.trust_remote_code,
+            device_map=device_map,
+            max_memory=loading.max_memory,
+        )
         return loaded, tokenizer
 
 
@@ -100,23 +101,33 @@ def _source(model: str) -> str:
 
 
 def _say_where(model: str, source: str) -> None:
-    """Say that a model is looked for elsewhere, which may take a while."""
+    """Say that a model is looked for elsewhere, which may take a while.
+
+    Raises:
+        CheckpointError: when it is nowhere.
+    """
     if (
         Path(source).expanduser().exists()
         or source[:1] in (".", "/", "~", "")
-        or os.environ.get(_OFFLINE)
+        or source.count("/") > 1
+        or "\\" in source
+        or hub.is_offline()
     ):
         return
-    if source.count("/") > 1 or "\\" in source:
-        return
-    from huggingface_hub import try_to_load_from_cache
-
     try:
-        cached = isinstance(try_to_load_from_cache(source, "config.json"), str)
+        cached = hub.is_cached(source)
     except ValueError:  # no such name can be on the hub, and the loader says so
         return
     if not cached:
         note(
             f"there is no folder {model}, and the local cache does not have it: asking "
-            f"huggingface.co (with {_OFFLINE}=1 set, only the cache is looked in) …"
+            f"huggingface.co (with {hub.OFFLINE}=1 set, only the cache is looked in) …"
         )
+    if hub.is_reachable(source):
+        return
+    if not cached:
+        raise hub.unreachable(source)
+    note(f"huggingface.co cannot be reached: {model} is taken from the local cache")
+    from huggingface_hub import constants
+
+    constants.HF_HUB_OFFLINE = True  # the process is ours

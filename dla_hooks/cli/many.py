@@ -137,8 +137,13 @@ def many(
         resume=None if folder is None else folder / FINISHED,
     )
     lines = output if folder is None else folder / RESULTS
-    with _opened(lines) as opened:
-        means = dla_hooks.summarize(_written(results, opened))
+    try:
+        with _opened(lines) as opened:
+            means = dla_hooks.summarize(_written(results, opened))
+    except KeyboardInterrupt:
+        if folder is not None:
+            note(f"what is finished is kept in {folder}; the same command goes on from there")
+        raise
     if output != STDOUT:
         if isinstance(answers, str) and answers in _SAID:
             show(f"the answer of each prompt is {_SAID[answers]}\n")

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 import dla_hooks
+from dla_hooks.cli.files import check_folder
 from dla_hooks.cli.help import examples
-from dla_hooks.cli.loading import load
+from dla_hooks.cli.loading import load, readable
 from dla_hooks.cli.options import OUTPUT, QUESTION, Loading, Model, Run, Unit
 from dla_hooks.cli.running import running
 from dla_hooks.cli.terminal import note
-from dla_hooks.cli.words import as_pos
+from dla_hooks.cli.words import as_answer, as_pos
 from dla_hooks.errors import InputError
 from dla_hooks.units import unit_names
 
@@ -39,7 +40,8 @@ def report(
         typer.Option(
             metavar="TOKEN",
             help="The token whose logit is attributed, with its leading space: ' Paris'. Once, "
-            "or once for each prompt; by default the model's own top token.",
+            "or once for each prompt; by default the model's own top token. Or 'next', the one "
+            "that comes next in the text.",
             show_default=False,
             rich_help_panel=QUESTION,
         ),
@@ -48,7 +50,8 @@ def report(
         list[str] | None,
         typer.Option(
             metavar="TOKEN",
-            help="Attribute the answer's logit minus this token's.",
+            help="Attribute the answer's logit minus this token's. Or 'runner-up', the model's "
+            "second.",
             show_default=False,
             rich_help_panel=QUESTION,
         ),
@@ -96,17 +99,18 @@ def report(
 ) -> None:
     """Write a page to look at: who wrote a logit, in one html file that needs no network."""
     where = as_pos(pos)
-    if not output.parent.is_dir():
-        raise InputError(f"cannot write {output}: there is no folder {output.parent}")
-    answers = _of_each(answer, len(prompts), "--answer") if answer else [None]
-    wrong = _of_each(incorrect, len(prompts), "--incorrect") if incorrect else None
-    loaded, tokenizer = load(model, loading)
+    check_folder(output)
+    answers = _of_each(answer, len(prompts), "--answer")
+    wrong = _of_each(incorrect, len(prompts), "--incorrect")
+    asked = zip(prompts, zip(answers, wrong, strict=True), strict=True)
+    checks = [readable(prompt, both, where, run.prepend_bos) for prompt, both in asked]
+    loaded, tokenizer = load(model, loading, check=lambda read: [check(read) for check in checks])
     with running():
         made = dla_hooks.report(
             loaded,
             prompts[0] if len(prompts) == 1 else prompts,
-            answers[0] if len(answers) == 1 else answers,
-            wrong[0] if wrong and len(wrong) == 1 else wrong,
+            _tokens(answers),
+            _tokens(wrong),
             units=[one.value for one in unit] if unit else None,
             pos=where,
             promoted=promoted,
@@ -120,11 +124,19 @@ def report(
     note(f"wrote {output} ({output.stat().st_size / 2**20:.1f} MB{pages}); open it in a browser")
 
 
-def _of_each(given: list[str], n: int, option: str) -> list[str]:
-    """One for all prompts, or one for each."""
+def _of_each(given: list[str] | None, n: int, option: str) -> list[str | None]:
+    """What was typed for each prompt: once for all, or once for each."""
+    if not given:
+        return [None] * n
     if len(given) not in (1, n):
         prompts = f"{n} prompt{'s' * (n > 1)}"
         raise InputError(
             f"{option} is given {len(given)} times for {prompts}; give it once, or once for each"
         )
-    return given
+    return [*given] * (n // len(given))
+
+
+def _tokens(typed: list[str | None]) -> Any:
+    """As the library takes it: one for all prompts where they are alike."""
+    tokens = [as_answer(one) for one in typed]
+    return tokens[0] if len(set(typed)) == 1 else tokens

@@ -6,14 +6,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from dla_hooks.bars import shown
 from dla_hooks.cli.terminal import progress
 
 
 @contextmanager
 def running(what: str = "running the model") -> Iterator[None]:
-    """A spinner, and a bar over the pieces of a long prompt in its place."""
-    from dla_hooks.sources.bars import chunk_bars
-
+    """A spinner, and a bar over what takes several steps in its place."""
     spinner = progress(what)
-    with spinner, chunk_bars(sys.stderr.isatty(), before=spinner.stop):
+    with spinner, shown(sys.stderr.isatty(), before=spinner.stop):
         yield

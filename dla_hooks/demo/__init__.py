@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dla_hooks.demo.corpus import TASKS, Example, held_out, literal_examples
+from dla_hooks.quiet import quiet
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -32,12 +33,13 @@ def load() -> tuple[GPT2LMHeadModel, PreTrainedTokenizerFast]:
 
     Only local files are read. The weights are stored in half precision to keep the package small.
     """
-    import torch
-    from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
-
     folder = path()
-    model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    with quiet():
+        import torch
+        from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+
+        model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     return model.eval(), tokenizer
 
 

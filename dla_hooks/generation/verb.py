@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
-from types import NoneType
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
+from dla_hooks.bars import bar, check_progress, shown
 from dla_hooks.call import ReadModel, check_given, checked, model_of
 from dla_hooks.errors import InputError
 from dla_hooks.generation.options import check_model, check_options, ends_of_text
@@ -78,7 +77,7 @@ def attribute_generation(
         stream: return an iterator of results of one position each, as the tokens come. The model
             generates in a thread of its own, and only while the next result is waited for. Closing
             the iterator ends the generation.
-        progress: show a bar; None shows it where stderr is a terminal.
+        progress: show a bar; None shows it in a terminal or a notebook, where it takes long.
         check: hold the parts against the last stream at every token, and against the model's own
             logits at a few of them.
         attention_mask: 1 at real tokens [batch, pos], for ids that are padded on the left.
@@ -115,8 +114,7 @@ def attribute_generation(
     for name, value in (("do_sample", do_sample), ("stream", stream)):
         if not isinstance(value, bool):
             raise InputError(f"{name} must be True or False, got {value!r:.80}")
-    if not isinstance(progress, (bool, NoneType)):
-        raise InputError(f"progress must be True, False or None, got {progress!r}")
+    check_progress(progress)
     backend = checked(model)
     check_given(input, None)
     check_model(backend)
@@ -142,11 +140,10 @@ def attribute_generation(
     )
     generation = Generation(asked, prompt)
     pieces = Pieces(generation.text, read)
-    hidden = None if progress is None else not progress  # None: only at a terminal
     if stream:
-        return _streamed(generation, pieces, single, hidden, ThreadSettings())
-    with tqdm(total=generation.longest, unit="token", disable=hidden) as bar:
-        new = generation.run(pieces.add, bar.update)
+        return _streamed(generation, pieces, single, progress, ThreadSettings())
+    with bar(generation.longest, "token", progress=progress) as over, shown(False):
+        new = generation.run(pieces.add, over.update)
     found = pieces.whole(new)
     return next(iter(found.values())) if single else found
 
@@ -155,7 +152,7 @@ def _streamed(
     generation: Generation,
     pieces: Pieces,
     single: bool,
-    hidden: bool | None,
+    progress: bool | None,
     settings: ThreadSettings,
 ) -> Generator[Any, None, None]:
     """The results of each new token as it comes."""
@@ -165,12 +162,13 @@ def _streamed(
             made = pieces.one(steps.start, found)
             hand_over(next(iter(made.values())) if single else made)
 
-        generation.run(emit, _nothing)
+        with shown(False):  # another thread, in which nothing is said yet
+            generation.run(emit, _nothing)
 
-    bar = tqdm(total=generation.longest, unit="token", disable=hidden)
-    with bar, closing(in_turns(work, settings)) as results:
+    over = bar(generation.longest, "token", progress=progress)
+    with over, closing(in_turns(work, settings)) as results:
         for result in results:
-            bar.update()
+            over.update()
             yield result
 
 

@@ -6,12 +6,10 @@ import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from dla_hooks.backends import Backend
+from dla_hooks.bars import bar, check_progress, shown
 from dla_hooks.call import checked
 from dla_hooks.errors import DLAError, InputError
 from dla_hooks.inputs import positions
@@ -82,7 +80,7 @@ def attribute_many(
         check: hold every batch against the model's own logits.
         max_tokens: the most tokens in a batch, padding counted; a longer prompt runs alone.
         window: how many prompts are read, sorted and run before their results are yielded.
-        progress: show a bar; None shows it where stderr is a terminal.
+        progress: show a bar; None shows it in a terminal or a notebook, where it takes long.
         resume: a folder where finished results are kept, after each window and when interrupted.
             A later call with the same arguments yields those without running the model and goes
             on with the rest; prompts that failed are tried again. ``max_tokens``, ``window``,
@@ -116,8 +114,7 @@ def attribute_many(
     if chunk_size is not None:
         chunk_size = _count("chunk_size", chunk_size)
     folder = None if resume is None else _folder(resume)
-    if not isinstance(progress, (bool, NoneType)):
-        raise InputError(f"progress must be True, False or None, got {progress!r}")
+    check_progress(progress)
     rows = Rows(prompts, {"answer_tokens": answer_tokens, "incorrect_tokens": incorrect_tokens})
     backend = checked(model)
     check_tokenizer(tokenizer)
@@ -172,14 +169,14 @@ def _results(
 ) -> Generator[Result | DLAError, None, None]:
     names = Names(reader.tokenizer, reader.backend.answer_tokenizer(reader.tokenizer))
     unread = iter(rows)
-    hidden = None if progress is None else not progress  # None: only at a terminal
-    with tqdm(total=rows.total, unit="prompt", disable=hidden) as bar:
+    with bar(rows.total, "prompt", progress=progress) as over:
         failure: Exception | None = None
         while failure is None:
             batch, failure = _read(unread, window)
             if not batch:
                 break
-            outcomes = _of_window(batch, reader, runner, shards, names, bar.update)
+            with shown(False):
+                outcomes = _of_window(batch, reader, runner, shards, names, over.update)
             for index in sorted(outcomes):
                 yield outcomes.pop(index)
     if failure is not None:

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from dla_hooks._version import __version__
+from dla_hooks.bars import steps, with_progress
 from dla_hooks.call import checked, model_of
 from dla_hooks.errors import InputError, ShapeMismatchError
 from dla_hooks.inputs.prompts import is_text
@@ -24,6 +25,7 @@ from dla_hooks.units.base import Unit
 _PROMOTED = 6
 
 
+@with_progress
 def report(
     model: Any,
     input: Any,
@@ -43,6 +45,7 @@ def report(
     fold_value_biases: bool | None = None,
     check: bool = True,
     chunk_size: int | None = None,
+    progress: bool | None = None,
 ) -> Report:
     """Attribute a logit, and show it as one html file that opens from disk without a network.
 
@@ -77,6 +80,8 @@ def report(
         fold_value_biases: as there.
         check: as there.
         chunk_size: as there.
+        progress: show a bar over the prompts, or the pieces of a single one; None shows it in a
+            terminal or a notebook, where they take long.
 
     Returns:
         A :class:`Report`: ``save(path)`` writes it, ``html()`` is its text, ``data()`` its numbers.
@@ -112,17 +117,20 @@ def report(
     dtype = str(read.stream.dtype).removeprefix("torch.")
     pages: list[dict[str, Any]] = []
     texts: list[str] = []
-    for prompt in _prompts(input, answer_tokens, incorrect_tokens):
-        found = ask(model, prompt, read, pos=pos, units=chosen, options=options)
-        listed = promoted_of(model, prompt, found, count, {**shared, "check": check})
-        made = Report.of(found.results, listed, about=_about(dtype), effects=effects)
-        asked = _asked(prompt, units, pos, promoted, {**options, **shared})
-        for each in made.pages:
-            each["notes"] += found.notes
-            each["reproduce"] = _again(model, dtype, prompt.input, asked)
-        pages += made.pages
-        texts += made.texts
-        title = made.title if title is None else title
+    prompts = [*_prompts(input, answer_tokens, incorrect_tokens)]
+    with steps(len(prompts), "prompt") as done:
+        for prompt in prompts:
+            found = ask(model, prompt, read, pos=pos, units=chosen, options=options)
+            listed = promoted_of(model, prompt, found, count, {**shared, "check": check})
+            made = Report.of(found.results, listed, about=_about(dtype), effects=effects)
+            asked = _asked(prompt, units, pos, promoted, {**options, **shared})
+            for each in made.pages:
+                each["notes"] += found.notes
+                each["reproduce"] = _again(model, dtype, prompt.input, asked)
+            pages += made.pages
+            texts += made.texts
+            title = made.title if title is None else title
+            done()
     whole = Report(title or "", pages, texts)
     if path is not None:
         whole.save(path)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
+from dla_hooks.bars import with_progress
 from dla_hooks.call import check_given
 from dla_hooks.errors import ArgumentTypeError, InputError
 from dla_hooks.inputs.prompts import is_text
@@ -15,6 +16,7 @@ from dla_hooks.units import DEFAULT_UNIT, UnitName, read_units
 from dla_hooks.units.base import Unit
 
 
+@with_progress
 def compare(
     model: Any,
     other: Any = None,
@@ -34,6 +36,7 @@ def compare(
     fold_value_biases: bool | None = None,
     check: bool = True,
     chunk_size: int | None = None,
+    progress: bool | None = None,
 ) -> Any:
     """Split the difference of two runs' logits: by who wrote otherwise, and what is read otherwise.
 
@@ -78,6 +81,8 @@ def compare(
         fold_value_biases: move each head's constant part to the remainder, in both runs.
         check: hold each run's parts against its last stream and its own logits.
         chunk_size: run the prompts so many tokens at a time.
+        progress: show a bar over them; None shows it in a terminal or a notebook, where they take
+            long.
 
     Returns:
         A :class:`Comparison`, or for several units a dictionary of them. A row that one run alone

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from dla_hooks.bars import with_progress
 from dla_hooks.call import ReadModel, check_given, checked, model_of, placed, source_of, target_of
 from dla_hooks.errors import DecompositionError, HookError, InputError
 from dla_hooks.inputs.options import whole_number
@@ -21,6 +22,7 @@ from dla_hooks.units import UnitName, read_units
 from dla_hooks.units.base import Unit
 
 
+@with_progress
 def effects(
     model: Any,
     input: Any = None,
@@ -37,6 +39,7 @@ def effects(
     center_unembed: bool | None = None,
     check: bool = True,
     chunk_size: int | None = None,
+    progress: bool | None = None,
 ) -> Effects:
     """Take parts out one by one: what the logit really loses, and where that went.
 
@@ -73,6 +76,8 @@ def effects(
         center_unembed: take the vocabulary's mean off every row of W_U.
         check: hold every run against the model's own logits.
         chunk_size: run the prompt so many tokens at a time.
+        progress: show a bar over the parts; None shows it in a terminal or a notebook, where they
+            take long.
 
     Returns:
         An :class:`Effects`.

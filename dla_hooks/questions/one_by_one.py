@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dla_hooks.bars import steps
 from dla_hooks.call import ReadModel
 from dla_hooks.errors import InputError, UnsupportedModelError
 from dla_hooks.measure.one_prompt import results
@@ -69,10 +70,12 @@ class OneByOne:
         clean, parts = self.clean, self.parts
         columns: dict[str, list[Tensor]] = {name: [] for name in ("direct", "own", "read", "total")}
         by_row, by_unit = list[Lost](), list[Lost]()
-        for put in self._puts:
-            own_N = self._without(put, columns, by_row, by_unit)
-            columns["own"].append(own_N)
-            columns["direct"].append(clean.row_N(put.part))
+        with steps(len(parts), "part") as done:
+            for put in self._puts:
+                own_N = self._without(put, columns, by_row, by_unit)
+                columns["own"].append(own_N)
+                columns["direct"].append(clean.row_N(put.part))
+                done()
         numbers = {name: torch.stack(own) for name, own in columns.items()}
         result = results(clean.found, clean.outcome, self._runs.source, read.tokenizer)[COMPONENT]
         entries, dtype = clean.found.entries, result.attribution.dtype

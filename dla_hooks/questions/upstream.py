@@ -10,6 +10,7 @@ import torch
 
 from dla_hooks.attribution import Plan
 from dla_hooks.backends import Conventions
+from dla_hooks.bars import with_progress
 from dla_hooks.calibration.attention_way import attention_way
 from dla_hooks.call import check_given, checked, model_of, placed, source_of, target_of
 from dla_hooks.errors import InputError
@@ -31,6 +32,7 @@ _ROW = re.compile(r"(L[0-9]+(?:\.[0-9]+)?H[0-9]+)<([0-9]+)")
 _NEURON = re.compile(r"L[0-9]+N[0-9]+")
 
 
+@with_progress
 def upstream(
     model: Any,
     input: Any = None,
@@ -46,6 +48,7 @@ def upstream(
     center_unembed: bool | None = None,
     check: bool = True,
     chunk_size: int | None = None,
+    progress: bool | None = None,
 ) -> Any:
     """Split what one head took from one token by who wrote what the head read there.
 
@@ -78,6 +81,8 @@ def upstream(
         center_unembed: take the vocabulary's mean off every row of W_U.
         check: hold all runs against the model.
         chunk_size: for the last run.
+        progress: show a bar over its chunks; None shows it in a terminal or a notebook, where they
+            take long.
 
     Returns:
         A :class:`DirectLogitAttribution`, or what goes with the unit; its ``answer`` names the row.

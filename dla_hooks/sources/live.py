@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dla_hooks.backends import Backend
+from dla_hooks.bars import over_pieces
 from dla_hooks.calibration.invariance import chunks_are_ignored, has_hole
 from dla_hooks.errors import InputError, UnsupportedModelError, warn
 from dla_hooks.inputs.extras import EMBEDS
@@ -30,7 +31,6 @@ from dla_hooks.modules.weights import is_sharded
 from dla_hooks.projection.tiles import View
 from dla_hooks.residual.hooked import places_hooked
 from dla_hooks.residual.stream import Stream
-from dla_hooks.sources.bars import with_bar
 from dla_hooks.sources.base import Source
 from dla_hooks.sources.prompt import refusing_length
 
@@ -76,7 +76,7 @@ class Live(Source):
         if until is not None and runs_whole(self._stream.model):
             until = None
         pieces = chunks(self._stream.backend, self.prompt, columns, self._chunk_size)
-        for chunk, run in with_bar(pieces, -(-width // (self._chunk_size or width))):
+        for chunk, run in over_pieces(pieces, -(-width // (self._chunk_size or width))):
             piece = view.part(chunk.start, chunk.stop)
             looks = taps(piece) if piece is view or len(piece) else []
             if self.prompt.extras or places_hooked(self._stream):

@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 
 import dla_hooks
 from dla_hooks import demo
+from dla_hooks.bars import shown
 from dla_hooks.cli.app import app
 from dla_hooks.cli.effects import EffectsUnit
 from dla_hooks.cli.promote import PromoteUnit
 from dla_hooks.cli.words import as_typed
-from dla_hooks.sources.bars import chunk_bars
 from dla_hooks.units import unit_class, unit_names
 
 PROMPT = "The keys near the cabinet"
@@ -333,7 +333,7 @@ class TestProcess:
         assert done.stderr == ""
         assert json.loads(done.stdout)["answer"] == [" are"]
 
-    @pytest.mark.slow  # it tries for half a minute
+    @pytest.mark.slow  # two processes
     def test_a_model_that_is_nowhere_is_said_to_be_looked_for(self, tmp_path):
         env = {"HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
         done = self.run("verify", "nobody/nothing", **env)
@@ -346,13 +346,13 @@ class TestProcess:
     def test_long_prompts_show_a_bar_over_their_pieces(self, model, capsys):
         net, tokenizer = model
         ask = dla_hooks.direct_logit_attribution
-        with chunk_bars():
+        with shown(True):
             ask(net, PROMPT, " are", tokenizer=tokenizer, chunk_size=2)
         assert "0/3" in capsys.readouterr().err
         ask(net, PROMPT, " are", tokenizer=tokenizer, chunk_size=2)
-        with chunk_bars(False):
+        with shown(False):
             ask(net, PROMPT, " are", tokenizer=tokenizer, chunk_size=2)
-        with chunk_bars():
+        with shown(True):
             ask(net, PROMPT, " are", tokenizer=tokenizer)
         assert capsys.readouterr().err == ""
 
@@ -363,7 +363,7 @@ class TestProcess:
         (tmp_path / "config.json").write_text(json.dumps(config))
         code = (
             "import sys; from dla_hooks.cli import startup; startup.claim()\n"
-            f"with startup.lean_imports({str(tmp_path)!r}): import transformers.modeling_utils\n"
+            f"startup.import_models({str(tmp_path)!r}); import transformers.modeling_utils\n"
             "from transformers.utils import is_torchao_available\n"
             "print('torchao' in sys.modules, is_torchao_available())"
         )
