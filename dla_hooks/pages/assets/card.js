@@ -69,7 +69,7 @@ function cardPanel() {
     return el("div", { class: "two" }, column("Promotes", up, "promotes"), column("Demotes", down, "demotes"));
   }
 
-  drawers.push(() => {
+  drawnBy(node, () => {
     const unit = chosenUnit();
     lines = [];
     what.textContent = "";

@@ -43,7 +43,7 @@ function headerPanel() {
     return el("dl", { class: "facts" }, found);
   }
 
-  drawers.push(() => {
+  drawnBy(node, () => {
     const own = page();
     const about = [own.model, own.about.dtype, own.located ? `${own.tokens.length} tokens` : null].filter(Boolean).map((text) => el("span", {}, text));
     node.replaceChildren(
@@ -61,7 +61,7 @@ function footPanel() {
     event.target.textContent = "copied";
   } }, "copy");
   const key = (...names) => names.map((name) => [el("kbd", {}, name), " "]);
-  drawers.push(() => {
+  drawnBy(node, () => {
     const own = page();
     const again = own.reproduce ?? {};
     const versions = Object.entries({ "dla_hooks": state.content.version, ...own.about }).filter(([name]) => name !== "dtype").map(([name, value]) => `${name} ${value}`).join(" · ");

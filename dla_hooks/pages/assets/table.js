@@ -10,7 +10,7 @@ function tablePanel() {
   const count = el("span", { class: "soft", role: "status" });
   const scroll = el("div", { class: "scroll", tabindex: -1 });
   body.append(tabs, el("div", { class: "filters" }, search, sign.node, count), scroll);
-  let query = "", wanted = "all", sorted = { by: "size", way: -1 }, most = MOST_LINES, before = "";
+  let query = "", wanted = "all", sorted = { by: "size", way: -1 }, most = MOST_LINES, before = "", tabbed = null, drawn = null, chosen = [];
 
   const unit = () => unitNamed(state.tab) ?? page().units[0];
   const tokenOf = (one) => (one.source === null ? "" : page().tokens[one.source] ?? "");
@@ -48,8 +48,15 @@ function tablePanel() {
   function draw() {
     const own = unit();
     if (before !== `${state.page} ${own.key}`) { before = `${state.page} ${own.key}`; most = MOST_LINES; }
-    tabs.replaceChildren(...page().units.map((one) => el("button", { type: "button", role: "tab", "aria-selected": String(one === own), onclick: () => choose({ tab: one.key }) }, one.title.split(",")[0])));
+    if (tabbed !== page()) {
+      tabbed = page();
+      tabs.replaceChildren(...page().units.map((one) => el("button", { type: "button", role: "tab", "data-tab": one.key, onclick: () => choose({ tab: one.key }) }, one.title.split(",")[0])));
+    }
+    for (const tab of tabs.children) tab.setAttribute("aria-selected", String(tab.dataset.tab === own.key));
     sign.draw();
+    const now = [own, state.entry, query, wanted, sorted, most];
+    if (drawn?.every((one, i) => one === now[i])) return mark(own);
+    drawn = now;
     what.textContent = own.sentence;
     if (!own.has(state.entry)) {
       const at = own.at.at(-1);
@@ -70,8 +77,7 @@ function tablePanel() {
       if (column.key === "value") return el("td", { class: `number ${signClass(value)}` }, signed(value, digits));
       return el("td", { class: "number" }, value === null ? "" : Number.isInteger(value) ? String(value) : Number(value).toPrecision(3).replace("-", MINUS));
     };
-    const chosen = (one) => state.unit === own.key && one.label === state.label;
-    const line = (one) => el("tr", { "data-row": one.label, tabindex: chosen(one) ? 0 : -1, "aria-selected": String(chosen(one)) }, all.map((column) => cell(column, one)));
+    const line = (one) => el("tr", { "data-row": one.label, tabindex: -1, "aria-selected": "false" }, all.map((column) => cell(column, one)));
     const foot = ([label, value, holds]) => el("tr", {}, all.map((column, i) =>
       i === 0 ? el("td", { class: "name" }, label) : column.key === "value" ? el("td", { class: "number" }, signed(value, digits)) : column.bar ? el("td", { class: "wide" }, holds) : el("td")));
     scroll.replaceChildren(
@@ -79,8 +85,19 @@ function tablePanel() {
         el("tbody", {}, shown.map(line)), el("tfoot", {}, ends.map(foot))),
       ...(found.length > shown.length ? [el("button", { type: "button", class: "link", onclick: () => { most = Infinity; draw(); } }, `Show all ${found.length} rows`)] : []));
     count.textContent = `${found.length} rows${own.exactAt(state.entry) ? "" : ", values rounded to fit the file"}`;
+    chosen = [];
+    mark(own);
   }
-  drawers.push(draw);
+
+  // The chosen row, where it is listed.
+  function mark(own) {
+    const select = (row, is) => { row.setAttribute("aria-selected", String(is)); row.tabIndex = is ? 0 : -1; };
+    for (const row of chosen) select(row, false);
+    const one = state.unit === own.key && scroll.querySelector(`[data-row="${CSS.escape(state.label)}"]`);
+    chosen = one ? [one] : [];
+    for (const row of chosen) select(row, true);
+  }
+  drawnBy(node, draw);
 
   scroll.addEventListener("click", (event) => {
     const row = event.target.closest("[data-row]");
