@@ -311,7 +311,8 @@ FRAMES = """
     found.push(now - last);
     last = now;
     if (++i > n) return done(found.slice(1));
-    document.body.dispatchEvent(new KeyboardEvent('keydown', {key, bubbles: true, cancelable: true}));
+    const press = {key, bubbles: true, cancelable: true};
+    document.body.dispatchEvent(new KeyboardEvent("keydown", press));
     requestAnimationFrame(step);
   };
   requestAnimationFrame(step);
