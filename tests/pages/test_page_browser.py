@@ -393,14 +393,38 @@ def test_notebook_frame_runs_the_page(browser, small, tmp_path):
         browser.driver.switch_to.default_content()
 
 
+def test_comparison_shows_both_prompts_and_both_runs(browser, tmp_path):
+    model, tokenizer = dla_hooks.demo.load()
+    found = dla_hooks.compare(
+        model, input="The keys near the cabinet", other_input="The key near the cabinet",
+        answer_tokens=" are", unit=("component", "head"), pos=None, tokenizer=tokenizer,
+    )  # fmt: skip
+    browser.open(dla_hooks.Report.of(found).save(tmp_path / "comparison.html"))
+    assert browser.text("#tokens .other") == "Second run: The key near the cabinet"
+    assert browser.text("#tokens .changed") == " key"
+    assert "second run" in browser.text(".head .facts")
+    label = browser.text("#card .name")
+    beside = [float(found["head"].second[label][0, -1]), float(found["head"].written[label][0, -1])]
+    for value in beside:
+        assert f"{abs(value):.2f}"[:-1] in browser.text("#card .facts")
+    assert browser.complaints() == []
+
+
 def test_summary_and_single_position_are_shown_without_a_strip_or_with_one_token(browser, tmp_path):
     model, tokenizer = dla_hooks.demo.load()
     results = [
-        dla_hooks.direct_logit_attribution(model, text, " are", unit="head", tokenizer=tokenizer)
+        dla_hooks.direct_logit_attribution(
+            model, text, " are", unit=("head", "component"), tokenizer=tokenizer
+        )
         for text in ("The keys near the cabinet", "The dogs near the car")
     ]
-    summary = dla_hooks.summarize(results)
-    browser.open(dla_hooks.Report.of(summary).save(tmp_path / "summary.html"))
+    summaries = [
+        dla_hooks.summarize([one[unit] for one in results]) for unit in ("head", "component")
+    ]
+    browser.open(dla_hooks.Report.of(summaries).save(tmp_path / "summary.html"))
+    tabs = "[...document.querySelectorAll('#table [role=tab]')].map(one => one.textContent)"
+    assert browser.run(f"return {tabs}") == ["Heads", "Components"]
+    assert not browser.run("return document.getElementById('waterfall').hidden")
     assert browser.run("return document.getElementById('tokens').hidden")
     assert "over 2 prompts" in browser.text("h1")
     assert "standard error" in browser.text("#card")

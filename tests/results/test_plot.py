@@ -121,7 +121,9 @@ class TestOneEntry:
         due = attribute(unit="layer").attribution[:, 0].flip(0).tolist()
         assert [value for _, value in one.values][1:] == pytest.approx(due, rel=1e-5)
 
-    @pytest.mark.parametrize(("unit", "n_rows", "most"), [("component", 2, 200), ("layer", 120, 50)])
+    @pytest.mark.parametrize(
+        ("unit", "n_rows", "most"), [("component", 2, 200), ("layer", 120, 50)]
+    )
     def test_last_positions_of_a_long_prompt_are_drawn_and_that_is_said(self, unit, n_rows, most):
         n = 210
         result = DirectLogitAttribution(

@@ -123,8 +123,9 @@ function heatmapPanel() {
     if (next) pick(next);
   });
   hover(canvas, (one) => {
+    const line = unit().list(state.entry).find((other) => other.label === one.label);
     const order = ranking(unit(), state.entry).findIndex((other) => other.label === one.label) + 1;
-    return [one.label, [["value", signed(unit().value(one.label, state.entry))], ["rank by size", order || "–"]]];
+    return [one.label, [["value", signed(unit().value(one.label, state.entry))], ...(line?.beside ?? []).map(([name, value]) => [name, besideText(name, value)]), ["rank by size", order || "–"]]];
   }, cellAt);
 
   // The same as one svg, for files.

@@ -6,7 +6,8 @@ function stripPanel() {
     () => state.strip, (strip) => choose({ strip }));
   const { node, what, body } = panel("tokens", "Prompt", { picture, table, choices: choice.node });
   const strip = el("div", { class: "strip", role: "listbox", "aria-label": "Tokens of the prompt", tabindex: 0, "aria-orientation": "horizontal" });
-  body.append(strip);
+  const other = el("p", { class: "other" });
+  body.append(strip, other);
   let built = null, marks = [], chosen = -1;
   let tops = null, height = 0, scrolled = 0;  // where each mark begins, read once for a layout
   let coloured = "", done = null, found = null, most = 0;
@@ -29,6 +30,9 @@ function stripPanel() {
       const entry = own.entryOf.get(spot);
       return el("span", { class: `at${entry === undefined ? " off" : ""}${token.length > 40 ? " wide" : ""}`, id: `token-${spot}`, role: "option", "data-mark": spot, "aria-disabled": entry === undefined }, visible(token) || "∅");
     });
+    other.hidden = !own.other_tokens;
+    other.replaceChildren(...[el("span", { class: "soft" }, "Second run: "), (own.other_tokens ?? []).map((token, spot) =>
+      el("span", { class: token === own.tokens[spot] ? "same" : "changed" }, visible(token)))].flat());
     strip.classList.toggle("long", own.tokens.length > 150);
     strip.replaceChildren(...marks.flatMap((mark, spot) => (own.tokens[spot].includes("\n") ? [mark, el("span", { class: "break", "aria-hidden": "true" })] : [mark])));
   }

@@ -21,7 +21,7 @@ function tablePanel() {
     if (own.index_is && own.rows.index) found.push({ key: "index", name: own.index_is, number: true, of: (one) => one.index });
     found.push({ key: "value", name: own.cumulative ? "sum up to here" : "value", number: true, of: (one) => one.value });
     found.push({ key: "size", name: "size", bar: true, of: (one) => Math.abs(one.value) });
-    own.besides.forEach((name, i) => found.push({ key: `beside ${i}`, name, number: true, of: (one) => one.beside[i][1] }));
+    own.besides.forEach((name, i) => found.push({ key: `beside ${i}`, name, number: true, beside: true, of: (one) => one.beside[i][1] }));
     return found;
   }
 
@@ -75,7 +75,7 @@ function tablePanel() {
       const value = column.of(one);
       if (!column.number) return el("td", { class: "name", title: visible(value) }, visible(value));
       if (column.key === "value") return el("td", { class: `number ${signClass(value)}` }, signed(value, digits));
-      return el("td", { class: "number" }, value === null ? "" : Number.isInteger(value) ? String(value) : Number(value).toPrecision(3).replace("-", MINUS));
+      return el("td", { class: "number" }, value === null ? "" : column.beside ? besideText(column.name, value, digits) : String(value));
     };
     const line = (one) => el("tr", { "data-row": one.label, tabindex: -1, "aria-selected": "false" }, all.map((column) => cell(column, one)));
     const foot = ([label, value, holds]) => el("tr", {}, all.map((column, i) =>

@@ -34,10 +34,11 @@ function waterfallPanel() {
 
   function drawn(width, plot) {
     const found = steps(), own = page();
-    const left = 52, right = 14, top = 18, bottom = 46;
-    const height = top + plot + bottom;
-    const step = (width - left - right) / (found.length + 1);
-    const ends = found.flatMap(({ from, to }) => [from, to]).filter(Number.isFinite);
+    const left = 52, right = 14, top = 18, step = (width - left - right) / (found.length + 1);
+    const narrow = step < 16, turned = narrow ? -90 : -32;  // then names stand upright, as many as there is room for
+    const height = top + plot + (narrow ? 80 : 46);
+    const errorOf = (one) => one.beside?.find(([name]) => name === "standard error")?.[1] ?? 0;
+    const ends = [...found.flatMap((one) => [one.from, one.to, one.to - errorOf(one), one.to + errorOf(one)]), own.logit[state.entry]].filter(Number.isFinite);
     const low = Math.min(0, ...ends), high = Math.max(0, ...ends), span = high - low || 1;
     const y = (value) => top + plot * (1 - (value - low) / span);
     const x = (i) => left + i * step;
@@ -53,10 +54,13 @@ function waterfallPanel() {
       if (one.layer !== null && last?.layer === one.layer) last.to = i + 1;
       else groups.push({ layer: one.layer, from: i, to: i + 1, label: one.label });
     });
+    const room = narrow ? Math.ceil(13 / step) : 1;
     const every = Math.max(1, Math.ceil(20 / (step * (groups.find((one) => one.layer !== null)?.to - groups.find((one) => one.layer !== null)?.from || 1))));
-    const names = groups.filter(({ layer }) => layer === null || layer % every === 0).map(({ layer, from, to, label }) =>
+    const first = groups.find(({ layer, from }) => layer === null && from > 0 && groups.some((one) => one.layer !== null && one.from < from));
+    const clear = ({ layer, from, to }) => (layer === null ? from === 0 || (found.length - from) % room === 0 : layer % every === 0 && !(narrow && first && first.from - to < room));
+    const names = groups.filter(clear).map(({ layer, from, to, label }) =>
       layer === null
-        ? svg("text", { transform: `translate(${x((from + to) / 2) + 4},${top + plot + 12}) rotate(-32)`, "font-size": 11, "text-anchor": "end", class: "axis" }, shortened(label, 12))
+        ? svg("text", { transform: `translate(${x((from + to) / 2) + 4},${top + plot + (narrow ? 8 : 12)}) rotate(${turned})`, "font-size": 11, "text-anchor": "end", class: "axis" }, shortened(label, 12))
         : svg("text", { x: x((from + to) / 2), y: top + plot + 17, "font-size": 11, "text-anchor": "middle", class: "axis" }, layer));
     const bands = groups.filter(({ layer }) => layer !== null && layer % 2 === 1).map(({ from, to }) =>
       svg("rect", { x: x(from), y: top, width: x(to) - x(from), height: plot, fill: paint("wash") }));
@@ -70,11 +74,16 @@ function waterfallPanel() {
       const [from, to] = [finite(one.from), finite(one.to)];
       return svg("rect", { class: "ring", x: x(i) + step * 0.12 - 2, y: Math.min(from, to) - 2, width: step * 0.76 + 4, height: Math.max(1, Math.abs(to - from)) + 4, rx: 3 });
     });
+    const whiskers = found.filter((one) => errorOf(one) > 0).map((one) => {
+      const middle = x(found.indexOf(one) + 0.5), half = Math.min(3, step / 4), low = y(one.to - errorOf(one)), high = y(one.to + errorOf(one));
+      return `M${middle},${low}V${high}M${middle - half},${low}h${2 * half}M${middle - half},${high}h${2 * half}`;
+    }).join("");
     const logit = own.logit[state.entry], n = found.length;
     const total = svg("g", {}, bar(n, y(0), y(logit), paint("ink")),
-      svg("text", { transform: `translate(${x(n + 0.5) + 4},${top + plot + 12}) rotate(-32)`, "font-size": 11, "text-anchor": "end", class: "axis" }, "logit"));
+      svg("text", { transform: `translate(${x(n + 0.5) + 4},${top + plot + (narrow ? 8 : 12)}) rotate(${turned})`, "font-size": 11, "text-anchor": "end", class: "axis" }, "logit"));
     const axis = svg("text", { x: (left + width - right) / 2, y: height - 4, "font-size": 11, "text-anchor": "middle", class: "axis" }, groups.every((one) => one.layer === null) ? "" : found.some(pale) ? "layer (pale: MLP)" : "layer");
-    const picture = svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": caption() }, bands, ticks, links, marks, total, rings, names, axis);
+    const picture = svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": caption() }, bands, ticks, links, marks, total,
+      whiskers ? svg("path", { d: whiskers, fill: "none", stroke: paint("ink"), "stroke-width": 1 }) : null, rings, names, axis);
     return { picture, width, left, step, n: found.length };
   }
 
@@ -126,7 +135,7 @@ function waterfallPanel() {
   hover(canvas, (i) => {
     const one = bars[i];
     if (!one) return ["logit", [["value", signed(page().logit[state.entry], 4)]]];
-    return [one.label, [["value", signed(one.value, 4)], ["sum up to here", signed(one.to, 4)]]];
+    return [one.label, [["value", signed(one.value, 4)], ["sum up to here", signed(one.to, 4)], ...(one.beside ?? []).map(([name, value]) => [name, besideText(name, value, 4)])]];
   }, barAt);
   return node;
 }

@@ -134,8 +134,8 @@ def asked(data: EntryData, lines: Sequence[Line]) -> str:
 def along_a_prompt(lines: Sequence[Line]) -> bool:
     """Whether lines are positions of one prompt, each once."""
     places = {line.position for line in lines}
-    return len({line.row for line in lines}) == 1 and None not in places and len(places) == len(
-        lines
+    return (
+        len({line.row for line in lines}) == 1 and None not in places and len(places) == len(lines)
     )
 
 

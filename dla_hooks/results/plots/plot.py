@@ -129,9 +129,7 @@ def _kind(data: EntryData, lines: Sequence[Line], mean: bool, wish: Wish) -> str
     return wish.kind or data.words.chart
 
 
-def _fitting(
-    data: EntryData, lines: list[Line], kind: str, note: str
-) -> tuple[list[Line], str]:
+def _fitting(data: EntryData, lines: list[Line], kind: str, note: str) -> tuple[list[Line], str]:
     """The last positions of a prompt with too many for one picture, which is then said."""
     most = {"table": _MOST_LINES, "lens": _MOST_CELLS // max(1, len(data.rows))}.get(kind)
     if most is None or len(lines) <= most or not along_a_prompt(lines):
