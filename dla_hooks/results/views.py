@@ -156,7 +156,8 @@ class Views(EntryData, Exported):
         One entry is drawn as its unit says: bars, a line, or a heatmap of layer by index. Several
         positions, prompts or answers stand under each other, in a heatmap with a column for each
         row of the result; layers at several positions are a lens. Of a long prompt the last
-        positions are drawn unless ``pos`` says which. A mean is drawn only where it is asked for, and the title says so.
+        positions are drawn unless ``pos`` says which. A mean is drawn only where it is asked for,
+        and the title says so.
 
         Example:
             >>> import dla_hooks

@@ -319,28 +319,26 @@ FRAMES = """
 """
 
 
-@pytest.mark.parametrize("place", ["#tokens", "#table"])
-@pytest.mark.parametrize("key", ["ArrowLeft", "ArrowDown"])
-def test_two_thousand_tokens_and_a_thousand_heads_keep_sixty_frames_a_second(
-    browser, large, key, place
-):
-    browser.open(large, height=1000)
-    browser.run("document.querySelector(arguments[0]).scrollIntoView()", place)
-    browser.frame()
-    cdp, n = browser.driver.execute_cdp_cmd, 40
+def test_two_thousand_tokens_and_a_thousand_heads_keep_sixty_frames_a_second(browser, large):
+    browser.open(large)
+    cdp, n = browser.driver.execute_cdp_cmd, 30
     cdp("Performance.enable", {"timeDomain": "threadTicks"})
 
     def busy():
         found = cdp("Performance.getMetrics", {})["metrics"]
         return next(one["value"] for one in found if one["name"] == "TaskDuration")
 
-    before = busy()
-    between = browser.driver.execute_async_script(FRAMES, key, n)
-    own = 1000 * (busy() - before) / n
+    for place in ("#tokens", "#table"):
+        browser.run("document.querySelector(arguments[0]).scrollIntoView()", place)
+        for key in ("ArrowLeft", "ArrowDown"):
+            browser.frame()
+            before = busy()
+            between = browser.driver.execute_async_script(FRAMES, key, n)
+            own = 1000 * (busy() - before) / n
+            # 5 to 14; 47 to 57 where every token and square was an element that is coloured anew.
+            assert own < 30, f"{key} at {place} takes {own:.1f} ms of a frame"
+            assert sorted(between)[n // 2] < 150  # others may use the machine
     cdp("Performance.disable", {})
-    # 5 to 14 here; 47 to 57 where every token and square was an element that was coloured anew.
-    assert own < 30, f"{key} at {place} takes {own:.1f} ms of a frame"
-    assert sorted(between)[n // 2] < 150  # the machine may be shared by others
     assert browser.complaints() == []
 
 
@@ -403,8 +401,9 @@ def test_comparison_shows_both_prompts_and_both_runs(browser, tmp_path):
     assert browser.text("#tokens .other") == "Second run: The key near the cabinet"
     assert browser.text("#tokens .changed") == " key"
     assert "second run" in browser.text(".head .facts")
-    label = browser.text("#card .name")
-    beside = [float(found["head"].second[label][0, -1]), float(found["head"].written[label][0, -1])]
+    row = found["head"].labels.index(browser.text("#card .name"))
+    both = (found["head"].second.attribution, found["head"].written)
+    beside = [float(one[row, 0, -1]) for one in both]
     for value in beside:
         assert f"{abs(value):.2f}"[:-1] in browser.text("#card .facts")
     assert browser.complaints() == []
