@@ -147,8 +147,8 @@ def check_lens(data: EntryData, lines: Sequence[Line]) -> None:
     """
     if not data.words.cumulative:
         raise InputError(
-            f"kind='lens' draws running sums, and the rows of unit {data.unit!r} are none; take "
-            "unit='layer'"
+            f"kind='lens' draws running sums, and the rows of unit {data.unit!r} are none; take a "
+            "unit whose rows are"
         )
     if not along_a_prompt(lines):
         raise InputError(
