@@ -75,7 +75,11 @@ class Browser:
         )
         y = next(y for name, _, y, anchor in axes if name == str(layer) and anchor == "end")
         x = next(x for name, x, y_, _ in axes if name == str(index) and y_ == 13)
-        self.at(x, y - 4, "#heads .canvas svg", click)
+        grown = self.run(
+            "const one = document.querySelector('#heads .canvas svg');"
+            "return one.getBoundingClientRect().width / Number(one.getAttribute('width'))"
+        )
+        self.at(x * grown, (y - 4) * grown, "#heads .canvas svg", click)
 
     def click(self, selector):
         self.driver.find_element("css selector", selector).click()

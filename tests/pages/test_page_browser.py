@@ -243,6 +243,8 @@ def test_every_panel_goes_full_screen_and_comes_back(page):
             assert page.run(f"return {wide}") > before
             page.cell(1, 1, click=True)  # its squares are where they are shown
             assert page.text("#card .name") == "L1H1"
+            page.cell(2, 3)
+            assert page.text("#heads .tip b") == "L2H3"
         page.click(f"#{panel} [data-full]")
         page.wait(f"{full} === ''")
         page.frame()

@@ -16,7 +16,7 @@ function filled(node, attributes, children) {
   node.append(...children.flat(Infinity).filter((one) => one !== null && one !== undefined && one !== false));
   return node;
 }
-const tokenChip = (token) => el("span", { class: "token" }, visible(token));
+const tokenChip = (token) => el("span", { class: "token" }, visible(token) || "∅");
 const signClass = (value) => (value > 0 ? "up" : value < 0 ? "down" : "");
 
 const tip = el("div", { class: "tip", hidden: true, role: "tooltip" });

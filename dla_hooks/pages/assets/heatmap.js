@@ -18,8 +18,8 @@ function heatmapPanel() {
     const laneOf = (one) => `${one.layer}${one.sub ? `.${one.sub}` : ""}${several ? ` ${one.kind}` : ""}`;
     const lanes = [...new Set(rows.map(laneOf))], laneAt = new Map(lanes.map((name, lane) => [name, lane]));
     const columns = rows.reduce((most, one) => Math.max(most, one.index), 0) + 1;
-    const full = Math.max(300, width()), left = several ? 92 : 40, top = 20;
-    const most = isFull(node) ? [240, 120, (innerHeight - 190) / lanes.length] : [columns < 9 ? 74 : 46, 34, 620 / lanes.length];
+    const zoom = zoomOf(node), full = Math.max(300, width() / zoom), left = several ? 92 : 40, top = 20;
+    const most = isFull(node) ? [240, 120, ((innerHeight - 130) / zoom - 72) / lanes.length] : [columns < 9 ? 74 : 46, 34, 620 / lanes.length];
     const wide = Math.min(most[0], (full - left - 8) / columns), tall = Math.max(7, Math.min(wide, most[1], most[2]));
     const cells = rows.map((one) => {
       const lane = laneAt.get(laneOf(one));
@@ -38,7 +38,8 @@ function heatmapPanel() {
     const ring = svg("rect", { class: "ring", width: wide, height: tall, rx: 3 });
     const scale = legend(Math.min(220, Math.max(150, wide * columns)), left, top + lanes.length * tall + 14);
     const over = svg("svg", { ...size, viewBox: `0 0 ${size.width} ${size.height}`, role: "img" }, axes, scale.node, ring);
-    return { ...shape, left, top, lanes, columns, cells, cellOf, placeOf, ring, scale, over };
+    if (zoom > 1) over.style.width = `${zoom * full}px`;
+    return { ...shape, zoom, left, top, lanes, columns, cells, cellOf, placeOf, ring, scale, over };
   }
 
   // The colour of each square, and its number where there is room for one.
@@ -54,11 +55,11 @@ function heatmapPanel() {
   }
 
   function fillSquares(found) {
-    const ratio = devicePixelRatio || 1, { width, height, wide, tall, gap, round } = built;
+    const ratio = (devicePixelRatio || 1) * built.zoom, { width, height, wide, tall, gap, round } = built;
     const pen = squares.getContext("2d");
     if (squares.width !== Math.round(width * ratio) || squares.height !== Math.round(height * ratio)) {
       [squares.width, squares.height] = [Math.round(width * ratio), Math.round(height * ratio)];
-      squares.style.width = `${width}px`;
+      squares.style.width = `${built.zoom * width}px`;
     }
     pen.setTransform(ratio, 0, 0, ratio, 0, 0);
     pen.clearRect(0, 0, width, height);

@@ -21,6 +21,7 @@ async function begin() {
   readAddress();
   draw();
   addEventListener("hashchange", () => { readAddress(); turned = true; redraw(); });
+  document.addEventListener("fullscreenchange", () => (document.fullscreenElement ?? document.body).append(tip));  // nothing else is in sight
   for (const [target, name] of [[darkMode, "change"], [document, "fullscreenchange"]]) target.addEventListener(name, redraw);
   addEventListener("scroll", hideTip, { passive: true });
   listenToKeys();

@@ -10,6 +10,7 @@ function panel(id, title, { picture, table, choices = null }) {
 
 // A panel on the whole screen, where the browser lets it: frames may not.
 const isFull = (node) => document.fullscreenElement === node;
+const zoomOf = (node) => (isFull(node) ? 1.5 : 1);  // what is drawn there is seen from further away
 function fullButton(node, title) {
   if (!document.fullscreenEnabled) return null;
   const button = el("button", { type: "button", class: "full", "data-full": "", onclick: () => (isFull(node()) ? document.exitFullscreen() : node().requestFullscreen()) });

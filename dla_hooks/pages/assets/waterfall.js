@@ -106,7 +106,9 @@ function waterfallPanel() {
     if (node.hidden) return;
     what.textContent = caption();
     bars = steps();
-    shown = drawn(Math.max(320, width()), isFull(node) ? Math.max(210, innerHeight - 150) : 210);
+    const zoom = zoomOf(node);
+    shown = drawn(Math.max(320, width() / zoom), isFull(node) ? Math.max(210, (innerHeight - 100) / zoom - 66) : 210);
+    if (zoom > 1) shown.picture.style.width = `${zoom * shown.width}px`;
     canvas.replaceChildren(shown.picture);
   });
   resters.push(() => {
