@@ -344,6 +344,19 @@ def test_two_thousand_tokens_and_a_thousand_heads_keep_sixty_frames_a_second(bro
     assert browser.complaints() == []
 
 
+def test_all_rows_of_a_table_are_shown_when_asked_for_and_stay(browser, large):
+    from selenium.webdriver.common.keys import Keys
+
+    browser.open(large)
+    rows = "return document.querySelectorAll('#table [data-row]').length"
+    assert browser.run(rows) == 60
+    browser.click("#table .scroll > .link")
+    assert browser.run(rows) == 1024
+    browser.press(Keys.ARROW_LEFT)
+    assert browser.run(rows) == 1024
+    assert browser.run("return document.querySelectorAll('#table tr[aria-selected=true]').length") == 1
+
+
 def test_large_page_opens_within_seconds(browser, large):
     browser.open(large)
     assert browser.run("return performance.now()") < 10_000

@@ -1,6 +1,6 @@
 // Every row of a unit: searched, sorted, and what is not listed in one line.
 
-const MOST_LINES = 100;
+const MOST_LINES = 60;  // at each frame; more, where they are asked for, when the keys rest
 
 function tablePanel() {
   const { node, what, body } = panel("table", "All rows", { picture, table });
@@ -10,7 +10,7 @@ function tablePanel() {
   const count = el("span", { class: "soft", role: "status" });
   const scroll = el("div", { class: "scroll", tabindex: -1 });
   body.append(tabs, el("div", { class: "filters" }, search, sign.node, count), scroll);
-  let query = "", wanted = "all", sorted = { by: "size", way: -1 }, most = MOST_LINES, before = "", tabbed = null, drawn = null, chosen = [];
+  let query = "", wanted = "all", sorted = { by: "size", way: -1 }, most = MOST_LINES, before = "", tabbed = null, drawn = null, complete = false, chosen = [];
 
   const unit = () => unitNamed(state.tab) ?? page().units[0];
   const tokenOf = (one) => (one.source === null ? "" : page().tokens[one.source] ?? "");
@@ -45,7 +45,7 @@ function tablePanel() {
     return [["rest", own.restAt(state.entry), `${own.n_rows - own.list(state.entry).length} rows that are not listed`], ["remainder", own.remainderAt(state.entry), own.remainder_is]];
   }
 
-  function draw() {
+  function draw(whole = false) {
     const own = unit();
     if (before !== `${state.page} ${own.key}`) { before = `${state.page} ${own.key}`; most = MOST_LINES; }
     if (tabbed !== page()) {
@@ -55,8 +55,8 @@ function tablePanel() {
     for (const tab of tabs.children) tab.setAttribute("aria-selected", String(tab.dataset.tab === own.key));
     sign.draw();
     const now = [own, state.entry, query, wanted, sorted, most];
-    if (drawn?.every((one, i) => one === now[i])) return mark(own);
-    drawn = now;
+    if ((complete || !whole) && drawn?.every((one, i) => one === now[i])) return mark(own);
+    [drawn, complete] = [now, whole || most <= MOST_LINES];
     what.textContent = own.sentence;
     if (!own.has(state.entry)) {
       const at = own.at.at(-1);
@@ -64,7 +64,7 @@ function tablePanel() {
       scroll.replaceChildren(el("p", { class: "soft" }, "Measured at ", el("button", { type: "button", class: "link", onclick: () => choose({ entry: at }) }, `position ${page().spots[at]}`), " only."));
       return;
     }
-    const found = lines(own), shown = found.slice(0, most), ends = last(own);
+    const found = lines(own), shown = found.slice(0, complete ? most : MOST_LINES), ends = last(own);
     const biggest = largestOf(found.map((one) => one.value)), digits = digitsFor(biggest);
     const all = columns(own);
     const sort = (key) => () => { sorted = { by: key, way: sorted.by === key ? -sorted.way : key === "label" ? 1 : -1 }; draw(); };
@@ -83,7 +83,7 @@ function tablePanel() {
     scroll.replaceChildren(
       el("table", {}, el("caption", { class: "sr" }, `${own.title}${where()}`), el("thead", {}, el("tr", {}, all.map(heading))),
         el("tbody", {}, shown.map(line)), el("tfoot", {}, ends.map(foot))),
-      ...(found.length > shown.length ? [el("button", { type: "button", class: "link", onclick: () => { most = Infinity; draw(); } }, `Show all ${found.length} rows`)] : []));
+      ...(found.length > most ? [el("button", { type: "button", class: "link", onclick: () => { most = Infinity; draw(true); } }, `Show all ${found.length} rows`)] : []));
     count.textContent = `${found.length} rows${own.exactAt(state.entry) ? "" : ", values rounded to fit the file"}`;
     chosen = [];
     mark(own);
@@ -97,7 +97,13 @@ function tablePanel() {
     chosen = one ? [one] : [];
     for (const row of chosen) select(row, true);
   }
-  drawnBy(node, draw);
+  drawnBy(node, () => draw());
+  resters.push(() => {
+    if (complete) return;
+    const at = scroll.scrollTop;
+    draw(true);
+    scroll.scrollTop = at;
+  });
 
   scroll.addEventListener("click", (event) => {
     const row = event.target.closest("[data-row]");
