@@ -354,7 +354,9 @@ def test_all_rows_of_a_table_are_shown_when_asked_for_and_stay(browser, large):
     assert browser.run(rows) == 1024
     browser.press(Keys.ARROW_LEFT)
     assert browser.run(rows) == 1024
-    assert browser.run("return document.querySelectorAll('#table tr[aria-selected=true]').length") == 1
+    assert (
+        browser.run("return document.querySelectorAll('#table tr[aria-selected=true]').length") == 1
+    )
 
 
 def test_large_page_opens_within_seconds(browser, large):
