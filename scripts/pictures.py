@@ -41,6 +41,7 @@ def pictures() -> dict[str, Picture]:
         "components": attribute().plot("waterfall"),
         "data_set": dla_hooks.summarize(many).plot(),
         "heads": attribute(unit="head").plot(),
+        "layers": attribute(unit="layer", pos=None).plot(),
         "neurons": attribute(unit=dla_hooks.Neurons(top=5)).plot(),
         "positions": every.plot(),
         "tokens": every.plot("strip", row="3_attn_out"),

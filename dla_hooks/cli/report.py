@@ -9,6 +9,7 @@ import typer
 
 import dla_hooks
 from dla_hooks.cli.files import check_folder
+from dla_hooks.cli.browser import Open, show
 from dla_hooks.cli.help import examples
 from dla_hooks.cli.loading import load, readable
 from dla_hooks.cli.options import OUTPUT, QUESTION, Loading, Model, Run, Unit
@@ -96,6 +97,7 @@ def report(
             metavar="TEXT", help="Of the window.", show_default=False, rich_help_panel=OUTPUT
         ),
     ] = None,
+    open: Open = False,
 ) -> None:
     """Write a page to look at: who wrote a logit, in one html file that needs no network."""
     where = as_pos(pos)
@@ -122,6 +124,8 @@ def report(
         made.save(output)
     pages = f", {len(made)} pages" if len(made) > 1 else ""
     note(f"wrote {output} ({output.stat().st_size / 2**20:.1f} MB{pages}); open it in a browser")
+    if open:
+        show(output)
 
 
 def _of_each(given: list[str] | None, n: int, option: str) -> list[str | None]:

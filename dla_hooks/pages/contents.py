@@ -14,7 +14,6 @@ from dla_hooks.pages.grid import Grid
 from dla_hooks.results.data import EntryData, ResultData, located, names_of_entries, real_entries
 from dla_hooks.results.ranked_data import RankedData
 from dla_hooks.results.rows import Row, Words
-from dla_hooks.results.summary import Summary
 
 _MOST_PLACES = 256
 """Rows of a ranked unit that the page lists at one entry."""
@@ -74,48 +73,18 @@ def unit_of(data: EntryData, key: str, at: list[int], focus: int) -> dict[str, A
         focus: the entry of the page whose numbers are never rounded.
     """
     valid = real_entries(data)[0].flatten()
-    own = {"key": key, **_words(data.words), "at": at}
+    own = {"key": key, **words_of(data.words), "at": at}
     if isinstance(data, RankedData):
         return {**own, **_ranked(data, valid)}
     assert isinstance(data, ResultData)
-    beside = {name: _grids(_flat(one, valid), at, focus) for name, one in data.beside.items()}
+    beside = {name: grids(_flat(one, valid), at, focus) for name, one in data.beside.items()}
     return {
         **own,
         "dense": True,
         "rows": columns(data.rows),
         "beside": beside,
-        **_grids(_flat(data.attribution, valid), at, focus),
+        **grids(_flat(data.attribution, valid), at, focus),
     }
-
-
-def summary_of(summary: Summary) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The entry and the unit of means over many prompts, with their standard errors."""
-    entry = {
-        "spots": [0],
-        "answers": [],
-        "answer": [None],
-        "incorrects": [],
-        "incorrect": [None],
-        "difference": summary.difference,
-        "logit": [number(summary.logit)],
-        "bias": [number(summary.bias)],
-        "gap": None,
-        "logit_gap": None,
-        "softcap": summary.softcap,
-        "n": summary.n,
-        "n_failed": summary.n_failed,
-        "logit_error": number(summary.logit_standard_error),
-    }
-    unit = {
-        "key": summary.unit,
-        **_words(summary.words),
-        "at": [0],
-        "dense": True,
-        "rows": columns(summary.rows),
-        "beside": {"standard error": _grids(summary.standard_error[:, None], [0], 0)},
-        **_grids(summary.mean[:, None], [0], 0),
-    }
-    return entry, unit
 
 
 def columns(rows: Iterable[Row]) -> dict[str, list[Any]]:
@@ -136,7 +105,8 @@ def numbers(values: Tensor) -> list[float | None]:
     return [number(value) for value in values.tolist()]
 
 
-def _words(words: Words) -> dict[str, Any]:
+def words_of(words: Words) -> dict[str, Any]:
+    """What a unit says of its rows."""
     return {
         "unit": words.name,
         "title": words.title,
@@ -154,7 +124,7 @@ def _flat(values: Tensor, valid: Tensor) -> Tensor:
     return values.reshape(len(values), valid.numel())[:, valid.to(values.device)]
 
 
-def _grids(values: Tensor, at: Sequence[int], focus: int) -> dict[str, Any]:
+def grids(values: Tensor, at: Sequence[int], focus: int) -> dict[str, Any]:
     """All numbers, and those of one entry, which are exact."""
     found: dict[str, Any] = {"values": Grid.of(values, rounded=True)}
     if focus in at:

@@ -104,7 +104,7 @@ class Report:
         """The page in a frame of its own, which may run its script and save files, no more."""
         return (
             f'<iframe srcdoc="{escape(self.html())}" sandbox="allow-scripts allow-downloads" '
-            f'style="width:100%;height:{_TALL}px;border:0"></iframe>'
+            f'allow="fullscreen" style="width:100%;height:{_TALL}px;border:0"></iframe>'
         )
 
 

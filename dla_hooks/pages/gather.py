@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dla_hooks.errors import ArgumentTypeError, InputError
-from dla_hooks.pages import contents
+from dla_hooks.pages import averages, contents
 from dla_hooks.pages.grid import BUDGET, room
 from dla_hooks.pages.reads import effects_of, promotes_of, reads_of
 from dla_hooks.results.data import EntryData, real_entries
@@ -37,7 +37,6 @@ class _Subject:
     results: list[EntryData] = field(default_factory=list)
     promoted: list[PromotedTokens] = field(default_factory=list)
     comparison: Any = None
-    summary: Summary | None = None
 
 
 def pages_of(results: Iterable[Any], effects: Any = None) -> list[dict[str, Any]]:
@@ -45,7 +44,8 @@ def pages_of(results: Iterable[Any], effects: Any = None) -> list[dict[str, Any]
 
     Args:
         results: attributions (or dictionaries of them), promoted tokens, comparisons, summaries.
-            Those of one prompt and one question share a page.
+            Those of one prompt and one question share a page, and so do summaries of several units
+            over the same prompts; these come last.
         effects: direct and total effects: an object with ``records()``, or the lines themselves.
 
     Raises:
@@ -53,16 +53,22 @@ def pages_of(results: Iterable[Any], effects: Any = None) -> list[dict[str, Any]
         InputError: when there is nothing to show, or no place for it.
     """
     subjects: list[_Subject] = []
+    groups: list[list[Summary]] = []
     for one in _flat(results):
-        _sort_in(subjects, one)
-    pages = [subject for subject in subjects if subject.results or subject.summary is not None]
-    if not pages:
+        if isinstance(one, Summary):
+            averages.join(groups, one)
+        else:
+            _sort_in(subjects, one)
+    pages = [subject for subject in subjects if subject.results]
+    if not pages and not groups:
         raise InputError(
             "there is nothing to show: give at least one attribution, comparison or summary"
         )
     lines = effects.records() if hasattr(effects, "records") else effects
     shown = effects_of(lines) if lines else None
-    return [_page(subject, len(pages), shown) for subject in pages]
+    n_pages = len(pages) + len(groups)
+    made = [_page(subject, n_pages, shown) for subject in pages]
+    return made + [averages.page_of(group) for group in groups]
 
 
 def _flat(results: Iterable[Any]) -> Iterator[Any]:
@@ -77,11 +83,7 @@ def _flat(results: Iterable[Any]) -> Iterator[Any]:
 
 def _sort_in(subjects: list[_Subject], one: Any) -> None:
     """Add one result to the pages that it belongs to, one for each of its prompts."""
-    if isinstance(one, Summary):
-        if not one.n:
-            raise InputError("the summary is of no prompt, so there is nothing to show")
-        subjects.append(_Subject("summary", one.model, 0, [], "", summary=one))
-    elif isinstance(one, EntryData):
+    if isinstance(one, EntryData):
         contents.check_axes(one)
         for prompt, part in enumerate(_prompts(one)):
             _subject(subjects, "attribution", prompt, part).results.append(part)
@@ -136,11 +138,6 @@ def _page(subject: _Subject, n_pages: int, effects: dict[str, Any] | None) -> di
         "notes": [],
         "effects": effects,
     }
-    if subject.summary is not None:
-        entry, unit = contents.summary_of(subject.summary)
-        what = "logit differences" if subject.summary.difference else "logits"
-        about["question"] = f"mean of {what} over {subject.summary.n} prompts"
-        return {**about, **entry, "focus": 0, "units": [unit], "reads": None, "promotes": []}
     whole = max(subject.results, key=lambda one: len(contents.spots(one)))
     spots = contents.spots(whole)
     kept = _room(subject.results, len(spots), (BUDGET - _KEPT) // n_pages)
@@ -161,10 +158,14 @@ def _page(subject: _Subject, n_pages: int, effects: dict[str, Any] | None) -> di
             page["promotes"].append(promotes_of(promoted, [spots.index(spot) for spot in found]))
     if subject.comparison is not None:
         sides = [contents.entries_of(one) for one in subject.comparison]
+        shown = ("logit", "rank", "probability")
         page["sides"] = [
-            {"logit": _last(side["logit"], len(spots), "logit"), "model": one.model}
+            {name: _last(side[name], len(spots), name) for name in shown if name in side}
+            | {"model": one.model}
             for side, one in zip(sides, subject.comparison, strict=True)
         ]
+        for name in ("rank", "probability", "top"):  # of a run, not of a difference
+            page.pop(name, None)
         tokens = [one.tokens[0] if one.tokens else [] for one in subject.comparison]
         if tokens[0] != tokens[1]:
             page["other_tokens"] = tokens[1]

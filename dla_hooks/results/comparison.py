@@ -16,6 +16,7 @@ from dla_hooks.results.result import DirectLogitAttribution
 from dla_hooks.results.rows import Row, Words
 from dla_hooks.results.schema import as_json, pack_within, unpack_within
 from dla_hooks.results.stored import Exported
+from dla_hooks.results.where import Where
 
 if TYPE_CHECKING:
     import altair
@@ -79,6 +80,8 @@ class Comparison(Exported):
                 f"difference has no {missing[0]!r} beside its rows; compare() makes it"
             )
         self.difference.compared = True
+        if self.first.locate is not None:
+            self.difference.located_by(self.first.locate)
 
     @property
     def attribution(self) -> Tensor:
@@ -164,6 +167,22 @@ class Comparison(Exported):
         means = self.written_means if self.difference.shape[1] == 1 else None
         beyond = None if self.beyond is None else self.beyond[:, :, index]
         return type(self)(parts[0], parts[1], parts[2], means, beyond)
+
+    def where(self, label: str) -> Where:
+        """The place of a row in the first run's model; see :meth:`DirectLogitAttribution.where`.
+
+        ``second.where(label)`` is the place in the second run's model. The two differ where one
+        model is wrapped and the other is not.
+
+        Args:
+            label: of a row.
+
+        Raises:
+            LabelError: (a KeyError) for a label that no row has.
+            InputError: for a row that stands at no place, such as a remainder; where the model
+                is not there.
+        """
+        return self.difference.where(label)
 
     def records(self) -> list[dict[str, Any]]:
         """The lines of :meth:`to_dataframe`, as dictionaries."""

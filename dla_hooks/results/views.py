@@ -155,7 +155,9 @@ class Views(EntryData, Exported):
 
         One entry is drawn as its unit says: bars, a line, or a heatmap of layer by index. Several
         positions, prompts or answers stand under each other, in a heatmap with a column for each
-        row of the result. A mean is drawn only where it is asked for, and the title says so.
+        row of the result; layers at several positions are a lens. Of a long prompt the last
+        positions are drawn unless ``pos`` says which. A mean is drawn only where it is asked for,
+        and the title says so.
 
         Example:
             >>> import dla_hooks
@@ -171,7 +173,8 @@ class Views(EntryData, Exported):
 
         Args:
             kind: ``"bars"``; ``"waterfall"``, bars that begin where the one above ends;
-                ``"line"``; ``"heatmap"``, of layer by index where one entry is drawn; or
+                ``"line"``; ``"heatmap"``, of layer by index where one entry is drawn;
+                ``"lens"``, running sums with layers upwards and tokens from left to right; or
                 ``"strip"``, the tokens in the colours of one row. Of several positions, bars,
                 waterfall and line draw the last one. None is what the numbers call for.
             rows: how many, the strongest; or a list of labels. None is all, or the strongest where

@@ -377,6 +377,14 @@ def examples_of(text):
     return re.findall(r"^\s*(?:\$ )?((?:printf .*)?dla-hooks .*)$", joined, re.MULTILINE)
 
 
+@pytest.fixture
+def no_browser(tmp_path, monkeypatch):
+    """Pages are opened in none, and written where they go with the test."""
+    monkeypatch.setattr("webbrowser.open", lambda address: True)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+
+@pytest.mark.usefixtures("no_browser")
 @pytest.mark.parametrize("command", COMMANDS)
 def test_examples_of_help_run(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -391,6 +399,7 @@ def test_examples_of_help_run(command, tmp_path, monkeypatch):
         assert done.exit_code == 0, (line, done.output)
 
 
+@pytest.mark.usefixtures("no_browser")
 def test_examples_of_the_page_run(tmp_path, monkeypatch):
     page = Path(__file__).parents[2] / "docs" / "command-line.md"
     monkeypatch.chdir(tmp_path)

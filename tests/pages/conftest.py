@@ -16,6 +16,7 @@ FLAGS = (
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    "--screen-info={1920x1080}",  # of which a panel can take all
 )
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
@@ -48,6 +49,37 @@ class Browser:
         self.driver.execute_async_script(
             "const done = arguments[0]; requestAnimationFrame(() => requestAnimationFrame(done))"
         )
+        self.wait("document.documentElement.dataset.ready === 'true'")
+
+    def at(self, x, y, selector, click=False):
+        """Put the pointer on a place of an element's picture, and press there if asked for."""
+        from selenium.webdriver import ActionChains
+
+        mark = self.driver.find_element("css selector", selector)
+        self.run("arguments[0].scrollIntoView({block: 'center'})", mark)
+        box = self.run(
+            "const {width, height} = arguments[0].getBoundingClientRect(); return [width, height]",
+            mark,
+        )
+        chain = ActionChains(self.driver)
+        chain.move_to_element_with_offset(mark, round(x - box[0] / 2), round(y - box[1] / 2))
+        (chain.click() if click else chain).perform()
+        self.frame()
+
+    def cell(self, layer, index, click=False):
+        """Put the pointer on a square of the grid, which stands where its axes' numbers do."""
+        axes = self.run(
+            "return [...document.querySelectorAll('#heads .axis')].map(one => "
+            "[one.textContent, Number(one.getAttribute('x')), Number(one.getAttribute('y')), "
+            "one.getAttribute('text-anchor')])"
+        )
+        y = next(y for name, _, y, anchor in axes if name == str(layer) and anchor == "end")
+        x = next(x for name, x, y_, _ in axes if name == str(index) and y_ == 13)
+        grown = self.run(
+            "const one = document.querySelector('#heads .canvas svg');"
+            "return one.getBoundingClientRect().width / Number(one.getAttribute('width'))"
+        )
+        self.at(x * grown, (y - 4) * grown, "#heads .canvas svg", click)
 
     def click(self, selector):
         self.driver.find_element("css selector", selector).click()

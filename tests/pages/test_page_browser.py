@@ -53,7 +53,6 @@ def test_page_opens_with_the_strongest_head_at_the_last_token(page, small):
     assert page.text("#card .name") == label
     value = heads(small)["values"][heads(small)["rows"]["label"].index(label)][4]
     assert f"{value:+.3f}" in page.text("#card .facts")
-    assert page.run("return document.querySelectorAll('#heads .cell').length") == 24
     assert page.text("#tokens .chosen").strip() == "cabinet"
     assert page.run("return document.querySelectorAll('#waterfall .bar').length") == 12
     page.click("#token-4")
@@ -71,7 +70,7 @@ def test_click_on_a_token_moves_every_panel(page, small):
 
 
 def test_click_on_a_head_shows_its_card_and_its_row(page):
-    page.click("#heads .cell[data-mark='2']")
+    page.cell(0, 2, click=True)
     assert page.text("#card .name") == "L0H2"
     assert (
         page.run(
@@ -93,11 +92,7 @@ def test_card_lists_tokens_read_and_promoted(page, small):
 
 
 def test_click_on_a_component_chooses_it(page):
-    page.run(
-        "document.querySelectorAll('#waterfall .bar')[3]"
-        ".dispatchEvent(new MouseEvent('click', {bubbles: true}))"
-    )
-    page.frame()
+    page.click("#waterfall .bar[data-mark='3']")
     assert page.text("#card .name") == "0_mlp_out"
     assert page.run("return document.querySelectorAll('#waterfall .ring').length") == 1
 
@@ -114,7 +109,7 @@ def test_arrow_keys_move_positions_rows_and_grid_cells(page, small):
     assert page.text("#card .name") != first
     page.press(Keys.ESCAPE)
     assert page.text("#card .name") == first
-    page.click("#heads .cell[data-mark='0']")
+    page.cell(0, 0, click=True)
     page.press(Keys.ARROW_DOWN, Keys.ARROW_RIGHT, selector="#heads .canvas")
     assert page.text("#card .name") == "L1H1"
     page.press(Keys.ARROW_DOWN, selector="#table tr[aria-selected=true]")
@@ -143,7 +138,7 @@ def test_hover_shows_numbers(page, small):
     page.hover("#token-1")
     assert not page.run("return document.querySelector('.tip').hidden")
     assert "keys" in page.text(".tip b")
-    page.hover("#heads .cell[data-mark='0']")
+    page.cell(0, 0)
     assert page.text(".tip b") == "L0H0"
     value = heads(small)["values"][0][4]
     assert f"{abs(value):.3f}"[:4] in page.text(".tip dl")
@@ -199,6 +194,7 @@ def test_address_chooses_and_links_are_followed(browser, small):
     }
     browser.run("location.hash = '#pos=0&unit=head&row=L1H2'")
     browser.wait("document.querySelector('#card .name').textContent === 'L1H2'")
+    browser.frame()
     assert hash_of(browser)["page"] == "0"
     browser.open(small[0], "#page=99&pos=x&unit=<b>&row=%00")
     assert browser.text("#card .name") == strongest(small, 4)
@@ -231,6 +227,28 @@ def test_every_panel_is_saved_as_four_kinds_of_files(page, small, panel):
     assert width == 2 * round(float(picture.get("width")))
     for path in found.values():
         path.unlink()
+
+
+def test_every_panel_goes_full_screen_and_comes_back(page):
+    full = "document.fullscreenElement?.id ?? ''"
+    for panel in ("tokens", "waterfall", "heads", "card", "table"):
+        wide = "document.querySelector('#heads .canvas svg').getBoundingClientRect().width"
+        before = page.run(f"return {wide}")
+        page.click(f"#{panel} [data-full]")
+        page.wait(f"{full} === '{panel}'")
+        page.frame()
+        named = page.run(f"return document.querySelector('#{panel} [data-full]').title")
+        assert named == "Leave full screen"
+        if panel == "heads":
+            assert page.run(f"return {wide}") > before
+            page.cell(1, 1, click=True)  # its squares are where they are shown
+            assert page.text("#card .name") == "L1H1"
+            page.cell(2, 3)
+            assert page.text("#heads .tip b") == "L2H3"
+        page.click(f"#{panel} [data-full]")
+        page.wait(f"{full} === ''")
+        page.frame()
+        assert page.run(f"return {wide}") == before
 
 
 def test_script_in_a_token_is_shown_and_not_run(browser, tmp_path):
@@ -285,26 +303,69 @@ def large(browser, tmp_path_factory):
     return dla_hooks.Report.of(heads, parts).save(path)
 
 
-def test_large_page_opens_within_seconds_and_moves_smoothly(browser, large):
+# Milliseconds of the page's own thread for each frame, whatever else runs on the machine, and the
+# time that passes between frames: a key is pressed at each.
+FRAMES = """
+  const [key, n, done] = arguments, found = [];
+  let i = 0, last = performance.now();
+  const step = () => {
+    const now = performance.now();
+    found.push(now - last);
+    last = now;
+    if (++i > n) return done(found.slice(1));
+    const press = {key, bubbles: true, cancelable: true};
+    document.body.dispatchEvent(new KeyboardEvent("keydown", press));
+    requestAnimationFrame(step);
+  };
+  requestAnimationFrame(step);
+"""
+
+
+def test_two_thousand_tokens_and_a_thousand_heads_keep_sixty_frames_a_second(browser, large):
     browser.open(large)
-    ready = browser.run("return performance.now()")
-    assert ready < 10_000
-    # The time that choosing and drawing take, without the browser's own painting.
-    times = browser.driver.execute_async_script("""
-      const done = arguments[0], marks = [...document.querySelectorAll('#heads .cell')], found = [];
-      let i = 0;
-      const step = () => {
-        const start = performance.now();
-        const where = {bubbles: true, clientX: 300, clientY: 300};
-        marks[(i * 37) % marks.length].dispatchEvent(new MouseEvent('pointermove', where));
-        found.push(performance.now() - start);
-        if (++i < 60) requestAnimationFrame(step); else done(found);
-      };
-      requestAnimationFrame(step);
-    """)
-    assert sorted(times)[30] < 8, (
-        "hover over a grid of 32 x 32 must leave room for 60 frames a second"
+    cdp, n = browser.driver.execute_cdp_cmd, 30
+    cdp("Performance.enable", {"timeDomain": "threadTicks"})
+
+    def busy():
+        found = cdp("Performance.getMetrics", {})["metrics"]
+        return next(one["value"] for one in found if one["name"] == "TaskDuration")
+
+    for place in ("#tokens", "#table"):
+        browser.run("document.querySelector(arguments[0]).scrollIntoView()", place)
+        for key in ("ArrowLeft", "ArrowDown"):
+            browser.frame()
+            before = busy()
+            between = browser.driver.execute_async_script(FRAMES, key, n)
+            own = 1000 * (busy() - before) / n
+            # 5 to 14; 47 to 57 where every token and square was an element that is coloured anew.
+            assert own < 30, f"{key} at {place} takes {own:.1f} ms of a frame"
+            assert sorted(between)[n // 2] < 150  # others may use the machine
+    cdp("Performance.disable", {})
+    assert browser.complaints() == []
+
+
+def test_all_rows_of_a_table_are_shown_when_asked_for_and_stay(browser, large):
+    from selenium.webdriver.common.keys import Keys
+
+    browser.open(large)
+    rows = "return document.querySelectorAll('#table [data-row]').length"
+    assert browser.run(rows) == 60
+    browser.click("#table .scroll > .link")
+    assert browser.run(rows) == 1024
+    browser.press(Keys.ARROW_LEFT)
+    assert browser.run(rows) == 1024
+    assert (
+        browser.run("return document.querySelectorAll('#table tr[aria-selected=true]').length") == 1
     )
+
+
+def test_large_page_opens_within_seconds(browser, large):
+    browser.open(large)
+    assert browser.run("return performance.now()") < 10_000
+    browser.run("document.querySelector('#tokens .strip').scrollTop = 0")
+    browser.frame()
+    first = "document.querySelector('#token-0').style.background"
+    assert browser.run(f"return {first}").startswith("rgb")
     assert browser.complaints() == []
 
 
@@ -341,20 +402,45 @@ def test_notebook_frame_runs_the_page(browser, small, tmp_path):
     browser.driver.switch_to.frame(0)
     try:
         browser.wait("document.documentElement.dataset.ready === 'true'")
-        browser.click("#heads .cell[data-mark='3']")
+        browser.cell(0, 3, click=True)
         assert browser.text("#card .name") == "L0H3"
     finally:
         browser.driver.switch_to.default_content()
 
 
+def test_comparison_shows_both_prompts_and_both_runs(browser, tmp_path):
+    model, tokenizer = dla_hooks.demo.load()
+    found = dla_hooks.compare(
+        model, input="The keys near the cabinet", other_input="The key near the cabinet",
+        answer_tokens=" are", unit=("component", "head"), pos=None, tokenizer=tokenizer,
+    )  # fmt: skip
+    browser.open(dla_hooks.Report.of(found).save(tmp_path / "comparison.html"))
+    assert browser.text("#tokens .other") == "Second run: The key near the cabinet"
+    assert browser.text("#tokens .changed") == " key"
+    assert "second run" in browser.text(".head .facts")
+    row = found["head"].labels.index(browser.text("#card .name"))
+    both = (found["head"].second.attribution, found["head"].written)
+    beside = [float(one[row, 0, -1]) for one in both]
+    for value in beside:
+        assert f"{abs(value):.2f}"[:-1] in browser.text("#card .facts")
+    assert browser.complaints() == []
+
+
 def test_summary_and_single_position_are_shown_without_a_strip_or_with_one_token(browser, tmp_path):
     model, tokenizer = dla_hooks.demo.load()
     results = [
-        dla_hooks.direct_logit_attribution(model, text, " are", unit="head", tokenizer=tokenizer)
+        dla_hooks.direct_logit_attribution(
+            model, text, " are", unit=("head", "component"), tokenizer=tokenizer
+        )
         for text in ("The keys near the cabinet", "The dogs near the car")
     ]
-    summary = dla_hooks.summarize(results)
-    browser.open(dla_hooks.Report.of(summary).save(tmp_path / "summary.html"))
+    summaries = [
+        dla_hooks.summarize([one[unit] for one in results]) for unit in ("head", "component")
+    ]
+    browser.open(dla_hooks.Report.of(summaries).save(tmp_path / "summary.html"))
+    tabs = "[...document.querySelectorAll('#table [role=tab]')].map(one => one.textContent)"
+    assert browser.run(f"return {tabs}") == ["Heads", "Components"]
+    assert not browser.run("return document.getElementById('waterfall').hidden")
     assert browser.run("return document.getElementById('tokens').hidden")
     assert "over 2 prompts" in browser.text("h1")
     assert "standard error" in browser.text("#card")

@@ -307,6 +307,87 @@ def test_summary_and_comparison_are_pages_of_their_own(demo):
     assert sorted(page["units"][0]["beside"]) == ["first", "second"]
 
 
+def results_of(demo, prompts, units):
+    return [
+        dla_hooks.direct_logit_attribution(
+            demo.model, prompt, " are", " is", unit=units, tokenizer=demo.tokenizer
+        )
+        for prompt in prompts
+    ]
+
+
+def test_summaries_of_several_units_over_the_same_prompts_share_a_page(demo):
+    prompts, units = ["The keys near the cabinet", "The dogs near the car"], ("component", "head")
+    units = (*units, "layer", "neuron")
+    results = results_of(demo, prompts, units)
+    summaries = {name: dla_hooks.summarize([one[name] for one in results]) for name in units}
+    pages = dla_hooks.Report.of(summaries).data()["pages"]
+    assert [one["key"] for one in pages[0]["units"]] == list(units)
+    assert len(pages) == 1
+    for name, summary in summaries.items():
+        shown = unit(pages[0], name)
+        assert [row[0] for row in shown["values"]] == pytest.approx(summary.mean.tolist(), rel=1e-6)
+        error = [row[0] for row in shown["beside"]["standard error"]["values"]]
+        assert error == pytest.approx(summary.standard_error.tolist(), rel=1e-6)
+
+    other = dla_hooks.summarize([one["head"] for one in results_of(demo, prompts[:1], units)])
+    again = dla_hooks.summarize([one["head"] for one in results])
+    pages = dla_hooks.Report.of(summaries, other, again, results[0]["head"]).data()["pages"]
+    assert [len(page["units"]) for page in pages] == [1, 4, 1, 1]
+    assert [page["kind"] for page in pages] == ["attribution", *["summary"] * 3]
+    assert [page["n"] for page in pages[1:]] == [2, 1, 2]
+
+
+def test_summary_of_very_many_rows_lists_the_strongest_and_sums_the_rest(monkeypatch, demo):
+    from dla_hooks.pages import averages
+
+    results = results_of(demo, ["The keys near the cabinet", "The dogs near the car"], "neuron")
+    summary = dla_hooks.summarize(results)
+    whole = unit(dla_hooks.Report.of(summary).data()["pages"][0], "neuron")
+    assert whole["dense"]
+    monkeypatch.setattr(averages, "_MOST_ROWS", 100)
+    monkeypatch.setattr(averages, "_LISTED", 20)
+    page = dla_hooks.Report.of(summary).data()["pages"][0]
+    shown = unit(page, "neuron")
+    means = dict(zip(summary.labels, summary.mean.tolist(), strict=True))
+    remainder = means.pop("remainder")
+    strongest = sorted(means, key=lambda label: -abs(means[label]))[:20]
+    assert shown["rows"]["label"] == strongest
+    assert [row[0] for row in shown["values"]] == pytest.approx([means[x] for x in strongest])
+    assert shown["n_rows"] == len(means)
+    total = sum(means[x] for x in strongest) + shown["rest"][0] + shown["rest_of"][0]
+    assert shown["rest_of"] == [pytest.approx(remainder)]
+    assert total + page["bias"][0] == pytest.approx(page["logit"][0], abs=1e-4)
+
+
+def test_summary_of_comparisons_shows_what_was_written_and_read(demo):
+    found = [
+        dla_hooks.compare(
+            demo.model, input=f"The {a} near the cabinet", other_input=f"The {b} near the cabinet",
+            answer_tokens=" are", unit="head", tokenizer=demo.tokenizer,
+        )
+        for a, b in (("keys", "key"), ("dogs", "dog"))
+    ]  # fmt: skip
+    summary = dla_hooks.summarize(found)
+    page = dla_hooks.Report.of(summary).data()["pages"][0]
+    assert page["question"] == "mean of logits over 2 prompts, first run minus second"
+    beside = unit(page, "head")["beside"]
+    halves = [torch.tensor(beside[name]["values"]) for name in ("written", "read")]
+    torch.testing.assert_close(sum(halves), torch.tensor(unit(page, "head")["values"]))
+
+
+def test_comparison_has_each_runs_own_rank_and_no_rank_of_the_difference(demo):
+    found = dla_hooks.compare(
+        demo.model, input="The keys near the cabinet", other_input="The key near the cabinet",
+        answer_tokens=" are", unit="head", tokenizer=demo.tokenizer,
+    )  # fmt: skip
+    page = dla_hooks.Report.of(found).data()["pages"][0]
+    assert not {"rank", "probability", "top"} & set(page)
+    for side, run in zip(page["sides"], (found.first, found.second), strict=True):
+        assert side["rank"] == run.rank.flatten().tolist()
+        assert side["probability"] == pytest.approx(run.log_probability.exp().flatten().tolist())
+
+
 def test_what_cannot_be_shown_is_refused(demo, tmp_path):
     with pytest.raises(dla_hooks.ArgumentTypeError, match="a report is made of"):
         dla_hooks.Report.of(torch.ones(3))

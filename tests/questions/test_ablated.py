@@ -609,6 +609,28 @@ def test_where_knows_rows_of_every_unit():
     assert dla_hooks.where(build("mixtral"), "L1E2")[:2] == ("model.layers.1.mlp.experts", "output")
 
 
+@pytest.mark.parametrize("spec", ["gpt2", "llama", "gemma2", "gpt_neox-parallel", "mixtral"])
+def test_where_of_a_comparison_is_that_of_the_first_model(spec, tmp_path):
+    first, second = build(spec, seed=0), build(spec, seed=1)
+    units = ("component", "layer", "head", dla_hooks.SourceTokens(top=2))
+    found = dla_hooks.compare(first, second, example_ids(spec), 5, unit=units, pos=None)
+    for unit, comparison in found.items():
+        for label in comparison.labels:
+            if label == "remainder":
+                with pytest.raises(InputError, match="no place"):
+                    comparison.where(label)
+                continue
+            due = dla_hooks.where(first, label)
+            assert comparison.where(label) == comparison.prompt(0).where(label) == due, unit
+            assert comparison.position(1).where(label) == due
+            assert comparison.second.where(label) == dla_hooks.where(second, label)
+        with pytest.raises(LabelError):
+            comparison.where("9_mlp_out")
+    read = dla_hooks.load(found["head"].save(tmp_path / "one.safetensors"))
+    with pytest.raises(InputError, match=r"dla_hooks\.where\(model, 'L1H1'\)"):
+        read.where("L1H1")
+
+
 def test_where_survives_copies_and_says_what_to_do_after_a_file(tmp_path):
     import pickle
 

@@ -213,17 +213,30 @@ class TestFiles:
         assert drawn.save(tmp_path / "p.html").read_text("utf-8") == drawn.to_html()
         assert drawn.save(str(tmp_path / "p.SVG")).read_text("utf-8") == drawn.to_svg()
 
+    @pytest.fixture(params=["vl_convert", "cairosvg"])
+    def drawer(self, request, monkeypatch):
+        """One of the packages that draw, as if it were the only one."""
+        pytest.importorskip(request.param)
+        for module in {"vl_convert", "cairosvg"} - {request.param}:
+            monkeypatch.setitem(sys.modules, module, None)
+
+    @pytest.mark.usefixtures("drawer")
     @pytest.mark.parametrize("name", ["p.png", "p.PNG"])
     def test_png_has_twice_the_size(self, tmp_path, name):
-        pytest.importorskip("vl_convert")
         drawn = picture.bars(LABELS, VALUES)
         data = drawn.save(tmp_path / name).read_bytes()
         size = struct.unpack(">II", data[16:24])
         assert size == pytest.approx((2 * drawn.width, 2 * drawn.height), abs=2)
 
-    def test_pdf_is_a_pdf(self, tmp_path):
-        pytest.importorskip("vl_convert")
-        assert picture.bars(LABELS, VALUES).save(tmp_path / "p.pdf").read_bytes()[:5] == b"%PDF-"
+    @pytest.mark.usefixtures("drawer")
+    def test_pdf_is_one_page_of_the_pictures_shape(self, tmp_path):
+        drawn = picture.heatmap(["x"], LABELS, [VALUES], title="größer → ' <|unk|>'")
+        data = drawn.save(tmp_path / "p.pdf").read_bytes()
+        assert data.startswith(b"%PDF-")
+        box = re.search(rb"/MediaBox ?\[ ?0 0 ([\d.]+) ([\d.]+) ?\]", data)
+        width, height = map(float, box.groups())
+        assert width / height == pytest.approx(drawn.width / drawn.height, rel=0.01)
+        assert b"/Font" in data  # words are words, not outlines
 
     def test_program_draws_where_no_module_does(self, tmp_path, monkeypatch):
         for module in ("vl_convert", "cairosvg"):

@@ -88,6 +88,57 @@ class TestOneEntry:
         assert dict(drawn.values) == near(dict(zip(result.labels, result.attribution, strict=True)))
         assert "sum up to here" in words(drawn)
 
+    def test_layers_at_several_positions_are_a_lens(self, attribute):
+        result = attribute(unit="layer", pos=None)
+        drawn = result.plot()
+        assert drawn.values == result.plot("lens").values
+        n = result.attribution.shape[-1]
+        names = [label for label, _ in drawn.values]
+        assert names[0] == "logit · 0 'The'"
+        assert names[-n].startswith(f"{result.labels[0]} · 0 ")  # layers from below
+        assert [label.split(" · ")[0] for label in names[::n]] == ["logit", *result.labels[::-1]]
+        numbers = torch.tensor([value for _, value in drawn.values]).reshape(-1, n)
+        due = torch.cat((result.logit, result.attribution[:, 0].flip(0)))
+        torch.testing.assert_close(numbers, due.to(numbers), atol=1e-5, rtol=1e-5)
+        with torch.no_grad():
+            ids = attribute.tokenizer(PROMPT, return_tensors="pt").input_ids
+            logits = attribute.model(ids).logits[0].double()
+        cap = result.softcap
+        if cap:
+            logits = cap * torch.atanh(logits / cap)
+        answer = attribute.tokenizer.encode(" Paris")[-1]
+        torch.testing.assert_close(numbers[0].double(), logits[:, answer], atol=1e-4, rtol=1e-4)
+
+    def test_lens_of_what_has_no_layers_or_no_single_prompt_is_refused(self, attribute):
+        with pytest.raises(InputError, match="kind='lens' draws running sums, and .* 'head'"):
+            attribute(unit="head", pos=None).plot("lens")
+        batch = attribute(BATCH, unit="layer", pos=None)
+        with pytest.raises(InputError, match="kind='lens' draws positions of one prompt"):
+            attribute(BATCH, unit="layer").plot("lens")
+        chosen = batch.plot("lens", prompt=1)
+        assert len(chosen.values) == 2 * (1 + len(batch.labels))
+        one = attribute(unit="layer").plot("lens", pos=-1)
+        due = attribute(unit="layer").attribution[:, 0].flip(0).tolist()
+        assert [value for _, value in one.values][1:] == pytest.approx(due, rel=1e-5)
+
+    @pytest.mark.parametrize(
+        ("unit", "n_rows", "most"), [("component", 2, 200), ("layer", 120, 50)]
+    )
+    def test_last_positions_of_a_long_prompt_are_drawn_and_that_is_said(self, unit, n_rows, most):
+        n = 210
+        result = DirectLogitAttribution(
+            torch.randn(n_rows, 1, n).cumsum(0), [f"{i}_pre" for i in range(n_rows)], unit,
+            bias=torch.zeros(1, n), logit=torch.zeros(1, n), gap=0.0,
+            positions=torch.arange(n)[None], tokens=[[" a"] * n], answer=[" b"],
+        )  # fmt: skip
+        drawn = result.plot()
+        assert f"the last {most} of 210 positions; pos=… draws others" in heading(drawn)
+        spots = {int(re.search(r"(\d+) '", label)[1]) for label, _ in drawn.values}
+        assert spots == set(range(n - most, n))
+        chosen = result.plot(pos=slice(0, 3))
+        assert "pos=…" not in heading(chosen)
+        assert {int(re.search(r"(\d+) '", label)[1]) for label, _ in chosen.values} == {0, 1, 2}
+
     def test_rows_are_the_strongest_and_the_others_one(self, attribute):
         result = attribute()
         values = result.attribution[:, 0]

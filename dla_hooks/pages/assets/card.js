@@ -23,12 +23,12 @@ function cardPanel() {
     const found = [fact(unit.cumulative ? "sum up to here" : "value", el("span", { class: signClass(value) }, signed(value, digits)), unit.exactAt(e) ? null : "rounded")];
     lines.push(["", "value", value, ""]);
     if (!unit.cumulative && own.logit[e]) {
-      found.push(fact("of the logit", percent(value / own.logit[e])));
+      found.push(fact(own.kind === "comparison" ? "of the change" : "of the logit", percent(value / own.logit[e])));
       if (place) found.push(fact("rank by size", String(place), `of ${unit.dense ? order.length : unit.n_rows}`));
     }
     const line = unit.list(e).find((one) => one.label === state.label);
     for (const [name, number] of line?.beside ?? []) {
-      found.push(fact(name, /error|weight|vote/.test(name) ? Number(number).toPrecision(3) : signed(number, digits)));
+      found.push(fact(name, besideText(name, number, digits)));
       lines.push(["", name, number, ""]);
     }
     for (const [name, number] of Object.entries(own.effects?.[state.label] ?? {})) {
@@ -69,7 +69,7 @@ function cardPanel() {
     return el("div", { class: "two" }, column("Promotes", up, "promotes"), column("Demotes", down, "demotes"));
   }
 
-  drawers.push(() => {
+  drawnBy(node, () => {
     const unit = chosenUnit();
     lines = [];
     what.textContent = "";

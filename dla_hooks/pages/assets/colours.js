@@ -13,12 +13,31 @@ function mixed(stops, share) {
 }
 const css = ([r, g, b]) => `rgb(${r},${g},${b})`;
 
-// share is in [-1, 1]; the root makes small values visible.
-function shade(share) {
-  const ends = ENDS[darkMode.matches ? "dark" : "light"];
-  if (!Number.isFinite(share)) return { fill: "none", ink: css(darkMode.matches ? [232, 234, 237] : [29, 32, 37]) };
-  const colour = mixed(share < 0 ? ends.down : ends.up, Math.abs(share) ** 0.8);
-  const bright = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2];
-  return { fill: css(colour), ink: bright > 140 ? "#16181b" : "#f6f7f8" };
+// A thousand squares take their colour at every frame, so all colours are made once.
+const STEPS = 256;
+const shades = Object.fromEntries(Object.entries(ENDS).map(([mode, ends]) => [mode, Object.fromEntries(Object.entries(ends).map(([way, stops]) =>
+  [way, Array.from({ length: STEPS + 1 }, (_, i) => {
+    const colour = mixed(stops, (i / STEPS) ** 0.8);  // the root makes small values visible
+    const bright = 0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2];
+    return { fill: css(colour), ink: bright > 140 ? "#16181b" : "#f6f7f8" };
+  })]))]));
+const NO_SHADE = { light: { fill: "none", ink: css([29, 32, 37]) }, dark: { fill: "none", ink: css([232, 234, 237]) } };
+let mode = "", paints = new Map();
+function readMode() {
+  mode = darkMode.matches ? "dark" : "light";
+  paints = new Map();
 }
-const paint = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+readMode();
+darkMode.addEventListener("change", readMode);
+
+// share is in [-1, 1].
+function shade(share) {
+  if (!Number.isFinite(share)) return NO_SHADE[mode];
+  return shades[mode][share < 0 ? "down" : "up"][Math.min(STEPS, Math.round(Math.abs(share) * STEPS))];
+}
+
+// A colour of the style sheet. Reading one makes the browser compute styles, so it is read once.
+function paint(name) {
+  if (!paints.has(name)) paints.set(name, getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim());
+  return paints.get(name);
+}

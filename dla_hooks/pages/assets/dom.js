@@ -16,7 +16,7 @@ function filled(node, attributes, children) {
   node.append(...children.flat(Infinity).filter((one) => one !== null && one !== undefined && one !== false));
   return node;
 }
-const tokenChip = (token) => el("span", { class: "token" }, visible(token));
+const tokenChip = (token) => el("span", { class: "token" }, visible(token) || "∅");
 const signClass = (value) => (value > 0 ? "up" : value < 0 ? "down" : "");
 
 const tip = el("div", { class: "tip", hidden: true, role: "tooltip" });
@@ -29,11 +29,12 @@ function showTip(event, name, lines) {
 }
 const hideTip = () => { tip.hidden = true; };
 
-// Hover over marks that carry data-tip: one pair of listeners for thousands of them.
-function hover(node, lines) {
+// Hover over marks: one pair of listeners for thousands of them.
+const markOf = (event) => event.target.closest("[data-mark]")?.dataset.mark;
+function hover(node, lines, at = markOf) {
   node.addEventListener("pointermove", (event) => {
-    const mark = event.target.closest("[data-mark]");
-    const found = mark && lines(mark.dataset.mark);
+    const mark = at(event);
+    const found = mark !== undefined && lines(mark);
     if (found) showTip(event, ...found); else hideTip();
   });
   node.addEventListener("pointerleave", hideTip);

@@ -18,7 +18,7 @@ function alone(picture) {
     if (node.tagName === "text" && !node.getAttribute("fill")) node.setAttribute("fill", paint("ink"));
     for (const key of ["class", "data-mark", "tabindex"]) node.removeAttribute(key);
   }
-  for (const key of ["class", "role", "aria-label", "tabindex"]) copy.removeAttribute(key);
+  for (const key of ["class", "role", "aria-label", "tabindex", "style"]) copy.removeAttribute(key);
   copy.setAttribute("xmlns", SVG);
   copy.setAttribute("font-family", "system-ui, 'DejaVu Sans', sans-serif");
   copy.prepend(svg("rect", { x: 0, y: 0, width, height, fill: paint("sheet") }));

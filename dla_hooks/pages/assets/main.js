@@ -14,19 +14,17 @@ async function begin() {
       el("div", { class: "side" }, cardPanel())),
     tablePanel(), footPanel(), spoken);
   document.body.append(tip);
-  drawers.push(() => {
+  resters.push(() => {
     const own = page(), spot = own.spots[state.entry];
     spoken.textContent = `${state.label}, ${signed(chosenValue())}${own.located ? `, at position ${spot}, ${quoted(own.tokens[spot])}` : ""}`;
   });
   readAddress();
   draw();
-  addEventListener("hashchange", () => { readAddress(); choose({}); });
-  darkMode.addEventListener("change", () => choose({}));
-  let width = innerWidth;
-  addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; choose({}); } });
+  addEventListener("hashchange", () => { readAddress(); turned = true; redraw(); });
+  document.addEventListener("fullscreenchange", () => (document.fullscreenElement ?? document.body).append(tip));  // nothing else is in sight
+  for (const [target, name] of [[darkMode, "change"], [document, "fullscreenchange"]]) target.addEventListener(name, redraw);
   addEventListener("scroll", hideTip, { passive: true });
   listenToKeys();
-  document.documentElement.dataset.ready = "true";
 }
 
 begin().catch((error) => {

@@ -7,6 +7,15 @@ function makePage(page, buffer) {
   return { ...page, units, reads, entryOf, located: page.tokens.length > 0 };
 }
 
+// The same for the same entry as before: several panels ask for it at one frame.
+function lastOf(make) {
+  let key, found;
+  return (entry) => {
+    if (key !== entry) [found, key] = [make(entry), entry];
+    return found;
+  };
+}
+
 function makeUnit(unit, focus, buffer) {
   const column = new Map(unit.at.map((entry, place) => [entry, place]));
   const numbers = (found) => {
@@ -57,6 +66,8 @@ function makeUnit(unit, focus, buffer) {
     return own;
   }
   made.besides = beside.map(([name]) => name);
+  made.list = lastOf(made.list);
+  made.ranking = lastOf((entry) => made.list(entry).filter((one) => !one.remainder && Number.isFinite(one.value)).sort((a, b) => Math.abs(b.value) - Math.abs(a.value)));
   return made;
 }
 
@@ -82,5 +93,4 @@ function makeReads(reads, buffer) {
 // The unit whose rows make up the stream, in its order.
 const streamUnit = (page) => page.units.find((one) => one.dense && !one.cumulative && !one.index_is) ?? page.units.find((one) => one.dense && !one.cumulative);
 const gridUnits = (page) => page.units.filter((one) => one.dense && one.chart === "heatmap" && one.rows.index && one.rows.layer);
-const ranking = (unit, entry) =>
-  unit.list(entry).filter((one) => !one.remainder && Number.isFinite(one.value)).sort((a, b) => Math.abs(b.value) - Math.abs(a.value));
+const ranking = (unit, entry) => unit.ranking(entry);

@@ -1,8 +1,28 @@
 // What is chosen. It stands in the address, so that a link shows the same.
 
 const state = { content: null, page: 0, entry: 0, unit: "", label: "", tab: "", strip: "value", grid: "" };
-const drawers = [];
-let waiting = false;
+const drawers = [];  // { node, draw, seen, stale }
+const resters = [];  // what can wait until the keys rest
+const REST = 70;  // milliseconds
+let waiting = false, resting = 0, turned = true;
+
+const sight = new IntersectionObserver((found) => {
+  for (const { target, isIntersecting } of found) {
+    const one = drawers.find(({ node }) => node === target);
+    one.seen = isIntersecting;
+    if (one.seen && one.stale) refresh(one);
+  }
+}, { rootMargin: "150px" });
+
+// A panel in sight is drawn at the next frame; one out of sight when nothing was chosen for a while.
+function drawnBy(node, draw) {
+  drawers.push({ node, draw, seen: true, stale: true });
+  sight.observe(node);
+}
+function refresh(one) {
+  one.stale = false;
+  one.draw();
+}
 
 const page = () => state.content.pages[state.page];
 const where = (entry = state.entry) => (page().located ? ` at position ${page().spots[entry]}` : "");
@@ -11,20 +31,38 @@ const chosenUnit = () => unitNamed(state.unit);
 const chosenValue = (entry = state.entry) => chosenUnit()?.value(state.label, entry) ?? NaN;
 
 function choose(changes) {
-  const turned = "page" in changes && changes.page !== state.page;
+  const other = "page" in changes && changes.page !== state.page;
   Object.assign(state, changes);
-  if (turned) settle({ entry: changes.entry, unit: changes.unit ?? state.unit, label: changes.label ?? state.label });
-  writeAddress();
-  if (!waiting) {
-    waiting = true;
-    requestAnimationFrame(draw);
-  }
+  if (other) settle({ entry: changes.entry, unit: changes.unit ?? state.unit, label: changes.label ?? state.label });
+  turned ||= other;
+  for (const one of drawers) one.stale = true;
+  if (waiting) return;
+  waiting = true;
+  document.documentElement.dataset.ready = "false";
+  requestAnimationFrame(draw);
 }
+const redraw = () => choose({});
 
 function draw() {
   waiting = false;
   hideTip();
-  for (const one of drawers) one();
+  for (const one of drawers) if (one.stale && (one.seen || turned)) refresh(one);
+  turned = false;
+  clearTimeout(resting);
+  resting = setTimeout(rest, REST);
+}
+
+// Browsers bear two hundred new addresses in half a minute: one is written when the keys rest.
+function rest() {
+  resting = 0;
+  if (waiting) return;
+  for (const one of drawers) if (one.stale) refresh(one);
+  writeAddress();
+  for (const one of resters) one();
+  document.documentElement.dataset.ready = "true";
+}
+function drawAll() {
+  if (waiting || resting) { turned = true; draw(); clearTimeout(resting); rest(); }
 }
 
 // Keep what the page has of what was chosen; the rest falls back to the strongest row.

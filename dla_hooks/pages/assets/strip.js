@@ -6,8 +6,11 @@ function stripPanel() {
     () => state.strip, (strip) => choose({ strip }));
   const { node, what, body } = panel("tokens", "Prompt", { picture, table, choices: choice.node });
   const strip = el("div", { class: "strip", role: "listbox", "aria-label": "Tokens of the prompt", tabindex: 0, "aria-orientation": "horizontal" });
-  body.append(strip);
-  let built = null, marks = [], coloured = "", chosen = -1;
+  const other = el("p", { class: "other" });
+  body.append(strip, other);
+  let built = null, marks = [], chosen = -1;
+  let tops = null, height = 0, scrolled = 0;  // where each mark begins, read once for a layout
+  let coloured = "", done = null, found = null, most = 0;
 
   const readable = () => Boolean(page().reads?.knows(state.label));
   const reading = () => state.strip === "reads" && readable();
@@ -22,37 +25,56 @@ function stripPanel() {
   }
 
   function build(own) {
-    [built, coloured, chosen] = [own, "", -1];
+    [built, tops, coloured, chosen] = [own, null, "", -1];
     marks = own.tokens.map((token, spot) => {
       const entry = own.entryOf.get(spot);
-      return el("span", { class: `at${entry === undefined ? " off" : ""}`, id: `token-${spot}`, role: "option", "data-mark": spot, "aria-disabled": entry === undefined }, visible(token) || "∅");
+      return el("span", { class: `at${entry === undefined ? " off" : ""}${token.length > 40 ? " wide" : ""}`, id: `token-${spot}`, role: "option", "data-mark": spot, "aria-disabled": entry === undefined }, visible(token) || "∅");
     });
+    other.hidden = !own.other_tokens;
+    other.replaceChildren(...[el("span", { class: "soft" }, "Second run: "), (own.other_tokens ?? []).map((token, spot) =>
+      el("span", { class: token === own.tokens[spot] ? "same" : "changed" }, visible(token)))].flat());
     strip.classList.toggle("long", own.tokens.length > 150);
     strip.replaceChildren(...marks.flatMap((mark, spot) => (own.tokens[spot].includes("\n") ? [mark, el("span", { class: "break", "aria-hidden": "true" })] : [mark])));
   }
 
-  // Thousands of tokens: they are coloured anew only when their numbers are others.
-  function colour() {
-    const key = [state.unit, state.label, reading() ? state.entry : "", darkMode.matches].join();
-    if (coloured === key) return;
-    coloured = key;
-    const found = values();
-    const most = largestOf([...found.values()].map(([value]) => value));
-    marks.forEach((mark, spot) => {
-      const [value] = found.get(spot) ?? [NaN];
-      const { fill, ink } = shade(most > 0 ? value / most : NaN);
-      mark.style.background = fill === "none" ? "" : fill;
-      mark.style.color = fill === "none" ? "" : ink;
-    });
+  function measure() {
+    const above = marks[0]?.offsetTop ?? 0;
+    tops = marks.map((mark) => mark.offsetTop - above);
+    [height, scrolled] = [strip.clientHeight, strip.scrollTop];
   }
 
-  drawers.push(() => {
+  // Of thousands of tokens those in sight are coloured, others when they are scrolled to.
+  function colour(every = false) {
+    const key = [state.unit, state.label, reading() ? state.entry : "", mode].join();
+    if (coloured !== key) {
+      coloured = key;
+      found = values();
+      most = largestOf([...found.values()].map(([value]) => value));
+      done = new Uint8Array(marks.length);
+    }
+    const low = every ? -Infinity : scrolled - 60, high = every ? Infinity : scrolled + height + 60;
+    for (let spot = firstOf(tops, low); spot < marks.length && tops[spot] <= high; spot++) {
+      if (done[spot]) continue;
+      done[spot] = 1;
+      const [value] = found.get(spot) ?? [NaN];
+      const { fill, ink } = shade(most > 0 ? value / most : NaN);
+      marks[spot].style.background = fill === "none" ? "" : fill;
+      marks[spot].style.color = fill === "none" ? "" : ink;
+    }
+  }
+
+  function show(spot) {
+    const top = tops[spot];
+    if (top < scrolled || top + 24 > scrolled + height) strip.scrollTop = scrolled = Math.max(0, top - height / 2);
+  }
+
+  drawnBy(node, () => {
     const own = page();
     node.hidden = !own.located;
     if (node.hidden) return;
     if (built !== own) build(own);
     choice.draw();
-    colour();
+    if (!tops) measure();
     const spot = own.spots[state.entry];
     if (chosen !== spot) {
       marks[chosen]?.classList.remove("chosen");
@@ -62,13 +84,23 @@ function stripPanel() {
     marks[spot].classList.add("chosen");
     marks[spot].setAttribute("aria-selected", "true");
     strip.setAttribute("aria-activedescendant", `token-${spot}`);
-    const box = marks[spot];
-    if (box && (box.offsetTop < strip.scrollTop + strip.offsetTop || box.offsetTop + box.offsetHeight > strip.scrollTop + strip.offsetTop + strip.clientHeight)) strip.scrollTop = box.offsetTop - strip.offsetTop - strip.clientHeight / 2;
+    show(spot);
+    colour();
     what.replaceChildren(reading()
       ? `What ${state.label} took from each token, for the answer read at position ${spot}`
       : own.spots.length > 1 ? `Read at position ${spot} of ${own.tokens.length - 1}. Colours: ${state.label} at each position; click to choose one` : `Read at position ${spot}`);
   });
 
+  strip.addEventListener("scroll", () => {
+    scrolled = strip.scrollTop;
+    if (tops) colour();
+  }, { passive: true });
+  new ResizeObserver(() => {
+    if (!tops) return;
+    measure();
+    colour();
+  }).observe(strip);
+  addEventListener("beforeprint", () => { if (tops) colour(true); });
   strip.addEventListener("click", (event) => {
     const entry = page().entryOf.get(Number(event.target.closest("[data-mark]")?.dataset.mark));
     if (entry !== undefined) choose({ entry });
@@ -109,4 +141,15 @@ function stripPanel() {
     return svg("svg", { width: wide, height, viewBox: `0 0 ${wide} ${height}` }, svg("text", { x: 14, y: 26, "font-size": 13, "font-weight": 600 }, what.textContent), drawn);
   }
   return node;
+}
+
+// The first of sorted numbers that is not under the least.
+function firstOf(sorted, least) {
+  let low = 0, high = sorted.length;
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (sorted[middle] < least) low = middle + 1;
+    else high = middle;
+  }
+  return low;
 }

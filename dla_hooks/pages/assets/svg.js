@@ -1,18 +1,22 @@
 // Pictures that panels share, and tables as pictures for what is html on the page.
 
-function legend(most, width, x, y, digits) {
+// A scale of colours; set() changes what its ends mean.
+function legend(width, x, y) {
   const n = 40;
   const marks = Array.from({ length: n }, (_, i) =>
     svg("rect", { x: x + (i * width) / n, y, width: width / n + 0.5, height: 8, fill: shade((2 * (i + 0.5)) / n - 1).fill }));
-  const label = (at, anchor, text) => svg("text", { x: at, y: y + 21, "font-size": 11, "text-anchor": anchor, class: "axis" }, text);
-  return svg("g", {}, marks, label(x, "start", signed(-most, digits)), label(x + width / 2, "middle", "0"), label(x + width, "end", signed(most, digits)));
+  const label = (at, anchor) => svg("text", { x: at, y: y + 21, "font-size": 11, "text-anchor": anchor, class: "axis" }, "0");
+  const low = label(x, "start"), high = label(x + width, "end");
+  const set = (most, digits) => { [low.textContent, high.textContent] = [signed(-most, digits), signed(most, digits)]; };
+  return { node: svg("g", {}, marks, low, label(x + width / 2, "middle"), high), set };
 }
 
+// A bar from the middle, as one element: a table has hundreds.
 function meter(value, most) {
   const share = most > 0 && Number.isFinite(value) ? Math.min(1, Math.abs(value) / most) : 0;
-  return svg("svg", { class: "meter", viewBox: "0 0 100 9", preserveAspectRatio: "none", "aria-hidden": "true" },
-    svg("rect", { x: value < 0 ? 50 - 50 * share : 50, y: 0, width: 50 * share, height: 9, fill: paint(value < 0 ? "down" : "up") }),
-    svg("rect", { x: 49.75, y: 0, width: 0.5, height: 9, fill: paint("faint") }));
+  const node = el("span", { class: `meter ${value < 0 ? "left" : "right"}`, "aria-hidden": "true" });
+  node.style.setProperty("--share", `${(50 * share).toFixed(2)}%`);
+  return node;
 }
 
 // Rows of text with a bar each, as one picture: [[name, value | null, note]].

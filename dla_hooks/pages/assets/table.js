@@ -1,6 +1,6 @@
 // Every row of a unit: searched, sorted, and what is not listed in one line.
 
-const MOST_LINES = 100;
+const MOST_LINES = 60;  // at each frame; more, where they are asked for, when the keys rest
 
 function tablePanel() {
   const { node, what, body } = panel("table", "All rows", { picture, table });
@@ -10,7 +10,7 @@ function tablePanel() {
   const count = el("span", { class: "soft", role: "status" });
   const scroll = el("div", { class: "scroll", tabindex: -1 });
   body.append(tabs, el("div", { class: "filters" }, search, sign.node, count), scroll);
-  let query = "", wanted = "all", sorted = { by: "size", way: -1 }, most = MOST_LINES, before = "";
+  let query = "", wanted = "all", sorted = { by: "size", way: -1 }, most = MOST_LINES, before = "", tabbed = null, drawn = null, complete = false, chosen = [];
 
   const unit = () => unitNamed(state.tab) ?? page().units[0];
   const tokenOf = (one) => (one.source === null ? "" : page().tokens[one.source] ?? "");
@@ -21,7 +21,7 @@ function tablePanel() {
     if (own.index_is && own.rows.index) found.push({ key: "index", name: own.index_is, number: true, of: (one) => one.index });
     found.push({ key: "value", name: own.cumulative ? "sum up to here" : "value", number: true, of: (one) => one.value });
     found.push({ key: "size", name: "size", bar: true, of: (one) => Math.abs(one.value) });
-    own.besides.forEach((name, i) => found.push({ key: `beside ${i}`, name, number: true, of: (one) => one.beside[i][1] }));
+    own.besides.forEach((name, i) => found.push({ key: `beside ${i}`, name, number: true, beside: true, of: (one) => one.beside[i][1] }));
     return found;
   }
 
@@ -45,11 +45,18 @@ function tablePanel() {
     return [["rest", own.restAt(state.entry), `${own.n_rows - own.list(state.entry).length} rows that are not listed`], ["remainder", own.remainderAt(state.entry), own.remainder_is]];
   }
 
-  function draw() {
+  function draw(whole = false) {
     const own = unit();
     if (before !== `${state.page} ${own.key}`) { before = `${state.page} ${own.key}`; most = MOST_LINES; }
-    tabs.replaceChildren(...page().units.map((one) => el("button", { type: "button", role: "tab", "aria-selected": String(one === own), onclick: () => choose({ tab: one.key }) }, one.title.split(",")[0])));
+    if (tabbed !== page()) {
+      tabbed = page();
+      tabs.replaceChildren(...page().units.map((one) => el("button", { type: "button", role: "tab", "data-tab": one.key, onclick: () => choose({ tab: one.key }) }, one.title.split(",")[0])));
+    }
+    for (const tab of tabs.children) tab.setAttribute("aria-selected", String(tab.dataset.tab === own.key));
     sign.draw();
+    const now = [own, state.entry, query, wanted, sorted, most];
+    if ((complete || !whole) && drawn?.every((one, i) => one === now[i])) return mark(own);
+    [drawn, complete] = [now, whole || most <= MOST_LINES];
     what.textContent = own.sentence;
     if (!own.has(state.entry)) {
       const at = own.at.at(-1);
@@ -57,7 +64,7 @@ function tablePanel() {
       scroll.replaceChildren(el("p", { class: "soft" }, "Measured at ", el("button", { type: "button", class: "link", onclick: () => choose({ entry: at }) }, `position ${page().spots[at]}`), " only."));
       return;
     }
-    const found = lines(own), shown = found.slice(0, most), ends = last(own);
+    const found = lines(own), shown = found.slice(0, complete ? most : MOST_LINES), ends = last(own);
     const biggest = largestOf(found.map((one) => one.value)), digits = digitsFor(biggest);
     const all = columns(own);
     const sort = (key) => () => { sorted = { by: key, way: sorted.by === key ? -sorted.way : key === "label" ? 1 : -1 }; draw(); };
@@ -68,19 +75,35 @@ function tablePanel() {
       const value = column.of(one);
       if (!column.number) return el("td", { class: "name", title: visible(value) }, visible(value));
       if (column.key === "value") return el("td", { class: `number ${signClass(value)}` }, signed(value, digits));
-      return el("td", { class: "number" }, value === null ? "" : Number.isInteger(value) ? String(value) : Number(value).toPrecision(3).replace("-", MINUS));
+      return el("td", { class: "number" }, value === null ? "" : column.beside ? besideText(column.name, value, digits) : String(value));
     };
-    const chosen = (one) => state.unit === own.key && one.label === state.label;
-    const line = (one) => el("tr", { "data-row": one.label, tabindex: chosen(one) ? 0 : -1, "aria-selected": String(chosen(one)) }, all.map((column) => cell(column, one)));
+    const line = (one) => el("tr", { "data-row": one.label, tabindex: -1, "aria-selected": "false" }, all.map((column) => cell(column, one)));
     const foot = ([label, value, holds]) => el("tr", {}, all.map((column, i) =>
       i === 0 ? el("td", { class: "name" }, label) : column.key === "value" ? el("td", { class: "number" }, signed(value, digits)) : column.bar ? el("td", { class: "wide" }, holds) : el("td")));
     scroll.replaceChildren(
       el("table", {}, el("caption", { class: "sr" }, `${own.title}${where()}`), el("thead", {}, el("tr", {}, all.map(heading))),
         el("tbody", {}, shown.map(line)), el("tfoot", {}, ends.map(foot))),
-      ...(found.length > shown.length ? [el("button", { type: "button", class: "link", onclick: () => { most = Infinity; draw(); } }, `Show all ${found.length} rows`)] : []));
+      ...(found.length > most ? [el("button", { type: "button", class: "link", onclick: () => { most = Infinity; draw(true); } }, `Show all ${found.length} rows`)] : []));
     count.textContent = `${found.length} rows${own.exactAt(state.entry) ? "" : ", values rounded to fit the file"}`;
+    chosen = [];
+    mark(own);
   }
-  drawers.push(draw);
+
+  // The chosen row, where it is listed.
+  function mark(own) {
+    const select = (row, is) => { row.setAttribute("aria-selected", String(is)); row.tabIndex = is ? 0 : -1; };
+    for (const row of chosen) select(row, false);
+    const one = state.unit === own.key && scroll.querySelector(`[data-row="${CSS.escape(state.label)}"]`);
+    chosen = one ? [one] : [];
+    for (const row of chosen) select(row, true);
+  }
+  drawnBy(node, () => draw());
+  resters.push(() => {
+    if (complete) return;
+    const at = scroll.scrollTop;
+    draw(true);
+    scroll.scrollTop = at;
+  });
 
   scroll.addEventListener("click", (event) => {
     const row = event.target.closest("[data-row]");

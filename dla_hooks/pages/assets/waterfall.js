@@ -1,10 +1,12 @@
 // The components in the order of the stream, each from where the last one ended, up to the logit.
 
 function waterfallPanel() {
-  const { node, what, body } = panel("waterfall", "From the embedding to the logit", { picture: () => drawn(900), table });
+  const { node, what, body } = panel("waterfall", "From the embedding to the logit", { picture: () => drawn(900, 210).picture, table });
   const canvas = el("div", { class: "canvas", tabindex: 0, role: "group", "aria-label": "Waterfall of components; arrow keys choose one" });
-  body.append(canvas);
-  let bars = [];
+  const spoken = el("div", { class: "sr" });
+  body.append(canvas, spoken);
+  const width = widthOf(canvas);
+  let bars = [], shown = null;  // the bars on the page, and where they stand
 
   const unit = () => streamUnit(page());
   const pale = (one) => /mlp|moe|expert|ffn/.test(one.kind ?? "");
@@ -30,13 +32,13 @@ function waterfallPanel() {
     return [...found, { label: "bias", value: bias, from: at, to: at + bias, layer: null, kind: "bias", pick: false }];
   }
 
-  function drawn(width) {
+  function drawn(width, plot) {
     const found = steps(), own = page();
-    bars = found;
-    const left = 52, right = 14, top = 18, plot = 210, bottom = 46;
-    const height = top + plot + bottom;
-    const step = (width - left - right) / (found.length + 1);
-    const ends = found.flatMap(({ from, to }) => [from, to]).filter(Number.isFinite);
+    const left = 52, right = 14, top = 18, step = (width - left - right) / (found.length + 1);
+    const narrow = step < 16, turned = narrow ? -90 : -32;  // then names stand upright, as many as there is room for
+    const height = top + plot + (narrow ? 80 : 46);
+    const errorOf = (one) => one.beside?.find(([name]) => name === "standard error")?.[1] ?? 0;
+    const ends = [...found.flatMap((one) => [one.from, one.to, one.to - errorOf(one), one.to + errorOf(one)]), own.logit[state.entry]].filter(Number.isFinite);
     const low = Math.min(0, ...ends), high = Math.max(0, ...ends), span = high - low || 1;
     const y = (value) => top + plot * (1 - (value - low) / span);
     const x = (i) => left + i * step;
@@ -52,31 +54,37 @@ function waterfallPanel() {
       if (one.layer !== null && last?.layer === one.layer) last.to = i + 1;
       else groups.push({ layer: one.layer, from: i, to: i + 1, label: one.label });
     });
+    const room = narrow ? Math.ceil(13 / step) : 1;
     const every = Math.max(1, Math.ceil(20 / (step * (groups.find((one) => one.layer !== null)?.to - groups.find((one) => one.layer !== null)?.from || 1))));
-    const names = groups.filter(({ layer }) => layer === null || layer % every === 0).map(({ layer, from, to, label }) =>
+    const first = groups.find(({ layer, from }) => layer === null && from > 0 && groups.some((one) => one.layer !== null && one.from < from));
+    const clear = ({ layer, from, to }) => (layer === null ? from === 0 || (found.length - from) % room === 0 : layer % every === 0 && !(narrow && first && first.from - to < room));
+    const names = groups.filter(clear).map(({ layer, from, to, label }) =>
       layer === null
-        ? svg("text", { transform: `translate(${x((from + to) / 2) + 4},${top + plot + 12}) rotate(-32)`, "font-size": 11, "text-anchor": "end", class: "axis" }, shortened(label, 12))
+        ? svg("text", { transform: `translate(${x((from + to) / 2) + 4},${top + plot + (narrow ? 8 : 12)}) rotate(${turned})`, "font-size": 11, "text-anchor": "end", class: "axis" }, shortened(label, 12))
         : svg("text", { x: x((from + to) / 2), y: top + plot + 17, "font-size": 11, "text-anchor": "middle", class: "axis" }, layer));
     const bands = groups.filter(({ layer }) => layer !== null && layer % 2 === 1).map(({ from, to }) =>
       svg("rect", { x: x(from), y: top, width: x(to) - x(from), height: plot, fill: paint("wash") }));
 
-    const marks = found.map((one, i) => {
-      const from = Number.isFinite(one.from) ? y(one.from) : y(0), to = Number.isFinite(one.to) ? y(one.to) : y(0);
-      const chosen = one.pick && state.unit === unit().key && state.label === one.label;
-      const light = pale(one);
-      return svg("g", { class: "bar", "data-mark": i },
-        svg("rect", { x: x(i), y: top, width: step, height: plot, fill: "transparent" }),
-        svg("rect", { x: x(i) + step * 0.12, y: Math.min(from, to), width: step * 0.76, height: Math.max(1, Math.abs(to - from)), fill: one.kind === "bias" ? paint("faint") : paint(one.value < 0 ? "down" : "up"), "fill-opacity": light ? 0.6 : 1, rx: Math.min(1.5, step / 6) }),
-        svg("line", { x1: x(i) + step * 0.12, x2: x(i + 1) + step * 0.88, y1: to, y2: to, stroke: paint("faint"), "stroke-width": 0.75 }),
-        chosen ? svg("rect", { class: "ring", x: x(i) + step * 0.12 - 2, y: Math.min(from, to) - 2, width: step * 0.76 + 4, height: Math.max(1, Math.abs(to - from)) + 4, rx: 3 }) : null);
+    const finite = (value) => y(Number.isFinite(value) ? value : 0);
+    const bar = (i, from, to, fill, more) => svg("rect", { class: "bar", "data-mark": i, x: x(i) + step * 0.12, y: Math.min(from, to), width: step * 0.76, height: Math.max(1, Math.abs(to - from)), fill, rx: Math.min(1.5, step / 6), ...more });
+    const marks = found.map((one, i) => bar(i, finite(one.from), finite(one.to), one.kind === "bias" ? paint("faint") : paint(one.value < 0 ? "down" : "up"), { "fill-opacity": pale(one) ? 0.6 : 1 }));
+    const links = svg("path", { d: found.map((one, i) => `M${x(i) + step * 0.12},${finite(one.to)}H${x(i + 1) + step * 0.88}`).join(""), fill: "none", stroke: paint("faint"), "stroke-width": 0.75 });
+    const rings = found.map((one, i) => {
+      if (!one.pick || state.unit !== unit().key || state.label !== one.label) return null;
+      const [from, to] = [finite(one.from), finite(one.to)];
+      return svg("rect", { class: "ring", x: x(i) + step * 0.12 - 2, y: Math.min(from, to) - 2, width: step * 0.76 + 4, height: Math.max(1, Math.abs(to - from)) + 4, rx: 3 });
     });
+    const whiskers = found.filter((one) => errorOf(one) > 0).map((one) => {
+      const middle = x(found.indexOf(one) + 0.5), half = Math.min(3, step / 4), low = y(one.to - errorOf(one)), high = y(one.to + errorOf(one));
+      return `M${middle},${low}V${high}M${middle - half},${low}h${2 * half}M${middle - half},${high}h${2 * half}`;
+    }).join("");
     const logit = own.logit[state.entry], n = found.length;
-    const total = svg("g", { class: "bar", "data-mark": n },
-      svg("rect", { x: x(n), y: top, width: step, height: plot, fill: "transparent" }),
-      svg("rect", { x: x(n) + step * 0.12, y: Math.min(y(0), y(logit)), width: step * 0.76, height: Math.max(1, Math.abs(y(logit) - y(0))), fill: paint("ink"), rx: Math.min(1.5, step / 6) }),
-      svg("text", { transform: `translate(${x(n + 0.5) + 4},${top + plot + 12}) rotate(-32)`, "font-size": 11, "text-anchor": "end", class: "axis" }, "logit"));
+    const total = svg("g", {}, bar(n, y(0), y(logit), paint("ink")),
+      svg("text", { transform: `translate(${x(n + 0.5) + 4},${top + plot + (narrow ? 8 : 12)}) rotate(${turned})`, "font-size": 11, "text-anchor": "end", class: "axis" }, "logit"));
     const axis = svg("text", { x: (left + width - right) / 2, y: height - 4, "font-size": 11, "text-anchor": "middle", class: "axis" }, groups.every((one) => one.layer === null) ? "" : found.some(pale) ? "layer (pale: MLP)" : "layer");
-    return svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": caption() }, bands, ticks, marks, total, names, axis);
+    const picture = svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": caption() }, bands, ticks, links, marks, total,
+      whiskers ? svg("path", { d: whiskers, fill: "none", stroke: paint("ink"), "stroke-width": 1 }) : null, rings, names, axis);
+    return { picture, width, left, step, n: found.length };
   }
 
   function caption() {
@@ -93,14 +101,27 @@ function waterfallPanel() {
     return { columns: ["component", "value", "running sum"], rows: [...rows, ["logit", page().logit[state.entry], page().logit[state.entry]]] };
   }
 
-  drawers.push(() => {
+  drawnBy(node, () => {
     node.hidden = !unit() || !unit().has(state.entry);
     if (node.hidden) return;
     what.textContent = caption();
-    canvas.replaceChildren(drawn(Math.max(320, canvas.clientWidth)), hiddenTable("Components in the order of the stream", table()));
+    bars = steps();
+    const zoom = zoomOf(node);
+    shown = drawn(Math.max(320, width() / zoom), isFull(node) ? Math.max(210, (innerHeight - 100) / zoom - 66) : 210);
+    if (zoom > 1) shown.picture.style.width = `${zoom * shown.width}px`;
+    canvas.replaceChildren(shown.picture);
   });
+  resters.push(() => {
+    if (!node.hidden) spoken.replaceChildren(hiddenTable("Components in the order of the stream", table()));
+  });
+  // A column of the picture, whatever the height: bars may be one pixel thin.
+  function barAt(event) {
+    const box = canvas.firstElementChild.getBoundingClientRect();
+    const i = Math.floor((((event.clientX - box.left) * shown.width) / box.width - shown.left) / shown.step);
+    return i >= 0 && i <= shown.n ? i : undefined;
+  }
   canvas.addEventListener("click", (event) => {
-    const one = bars[Number(event.target.closest("[data-mark]")?.dataset.mark)];
+    const one = bars[barAt(event)];
     if (one?.pick) choose({ unit: unit().key, label: one.label, tab: unit().key });
   });
   canvas.addEventListener("keydown", (event) => {
@@ -114,10 +135,10 @@ function waterfallPanel() {
     choose({ unit: unit().key, label: next.label, tab: unit().key });
   });
   hover(canvas, (i) => {
-    const one = bars[Number(i)];
+    const one = bars[i];
     if (!one) return ["logit", [["value", signed(page().logit[state.entry], 4)]]];
-    return [one.label, [["value", signed(one.value, 4)], ["sum up to here", signed(one.to, 4)]]];
-  });
+    return [one.label, [["value", signed(one.value, 4)], ["sum up to here", signed(one.to, 4)], ...(one.beside ?? []).map(([name, value]) => [name, besideText(name, value, 4)])]];
+  }, barAt);
   return node;
 }
 

@@ -173,8 +173,10 @@ def heading(title: str, subtitle: Sequence[str], width: float) -> tuple[Canvas, 
         lines.append((title, _TITLE, {"font_weight": 600}))
     lines += [(line, _SUBTITLE, {"opacity": 0.72}) for line in subtitle]
     for text, size, style in lines:
-        # Text without serifs is narrower than the monospaced that is measured.
-        for line in wrapped(clean(text), 0.9 * size, width - 2 * PAD):
+        # Text without serifs is narrower than the monospaced that is measured, bold is not.
+        for line in wrapped(
+            clean(text), (1.04 if size == _TITLE else 0.94) * size, width - 2 * PAD
+        ):
             y += 1.4 * size
             drawn.text(PAD, y - 0.35 * size, line, font_size=size, font_family=SANS, **style)
     return drawn, round(y + 6, 1)

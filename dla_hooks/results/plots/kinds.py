@@ -126,6 +126,16 @@ def table(
     )  # fmt: skip
 
 
+def lens(numbers: Numbers, look: Look, names: Sequence[str]) -> Picture:
+    """Running sums of one prompt: its tokens from left to right, layers from below, the logit."""
+    labels = [look.total, *reversed(_printable(numbers.labels))]
+    values = [numbers.logit.tolist(), *reversed(numbers.values.tolist())]
+    return picture.heatmap(
+        labels, names, values, title=look.title, subtitle=look.subtitle, width=look.width,
+        height=look.height,
+    )  # fmt: skip
+
+
 def has_square(row: Row) -> bool:
     """Whether a row has a place in a grid of layer by index."""
     return row.index is not None and row.layer is not None and row.source is None

@@ -131,6 +131,32 @@ def asked(data: EntryData, lines: Sequence[Line]) -> str:
     return next(iter(found)) if len(found) == 1 else "each its own answer"
 
 
+def along_a_prompt(lines: Sequence[Line]) -> bool:
+    """Whether lines are positions of one prompt, each once."""
+    places = {line.position for line in lines}
+    return (
+        len({line.row for line in lines}) == 1 and None not in places and len(places) == len(lines)
+    )
+
+
+def check_lens(data: EntryData, lines: Sequence[Line]) -> None:
+    """Refuse what has no layers from below to above, or no tokens from left to right.
+
+    Raises:
+        InputError: for rows that are no running sums; for several prompts or answers, or means.
+    """
+    if not data.words.cumulative:
+        raise InputError(
+            f"kind='lens' draws running sums, and the rows of unit {data.unit!r} are none; take a "
+            "unit whose rows are"
+        )
+    if not along_a_prompt(lines):
+        raise InputError(
+            "kind='lens' draws positions of one prompt, with one answer each; choose with "
+            "prompt=, answer= and pos="
+        )
+
+
 def _question(data: EntryData, line: Line) -> str:
     if line.answer is None:
         return "a logit"

@@ -10,13 +10,22 @@ from dla_hooks.results.data import EntryData
 from dla_hooks.results.picture import Picture
 from dla_hooks.results.plots import kinds
 from dla_hooks.results.plots.heading import heading, not_drawn
-from dla_hooks.results.plots.lines import MEAN, Line, lines_of, names_of
+from dla_hooks.results.plots.lines import (
+    MEAN,
+    Line,
+    along_a_prompt,
+    check_lens,
+    lines_of,
+    names_of,
+)
 from dla_hooks.results.plots.numbers import Numbers, no_means, numbers_of
 from dla_hooks.results.plots.tokens import strip
 from dla_hooks.results.plots.wish import Wish, check
 from dla_hooks.results.wording import of_what
 
 _MOST_BARS, _FEW_BARS = 100, 30
+_MOST_LINES, _MOST_CELLS = 200, 6_000
+"""Positions of a table, and cells of a lens, that are drawn where nobody asks for more."""
 
 
 def plot(data: EntryData, wish: Wish) -> Picture:
@@ -30,8 +39,12 @@ def plot(data: EntryData, wish: Wish) -> Picture:
     if wish.kind == "strip":
         return strip(data, lines, wish, heading(data, lines, mean, note, wish))
     kind = _kind(data, lines, mean, wish)
-    if kind != "table" and len(lines) > 1 and not mean:
+    if kind == "lens":
+        check_lens(data, lines)
+    elif kind != "table" and len(lines) > 1 and not mean:
         lines = _last(lines, kind)
+    if wish.pos is None and not mean:
+        lines, note = _fitting(data, lines, kind, note)
     numbers = numbers_of(data, lines)
     if mean:
         if bool(numbers.values.isnan().any()) and data.keeps_some:
@@ -76,6 +89,8 @@ def _drawn(
             )
     if n is not None:
         numbers = numbers.strongest(n)
+    if kind == "lens":
+        return kinds.lens(numbers, look, names_of(data, lines))
     draw = {"bars": kinds.bars, "waterfall": kinds.waterfall, "line": kinds.line}[kind]
     return draw(numbers, words, look)
 
@@ -109,8 +124,18 @@ def _chosen(data: EntryData, wish: Wish) -> tuple[list[Line], bool, str]:
 
 def _kind(data: EntryData, lines: Sequence[Line], mean: bool, wish: Wish) -> str:
     if len(lines) > 1 and not mean and wish.kind in (None, "heatmap"):
-        return "table"
+        sums = data.words.cumulative and wish.kind is None
+        return "lens" if sums and along_a_prompt(lines) else "table"
     return wish.kind or data.words.chart
+
+
+def _fitting(data: EntryData, lines: list[Line], kind: str, note: str) -> tuple[list[Line], str]:
+    """The last positions of a prompt with too many for one picture, which is then said."""
+    most = {"table": _MOST_LINES, "lens": _MOST_CELLS // max(1, len(data.rows))}.get(kind)
+    if most is None or len(lines) <= most or not along_a_prompt(lines):
+        return lines, note
+    said = f"the last {most} of {len(lines)} positions; pos=… draws others"
+    return lines[-most:], said
 
 
 def _last(lines: Sequence[Line], kind: str) -> list[Line]:

@@ -91,5 +91,5 @@ def _sources(
     if not found:
         heads = list(dict.fromkeys(row.label.split("<")[0] for row in numbers.rows))
         raise unknown(data.unit, str(head), heads)
-    kept = f" of {len(numbers.rows)} rows that are kept" if numbers.n_others else ""
-    return f"{head or 'what heads took'}{kept}", values, line.position
+    kept = f" (of {len(numbers.rows)} rows that are kept)" if numbers.n_others else ""
+    return f"what {head or 'heads'} took{kept}", values, line.position

@@ -13,7 +13,7 @@ from dla_hooks.results.data import EntryData
 from dla_hooks.results.plots.lines import MEAN
 
 OF_UNITS = ("bars", "line", "heatmap")
-KINDS = (*OF_UNITS, "waterfall", "strip")
+KINDS = (*OF_UNITS, "waterfall", "strip", "lens")
 
 
 @dataclass(frozen=True)
