@@ -1,7 +1,7 @@
 """The doors of transformers: the auto classes whose models the survey builds and holds to account.
 
-A module in this folder defines doors as ``DOORS``; it is found by being here. A door names its model
-types, and makes cases of each: a tiny random model, what it is asked, and its own logits.
+A module in this folder defines doors as ``DOORS``; it is found by being here. A door names its
+model types, and makes cases of each: a tiny random model, what it is asked, and its own logits.
 
     door = by_name("classification")
     for case in door.cases("llama", seed=0): ...

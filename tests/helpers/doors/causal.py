@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from doors import Case, Door
 from mapping_zoo import MODEL_TYPES, build_any, example_ids_any
+
+from doors import Case, Door
 
 
 def _cases(
