@@ -57,10 +57,16 @@ class LabelNames:
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """The index of a label, in a list of one.
 
+        Args:
+            text: the label's name; or its index, which no name may be.
+            add_special_tokens: as of a tokenizer; labels have none.
+
         Raises:
-            TokenError: for a text that is no label's name.
+            TokenError: for a text that is neither.
         """
         found = [index for index, name in self._names.items() if name == text]
+        if not found and text.isdecimal() and int(text) in self._names:
+            found = [int(text)]
         if len(found) != 1:
             known = ", ".join(map(repr, list(self._names.values())[:20]))
             problem = "is no label" if not found else f"is the name of {len(found)} labels"

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from doors import Case, Door
 from mapping_zoo import CannotBuild, build_any, example_ids_any
 from transformers import (
     AutoModelForQuestionAnswering,
@@ -24,17 +23,27 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
 )
 
+from doors import Case, Door
+
 PAD = 2
 N_LABELS = 3
 
 
-def build(auto: Any, model_type: str, seed: int = 0, attn: str | None = None, **changes: Any) -> Any:
+def build(
+    auto: Any, model_type: str, seed: int = 0, attn: str | None = None, **changes: Any
+) -> Any:
     """A tiny model with a head of three labels, each with a name, and with a pad token."""
     labels = {0: "bad", 1: "fair", 2: "good"}
     also = {"num_labels": N_LABELS, "pad_token_id": PAD, "use_cache": False, "id2label": labels}
     also["label2id"] = {name: index for index, name in labels.items()}
     return build_any(
-        model_type, seed, attn=attn, auto=auto, decoder=_is_decoder(model_type), also=also, **changes
+        model_type,
+        seed,
+        attn=attn,
+        auto=auto,
+        decoder=_is_decoder(model_type),
+        also=also,
+        **changes,
     )
 
 
@@ -96,8 +105,8 @@ DOORS = (
     Door(
         name="token-classification",
         title="Token classifiers",
-        about="Every type that transformers maps to a token classifier, with three labels, at every "
-        "position.",
+        about="Every type that transformers maps to a token classifier, with three labels, at "
+        "every position.",
         model_types=_types(MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
         cases=_tokens,
         rank=7,
@@ -105,8 +114,8 @@ DOORS = (
     Door(
         name="question-answering",
         title="Question answering",
-        about="Every type that transformers maps to question answering: `start` alone and `end` less "
-        "`start`, at every position.",
+        about="Every type that transformers maps to question answering: `start` alone and `end` "
+        "less `start`, at every position.",
         model_types=_types(MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES),
         cases=_span,
         rank=8,
