@@ -24,7 +24,7 @@ from dla_hooks.backends.readouts import (
     entry,
     label_head,
     label_names,
-    last_is_read,
+    last_real,
     n_embedded,
     run_labels,
     taken,
@@ -248,7 +248,7 @@ class HuggingFaceBackend(Backend):
         ids = None
         if not prompt.embedded:
             ids = prompt.input_ids[:, chunk.start : chunk.stop].to(device)
-        if "logits_to_keep" in accepted:
+        if "logits_to_keep" in accepted and self._labels is None:
             # Remote code for older versions takes a count from the end only.
             takes_tensor = "Tensor" in str(accepted["logits_to_keep"].annotation)
             count = len(chunk) - int(wanted.min())
@@ -259,10 +259,10 @@ class HuggingFaceBackend(Backend):
             if self._labels is None:
                 output, logits = self._call(ids, arguments, accepted)
             else:
-                last = last_is_read(prompt, chunk, self.number("pad_token_id"))
+                last = last_real(prompt, chunk)
                 given = self._given(ids, arguments, accepted)
                 output, logits = run_labels(self.model, self._labels, *given, last)
-        if not ("logits_to_keep" in accepted and logits.shape[1] == len(wanted)):
+        if not ("logits_to_keep" in arguments and logits.shape[1] == len(wanted)):
             logits = at_columns(logits, wanted, len(chunk), type(self.root).__name__)
         return logits, output
 
