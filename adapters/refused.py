@@ -44,7 +44,6 @@ REFUSALS = (
             "lxmert",
             "marian",
             "markuplm",
-            "mobilebert",
             "mpnet",
             "mra",
             "mvp",
@@ -159,6 +158,13 @@ REFUSALS = (
         reason="it reads the first position or the mean of all, and not the last token",
         needed="a reading point of its own",
         doors=("classification",),
+    ),
+    Refusal(
+        model_types=("mobilebert",),
+        place="every block",
+        reason="each block multiplies the sum itself, channel by channel, or norms it, and nothing "
+        "stands between the last one and the head",
+        needed="a declaration without a final norm",
     ),
     Refusal(
         model_types=("neomme",),

@@ -109,8 +109,19 @@ DOORS = (
 CAUSAL = DOORS[0]
 
 
-def by_ending(class_name: str) -> Door | None:
-    """The kind that a class's name ends with, or None where the name does not say."""
+def door_of(
+    model_type: str, class_name: str, remote: Mapping[str, Any] | None = None
+) -> Door | None:
+    """The kind of a class: by transformers' tables, else by how its name ends; or None.
+
+    Args:
+        model_type: ``config.model_type``.
+        class_name: the class.
+        remote: ``config.auto_map``, of a checkpoint that brings its own code.
+    """
+    for door in DOORS:
+        if _ends(remote, door.auto, class_name) or class_name in door.classes().get(model_type, ()):
+            return door
     named = (door for door in DOORS if door.ending and class_name.endswith(door.ending))
     return next(named, None)
 
@@ -131,15 +142,9 @@ def door_for(
         The first kind whose auto class loads the class that was saved. Where the config names
         none, or one without a head, the first kind that the model type has. None for neither.
     """
-    names = tuple(class_names)
-    for name in names:
-        for door in DOORS:
-            if _ends(remote, door.auto, name) or name in door.classes().get(model_type, ()):
-                return door
-        ending = by_ending(name)
-        if ending is not None:
-            return ending
-    return next(
+    found = (door_of(model_type, name, remote) for name in class_names)
+    known = next((door for door in found if door is not None), None)
+    return known or next(
         (d for d in DOORS if model_type in d.classes() or d.auto in (remote or {})),
         None,
     )

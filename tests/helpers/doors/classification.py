@@ -35,7 +35,8 @@ def build(
     labels = {0: "bad", 1: "fair", 2: "good"}
     if auto is AutoModelForQuestionAnswering:
         labels = {0: "start", 1: "end"}  # some give a head of two only if there are two labels
-    also = {"pad_token_id": PAD, "use_cache": False, "id2label": labels}
+    also: dict[str, Any] = {"pad_token_id": PAD, "use_cache": False, "id2label": labels}
+    also["decoder_start_token_id"] = 0  # which a config of T5 lacks
     also["label2id"] = {name: index for index, name in labels.items()}
     return build_any(
         model_type,
@@ -55,30 +56,43 @@ def _is_decoder(model_type: str) -> bool:
     )
 
 
-def run(model: Any, ids: torch.Tensor) -> Any:
+def asked_of(model: Any) -> Any:
+    """What a model is asked: ids that end as its type wants them, and boxes where it has any."""
+    ids = example_ids_any(model)
+    config = model.config
+    if config.is_encoder_decoder:
+        ids[:, -1] = config.eos_token_id  # classifiers of such types read it
+    if config.model_type == "longformer":
+        ids[:, 2:5] = config.sep_token_id  # which divide a question from its text
+    if config.model_type == "bros":
+        return {"input_ids": ids, "bbox": torch.zeros(*ids.shape, 8)}
+    return ids
+
+
+def run(model: Any, ids: Any) -> Any:
     try:
         with torch.no_grad():
-            return model(input_ids=ids)
+            return model(**ids) if isinstance(ids, dict) else model(input_ids=ids)
     except Exception as error:  # of the code of 150 types, to be reported
         raise CannotBuild(f"its own run fails: {type(error).__name__}: {error}") from error
 
 
 def _sequence(model_type: str, seed: int = 0, attn: str | None = None, **changes: Any) -> Any:
     model = build(AutoModelForSequenceClassification, model_type, seed, attn, **changes)
-    ids = example_ids_any(model)
+    ids = asked_of(model)
     logits = run(model, ids).logits
     return (Case(model, ids, logits, "good", "bad", (2, 0), {}),)
 
 
 def _tokens(model_type: str, seed: int = 0, attn: str | None = None, **changes: Any) -> Any:
     model = build(AutoModelForTokenClassification, model_type, seed, attn, **changes)
-    ids = example_ids_any(model)
+    ids = asked_of(model)
     return (Case(model, ids, run(model, ids).logits, "good", "bad", (2, 0)),)
 
 
 def _span(model_type: str, seed: int = 0, attn: str | None = None, **changes: Any) -> Any:
     model = build(AutoModelForQuestionAnswering, model_type, seed, attn, **changes)
-    ids = example_ids_any(model)
+    ids = asked_of(model)
     found = run(model, ids)
     if getattr(found, "start_logits", None) is None:
         raise CannotBuild(f"{model_type}: it returns no start_logits without its training labels")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from doors import Case, Door
-from doors.classification import build, run
 from mapping_zoo import example_ids_any
 from transformers import AutoModelForMaskedLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from doors import Case, Door
+from doors.classification import build, run
 
 
 def _cases(
