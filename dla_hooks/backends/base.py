@@ -172,6 +172,18 @@ class Backend:
         """
         return None
 
+    def stand_in(self, layers: str, final_norm: str) -> tuple[nn.Module, str] | None:
+        """A module of ours that runs on the last block's output, for a model without a final norm.
+
+        Args:
+            layers: the path of the list of blocks.
+            final_norm: the path at which the model says that it has none.
+
+        Returns:
+            The module, and the path of the last block; None where the model says nothing of it.
+        """
+        return None
+
     def norm_before(self, *, mlp: bool) -> str | None:
         """The name, in a block, of the norm before its MLP or its attention.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -31,12 +32,14 @@ from dla_hooks.backends.readouts import (
     token_embedding,
     unembedding,
     way_out,
+    wrapped_in,
 )
+from dla_hooks.backends.stand_in import StandIn, switched_off
 from dla_hooks.errors import InputError, UnsupportedModelError
 from dla_hooks.inputs.prompts import Prompt
 from dla_hooks.modules.outputs import tensor_in
 from dla_hooks.modules.recurrent import from_the_start
-from dla_hooks.modules.signature import arguments_of, takes_any
+from dla_hooks.modules.signature import arguments_of, takes_any, takes_keywords
 from dla_hooks.modules.version import Remembered
 from dla_hooks.modules.weights import run_device
 
@@ -75,6 +78,8 @@ _decoders: Remembered[bool] = Remembered()
 
 class HuggingFaceBackend(Backend):
     """A causal LM with a ``config``."""
+
+    _ending: StandIn | None = None
 
     @property
     def model_type(self) -> str:
@@ -157,6 +162,22 @@ class HuggingFaceBackend(Backend):
         """True for a model whose logits are labels' and not tokens'."""
         return self._labels is not None
 
+    def stand_in(self, layers: str, final_norm: str) -> tuple[nn.Module, str] | None:
+        if not switched_off(self.root, final_norm):
+            return None
+        blocks = self.root.get_submodule(layers)
+        if self._ending is None and isinstance(blocks, nn.ModuleList) and len(blocks):
+            self._ending = StandIn(blocks[-1], f"{layers}.{len(blocks) - 1}")
+        return None if self._ending is None else (self._ending.module, self._ending.name)
+
+    @property
+    def _accepted(self) -> Mapping[str, Any]:
+        """The arguments that the model takes; of a wrapper that hands on all, the model inside."""
+        accepted, inside = arguments_of(self.root), wrapped_in(self.root)
+        if inside is None or not takes_keywords(accepted):
+            return accepted
+        return {**arguments_of(inside), **accepted}
+
     def embedding(self) -> nn.Module:
         found = token_embedding(self.root)
         assert found is not None
@@ -202,7 +223,7 @@ class HuggingFaceBackend(Backend):
     ) -> tuple[Tensor, Any]:
         logits, output = self._run(prompt, chunk, columns, {"use_cache": True, **(past or {})})
         # The model makes the cache that suits it: sliding windows, states, whatever it needs.
-        accepted = arguments_of(self.root)
+        accepted = self._accepted
         found: dict[str, Any] = {}
         for argument in (name for name in _CACHES if name in accepted):
             handed_on = (entry(output, name) for name in _CACHES[argument])
@@ -236,7 +257,7 @@ class HuggingFaceBackend(Backend):
             columns: as in :meth:`forward`, all within the chunk.
             options: further arguments of the model.
         """
-        accepted = arguments_of(self.root)
+        accepted = self._accepted
         device = run_device(self.embedding())
         arguments: dict[str, Any] = taken({**options, "return_dict": True}, accepted)
         if prompt.padded and "attention_mask" not in accepted and not takes_any(self.root):
@@ -255,7 +276,8 @@ class HuggingFaceBackend(Backend):
             arguments["logits_to_keep"] = wanted.to(device) if takes_tensor else count
         in_chunks = len(chunk) < prompt.shape[1]
         traces = without_traces(self.root, in_chunks=in_chunks)
-        with refusing(self.root, prompt), traces, from_the_start(self.root):
+        ending = nullcontext() if self._ending is None else self._ending.running()
+        with refusing(self.root, prompt), traces, from_the_start(self.root), ending:
             if self._labels is None:
                 output, logits = self._call(ids, arguments, accepted)
             else:

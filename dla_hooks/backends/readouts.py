@@ -108,7 +108,7 @@ def label_head(model: Any) -> LabelHead | None:
 def label_names(model: Any, head: LabelHead) -> LabelNames:
     """The names of a head's labels, from the model's config."""
     if head.kind in _NAMES:
-        advice = "" if _inside(model) is None else f"; for a token, {way_out(model)}"
+        advice = "" if wrapped_in(model) is None else f"; for a token, {way_out(model)}"
         return LabelNames(dict(enumerate(_NAMES[head.kind])), advice)
     return LabelNames(dict(getattr(model.config, "id2label", None) or {}))
 
@@ -124,7 +124,7 @@ def unembedding(model: Any) -> nn.Module | None:
     if isinstance(model, PreTrainedModel):
         found = getattr(model, "lm_head", None)
         return found if isinstance(found, nn.Module) else None
-    if not isinstance(model, nn.Module) or _inside(model) is not None:
+    if not isinstance(model, nn.Module) or wrapped_in(model) is not None:
         return None
     named = (getattr(model, name, None) for name in _UNEMBEDDINGS)
     by_name = next((module for module in named if isinstance(module, nn.Module)), None)
@@ -137,7 +137,7 @@ def unembedding(model: Any) -> nn.Module | None:
 
 def token_embedding(model: Any) -> nn.Module | None:
     """The module that puts out the token embeddings, or None."""
-    inside = _inside(model)
+    inside = wrapped_in(model)
     if inside is not None:
         return token_embedding(inside)
     try:
@@ -294,15 +294,15 @@ def at_columns(logits: Tensor, wanted: Tensor, width: int, name: str) -> Tensor:
     return logits[:, (wanted + offset).to(logits.device)]
 
 
-def _inside(model: Any) -> nn.Module | None:
-    """The language model in a wrapper with a value head, as trl makes one."""
+def wrapped_in(model: Any) -> nn.Module | None:
+    """The language model in a wrapper with a value head, as trl makes one, or None."""
     found = getattr(model, "pretrained_model", None)
     return found if isinstance(found, nn.Module) else None
 
 
 def way_out(model: Any) -> str:
     """Advice about a model without a head; none that would make a head of random weights."""
-    if _inside(model) is not None:
+    if wrapped_in(model) is not None:
         return "pass the language model inside it, model.pretrained_model"
     return (
         "pass the whole model with its trained head, not the decoder inside it. A checkpoint that "
