@@ -19,15 +19,11 @@ from dla_hooks.backends.arguments import (
     without_traces,
 )
 from dla_hooks.backends.base import Backend
+from dla_hooks.backends.caches import caches_in
+from dla_hooks.backends.labels import LabelHead, label_head, label_names, last_real, run_labels
 from dla_hooks.backends.readouts import (
-    LabelHead,
     at_columns,
-    entry,
-    label_head,
-    label_names,
-    last_real,
     n_embedded,
-    run_labels,
     taken,
     token_embedding,
     unembedding,
@@ -43,34 +39,11 @@ from dla_hooks.modules.signature import arguments_of, takes_any, takes_keywords
 from dla_hooks.modules.version import Remembered
 from dla_hooks.modules.weights import run_device
 
-_CACHES = {
-    "cache": ("cache",),
-    "past_key_values": ("cache", "past_key_values"),
-    "cache_params": ("cache", "cache_params"),
-    "state": ("state",),
-}
-"""Arguments that take the cache of earlier tokens, and the output's names for the same cache.
-
-transformers 5.24 renamed the second and the third to the first. Its outputs rename them in models
-of other people's, too, whose arguments stay as they were.
-"""
-
 _OTHER_NAMES = {
     "num_attention_heads": ("n_head", "n_heads", "num_heads"),
     "max_position_embeddings": ("block_size", "n_positions", "n_ctx", "max_seq_len"),
 }
 """What configs of other people's call a field."""
-
-_EXACT_LAYERS = {
-    "DynamicLayer",
-    "DynamicSlidingWindowLayer",
-    "LinearAttentionLayer",
-    "LinearAttentionAndFullAttentionLayer",
-    "LinearAttentionAndSlidingWindowAttentionLayer",
-    "DummyLayer",
-}
-"""Layers of transformers' caches that keep unchanged all that later tokens read."""
-
 
 _decoders: Remembered[bool] = Remembered()
 """Models that were found to be decoders with a linear head."""
@@ -171,6 +144,10 @@ class HuggingFaceBackend(Backend):
         return None if self._ending is None else (self._ending.module, self._ending.name)
 
     @property
+    def stands_in(self) -> bool:
+        return self._ending is not None
+
+    @property
     def _accepted(self) -> Mapping[str, Any]:
         """The arguments that the model takes; of a wrapper that hands on all, the model inside."""
         accepted, inside = arguments_of(self.root), wrapped_in(self.root)
@@ -222,29 +199,7 @@ class HuggingFaceBackend(Backend):
         self, prompt: Prompt, chunk: range, columns: Tensor | None, past: Any
     ) -> tuple[Tensor, Any]:
         logits, output = self._run(prompt, chunk, columns, {"use_cache": True, **(past or {})})
-        # The model makes the cache that suits it: sliding windows, states, whatever it needs.
-        accepted = self._accepted
-        found: dict[str, Any] = {}
-        for argument in (name for name in _CACHES if name in accepted):
-            handed_on = (entry(output, name) for name in _CACHES[argument])
-            cache = next((cache for cache in handed_on if cache is not None), None)
-            if cache is not None:
-                found[argument] = cache
-        if not found:
-            raise UnsupportedModelError(
-                f"{type(self.root).__name__} hands on no cache of what it has read"
-            )
-        unknown = {
-            type(layer).__name__
-            for cache in found.values()
-            for layer in getattr(cache, "layers", ())
-        } - _EXACT_LAYERS
-        if unknown:
-            raise UnsupportedModelError(
-                f"its cache ({', '.join(sorted(unknown))}) is not known to be exact; sparse "
-                "attention, for example, picks other tokens where scores tie"
-            )
-        return logits, found
+        return logits, caches_in(output, self._accepted, type(self.root).__name__)
 
     def _run(
         self, prompt: Prompt, chunk: range, columns: Tensor | None, options: dict[str, Any]
@@ -277,7 +232,8 @@ class HuggingFaceBackend(Backend):
         in_chunks = len(chunk) < prompt.shape[1]
         traces = without_traces(self.root, in_chunks=in_chunks)
         ending = nullcontext() if self._ending is None else self._ending.running()
-        with refusing(self.root, prompt), traces, from_the_start(self.root), ending:
+        start = from_the_start(self.root)
+        with refusing(self.root, prompt), traces, start, ending:
             if self._labels is None:
                 output, logits = self._call(ids, arguments, accepted)
             else:

@@ -95,7 +95,7 @@ def readable(prompt: str, answers: Sequence[str | None], pos: Any, prepend_bos: 
 def _answers(source: str, loading: Loading, tokenizer: Any) -> Any:
     """What answers are read with: the names of a classifier's labels, or the tokenizer."""
     from dla_hooks import checkpoint
-    from dla_hooks.backends.readouts import LabelNames
+    from dla_hooks.backends.labels import LabelNames
 
     names = checkpoint.labels(source, loading.trust_remote_code)
     return tokenizer if names is None else LabelNames(names)
