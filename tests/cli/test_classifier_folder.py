@@ -79,7 +79,7 @@ def edit_weights(folder, change):
     ],
     ids=lambda auto: auto.__name__,
 )
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_folder_comes_back_as_the_class_that_was_saved(auto, family, tmp_path):
     model = save(auto, family, tmp_path)
     found = load_model(tmp_path)
@@ -153,7 +153,9 @@ def test_language_model_named_as_a_classifier_is_refused(tmp_path):
 def test_command_line_attributes_a_label_by_name_or_index(saved, label):
     model, folder = saved
     ids = tiny_tokenizer()(PROMPT, return_tensors="pt").input_ids
-    found = call("attribute", folder, PROMPT, "--answer", label, "--incorrect", "bad", "--json", "-")
+    found = call(
+        "attribute", folder, PROMPT, "--answer", label, "--incorrect", "bad", "--json", "-"
+    )
     assert found.exit_code == 0, found.output
     data = json.loads(found.stdout)
     with torch.no_grad():

@@ -8,7 +8,7 @@ import transformers
 from doors import by_name
 from findings import ABSENT, REFUSED, RIGHT
 from head_ablation import head_effects
-from mapping_zoo import build_any, example_ids_any
+from mapping_zoo import CannotBuild, build_any, example_ids_any
 from survey import survey_type
 
 import dla_hooks
@@ -33,11 +33,11 @@ FEW = [
 COARSE = {"zamba", "mra"}
 
 
-def _some(every):
-    return [one if one in FEW else pytest.param(*one, marks=pytest.mark.slow) for one in every]
+def _some(every, few=FEW):
+    return [one if one in few else pytest.param(*one, marks=pytest.mark.slow) for one in every]
 
 
-@pytest.mark.parametrize(("door", "model_type"), _some(ALL))
+@pytest.mark.parametrize(("door", "model_type"), _some(ALL, FEW[::3]))
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)], ids="seed{}".format)
 def test_type_behind_a_door_is_exact_or_refused(door, model_type, seed):
     found = survey_type(model_type, seed, door=door)
@@ -54,15 +54,17 @@ def test_type_behind_a_door_is_exact_or_refused(door, model_type, seed):
 
 @pytest.mark.parametrize(("door", "model_type"), _some(ALL))
 def test_heads_behind_a_door_are_what_their_ablation_removes(door, model_type):
-    if survey_type(model_type, door=door).verdict != RIGHT:
+    try:
+        cases = by_name(door).cases(model_type)
+    except CannotBuild:
         return
-    for case in by_name(door).cases(model_type):
+    for case in cases:
         try:
             result = direct_logit_attribution(
                 case.model, case.asked, case.answer, case.incorrect, unit="head", **case.options
             )
-        except UnsupportedModelError as error:
-            assert "no attention heads" in str(error)
+        except UnsupportedModelError:
+            assert (door, model_type) not in FEW
             return
         effects = head_effects(case)
         spread = float((case.logits.amax(-1) - case.logits.amin(-1)).mean())

@@ -247,6 +247,10 @@ def test_decoder_without_a_head_asks_for_the_whole_model(family):
     assert "AutoModelForCausalLM" not in str(caught.value)
 
 
+def _slow(*families):
+    return [pytest.param(family, marks=pytest.mark.slow) for family in families]
+
+
 class ValueHead(nn.Module):
     """A dropout and one number, as trl's."""
 
@@ -282,7 +286,9 @@ class WithValue(nn.Module):
         return output.logits.float(), output.loss, value
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gemma2", "gpt_neox-parallel", "granite", "mixtral"])
+@pytest.mark.parametrize(
+    "family", ["gpt2", "gemma2", *_slow("gpt_neox-parallel", "granite", "mixtral")]
+)
 def test_value_is_the_sum_of_the_parts_at_every_position(family):
     model = WithValue(build(family)).eval()
     with torch.no_grad():
@@ -334,7 +340,7 @@ def test_double_heads_are_asked_for_their_tokens(seed):
 # Where a classifier reads
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", *_slow("gpt2")])
 def test_classifier_that_does_not_know_its_padding_is_refused(family):
     """Without a pad token it reads the last column, which is padding here."""
     model = _build(AutoModelForSequenceClassification, family, pad=None)
@@ -343,7 +349,7 @@ def test_classifier_that_does_not_know_its_padding_is_refused(family):
         direct_logit_attribution(model, IDS[:1], 1, attention_mask=mask)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", *_slow("gpt2")])
 def test_classifier_of_embeddings_is_read_where_it_reads(family):
     model = _build(AutoModelForSequenceClassification, family)
     embeds = model.get_input_embeddings()(IDS).detach()
@@ -357,7 +363,7 @@ def test_classifier_of_embeddings_is_read_where_it_reads(family):
         direct_logit_attribution(model, {"inputs_embeds": embeds, "attention_mask": mask}, 1)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", *_slow("gpt2")])
 def test_classifier_in_chunks_is_as_at_once(family):
     model = _build(AutoModelForSequenceClassification, family)
     ids, mask = IDS.clone(), torch.ones_like(IDS)
@@ -367,7 +373,7 @@ def test_classifier_in_chunks_is_as_at_once(family):
     torch.testing.assert_close(whole.attribution, chunked.attribution, rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", *_slow("gpt2")])
 def test_biased_head_adds_its_bias_once(family):
     model = _build(AutoModelForSequenceClassification, family)
     model.score = nn.Linear(model.score.in_features, 3).double().eval()
