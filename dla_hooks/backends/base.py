@@ -172,6 +172,21 @@ class Backend:
         """
         return None
 
+    def stand_in(self, layers: str, final_norm: str) -> tuple[nn.Module, str] | None:
+        """A module of ours that runs on the last block's output, and the path of that block.
+
+        Args:
+            layers: the path of the list of blocks.
+            final_norm: the path at which the model says that it has no final norm; or there is no
+                such module of ours (None).
+        """
+        return None
+
+    @property
+    def stands_in(self) -> bool:
+        """Whether :meth:`stand_in` is in use: it runs during :meth:`forward` alone."""
+        return False
+
     def norm_before(self, *, mlp: bool) -> str | None:
         """The name, in a block, of the norm before its MLP or its attention.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -18,39 +19,25 @@ from dla_hooks.backends.arguments import (
     without_traces,
 )
 from dla_hooks.backends.base import Backend
+from dla_hooks.backends.caches import caches_in
+from dla_hooks.backends.labels import LabelHead, label_head, label_names, last_real, run_labels
 from dla_hooks.backends.readouts import (
-    LabelHead,
     at_columns,
-    entry,
-    label_head,
-    label_names,
-    last_is_read,
     n_embedded,
-    run_labels,
     taken,
     token_embedding,
     unembedding,
     way_out,
+    wrapped_in,
 )
+from dla_hooks.backends.stand_in import StandIn, switched_off
 from dla_hooks.errors import InputError, UnsupportedModelError
 from dla_hooks.inputs.prompts import Prompt
 from dla_hooks.modules.outputs import tensor_in
 from dla_hooks.modules.recurrent import from_the_start
-from dla_hooks.modules.signature import arguments_of, takes_any
+from dla_hooks.modules.signature import arguments_of, takes_any, takes_keywords
 from dla_hooks.modules.version import Remembered
 from dla_hooks.modules.weights import run_device
-
-_CACHES = {
-    "cache": ("cache",),
-    "past_key_values": ("cache", "past_key_values"),
-    "cache_params": ("cache", "cache_params"),
-    "state": ("state",),
-}
-"""Arguments that take the cache of earlier tokens, and the output's names for the same cache.
-
-transformers 5.24 renamed the second and the third to the first. Its outputs rename them in models
-of other people's, too, whose arguments stay as they were.
-"""
 
 _OTHER_NAMES = {
     "num_attention_heads": ("n_head", "n_heads", "num_heads"),
@@ -58,23 +45,14 @@ _OTHER_NAMES = {
 }
 """What configs of other people's call a field."""
 
-_EXACT_LAYERS = {
-    "DynamicLayer",
-    "DynamicSlidingWindowLayer",
-    "LinearAttentionLayer",
-    "LinearAttentionAndFullAttentionLayer",
-    "LinearAttentionAndSlidingWindowAttentionLayer",
-    "DummyLayer",
-}
-"""Layers of transformers' caches that keep unchanged all that later tokens read."""
-
-
 _decoders: Remembered[bool] = Remembered()
 """Models that were found to be decoders with a linear head."""
 
 
 class HuggingFaceBackend(Backend):
     """A causal LM with a ``config``."""
+
+    _ending: StandIn | None = None
 
     @property
     def model_type(self) -> str:
@@ -157,6 +135,26 @@ class HuggingFaceBackend(Backend):
         """True for a model whose logits are labels' and not tokens'."""
         return self._labels is not None
 
+    def stand_in(self, layers: str, final_norm: str) -> tuple[nn.Module, str] | None:
+        if not switched_off(self.root, final_norm):
+            return None
+        blocks = self.root.get_submodule(layers)
+        if self._ending is None and isinstance(blocks, nn.ModuleList) and len(blocks):
+            self._ending = StandIn(blocks[-1], f"{layers}.{len(blocks) - 1}")
+        return None if self._ending is None else (self._ending.module, self._ending.name)
+
+    @property
+    def stands_in(self) -> bool:
+        return self._ending is not None
+
+    @property
+    def _accepted(self) -> Mapping[str, Any]:
+        """The arguments that the model takes; of a wrapper that hands on all, the model inside."""
+        accepted, inside = arguments_of(self.root), wrapped_in(self.root)
+        if inside is None or not takes_keywords(accepted):
+            return accepted
+        return {**arguments_of(inside), **accepted}
+
     def embedding(self) -> nn.Module:
         found = token_embedding(self.root)
         assert found is not None
@@ -201,29 +199,7 @@ class HuggingFaceBackend(Backend):
         self, prompt: Prompt, chunk: range, columns: Tensor | None, past: Any
     ) -> tuple[Tensor, Any]:
         logits, output = self._run(prompt, chunk, columns, {"use_cache": True, **(past or {})})
-        # The model makes the cache that suits it: sliding windows, states, whatever it needs.
-        accepted = arguments_of(self.root)
-        found: dict[str, Any] = {}
-        for argument in (name for name in _CACHES if name in accepted):
-            handed_on = (entry(output, name) for name in _CACHES[argument])
-            cache = next((cache for cache in handed_on if cache is not None), None)
-            if cache is not None:
-                found[argument] = cache
-        if not found:
-            raise UnsupportedModelError(
-                f"{type(self.root).__name__} hands on no cache of what it has read"
-            )
-        unknown = {
-            type(layer).__name__
-            for cache in found.values()
-            for layer in getattr(cache, "layers", ())
-        } - _EXACT_LAYERS
-        if unknown:
-            raise UnsupportedModelError(
-                f"its cache ({', '.join(sorted(unknown))}) is not known to be exact; sparse "
-                "attention, for example, picks other tokens where scores tie"
-            )
-        return logits, found
+        return logits, caches_in(output, self._accepted, type(self.root).__name__)
 
     def _run(
         self, prompt: Prompt, chunk: range, columns: Tensor | None, options: dict[str, Any]
@@ -236,7 +212,7 @@ class HuggingFaceBackend(Backend):
             columns: as in :meth:`forward`, all within the chunk.
             options: further arguments of the model.
         """
-        accepted = arguments_of(self.root)
+        accepted = self._accepted
         device = run_device(self.embedding())
         arguments: dict[str, Any] = taken({**options, "return_dict": True}, accepted)
         if prompt.padded and "attention_mask" not in accepted and not takes_any(self.root):
@@ -247,24 +223,37 @@ class HuggingFaceBackend(Backend):
         wanted = columns - chunk.start
         ids = None
         if not prompt.embedded:
-            ids = prompt.input_ids[:, chunk.start : chunk.stop].to(device)
-        if "logits_to_keep" in accepted:
+            ids = prompt.input_ids if self._labels is None else self._padded_as_known(prompt)
+            ids = ids[:, chunk.start : chunk.stop].to(device)
+        if "logits_to_keep" in accepted and self._labels is None:
             # Remote code for older versions takes a count from the end only.
             takes_tensor = "Tensor" in str(accepted["logits_to_keep"].annotation)
             count = len(chunk) - int(wanted.min())
             arguments["logits_to_keep"] = wanted.to(device) if takes_tensor else count
         in_chunks = len(chunk) < prompt.shape[1]
         traces = without_traces(self.root, in_chunks=in_chunks)
-        with refusing(self.root, prompt), traces, from_the_start(self.root):
+        ending = nullcontext() if self._ending is None else self._ending.running()
+        start = from_the_start(self.root)
+        with refusing(self.root, prompt), traces, start, ending:
             if self._labels is None:
                 output, logits = self._call(ids, arguments, accepted)
             else:
-                last = last_is_read(prompt, chunk, self.number("pad_token_id"))
+                last = last_real(prompt, chunk)
                 given = self._given(ids, arguments, accepted)
                 output, logits = run_labels(self.model, self._labels, *given, last)
-        if not ("logits_to_keep" in accepted and logits.shape[1] == len(wanted)):
+        if not ("logits_to_keep" in arguments and logits.shape[1] == len(wanted)):
             logits = at_columns(logits, wanted, len(chunk), type(self.root).__name__)
         return logits, output
+
+    def _padded_as_known(self, prompt: Prompt) -> Tensor:
+        """Ids with the model's own pad token where the mask says padding, as classifiers read it.
+
+        They find the last token by its id, and not by the mask.
+        """
+        pad = self.number("pad_token_id")
+        if not prompt.padded or not isinstance(pad, int):
+            return prompt.input_ids
+        return prompt.input_ids.masked_fill(~prompt.mask, pad)
 
     def _call(
         self, ids: Tensor | None, arguments: dict[str, Any], accepted: Mapping[str, Any]

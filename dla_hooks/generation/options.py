@@ -78,6 +78,19 @@ def check_model(backend: Backend) -> None:
         raise UnsupportedModelError(f"{name} scores labels, and generates no text")
 
 
+def check_ending(backend: Backend) -> None:
+    """Refuse a located model whose last stream is read by a module of ours.
+
+    Raises:
+        UnsupportedModelError: saying what can be done instead.
+    """
+    if backend.stands_in:
+        raise UnsupportedModelError(
+            f"{backend.name} was made without a final norm, and its last stream is seen in runs of "
+            "a finished text only: direct_logit_attribution"
+        )
+
+
 def check_options(model: Any, options: Mapping[str, Any]) -> None:
     """Refuse options by which a token is no longer one forward pass of one row.
 
