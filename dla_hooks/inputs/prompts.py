@@ -52,6 +52,12 @@ class Prompt:
         """True if embeddings were given in the place of ids."""
         return EMBEDS in self.extras
 
+    @property
+    def encoder_mask(self) -> Tensor | None:
+        """True at the real tokens of an encoder [batch, position], where the prompt says it."""
+        mask = (self.encoder or {}).get(MASK)
+        return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
     def position_ids(self) -> Tensor:
         """Positions counted among each row's real tokens; 0 on the padding before them."""
         return (self.mask.long().cumsum(-1) - 1).clamp_min(0)
