@@ -107,7 +107,15 @@ def made_up_output(model: Any, batch: int, device: torch.device) -> BaseModelOut
     made = torch.randn(size, generator=generator, dtype=torch.float64, device="cpu")
     dtype = next(p.dtype for p in decoder_of(model).parameters() if p.is_floating_point())
     made = made.to(torch.bfloat16).to(device, dtype)
-    return BaseModelOutput(last_hidden_state=made.expand(batch, -1, -1).contiguous())
+    return _MadeUp(last_hidden_state=made.expand(batch, -1, -1).contiguous())
+
+
+class _MadeUp(BaseModelOutput):
+    """An encoder's output that has nothing besides its vectors, whatever it is asked for."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
 
 
 def _width_of_encoder(model: Any) -> int:
@@ -118,12 +126,11 @@ def _width_of_encoder(model: Any) -> int:
     """
     encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
     config: Any = getattr(encoder, "config", None) or getattr(model, "config", None)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config(encoder=True)
-    for name in _WIDTHS:
-        width = getattr(config, name, None)
-        if isinstance(width, int):
-            return width
+    for one in (getattr(config, "text_config", None), config):
+        for name in _WIDTHS:
+            width = getattr(one, name, None)
+            if isinstance(width, int):
+                return width
     raise UnsupportedModelError(
         f"the config of the encoder of {type(model).__name__} does not say how wide its output is "
         f"({' or '.join(_WIDTHS)})"
