@@ -56,9 +56,7 @@ def handed_on(model: nn.Module, output: Any) -> dict[str, Any]:
         if cache is not None:
             found[argument] = cache
     if not found:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} hands on no cache of what it has read"
-        )
+        raise UnsupportedModelError(f"{type(model).__name__} hands on no cache of what it has read")
     unknown = {type(layer).__name__ for layer in _layers(found)} - _EXACT_LAYERS
     if unknown:
         raise UnsupportedModelError(

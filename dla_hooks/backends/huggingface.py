@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -36,7 +36,6 @@ from dla_hooks.backends.two_sequences import (
     check_encoder,
     codebooks,
     decoder_of,
-    encoder_embedding,
     of_decoder,
     of_decoder_alone,
     reads_two,
@@ -44,7 +43,6 @@ from dla_hooks.backends.two_sequences import (
 from dla_hooks.errors import InputError, UnsupportedModelError
 from dla_hooks.inputs.extras import MASK
 from dla_hooks.inputs.prompts import Prompt
-from dla_hooks.inputs.two_sequences import IDS, Reader, start_of
 from dla_hooks.modules.outputs import tensor_in
 from dla_hooks.modules.recurrent import from_the_start
 from dla_hooks.modules.signature import arguments_of, takes_any
@@ -157,31 +155,6 @@ class HuggingFaceBackend(Backend):
     def scores_labels(self) -> bool:
         """True for a model whose logits are labels' and not tokens'."""
         return self._labels is not None
-
-    def reader(
-        self, encode: Callable[[str], list[int]], encode_decoder: Callable[[str], list[int]]
-    ) -> Reader:
-        """How the two sequences of an encoder-decoder are read."""
-        return Reader(
-            encode,
-            encode_decoder,
-            start_of(self.model),
-            self.n_tokens(),
-            n_embedded(encoder_embedding(self.root)),
-            getattr(self.root, "main_input_name", IDS),
-            self._config_value("pad_token_id") or 0,
-        )
-
-    def prompt_arguments(self, prompt: Prompt, device: torch.device) -> dict[str, Any]:
-        """The arguments of ``generate`` that hold a prompt: ids, and always their mask.
-
-        Without a mask, generate takes pad tokens of the prompt for padding.
-        """
-        ids, accepted = prompt.input_ids.to(device), arguments_of(self.root)
-        mask = {MASK: prompt.mask.long().to(device)}
-        if self.reads_two:
-            return of_decoder(self.root, ids, mask, prompt, device)
-        return {IDS: ids, **taken(mask, accepted)}
 
     def embedding(self) -> nn.Module:
         found = token_embedding(decoder_of(self.root) if self.reads_two else self.root)

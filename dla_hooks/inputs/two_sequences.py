@@ -164,7 +164,7 @@ def _encoder_ids(ids: Any, mask: Any, reader: Reader) -> dict[str, Tensor]:
 def _decoder_ids(
     ids: Any, mask: Any, so_far: Any, reader: Reader, batch: int | None
 ) -> tuple[Tensor, Tensor]:
-    """The decoder's tokens [batch, pos] and which are real; its start alone where none are given."""
+    """The decoder's tokens [batch, pos] and which are real; where none are given, its start."""
     if ids is not None and so_far is not None:
         raise InputError(f"input holds {_DECODER_IDS} and {DECODER_INPUT}; give one")
     if ids is not None and not is_text(ids):
@@ -180,7 +180,9 @@ def _decoder_ids(
             "the config does not say which token the decoder begins with (decoder_start_token_id); "
             "give decoder_input_ids"
         )
-    rows = [[*reader.start, *(_encoded(one, reader.encode_decoder) if one else [])] for one in texts]
+    rows = [
+        [*reader.start, *(_encoded(one, reader.encode_decoder) if one else [])] for one in texts
+    ]
     return pad_right([torch.tensor(row, dtype=torch.long, device="cpu") for row in rows])
 
 
