@@ -143,7 +143,7 @@ class Oracle:
         return {**found, "bias": bias}
 
     def without(self, layer, which, channels):
-        """The logits where one layer's projection does not read some channels, all norms as before."""
+        """The logits where one projection does not read some channels, all norms as before."""
         linear = self.blocks[layer].get_submodule(self.family.o_proj[which])
 
         def hook(_, args):

@@ -376,10 +376,10 @@ def test_what_has_no_meaning_for_two_sequences_is_refused(t5, mbart):
         dla_hooks.upstream(t5.model, t5.given, ANSWER, part="L1X2<3")
     with pytest.raises(LabelError, match="L9X0|layers 0 to 2"):
         dla_hooks.effects(t5.model, t5.given, ANSWER, parts=["L9X0"], unit="head")
+    mask = torch.ones(2, TARGET)
+    mask[0, :2] = 0
+    given = {**mbart.given, "decoder_attention_mask": mask}
     with pytest.raises(UnsupportedModelError, match="padded on the left"):
-        mask = torch.ones(2, TARGET)
-        mask[0, :2] = 0
-        given = {**mbart.given, "decoder_attention_mask": mask}
         direct_logit_attribution(mbart.model, given, ANSWER)
 
 
