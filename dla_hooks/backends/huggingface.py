@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -18,20 +19,18 @@ from dla_hooks.backends.arguments import (
     without_traces,
 )
 from dla_hooks.backends.base import Backend
-from dla_hooks.backends.caches import handed_on
+from dla_hooks.backends.caches import caches_in
+from dla_hooks.backends.labels import LabelHead, label_head, label_names, last_real, run_labels
 from dla_hooks.backends.readouts import (
-    LabelHead,
     at_columns,
-    label_head,
-    label_names,
-    last_is_read,
     n_embedded,
-    run_labels,
     taken,
     token_embedding,
     unembedding,
     way_out,
+    wrapped_in,
 )
+from dla_hooks.backends.stand_in import StandIn, switched_off
 from dla_hooks.backends.two_sequences import (
     check_encoder,
     codebooks,
@@ -45,7 +44,7 @@ from dla_hooks.inputs.extras import MASK
 from dla_hooks.inputs.prompts import Prompt
 from dla_hooks.modules.outputs import tensor_in
 from dla_hooks.modules.recurrent import from_the_start
-from dla_hooks.modules.signature import arguments_of, takes_any
+from dla_hooks.modules.signature import arguments_of, takes_any, takes_keywords
 from dla_hooks.modules.version import Remembered
 from dla_hooks.modules.weights import run_device
 
@@ -61,6 +60,8 @@ _decoders: Remembered[bool] = Remembered()
 
 class HuggingFaceBackend(Backend):
     """A causal LM with a ``config``."""
+
+    _ending: StandIn | None = None
 
     @property
     def model_type(self) -> str:
@@ -156,6 +157,26 @@ class HuggingFaceBackend(Backend):
         """True for a model whose logits are labels' and not tokens'."""
         return self._labels is not None
 
+    def stand_in(self, layers: str, final_norm: str) -> tuple[nn.Module, str] | None:
+        if not switched_off(self.root, final_norm):
+            return None
+        blocks = self.root.get_submodule(layers)
+        if self._ending is None and isinstance(blocks, nn.ModuleList) and len(blocks):
+            self._ending = StandIn(blocks[-1], f"{layers}.{len(blocks) - 1}")
+        return None if self._ending is None else (self._ending.module, self._ending.name)
+
+    @property
+    def stands_in(self) -> bool:
+        return self._ending is not None
+
+    @property
+    def _accepted(self) -> Mapping[str, Any]:
+        """The arguments that the model takes; of a wrapper that hands on all, the model inside."""
+        accepted, inside = arguments_of(self.root), wrapped_in(self.root)
+        if inside is None or not takes_keywords(accepted):
+            return accepted
+        return {**arguments_of(inside), **accepted}
+
     def embedding(self) -> nn.Module:
         found = token_embedding(decoder_of(self.root) if self.reads_two else self.root)
         assert found is not None
@@ -200,7 +221,7 @@ class HuggingFaceBackend(Backend):
         self, prompt: Prompt, chunk: range, columns: Tensor | None, past: Any
     ) -> tuple[Tensor, Any]:
         logits, output = self._run(prompt, chunk, columns, {"use_cache": True, **(past or {})})
-        return logits, handed_on(self.root, output)
+        return logits, caches_in(output, self._accepted, type(self.root).__name__)
 
     def _run(
         self, prompt: Prompt, chunk: range, columns: Tensor | None, options: dict[str, Any]
@@ -213,7 +234,7 @@ class HuggingFaceBackend(Backend):
             columns: as in :meth:`forward`, all within the chunk.
             options: further arguments of the model.
         """
-        accepted = arguments_of(self.root)
+        accepted = self._accepted
         device = run_device(self.embedding())
         arguments: dict[str, Any] = taken({**options, "return_dict": True}, accepted)
         own = of_decoder_alone(accepted) if self.reads_two else accepted
@@ -227,24 +248,24 @@ class HuggingFaceBackend(Backend):
         if not prompt.embedded:
             ids = prompt.input_ids[:, chunk.start : chunk.stop].to(device)
         if self.reads_two:
-            if prompt.encoder is None and not self.made_up:
-                raise InputError(f"nothing is given that the encoder of {self.name} reads")
             ids, arguments = None, of_decoder(self.root, ids, arguments, prompt, device)
-        if "logits_to_keep" in accepted:
+        if "logits_to_keep" in accepted and self._labels is None:
             # Remote code for older versions takes a count from the end only.
             takes_tensor = "Tensor" in str(accepted["logits_to_keep"].annotation)
             count = len(chunk) - int(wanted.min())
             arguments["logits_to_keep"] = wanted.to(device) if takes_tensor else count
         in_chunks = len(chunk) < prompt.shape[1]
         traces = without_traces(self.root, in_chunks=in_chunks)
-        with refusing(self.root, prompt), traces, from_the_start(self.root):
+        ending = nullcontext() if self._ending is None else self._ending.running()
+        start = from_the_start(self.root)
+        with refusing(self.root, prompt), traces, start, ending:
             if self._labels is None:
                 output, logits = self._call(ids, arguments, accepted)
             else:
-                last = last_is_read(prompt, chunk, self.number("pad_token_id"))
+                last = last_real(prompt, chunk)
                 given = self._given(ids, arguments, accepted)
                 output, logits = run_labels(self.model, self._labels, *given, last)
-        if not ("logits_to_keep" in accepted and logits.shape[1] == len(wanted)):
+        if not ("logits_to_keep" in arguments and logits.shape[1] == len(wanted)):
             logits = at_columns(logits, wanted, len(chunk), type(self.root).__name__)
         return logits, output
 

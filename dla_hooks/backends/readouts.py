@@ -1,97 +1,21 @@
-"""The linear module that turns the last stream into logits: an unembedding, or a head of labels.
+"""The linear module that turns the last stream into logits of tokens, and the one that embeds them.
 
-Models of transformers name their unembedding by ``get_output_embeddings()``. Classifiers, reward
-models and question answering have a linear head under a name of their own. Other modules are
-searched by name, and by the number of tokens.
+Models of transformers name their unembedding by ``get_output_embeddings()``. Others are searched by
+name, and by the number of tokens. Heads of labels are in :mod:`dla_hooks.backends.labels`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dla_hooks.errors import TokenError, UnsupportedModelError
-from dla_hooks.inputs.prompts import Prompt
-from dla_hooks.modules.hooks import Place, Tap, tapped
-from dla_hooks.modules.outputs import tensor_in
+from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.modules.signature import Arguments, takes_keywords
 
-_LABEL_HEADS = {"score": "logits", "classifier": "logits", "qa_outputs": "span"}
-"""Names of linear heads with labels, and what the model makes of their output."""
 _UNEMBEDDINGS = ("lm_head", "unembed", "unembedding", "embed_out", "output", "to_logits", "head")
-_SPAN = ("start", "end")
-
-
-@dataclass(frozen=True)
-class LabelHead:
-    """A linear head whose outputs are labels.
-
-    Attributes:
-        module: the head.
-        name: its path.
-        is_span: the two labels are the start and the end of a span.
-    """
-
-    module: nn.Module
-    name: str
-    is_span: bool
-
-
-class LabelNames:
-    """The labels of a classifier, with the face of a tokenizer: one name is one "token".
-
-    Args:
-        names: every label's name by its index.
-    """
-
-    unk_token_id = None
-
-    def __init__(self, names: Mapping[int, str]) -> None:
-        self._names = dict(names)
-
-    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
-        """The index of a label, in a list of one.
-
-        Raises:
-            TokenError: for a text that is no label's name.
-        """
-        found = [index for index, name in self._names.items() if name == text]
-        if len(found) != 1:
-            known = ", ".join(map(repr, list(self._names.values())[:20]))
-            problem = "is no label" if not found else f"is the name of {len(found)} labels"
-            raise TokenError(
-                f"{text!r} {problem} of the model; its labels are {known}. Give a name or an index"
-            )
-        return found
-
-    def decode(self, ids: list[int]) -> str:
-        """The name of a label; its index where it has none."""
-        return " ".join(self._names.get(int(i), str(int(i))) for i in ids)
-
-    def convert_ids_to_tokens(self, index: int) -> str:
-        """The name of a label."""
-        return self.decode([index])
-
-
-def label_head(model: Any) -> LabelHead | None:
-    """The head of a classifier, a reward model or a question answering model, or None."""
-    for name, kind in _LABEL_HEADS.items():
-        module = getattr(model, name, None)
-        if isinstance(module, nn.Module):
-            return LabelHead(module, name, kind == "span")
-    return None
-
-
-def label_names(model: Any, head: LabelHead) -> LabelNames:
-    """The names of a head's labels, from the model's config."""
-    if head.is_span:
-        return LabelNames(dict(enumerate(_SPAN)))
-    return LabelNames(dict(getattr(model.config, "id2label", None) or {}))
 
 
 def unembedding(model: Any) -> nn.Module | None:
@@ -105,7 +29,7 @@ def unembedding(model: Any) -> nn.Module | None:
     if isinstance(model, PreTrainedModel):
         found = getattr(model, "lm_head", None)
         return found if isinstance(found, nn.Module) else None
-    if not isinstance(model, nn.Module) or _inside(model) is not None:
+    if not isinstance(model, nn.Module) or wrapped_in(model) is not None:
         return None
     named = (getattr(model, name, None) for name in _UNEMBEDDINGS)
     by_name = next((module for module in named if isinstance(module, nn.Module)), None)
@@ -118,6 +42,9 @@ def unembedding(model: Any) -> nn.Module | None:
 
 def token_embedding(model: Any) -> nn.Module | None:
     """The module that puts out the token embeddings, or None."""
+    inside = wrapped_in(model)
+    if inside is not None:
+        return token_embedding(inside)
     try:
         found = model.get_input_embeddings()
     except (AttributeError, NotImplementedError, TypeError):
@@ -148,96 +75,6 @@ def n_embedded(embedding: nn.Module | None) -> int | None:
     return int(weight.shape[0]) if isinstance(weight, Tensor) and weight.ndim == 2 else None
 
 
-def last_is_read(prompt: Prompt, chunk: range, pad: Any) -> Tensor:
-    """Rows [batch] where a classifier of transformers reads the last column of a chunk.
-
-    It is the last token that is no padding, by the ids and not by the mask.
-
-    Args:
-        prompt: the whole batch.
-        chunk: the columns that are run.
-        pad: the model's pad token, or None.
-    """
-    ends = prompt.mask[:, -1] & (prompt.input_ids[:, -1] != (-1 if pad is None else pad))
-    return ends & (chunk.stop == prompt.shape[1])
-
-
-def run_labels(
-    model: Any,
-    head: LabelHead,
-    given: tuple[Any, ...],
-    arguments: dict[str, Any],
-    last: Tensor,
-) -> tuple[Any, Tensor]:
-    """Run a model with a head of labels.
-
-    Args:
-        model: the model, or a wrapper around it.
-        head: its head.
-        given: positional arguments of the model.
-        arguments: its other arguments.
-        last: rows [batch] where the last position is the one that the model has to read.
-
-    Returns:
-        The model's output, and the head's logits [batch, position, labels]. What the model itself
-        returns is held against them.
-
-    Raises:
-        UnsupportedModelError: where the model returns something else than the head's output.
-    """
-    seen: list[Tensor] = []
-    tap = Tap(Place(head.module, head.name), lambda call: seen.append(call.left))
-    output: Any = None
-    with tapped([tap]):
-        try:
-            output = model(*given, **arguments)
-        except ValueError:
-            # Without a pad token a batch is refused, after its head has run. The last real token
-            # is known from the mask.
-            if not seen or seen[0].ndim != 3:
-                raise
-    logits = seen[0]
-    name = type(model).__name__
-    if logits.ndim != 3:
-        raise UnsupportedModelError(
-            f"{name} pools the stream before {head.name}, so no logit belongs to one position; "
-            "pass a model that scores every position"
-        )
-    if output is None:
-        return output, logits
-    same = _where_same(output, logits, head)
-    if same is None or not bool(same.any(-1).all()):
-        raise UnsupportedModelError(
-            f"{name} returns something else than what {head.name} puts out at one position; pass "
-            "a model that returns that"
-        )
-    if not bool(same[last.to(same.device), -1].all()):
-        raise UnsupportedModelError(
-            f"{name} reads another position than the last token; pass a model that scores the "
-            "last token, or every position"
-        )
-    return output, logits
-
-
-def _where_same(output: Any, logits: Tensor, head: LabelHead) -> Tensor | None:
-    """Positions [batch, pos] at which a model may have read what it returned; None for nowhere."""
-    if head.is_span:
-        parts = [tensor_in(output, (f"{name}_logits",)) for name in _SPAN]
-        returned = None if None in parts else torch.stack(parts, -1)  # type: ignore[arg-type]
-    else:
-        returned = tensor_in(output, ("logits",))
-    if returned is None or returned.shape[-1] != logits.shape[-1]:
-        return None
-    rounding = 4 * max(torch.finfo(one.dtype).eps for one in (logits, returned))
-    ours, theirs = logits.double(), returned.double().to(logits.device)
-    if theirs.ndim == 2:
-        return torch.isclose(ours, theirs[:, None], rtol=rounding, atol=1e-30).all(-1)
-    if theirs.shape != ours.shape:
-        return None
-    near = torch.isclose(ours, theirs, rtol=rounding, atol=1e-30, equal_nan=True)
-    return near.all().expand(near.shape[:2])
-
-
 def entry(output: Any, name: str) -> Any:
     """An entry of a model's output; None where it has no such entry, as a tuple has none."""
     return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
@@ -261,15 +98,15 @@ def at_columns(logits: Tensor, wanted: Tensor, width: int, name: str) -> Tensor:
     return logits[:, (wanted + offset).to(logits.device)]
 
 
-def _inside(model: Any) -> nn.Module | None:
-    """The language model in a wrapper with a value head, as trl makes one."""
+def wrapped_in(model: Any) -> nn.Module | None:
+    """The language model in a wrapper with a value head, as trl makes one, or None."""
     found = getattr(model, "pretrained_model", None)
     return found if isinstance(found, nn.Module) else None
 
 
 def way_out(model: Any) -> str:
     """Advice about a model without a head; none that would make a head of random weights."""
-    if _inside(model) is not None:
+    if wrapped_in(model) is not None:
         return "pass the language model inside it, model.pretrained_model"
     return (
         "pass the whole model with its trained head, not the decoder inside it. A checkpoint that "

@@ -76,6 +76,11 @@ def check_model(backend: Backend) -> None:
         )
     if backend.scores_labels:
         raise UnsupportedModelError(f"{name} scores labels, and generates no text")
+    if backend.stands_in:
+        raise UnsupportedModelError(
+            f"{name} was made without a final norm, and its last stream is seen in runs of a "
+            "finished text only: direct_logit_attribution"
+        )
 
 
 def check_options(model: Any, options: Mapping[str, Any]) -> None:
