@@ -33,7 +33,7 @@ class Backend:
         serves: classes whose models it runs, each as its library and its own name; a model is
             known by the classes that its own class descends from.
         advice: a sentence for refusals, about another way to pass the model; or nothing.
-        under_autocast: whether it runs under a caller's autocast only, as one of several dtypes may.
+        under_autocast: whether it runs under a caller's autocast only, as of several dtypes.
         embedding_name: the path of the token embeddings, where a cache names them.
     """
 
@@ -188,7 +188,7 @@ class Backend:
         return False
 
     def norm_before(self, *, mlp: bool) -> str | None:
-        """The name, in a block, of the norm before its MLP or its attention; None: run to find it."""
+        """The name, in a block, of the norm before its MLP or attention; None: a run finds it."""
         return None
 
     def neurons(self, block: nn.Module) -> tuple[nn.Module, str, nn.Module] | None:

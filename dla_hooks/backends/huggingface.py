@@ -102,10 +102,12 @@ class HuggingFaceBackend(Backend):
                 "AutoModelForCausalLM.from_pretrained(folder)"
             )
         name = f"{type(model).__name__} (model type {self.model_type!r})"
-        if self._config_value("is_encoder_decoder") and self._labels is not None:
+        scores = self.reads_two and self._labels is None
+        if self._config_value("is_encoder_decoder") and not scores:
+            what = "scores labels" if self.reads_two else "takes no decoder_input_ids"
             raise UnsupportedModelError(
-                f"{name} scores labels from an encoder-decoder, and only those that score tokens "
-                "can be attributed; pass one with an unembedding"
+                f"{name} is an encoder-decoder that {what}, and only those that write tokens can "
+                "be attributed; pass one with an unembedding"
             )
         if not has_head and is_module and codebooks(model) > 1:
             raise UnsupportedModelError(
