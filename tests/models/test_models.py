@@ -68,9 +68,12 @@ def test_non_language_model_is_refused(model):
 
 
 def test_labels_of_an_encoder_decoder_are_refused():
-    bart = small("bart", AutoModelForSequenceClassification, d_model=32, encoder_ffn_dim=64)
-    with pytest.raises(UnsupportedModelError, match="encoder-decoder that scores labels"):
-        direct_logit_attribution(bart, IDS, 5)
+    t5 = small(
+        "t5", AutoModelForSequenceClassification, d_model=32, d_ff=64, num_layers=2, num_heads=4,
+        d_kv=8, decoder_start_token_id=0,
+    )  # fmt: skip
+    with pytest.raises(UnsupportedModelError, match=r"no unembedding|scores labels"):
+        direct_logit_attribution(t5, IDS, 0)
 
 
 def test_an_encoder_is_refused():

@@ -1,6 +1,7 @@
 """Encoder-decoders: the decoder's stream, with what the encoder puts out as given."""
 
 import copy
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from doors import by_name
 from doors.seq2seq import START, TARGET, build, inputs, run, tokens
 from doors.speech import build_speech, heard
 from two_sequence_oracle import FAMILIES, Oracle
+from typer.testing import CliRunner
 from zoo import tiny_tokenizer
 
 import dla_hooks
@@ -20,6 +22,8 @@ from dla_hooks import (
     UnsupportedModelError,
     direct_logit_attribution,
 )
+from dla_hooks.checkpoint import load_model
+from dla_hooks.cli.app import app
 
 ANSWER, INCORRECT = 5, 7
 QUICK = ("t5", "mbart", "whisper")
@@ -400,6 +404,30 @@ def test_speech_without_sound_is_refused():
 def test_post_norm_decoders_are_refused_with_the_reason():
     with pytest.raises(UnsupportedModelError, match="norms the sum itself"):
         direct_logit_attribution(build("bart"), inputs(), ANSWER)
+
+
+def test_command_attributes_an_encoder_decoder_from_a_folder(tmp_path):
+    model, tokenizer = build("t5").float(), tiny_tokenizer()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    asked = ["attribute", str(tmp_path), " cat sat", "--answer", " on", "--decoder-input", " dog"]
+    done = CliRunner().invoke(app, [*asked, "--unit", "head", "--json", "-"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    expected = direct_logit_attribution(
+        model, " cat sat", " on", decoder_input=" dog", unit="head", tokenizer=tokenizer
+    )
+    assert found["labels"] == expected.labels
+    close(torch.tensor(found["attribution"]), expected.attribution)
+
+
+def test_speech_model_is_loaded_from_its_folder(tmp_path):
+    model, given = made("whisper")
+    model.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path, "float64")
+    assert type(loaded) is type(model)
+    one, other = (direct_logit_attribution(m, given, ANSWER) for m in (model, loaded))
+    close(one.attribution, other.attribution, 1e-12)
 
 
 @pytest.mark.slow
