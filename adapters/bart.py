@@ -1,20 +1,68 @@
-"""Decoders of BART's shape with a norm before each sublayer, used without an encoder."""
+"""Decoders of BART's shape with a norm before each sublayer, with an encoder or without.
+
+Without one, as causal language models, their cross-attention does not run.
+"""
 
 from dla_hooks.residual.architecture import Architecture, Heads, Write
 
+_COUNT = "decoder_attention_heads"
+_SELF = Write("attn_out", "self_attn", heads=Heads("self_attn.out_proj", _COUNT))
 _WRITES = (
-    Write("attn_out", "self_attn", heads=Heads("self_attn.out_proj", "decoder_attention_heads")),
+    _SELF,
+    Write(
+        "cross_attn_out",
+        "encoder_attn",
+        heads=Heads("encoder_attn.out_proj", _COUNT, cross=True),
+    ),
     Write("mlp_out", "fc2"),
+)
+_OTHER_NAMES = (
+    _SELF,
+    Write(
+        "cross_attn_out",
+        "cross_attention",
+        heads=Heads("cross_attention.out_proj", _COUNT, cross=True),
+    ),
+    Write("mlp_out", "ffn"),
 )
 
 ARCHITECTURES = (
     Architecture(
-        model_types=("blenderbot", "pegasus"),
+        model_types=("blenderbot", "pegasus", "pegasus_x"),
         layers="model.decoder.layers",
         final_norm="model.decoder.layer_norm",
         writes=_WRITES,
         positions="model.decoder.embed_positions",
         position_limit="max_position_embeddings",
+    ),
+    Architecture(
+        model_types=("m2m_100",),  # sinusoids are added by a module; they go on for any length
+        layers="model.decoder.layers",
+        final_norm="model.decoder.layer_norm",
+        writes=_WRITES,
+        positions="model.decoder.embed_positions",
+    ),
+    Architecture(
+        model_types=("nllb-moe",),
+        layers="model.decoder.layers",
+        final_norm="model.decoder.layer_norm",
+        writes=_OTHER_NAMES,
+        positions="model.decoder.embed_positions",
+    ),
+    Architecture(
+        model_types=("speech_to_text",),
+        layers="model.decoder.layers",
+        final_norm="model.decoder.layer_norm",
+        writes=_WRITES,
+        positions="model.decoder.embed_positions",
+        position_limit="max_target_positions",
+    ),
+    Architecture(
+        model_types=("seamless_m4t", "seamless_m4t_v2"),
+        layers="text_decoder.layers",
+        final_norm="text_decoder.layer_norm",
+        writes=_OTHER_NAMES,
+        positions="text_decoder.embed_positions",
     ),
     Architecture(
         model_types=("whisper",),

@@ -15,6 +15,7 @@ from dla_hooks.errors import InputError
 from dla_hooks.inputs.positions import Selection, select
 from dla_hooks.inputs.prompts import check_tokenizer
 from dla_hooks.inputs.rows_of_positions import Span
+from dla_hooks.inputs.two_sequences import paired
 from dla_hooks.modules.user_hooks import check_global_hooks
 from dla_hooks.residual.stream import Stream
 from dla_hooks.sources.base import Source
@@ -95,7 +96,7 @@ def read_call(
 
     Args:
         model: a model of any backend, or what :func:`dla_hooks.wrap` made of one.
-        input: see :func:`dla_hooks.direct_logit_attribution`.
+        input: see :func:`dla_hooks.direct_logit_attribution`; so are the next three.
         cache: an ``ActivationCache``, or None.
         tokenizer: for strings.
         attention_mask: for padded ids.
@@ -121,17 +122,18 @@ def read_call(
     return Inputs(read, source)
 
 
-def check_given(input: Any, cache: Any) -> None:
-    """Refuse a call with nothing to take activations from.
+def check_given(input: Any, cache: Any, decoder_input: Any = None) -> Any:
+    """The input, with what a decoder has written; a call with neither prompt nor cache is refused.
 
     Raises:
-        InputError: when there is neither a prompt nor a cache.
+        InputError: when there is neither.
     """
     if input is None and cache is None:
         raise InputError(
             "provide either `input` (a prompt, a list of prompts, or token ids) to run the model, "
             "or a precomputed `cache`"
         )
+    return paired(input, decoder_input)
 
 
 def checked(model: Any, *, cache: Any = None) -> Backend:

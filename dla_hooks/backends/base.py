@@ -33,8 +33,7 @@ class Backend:
         serves: classes whose models it runs, each as its library and its own name; a model is
             known by the classes that its own class descends from.
         advice: a sentence for refusals, about another way to pass the model; or nothing.
-        under_autocast: whether the model runs under a caller's autocast only, as one of several
-            dtypes may.
+        under_autocast: whether it runs under a caller's autocast only, as of several dtypes.
         embedding_name: the path of the token embeddings, where a cache names them.
     """
 
@@ -142,6 +141,11 @@ class Backend:
         raise NotImplementedError
 
     @property
+    def reads_two(self) -> bool:
+        """Whether it is an encoder-decoder; what is attributed is then its decoder's stream."""
+        return False
+
+    @property
     def scores_labels(self) -> bool:
         """True for a model whose logits are labels' and not tokens'."""
         return False
@@ -164,11 +168,7 @@ class Backend:
     def last_stream(self, layers: str) -> str | None:
         """The path of a module that stands in for a missing final norm and returns its input.
 
-        Args:
-            layers: the path of the list of blocks.
-
-        Returns:
-            None where a model without a final norm is refused.
+        It is None where a model without a final norm is refused.
         """
         return None
 
@@ -188,11 +188,7 @@ class Backend:
         return False
 
     def norm_before(self, *, mlp: bool) -> str | None:
-        """The name, in a block, of the norm before its MLP or its attention.
-
-        Returns:
-            None where a run must find it.
-        """
+        """The name, in a block, of the norm before its MLP or attention; None: a run finds it."""
         return None
 
     def neurons(self, block: nn.Module) -> tuple[nn.Module, str, nn.Module] | None:

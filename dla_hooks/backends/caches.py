@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dla_hooks.backends.readouts import entry
@@ -31,6 +32,10 @@ _EXACT_LAYERS = {
 """Layers of transformers' caches that keep unchanged all that later tokens read."""
 
 
+_OF_TWO = ("self_attention_cache", "cross_attention_cache")
+"""What the cache of an encoder-decoder holds."""
+
+
 def caches_in(output: Any, accepted: Arguments, name: str) -> dict[str, Any]:
     """The arguments for the next chunk.
 
@@ -51,12 +56,16 @@ def caches_in(output: Any, accepted: Arguments, name: str) -> dict[str, Any]:
             found[argument] = cache
     if not found:
         raise UnsupportedModelError(f"{name} hands on no cache of what it has read")
-    unknown = {
-        type(layer).__name__ for cache in found.values() for layer in getattr(cache, "layers", ())
-    } - _EXACT_LAYERS
+    unknown = {type(layer).__name__ for layer in _layers(found)} - _EXACT_LAYERS
     if unknown:
         raise UnsupportedModelError(
             f"its cache ({', '.join(sorted(unknown))}) is not known to be exact; sparse "
             "attention, for example, picks other tokens where scores tie"
         )
     return found
+
+
+def _layers(caches: Mapping[str, Any]) -> Iterator[Any]:
+    for cache in caches.values():
+        for one in (cache, *(getattr(cache, name, None) for name in _OF_TWO)):
+            yield from getattr(one, "layers", ())

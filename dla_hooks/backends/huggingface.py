@@ -31,7 +31,16 @@ from dla_hooks.backends.readouts import (
     wrapped_in,
 )
 from dla_hooks.backends.stand_in import StandIn, switched_off
+from dla_hooks.backends.two_sequences import (
+    check_encoder,
+    codebooks,
+    decoder_of,
+    of_decoder,
+    of_decoder_alone,
+    reads_two,
+)
 from dla_hooks.errors import InputError, UnsupportedModelError
+from dla_hooks.inputs.extras import MASK
 from dla_hooks.inputs.prompts import Prompt
 from dla_hooks.modules.outputs import tensor_in
 from dla_hooks.modules.recurrent import from_the_start
@@ -61,6 +70,12 @@ class HuggingFaceBackend(Backend):
         return found if isinstance(found, str) and found else type(self.root).__name__
 
     @cached_property
+    def reads_two(self) -> bool:
+        """Whether it is an encoder-decoder; what is attributed is then its decoder's stream."""
+        two: bool = reads_two(self.root)
+        return two
+
+    @cached_property
     def _labels(self) -> LabelHead | None:
         """The head of a model that scores labels instead of a vocabulary."""
         return None if unembedding(self.root) is not None else label_head(self.root)
@@ -87,10 +102,17 @@ class HuggingFaceBackend(Backend):
                 "AutoModelForCausalLM.from_pretrained(folder)"
             )
         name = f"{type(model).__name__} (model type {self.model_type!r})"
-        if self._config_value("is_encoder_decoder"):
+        scores = self.reads_two and self._labels is None
+        if self._config_value("is_encoder_decoder") and not scores:
+            what = "scores labels" if self.reads_two else "takes no decoder_input_ids"
             raise UnsupportedModelError(
-                f"{name} is an encoder-decoder: its decoder's stream also holds what the encoder "
-                "wrote. Only decoder-only causal language models can be attributed."
+                f"{name} is an encoder-decoder that {what}, and only those that write tokens can "
+                "be attributed; pass one with an unembedding"
+            )
+        if not has_head and is_module and codebooks(model) > 1:
+            raise UnsupportedModelError(
+                f"{name} has one head for every codebook of its audio ({codebooks(model)}), and no "
+                "single logit of a token; an attribution would need a choice of the codebook"
             )
         if not has_head:
             raise UnsupportedModelError(
@@ -110,7 +132,9 @@ class HuggingFaceBackend(Backend):
         Raises:
             InputError: for such an argument, or a row that ends with the model's pad token.
         """
-        if prompt.extras:
+        if prompt.encoder is not None:
+            check_encoder(self.root, prompt)
+        elif prompt.extras:
             attention = self.number("_attn_implementation")
             check_extras(self.root, prompt, self.n_tokens(), attention)
         pad = self.number("pad_token_id") if self._labels is not None else None
@@ -156,7 +180,7 @@ class HuggingFaceBackend(Backend):
         return {**arguments_of(inside), **accepted}
 
     def embedding(self) -> nn.Module:
-        found = token_embedding(self.root)
+        found = token_embedding(decoder_of(self.root) if self.reads_two else self.root)
         assert found is not None
         return found
 
@@ -215,9 +239,10 @@ class HuggingFaceBackend(Backend):
         accepted = self._accepted
         device = run_device(self.embedding())
         arguments: dict[str, Any] = taken({**options, "return_dict": True}, accepted)
-        if prompt.padded and "attention_mask" not in accepted and not takes_any(self.root):
+        own = of_decoder_alone(accepted) if self.reads_two else accepted
+        if prompt.padded and MASK not in own and not takes_any(self.root):
             raise no_mask(self.root)
-        arguments |= extra_arguments(prompt, chunk, accepted, device)
+        arguments |= extra_arguments(prompt, chunk, own, device)
         if columns is None:
             columns = torch.tensor([chunk.stop - 1], device="cpu")
         wanted = columns - chunk.start
@@ -225,6 +250,8 @@ class HuggingFaceBackend(Backend):
         if not prompt.embedded:
             ids = prompt.input_ids if self._labels is None else self._padded_as_known(prompt)
             ids = ids[:, chunk.start : chunk.stop].to(device)
+        if self.reads_two:
+            ids, arguments = None, of_decoder(self.root, ids, arguments, prompt, device)
         if "logits_to_keep" in accepted and self._labels is None:
             # Remote code for older versions takes a count from the end only.
             takes_tensor = "Tensor" in str(accepted["logits_to_keep"].annotation)

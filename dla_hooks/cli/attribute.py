@@ -8,6 +8,7 @@ from dla_hooks.cli.help import examples
 from dla_hooks.cli.loading import load, readable
 from dla_hooks.cli.options import (
     UNIT,
+    DecoderInput,
     Loading,
     Model,
     PromptArgument,
@@ -35,19 +36,21 @@ def attribute(
     run: Run,
     files: Files,
     loading: Loading,
+    decoder_input: DecoderInput = None,
     unit: UnitOption = UNIT,
     top: Top = 10,
 ) -> None:
     """Split a logit, or the difference of two, into what each part of a model wrote."""
     where = question.where()
     files.check()
-    check = readable(prompt, question.said, where, run.prepend_bos)
+    check = readable(prompt, question.said, where, run.prepend_bos, decoder_input)
     loaded, tokenizer = load(model, loading, check=check)
     with running():
         result = dla_hooks.direct_logit_attribution(
             loaded,
             prompt,
             **question.tokens(),
+            decoder_input=decoder_input,
             unit=unit.value,
             pos=where,
             tokenizer=tokenizer,

@@ -106,7 +106,7 @@ def report(
     wrong = _of_each(incorrect, len(prompts), "--incorrect")
     asked = zip(prompts, zip(answers, wrong, strict=True), strict=True)
     checks = [readable(prompt, both, where, run.prepend_bos) for prompt, both in asked]
-    loaded, tokenizer = load(model, loading, check=lambda read: [check(read) for check in checks])
+    loaded, tokenizer = load(model, loading, check=lambda *read: [check(*read) for check in checks])
     with running():
         made = dla_hooks.report(
             loaded,

@@ -11,7 +11,7 @@ from typing import Any
 from dla_hooks.backends import Backend
 from dla_hooks.bars import bar, check_progress, shown
 from dla_hooks.call import checked
-from dla_hooks.errors import DLAError, InputError
+from dla_hooks.errors import DLAError, InputError, UnsupportedModelError
 from dla_hooks.inputs import positions
 from dla_hooks.inputs.prompts import check_tokenizer
 from dla_hooks.inputs.rows_of_positions import PerRow, Span
@@ -122,6 +122,11 @@ def attribute_many(
         raise InputError(
             f"PerRow holds positions of {len(pos)} prompts, and there are {rows.total}; give one "
             "int, or one list, for each"
+        )
+    if backend.reads_two:
+        raise UnsupportedModelError(
+            f"attribute_many takes prompts of one text, and {backend.name} is an encoder-decoder; "
+            "call a plan of prepare(...) for each prompt, or for each batch"
         )
     conventions = backend.conventions.given(
         center_unembed=center_unembed, fold_value_biases=fold_value_biases

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 
+from dla_hooks.backends.two_sequences import reader_of
 from dla_hooks.calibration.invariance import holes_are_ignored, padding_is_ignored
 from dla_hooks.errors import DLAError, InputError, UnsupportedModelError
 from dla_hooks.inputs.extras import POSITIONS
 from dla_hooks.inputs.prompts import Prompt, is_text, read_prompt, tokenizer_for
+from dla_hooks.inputs.two_sequences import DECODER_INPUT, encode_target, read_two
 from dla_hooks.modules.faults import described_error
 from dla_hooks.residual.stream import Stream
 from dla_hooks.sources.cautions import warn_of, warn_of_unknown
@@ -41,6 +43,13 @@ def prompt_for(
         UnsupportedModelError: for padding that would change the model's logits.
     """
     backend = stream.backend
+    if backend.reads_two:
+        return _pair_for(stream, tokenizer, prepend_bos, input, attention_mask)
+    if isinstance(input, Mapping) and input.get(DECODER_INPUT) is not None:
+        raise InputError(
+            f"{backend.name} is no encoder-decoder, so decoder_input has no decoder of its own; "
+            "put the text behind input"
+        )
     if is_text(input):
         tokenizer = tokenizer_for(backend.model, tokenizer, "input")
     prompt = read_prompt(
@@ -50,9 +59,7 @@ def prompt_for(
         vocabulary=backend.n_tokens(),
         encode=lambda text: backend.encode(text, tokenizer, prepend_bos),
     )
-    check_length(stream, prompt)
-    backend.check_prompt(prompt)
-    _check_padding(stream, prompt)
+    runnable(stream, prompt)
     masked = attention_mask is not None or (
         isinstance(input, Mapping) and "attention_mask" in input
     )
@@ -60,6 +67,42 @@ def prompt_for(
     warn_of(stream, prompt, tokenizer, given_as_ids=as_ids)
     if is_text(input):
         warn_of_unknown(prompt.input_ids, tokenizer, input)
+    return prompt
+
+
+def _pair_for(
+    stream: Stream, tokenizer: Any, prepend_bos: bool | None, input: Any, attention_mask: Any
+) -> Prompt:
+    """:func:`prompt_for`, for an encoder-decoder."""
+    backend = stream.backend
+    if prepend_bos is not None:
+        raise InputError(
+            f"{backend.name} is an encoder-decoder, whose tokenizer knows what its texts begin and "
+            "end with; leave prepend_bos out, or give token ids"
+        )
+
+    def encode(text: str) -> list[int]:
+        reads = tokenizer_for(backend.model, tokenizer, "input")
+        return backend.encode(text, reads, None)
+
+    def encode_decoder(text: str) -> list[int]:
+        reads = tokenizer_for(backend.model, tokenizer, "decoder_input")
+        return encode_target(text, reads)
+
+    prompt = read_two(input, reader_of(backend, encode, encode_decoder), attention_mask)
+    return runnable(stream, prompt)
+
+
+def runnable(stream: Stream, prompt: Prompt) -> Prompt:
+    """A prompt, once it is known that the model can run it.
+
+    Raises:
+        InputError: for one that is longer than the model's positions, or has odd arguments.
+        UnsupportedModelError: for padding that would change the model's logits.
+    """
+    check_length(stream, prompt)
+    stream.backend.check_prompt(prompt)
+    _check_padding(stream, prompt)
     return prompt
 
 

@@ -202,7 +202,9 @@ def _candidates(backend: Backend, declared: tuple[Architecture, ...]) -> list[tu
             stream = locate(backend, architecture)
         except UnsupportedModelError:
             continue  # other module names: not this shape, and nothing to tell
-        sites, named = stream.writes, architecture.writes
+        # Attention to an encoder is there in models that have one only.
+        sites = [w for w in stream.writes if w.heads is None or not w.heads.cross]
+        named = [w for w in architecture.writes if w.heads is None or not w.heads.cross]
         has = sum(1 + (w.post_norm is not None) + (w.heads is not None) for w in sites)
         could = sum(1 + (w.post_norm is not None) + (w.heads is not None) for w in named)
         found.append((has / (could * len(stream.blocks)), stream))
