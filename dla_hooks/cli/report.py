@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 import dla_hooks
-from dla_hooks.cli.files import check_folder
 from dla_hooks.cli.browser import Open, show
+from dla_hooks.cli.files import check_folder
 from dla_hooks.cli.help import examples
 from dla_hooks.cli.loading import load, readable
 from dla_hooks.cli.options import OUTPUT, QUESTION, Loading, Model, Run, Unit

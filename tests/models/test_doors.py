@@ -1,4 +1,4 @@
-"""Every type behind the doors of labels and masks: right, or refused with the reason; none wrong."""
+"""Every type behind the doors of labels and masks: right, or refused with the reason."""
 
 from __future__ import annotations
 
