@@ -15,6 +15,7 @@ import dla_hooks
 from dla_hooks import DLAWarning, checkpoint, hub
 from dla_hooks.cli import listing
 from dla_hooks.cli.app import app
+from dla_hooks.cli.files import as_file
 from dla_hooks.cli.terminal import say_warnings, spell_out
 from dla_hooks.errors import CheckpointError
 
@@ -148,3 +149,18 @@ class TestHub:
     def test_folder_and_demo_ask_nobody(self, answers):
         answers(fails_with(AssertionError("asked")), cached=False)
         assert run("verify", "demo")[0] == 0
+
+
+def test_file_on_stdout_is_utf8_whatever_a_terminal_has(monkeypatch):
+    kept = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(kept, encoding="ascii", newline="\n"))
+    stream = as_file()
+    stream.write("é …\n")
+    stream.flush()
+    assert kept.getvalue().decode("utf-8") == "é …\n"
+
+
+def test_mistyped_value_is_named_as_it_is():
+    code, _, said = run("attribute", "demo", PROMPT, "--unit", "nothing")
+    assert code == 2
+    assert "Invalid value for '--unit': 'nothing' is not one of 'adapter'" in said
