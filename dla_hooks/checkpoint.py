@@ -93,7 +93,7 @@ def load_model(
     """Load the model alone; see :func:`load`."""
     if dtype not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    source = _source(path)
+    source = find(path)
     placement = Placement(device, device_map, max_memory)
     with quiet():
         import torch
@@ -124,7 +124,7 @@ def labels(path: str | Path, trust_remote_code: bool = False) -> dict[int, str] 
     Raises:
         CheckpointError: when that is missing or cannot be read.
     """
-    config = _config(_source(path), trust_remote_code)
+    config = _config(find(path), trust_remote_code)
     named = _door(config).labels
     if isinstance(named, str):
         found = getattr(config, named, None) or {}
@@ -138,7 +138,7 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
     Raises:
         CheckpointError: when there is one that cannot be read.
     """
-    source = _source(path)
+    source = find(path)
     folder = Path(source)
     if folder.is_dir() and not any((folder / name).exists() for name in _TOKENIZER_FILES):
         return None
@@ -164,8 +164,13 @@ def _door(config: Any) -> Door:
     return door_for(config.model_type, names, remote) or CAUSAL
 
 
-def _source(path: str | Path) -> str:
-    """The argument for ``from_pretrained``: a checked folder, or a hub id."""
+def find(path: str | Path) -> str:
+    """The argument for ``from_pretrained``: a checked folder, or a hub id.
+
+    Raises:
+        CheckpointError: for what is neither, and where it is on the hub that cannot be reached.
+        InputError: for an empty name.
+    """
     name = str(path)
     if not name.strip():
         raise InputError("the model's name is empty: give a folder or a hub id")

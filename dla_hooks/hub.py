@@ -31,13 +31,12 @@ def is_cached(name: str) -> bool:
 
 def is_reachable(name: str) -> bool:
     """Whether the hub answers when it is asked for a model, be it that there is none."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 
+    url = hf_hub_url(name, "config.json")
     try:
-        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=_SECONDS)
-    except (HfHubHTTPError, ValueError):
-        return True
+        get_session().head(url, timeout=_SECONDS)
     except Exception:  # each version's client has errors of its own
         return False
     return True

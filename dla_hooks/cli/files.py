@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -79,7 +80,7 @@ class Files:
         """Write a result; what was written is said on stderr."""
         for path, text in ((self.json, result.to_json), (self.csv, result.to_csv)):
             if path == STDOUT:
-                sys.stdout.write(text().rstrip("\n") + "\n")
+                as_file().write(text().rstrip("\n") + "\n")
             elif path is not None:
                 said(text(path))
         if self.plot is not None:
@@ -96,6 +97,13 @@ def check_folder(path: Path) -> None:
         raise InputError(f"cannot write {path}: there is no folder {path.parent}")
     if path.is_dir():
         raise InputError(f"cannot write {path}: it is a folder")
+
+
+def as_file() -> TextIO:
+    """The standard output as a file for other programs: in UTF-8, whatever a terminal has."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", errors="backslashreplace")
+    return sys.stdout
 
 
 def said(path: Path) -> None:

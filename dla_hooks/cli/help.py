@@ -44,7 +44,11 @@ class Command(TyperCommand):
                 raise typer.BadParameter(
                     f"it is given {times} times, and takes one value", ctx=ctx, param=param
                 )
-        return super().parse_args(ctx, args)
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            error.message = error.message.removeprefix("Value error, ")
+            raise
 
 
 def examples(*lines: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as json_text
-import sys
 from typing import Annotated, Any
 
 import typer
@@ -12,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 import dla_hooks
-from dla_hooks.cli.files import STDOUT, Json, check_folder, said
+from dla_hooks.cli.files import STDOUT, Json, as_file, check_folder, said
 from dla_hooks.cli.help import examples
 from dla_hooks.cli.terminal import out
 from dla_hooks.doors import DOORS
@@ -64,7 +63,7 @@ def list_architectures(
     if json is not None:
         text = json_text.dumps(found, ensure_ascii=False, indent=1) + "\n"
         if json == STDOUT:
-            sys.stdout.write(text)
+            as_file().write(text)
         else:
             json.write_text(text, encoding="utf-8")
             said(json)

@@ -41,6 +41,8 @@ def load(
         with quick_imports():
             from dla_hooks import checkpoint, placement
 
+            for one in (source, *map(_source, also)):
+                checkpoint.find(one)
             device_map = None if loading.device_map is None else loading.device_map.value
             placement.Placement(loading.device, device_map, loading.max_memory)  # or it refuses
             if device_map is not None:

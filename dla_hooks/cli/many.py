@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,7 @@ import typer
 
 import dla_hooks
 from dla_hooks.cli import tables
-from dla_hooks.cli.files import STDOUT, check_folder, said
+from dla_hooks.cli.files import STDOUT, as_file, check_folder, said
 from dla_hooks.cli.help import examples
 from dla_hooks.cli.loading import load
 from dla_hooks.cli.options import (
@@ -188,7 +187,7 @@ def _folder_of(output: Path | None) -> Path | None:
 @contextmanager
 def _opened(path: Path | None) -> Iterator[TextIO | None]:
     if path is None or path == STDOUT:
-        yield None if path is None else sys.stdout
+        yield None if path is None else as_file()
         return
     with path.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
         yield file

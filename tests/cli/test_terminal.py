@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import io
 import warnings
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
-from huggingface_hub.errors import HfHubHTTPError
 from typer.testing import CliRunner
 
 import dla_hooks
 from dla_hooks import DLAWarning, checkpoint, hub
 from dla_hooks.cli import listing
 from dla_hooks.cli.app import app
+from dla_hooks.cli.files import as_file
 from dla_hooks.cli.terminal import say_warnings, spell_out
 from dla_hooks.errors import CheckpointError
 
@@ -111,14 +112,15 @@ class TestHub:
 
     @pytest.fixture
     def answers(self, monkeypatch):
-        def put(error, cached):
-            monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", fails_with(error))
+        def put(answer, cached):
+            session = SimpleNamespace(head=answer)
+            monkeypatch.setattr(huggingface_hub.utils, "get_session", lambda: session)
             monkeypatch.setattr(hub, "is_cached", lambda name: cached)
 
         return put
 
     def test_no_answer_is_said_at_once(self, answers):
-        answers(ConnectionError("no route"), cached=False)
+        answers(fails_with(ConnectionError("no route")), cached=False)
         with pytest.raises(CheckpointError, match="the Hugging Face hub cannot be reached"):
             checkpoint.load("nobody/nothing")
         code, _, said = run("attribute", "nobody/nothing", PROMPT)
@@ -128,7 +130,7 @@ class TestHub:
         assert second.startswith("error: nobody/nothing is neither a folder here")
 
     def test_cached_model_is_taken_without_a_hub(self, answers, monkeypatch):
-        answers(ConnectionError("no route"), cached=True)
+        answers(fails_with(ConnectionError("no route")), cached=True)
         seen = []
 
         def load(*_):
@@ -141,10 +143,24 @@ class TestHub:
         assert "some/body is taken from the local cache" in said
 
     def test_answer_that_there_is_none_is_left_to_the_loader(self, answers):
-        refusal = HfHubHTTPError.__new__(HfHubHTTPError)
-        answers(refusal, cached=False)
+        answers(lambda url, timeout: SimpleNamespace(status_code=404), cached=False)
         assert hub.is_reachable("nobody/nothing")
 
     def test_folder_and_demo_ask_nobody(self, answers):
-        answers(AssertionError("asked"), cached=False)
+        answers(fails_with(AssertionError("asked")), cached=False)
         assert run("verify", "demo")[0] == 0
+
+
+def test_file_on_stdout_is_utf8_whatever_a_terminal_has(monkeypatch):
+    kept = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(kept, encoding="ascii", newline="\n"))
+    stream = as_file()
+    stream.write("é …\n")
+    stream.flush()
+    assert kept.getvalue().decode("utf-8") == "é …\n"
+
+
+def test_mistyped_value_is_named_as_it_is():
+    code, _, said = run("attribute", "demo", PROMPT, "--unit", "nothing")
+    assert code == 2
+    assert "Invalid value for '--unit': 'nothing' is not one of 'adapter'" in said
