@@ -609,7 +609,17 @@ def test_where_knows_rows_of_every_unit():
     assert dla_hooks.where(build("mixtral"), "L1E2")[:2] == ("model.layers.1.mlp.experts", "output")
 
 
-@pytest.mark.parametrize("spec", ["gpt2", "llama", "gemma2", "gpt_neox-parallel", "mixtral"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "gpt2",
+        "gemma2",
+        *(
+            pytest.param(one, marks=pytest.mark.slow)
+            for one in ("llama", "gpt_neox-parallel", "mixtral")
+        ),
+    ],
+)
 def test_where_of_a_comparison_is_that_of_the_first_model(spec, tmp_path):
     first, second = build(spec, seed=0), build(spec, seed=1)
     units = ("component", "layer", "head", dla_hooks.SourceTokens(top=2))
