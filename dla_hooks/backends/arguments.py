@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -140,3 +141,22 @@ def _placeholders(model: nn.Module) -> list[int]:
     settings: Any = getattr(model, "config", None)
     named = vars(settings).items() if hasattr(settings, "__dict__") else ()
     return [v for name, v in named if isinstance(v, int) and _PLACEHOLDER.fullmatch(name)]
+
+
+def called_with(
+    ids: Tensor | None, arguments: dict[str, Any], accepted: Arguments
+) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """What a model is called with: arguments by position, and by name.
+
+    Args:
+        ids: of tokens, or None where embeddings stand among the arguments.
+        arguments: all others.
+        accepted: what the model takes.
+    """
+    if ids is None:
+        return (), arguments
+    first = next(iter(accepted.values()), None)
+    named = first is None or first.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD
+    if named or "input_ids" in accepted:
+        return (), {"input_ids": ids, **arguments}
+    return (ids,), arguments  # the first argument has another name, as nanoGPT's `idx`

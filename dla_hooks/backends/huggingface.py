@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import cached_property
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dla_hooks.backends.arguments import (
+    called_with,
     check_extras,
     extra_arguments,
     no_mask,
@@ -20,7 +20,14 @@ from dla_hooks.backends.arguments import (
 )
 from dla_hooks.backends.base import Backend
 from dla_hooks.backends.caches import caches_in
-from dla_hooks.backends.labels import LabelHead, label_head, label_names, last_real, run_labels
+from dla_hooks.backends.labels import (
+    LabelHead,
+    label_head,
+    label_names,
+    last_real,
+    padded_as_known,
+    run_labels,
+)
 from dla_hooks.backends.readouts import (
     at_columns,
     n_embedded,
@@ -248,7 +255,9 @@ class HuggingFaceBackend(Backend):
         wanted = columns - chunk.start
         ids = None
         if not prompt.embedded:
-            ids = prompt.input_ids if self._labels is None else self._padded_as_known(prompt)
+            ids = prompt.input_ids
+            if self._labels is not None:
+                ids = padded_as_known(prompt, self.number("pad_token_id"))
             ids = ids[:, chunk.start : chunk.stop].to(device)
         if self.reads_two:
             ids, arguments = None, of_decoder(self.root, ids, arguments, prompt, device)
@@ -266,27 +275,17 @@ class HuggingFaceBackend(Backend):
                 output, logits = self._call(ids, arguments, accepted)
             else:
                 last = last_real(prompt, chunk)
-                given = self._given(ids, arguments, accepted)
+                given = called_with(ids, arguments, accepted)
                 output, logits = run_labels(self.model, self._labels, *given, last)
         if not ("logits_to_keep" in arguments and logits.shape[1] == len(wanted)):
             logits = at_columns(logits, wanted, len(chunk), type(self.root).__name__)
         return logits, output
 
-    def _padded_as_known(self, prompt: Prompt) -> Tensor:
-        """Ids with the model's own pad token where the mask says padding, as classifiers read it.
-
-        They find the last token by its id, and not by the mask.
-        """
-        pad = self.number("pad_token_id")
-        if not prompt.padded or not isinstance(pad, int):
-            return prompt.input_ids
-        return prompt.input_ids.masked_fill(~prompt.mask, pad)
-
     def _call(
         self, ids: Tensor | None, arguments: dict[str, Any], accepted: Mapping[str, Any]
     ) -> tuple[Any, Tensor]:
         """Run the model: its output, and the logits [batch, n, vocabulary] in it."""
-        given, arguments = self._given(ids, arguments, accepted)
+        given, arguments = called_with(ids, arguments, accepted)
         output = self.model(*given, **arguments)
         logits = getattr(output, "logits", None)
         if not isinstance(logits, Tensor):
@@ -297,15 +296,3 @@ class HuggingFaceBackend(Backend):
                 "[batch, position, vocabulary]; let its forward return them first, or as `logits`"
             )
         return output, logits
-
-    def _given(
-        self, ids: Tensor | None, arguments: dict[str, Any], accepted: Mapping[str, Any]
-    ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-        """What the model is called with: arguments by position, and by name."""
-        first = next(iter(accepted.values()), None)
-        if ids is None:
-            return (), arguments  # embeddings stand among the arguments
-        named = first is None or first.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD
-        if named or "input_ids" in accepted:
-            return (), {"input_ids": ids, **arguments}
-        return (ids,), arguments  # the first argument has another name, as nanoGPT's `idx`

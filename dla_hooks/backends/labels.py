@@ -211,3 +211,17 @@ def _value(output: Any, logits: Tensor) -> Tensor | None:
     shapes = logits.shape, logits.shape[:-1]
     found = [one for one in several if isinstance(one, Tensor) and one.shape in shapes]
     return found[-1].reshape(logits.shape) if found else None
+
+
+def padded_as_known(prompt: Prompt, pad: Any) -> Tensor:
+    """Ids with the model's own pad token where the mask says padding, as classifiers read it.
+
+    They find the last token by its id, and not by the mask.
+
+    Args:
+        prompt: the whole batch.
+        pad: the model's pad token, or None.
+    """
+    if not prompt.padded or not isinstance(pad, int):
+        return prompt.input_ids
+    return prompt.input_ids.masked_fill(~prompt.mask, pad)

@@ -35,7 +35,7 @@ def load(
     Raises:
         DLAError: when there is no such model, or it cannot be loaded.
     """
-    source = _source(model)
+    source, others = _source(model), [*map(_source, also)]
     with progress(f"loading {model}"):
         _say_where(model, source)
         with quick_imports():
@@ -56,8 +56,8 @@ def load(
                         "with; save one into the folder with tokenizer.save_pretrained(folder)"
                     )
                 if check is not None:
-                    check(tokenizer, _answers(source, loading, tokenizer))
-            import_models(source, *map(_source, also))
+                    check(tokenizer, _answers(source, others, loading, tokenizer))
+            import_models(source, *others)
             loaded = checkpoint.load_model(
                 source,
                 loading.dtype.value,
@@ -101,13 +101,17 @@ def readable(
     return check
 
 
-def _answers(source: str, loading: Loading, tokenizer: Any) -> Any:
+def _answers(source: str, also: Sequence[str], loading: Loading, tokenizer: Any) -> Any:
     """What answers are read with: the names of a classifier's labels, or the tokenizer."""
     from dla_hooks import checkpoint
-    from dla_hooks.backends.labels import LabelNames
 
     names = checkpoint.labels(source, loading.trust_remote_code)
-    return tokenizer if names is None else LabelNames(names)
+    if names is None:
+        return tokenizer
+    import_models(source, *also)
+    from dla_hooks.backends.labels import LabelNames
+
+    return LabelNames(names)
 
 
 def _source(model: str) -> str:
