@@ -1,7 +1,8 @@
 """Encoders with a norm before each sublayer and one at the end, which read in both directions.
 
 Where the residual is added inside the output module, the write is the linear layer before it. Their
-heads for masked tokens and whole texts have layers of their own, and are in `refused`.
+heads for masked tokens and whole texts have layers of their own, and are in `refused`. Encoders of
+the Llama shape are in `llama`.
 """
 
 from dla_hooks.residual.architecture import Architecture, Heads, Write
@@ -9,10 +10,6 @@ from dla_hooks.residual.architecture import Architecture, Heads, Write
 _BERT_WRITES = (
     Write("attn_out", "attention.output.dense", heads=Heads("attention.output.dense")),
     Write("mlp_out", "output.dense"),
-)
-_LLAMA_WRITES = (
-    Write("attn_out", "self_attn", heads=Heads("self_attn.o_proj")),
-    Write("mlp_out", "mlp"),
 )
 
 ARCHITECTURES = (
@@ -26,13 +23,10 @@ ARCHITECTURES = (
         model_types=("esmc",),
         layers="esmc.layers",
         final_norm="esmc.norm",
-        writes=_LLAMA_WRITES,
-    ),
-    Architecture(
-        model_types=("eurobert", "openai_privacy_filter", "ultrabert"),
-        layers="model.layers",
-        final_norm="model.norm",
-        writes=_LLAMA_WRITES,
+        writes=(
+            Write("attn_out", "self_attn", heads=Heads("self_attn.o_proj")),
+            Write("mlp_out", "mlp"),
+        ),
     ),
     Architecture(
         model_types=("megatron-bert",),

@@ -181,7 +181,8 @@ class HuggingFaceBackend(Backend):
     @property
     def _accepted(self) -> Mapping[str, Any]:
         """The arguments that the model takes; of a wrapper that hands on all, the model inside."""
-        accepted, inside = arguments_of(self.root), wrapped_in(self.root)
+        accepted = arguments_of(self.root)
+        inside = None if self._labels is None else wrapped_in(self.root)
         if inside is None or not takes_keywords(accepted):
             return accepted
         return {**arguments_of(inside), **accepted}

@@ -218,6 +218,7 @@ def _candidates(backend: Backend, declared: tuple[Architecture, ...]) -> list[tu
             own.isdisjoint(e[1].architecture.model_types),
             e[1].architecture not in known,
             -e[0],
+            not _stands(backend, e[1].architecture),
             e[1].positions is None,
             -_n_heads(e[1]),
         ),

@@ -76,7 +76,10 @@ def _on(stack: ExitStack, module: nn.Module, hook: Callable[..., Any]) -> None:
 
 
 def _gives(value: Tensor) -> Callable[..., Any]:
-    return lambda module, given, out: value if isinstance(out, Tensor) else (value, *out[1:])
+    # A clone: some models add to what a module returned in place.
+    return lambda module, given, out: (
+        value.clone() if isinstance(out, Tensor) else (value.clone(), *out[1:])
+    )
 
 
 def _frozen(norm: nn.Module, x: Tensor, y: Tensor) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Every type behind the doors of labels and masks: right, or refused with the reason."""
+"""Every type behind the doors of labels and masks is right, or refused with the reason."""
 
 from __future__ import annotations
 
@@ -31,6 +31,10 @@ FEW = [
 ]
 # These run in float32, or sum there.
 COARSE = {"zamba", "mra"}
+
+
+# Its heads are half as many and twice as wide as declared: tests/models/test_heads.py has them.
+OTHER_HEADS = {"diffllama"}
 
 
 def _some(every, few=FEW):
@@ -66,6 +70,8 @@ def test_heads_behind_a_door_are_what_their_ablation_removes(door, model_type):
         except UnsupportedModelError:
             assert (door, model_type) not in FEW
             return
+        if model_type in OTHER_HEADS:
+            continue
         effects = head_effects(case)
         spread = float((case.logits.amax(-1) - case.logits.amin(-1)).mean())
         rows = [label for label in result.labels if label in effects]
