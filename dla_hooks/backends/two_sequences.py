@@ -19,7 +19,7 @@ from dla_hooks.backends.readouts import n_embedded
 from dla_hooks.errors import InputError, UnsupportedModelError
 from dla_hooks.inputs.extras import EMBEDS, MASK, NEVER, POSITIONS, moved
 from dla_hooks.inputs.prompts import Prompt
-from dla_hooks.inputs.two_sequences import IDS, Reader, start_of
+from dla_hooks.inputs.two_sequences import ENCODED, IDS, Reader, start_of
 from dla_hooks.modules.signature import Arguments, arguments_of, named
 
 DECODER_IDS = "decoder_input_ids"
@@ -131,9 +131,12 @@ def of_decoder(
     if ids is not None:
         found[DECODER_IDS] = ids
     if prompt.encoder is None:
-        found["encoder_outputs"] = made_up_output(model, prompt.shape[0], device)
+        found[ENCODED] = made_up_output(model, prompt.shape[0], device)
         return found
-    return found | {name: moved(value, device) for name, value in prompt.encoder.items()}
+    return found | {
+        name: value if name == ENCODED else moved(value, device)
+        for name, value in prompt.encoder.items()
+    }
 
 
 def prompt_arguments(backend: Backend, prompt: Prompt, device: torch.device) -> dict[str, Any]:

@@ -264,6 +264,23 @@ def test_generated_tokens_are_those_of_generate(t5, unit):
     close(result.logit, logits.gather(-1, expected[:, 1:, None])[..., 0], 1e-9)
 
 
+def test_generation_by_a_method_of_the_models_own_is_refused():
+    model, given = made("whisper")
+    with pytest.raises(UnsupportedModelError, match="generate of its own"):
+        dla_hooks.attribute_generation(
+            model, {"input_features": given["input_features"]}, max_new_tokens=2
+        )
+
+
+@pytest.mark.parametrize("form", ["output", "tuple"])
+def test_output_of_an_encoder_stands_for_its_input(t5, form):
+    encoded = t5.model.encoder(t5.given["input_ids"])
+    given = {"encoder_outputs": encoded if form == "output" else (encoded[0],),
+             "decoder_input_ids": t5.given["decoder_input_ids"]}  # fmt: skip
+    found = direct_logit_attribution(t5.model, given, ANSWER, INCORRECT, pos=None, unit="head")
+    close(found.attribution, attribute(t5, unit="head").attribution, 1e-9)
+
+
 def test_effect_of_a_cross_head_is_that_of_its_ablation(t5):
     found = dla_hooks.effects(t5.model, t5.given, ANSWER, INCORRECT, parts=["L1X2"], unit="head")
     linear = t5.oracle.blocks[1].get_submodule("layer.1.EncDecAttention.o")
