@@ -161,10 +161,10 @@ def made_up_output(model: Any, batch: int, device: torch.device) -> BaseModelOut
 
 
 class _MadeUp(BaseModelOutput):
-    """An encoder's output that has nothing besides its vectors, whatever it is asked for."""
+    """An encoder's output that has its vectors, and no mask, router's logits or loss."""
 
     def __getattr__(self, name: str) -> None:
-        if name.startswith("_"):
+        if not name.endswith(("_mask", "_logits", "_probs", "_loss")):
             raise AttributeError(name)
 
 

@@ -467,3 +467,16 @@ def test_sources_are_the_same_by_either_implementation(name, attn):
     unit = dla_hooks.SourceTokens(top=None)
     result = direct_logit_attribution(case.model, case.asked, ANSWER, unit=unit, pos=None)
     close(result.total() + result.bias, case.logits[..., ANSWER], 1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["t5", "mbart"])
+def test_offloaded_weights_give_the_same_numbers(name):
+    accelerate = pytest.importorskip("accelerate")
+    (case,) = by_name("seq2seq").cases(name)
+    options = {"unit": ("component", "head", "source"), "pos": None}
+    plain = direct_logit_attribution(case.model, case.asked, ANSWER, **options)
+    accelerate.cpu_offload(case.model)
+    found = direct_logit_attribution(case.model, case.asked, ANSWER, **options)
+    for key, result in plain.items():
+        assert torch.equal(found[key].attribution, result.attribution)
