@@ -19,7 +19,8 @@ from dla_hooks.backends.readouts import n_embedded
 from dla_hooks.errors import InputError, UnsupportedModelError
 from dla_hooks.inputs.extras import EMBEDS, MASK, NEVER, POSITIONS, moved
 from dla_hooks.inputs.prompts import Prompt
-from dla_hooks.inputs.two_sequences import IDS, Reader, start_of
+from dla_hooks.inputs.two_sequences import ENCODED, IDS, Reader, start_of
+from dla_hooks.modules.outputs import tensor_in, with_tensor
 from dla_hooks.modules.signature import Arguments, arguments_of, named
 
 DECODER_IDS = "decoder_input_ids"
@@ -131,9 +132,12 @@ def of_decoder(
     if ids is not None:
         found[DECODER_IDS] = ids
     if prompt.encoder is None:
-        found["encoder_outputs"] = made_up_output(model, prompt.shape[0], device)
+        found[ENCODED] = made_up_output(model, prompt.shape[0], device)
         return found
-    return found | {name: moved(value, device) for name, value in prompt.encoder.items()}
+    return found | {
+        name: _of_its_own(value) if name == ENCODED else moved(value, device)
+        for name, value in prompt.encoder.items()
+    }
 
 
 def prompt_arguments(backend: Backend, prompt: Prompt, device: torch.device) -> dict[str, Any]:
@@ -157,11 +161,17 @@ def made_up_output(model: Any, batch: int, device: torch.device) -> BaseModelOut
     return _MadeUp(last_hidden_state=made.expand(batch, -1, -1).contiguous())
 
 
+def _of_its_own(encoded: Any) -> Any:
+    """An encoder's output whose vectors a model may write into, as Moonshine's decoder does."""
+    vectors = tensor_in(encoded)
+    return encoded if vectors is None else with_tensor(encoded, vectors.detach().clone())
+
+
 class _MadeUp(BaseModelOutput):
-    """An encoder's output that has nothing besides its vectors, whatever it is asked for."""
+    """An encoder's output that has its vectors, and no mask, router's logits or loss."""
 
     def __getattr__(self, name: str) -> None:
-        if name.startswith("_"):
+        if not name.endswith(("_mask", "_logits", "_probs", "_loss")):
             raise AttributeError(name)
 
 

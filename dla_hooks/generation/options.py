@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
+from transformers import GenerationMixin
 
 from dla_hooks.backends import Backend
 from dla_hooks.backends.huggingface import HuggingFaceBackend
@@ -73,6 +74,11 @@ def check_model(backend: Backend) -> None:
         raise UnsupportedModelError(
             f"{name} has no generate of transformers' (GenerationMixin); attribute a finished text "
             "with direct_logit_attribution"
+        )
+    if backend.reads_two and type(backend.root).generate is not GenerationMixin.generate:
+        raise UnsupportedModelError(
+            f"{name} has a generate of its own, whose tokens may come from several runs or passes; "
+            "attribute the finished text, given as decoder_input_ids"
         )
     if backend.scores_labels:
         raise UnsupportedModelError(f"{name} scores labels, and generates no text")

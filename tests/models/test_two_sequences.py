@@ -264,6 +264,35 @@ def test_generated_tokens_are_those_of_generate(t5, unit):
     close(result.logit, logits.gather(-1, expected[:, 1:, None])[..., 0], 1e-9)
 
 
+def test_generation_by_a_method_of_the_models_own_is_refused():
+    model, given = made("whisper")
+    with pytest.raises(UnsupportedModelError, match="generate of its own"):
+        dla_hooks.attribute_generation(
+            model, {"input_features": given["input_features"]}, max_new_tokens=2
+        )
+
+
+@pytest.mark.parametrize("form", ["output", "tuple"])
+def test_output_of_an_encoder_stands_for_its_input(t5, form):
+    encoded = t5.model.encoder(t5.given["input_ids"])
+    given = {"encoder_outputs": encoded if form == "output" else (encoded[0],),
+             "decoder_input_ids": t5.given["decoder_input_ids"]}  # fmt: skip
+    found = direct_logit_attribution(t5.model, given, ANSWER, INCORRECT, pos=None, unit="head")
+    close(found.attribution, attribute(t5, unit="head").attribution, 1e-9)
+
+
+def test_output_of_an_encoder_is_left_as_it_was_given():
+    (case,) = by_name("speech").cases("moonshine_streaming")
+    sound = case.asked["input_values"]
+    encoded = case.model.get_encoder()(sound)
+    before = encoded[0].detach().clone()
+    given = {"encoder_outputs": encoded, "decoder_input_ids": case.asked["decoder_input_ids"]}
+    for _ in range(2):  # its decoder adds positions in place
+        found = direct_logit_attribution(case.model, given, ANSWER, pos=None)
+        close(found.logit, case.logits[..., ANSWER], 1e-9)
+    assert torch.equal(encoded[0], before)
+
+
 def test_effect_of_a_cross_head_is_that_of_its_ablation(t5):
     found = dla_hooks.effects(t5.model, t5.given, ANSWER, INCORRECT, parts=["L1X2"], unit="head")
     linear = t5.oracle.blocks[1].get_submodule("layer.1.EncDecAttention.o")
@@ -450,3 +479,16 @@ def test_sources_are_the_same_by_either_implementation(name, attn):
     unit = dla_hooks.SourceTokens(top=None)
     result = direct_logit_attribution(case.model, case.asked, ANSWER, unit=unit, pos=None)
     close(result.total() + result.bias, case.logits[..., ANSWER], 1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["t5", "mbart"])
+def test_offloaded_weights_give_the_same_numbers(name):
+    accelerate = pytest.importorskip("accelerate")
+    (case,) = by_name("seq2seq").cases(name)
+    options = {"unit": ("component", "head", "source"), "pos": None}
+    plain = direct_logit_attribution(case.model, case.asked, ANSWER, **options)
+    accelerate.cpu_offload(case.model)
+    found = direct_logit_attribution(case.model, case.asked, ANSWER, **options)
+    for key, result in plain.items():
+        assert torch.equal(found[key].attribution, result.attribution)
