@@ -1,0 +1,330 @@
+"""Tiny random models of every type that transformers maps to image-text models, and their inputs.
+
+    model = build("qwen3_vl")             # float64, eval mode, every parameter drawn at random
+    model(**text("qwen3_vl", model))      # ids alone
+    model(**pixels("qwen3_vl", model))    # as the type's processor would give them
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import mapping_zoo as zoo
+import torch
+import transformers
+from mapping_configs import HEADS, VOCAB, WIDTH
+from mapping_zoo import CannotBuild
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+CLASSES: Mapping[str, str] = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+MODEL_TYPES: tuple[str, ...] = tuple(sorted(CLASSES))
+
+IMAGE, VIDEO, AUDIO, START, END = range(VOCAB - 3, VOCAB - 8, -1)
+"""Ids of placeholders; prompts of `example_ids_any` hold none of them."""
+
+_LANGUAGE = ("text_config", "decoder", "llm_config")
+
+_TOP: Mapping[str, Any] = {
+    "image_token_id": IMAGE,
+    "image_token_index": IMAGE,
+    "video_token_id": VIDEO,
+    "video_token_index": VIDEO,
+    "audio_token_id": AUDIO,
+    "vision_start_token_id": START,
+    "image_start_token_id": START,
+    "vision_end_token_id": END,
+    "image_end_token_id": END,
+    "projector_hidden_size": 24,
+    "alignment_intermediate_size": 24,
+    "image_seq_length": 16,
+    "downsample_factor": 2,
+}
+"""Fields of whole configs."""
+
+_VISION: Mapping[str, Any] = {
+    "image_size": 16,
+    "patch_size": 4,
+    "num_hidden_layers": 2,
+    "num_layers": 2,
+    "depth": 2,
+    "hidden_size": 24,
+    "embed_dim": 24,
+    "intermediate_size": 40,
+    "num_attention_heads": 2,
+    "num_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "out_hidden_size": WIDTH,
+    "text_hidden_size": WIDTH,
+    "temporal_patch_size": 2,
+    "num_position_embeddings": 16,
+    "num_patches": 16,
+    "spatial_merge_size": 2,
+    "deepstack_visual_indexes": [0, 1],
+    "fullatt_block_indexes": [1],
+    "projection_dim": 24,
+    "num_query_tokens": 4,
+}
+"""Fields of vision towers."""
+
+_LAYER_LISTS = ("layer_types", "mlp_layer_types")
+
+
+def _mrope(*sections: int, **more: Any) -> dict[str, Any]:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections)}
+    return {"text_config": {"rope_parameters": {**rope, **more}}}
+
+
+_GLM = _mrope(2, 1, 1, partial_rotary_factor=1.0)
+_FULL_HEADS = {"num_key_value_heads": HEADS}
+
+OVERRIDES: Mapping[str, Mapping[str, Any]] = {
+    "chameleon": {"vocabulary_map": {"<image>": IMAGE, "IMGIMGA": 8, "IMGIMGB": 9, "IMGIMGC": 10}},
+    "cosmos3_edge": _mrope(2, 2, 2),
+    "deepseek_vl_hybrid": {
+        "high_res_vision_config": {
+            "output_channels": 8,
+            "mlp_dim": 8,
+            "global_attn_indexes": [1],
+            "window_size": 2,
+        }
+    },
+    "diffusion_gemma": {"text_config": {"top_k_experts": 2}},
+    "dots3_note": {
+        "vision_config": {"adapter_in_dim": 24},
+        "audio_config": {"adapter_input_size": 24},
+    },
+    "emu3": {
+        "vocabulary_map": {
+            "<image>": IMAGE,
+            "<|extra_200|>": START,
+            **{f"<|visual token {n:06d}|>": 8 + n for n in range(6)},
+        },
+        "vq_config": {
+            "codebook_size": 6,
+            "base_channels": 32,
+            "channel_multiplier": [1, 1],
+            "num_res_blocks": 1,
+            "temporal_downsample_factor": 1,
+            "attn_resolutions": [],
+            "hidden_size": 32,
+        },
+    },
+    "ernie4_5_vl_moe": {
+        **_mrope(1, 1, 2),
+        "text_config": {**_mrope(1, 1, 2)["text_config"], "moe_intermediate_size": [24, 16]},
+    },
+    "glm46v": _GLM,
+    "glm4v": _GLM,
+    "glm4v_moe": _GLM,
+    "glm5_next": {"text_config": {**_FULL_HEADS, "index_kpool": 2}},
+    "glm_ocr": _GLM,
+    "glmga": _GLM,
+    "granite4_vision": {
+        "deepstack_layer_map": [[0, 0], [1, 1]],
+        "downsample_rate": "1/2",
+        "image_grid_pinpoints": [[16, 16], [32, 16]],
+        "qformer_config": {"window_side": 2},
+    },
+    "hunyuan_vl": {
+        "text_config": {
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [2, 2, 1, 1],
+            }
+        },
+        "vision_config": {"max_image_size": 64},
+    },
+    "mistral4": {"head_dim": 10, **_FULL_HEADS},
+    "mistral_large4": {"text_config": {"head_dim": 10, **_FULL_HEADS}},
+    "molmo2": {
+        "vision_config": {"image_size": [16, 16], "patch_size": 4},
+        "adapter_config": {"vision_feature_layer": [1, 0], "hidden_size": 24},
+    },
+    "muse_spark": {
+        "vision_config": {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2},
+        "audio_config": {
+            "num_hidden_layers": 2,
+            "patch_sizes": [4, 2],
+            "hidden_sizes": [8, 16],
+            "depths": [1, 1],
+        },
+    },
+    "paddleocr_vl": _mrope(2, 2, 2),
+    "qwen2_5_omni_thinker": _mrope(2, 1, 1),
+    "qwen2_5_vl": _mrope(2, 1, 1),
+    "qwen2_vl": {**_mrope(2, 1, 1), "vision_config": {"hidden_size": WIDTH, "mlp_ratio": 2}},
+}
+"""What a type's config needs besides."""
+
+
+def build(
+    model_type: str, seed: int = 0, dtype: torch.dtype = torch.float64, attn: str | None = None
+) -> Any:
+    """A tiny model of this type, every parameter drawn anew from `seed`; or CannotBuild."""
+    kwargs = {} if attn is None else {"attn_implementation": attn}
+    try:
+        found = config(model_type)
+        model_class = getattr(transformers, CLASSES[model_type])
+        zoo._prepare(found, dtype)
+        with torch.random.fork_rng(devices=[]):
+            model = model_class._from_config(found, dtype=dtype, **kwargs)
+    except Exception as error:
+        raise CannotBuild(f"{model_type}: {type(error).__name__}: {error}") from error
+    model.eval()
+    generator = torch.Generator().manual_seed(seed)
+    zoo._randomise(model, generator, zoo._shaped_any)
+    zoo._randomise_buffers(model, generator)
+    model.config.architectures = [type(model).__name__]
+    return model
+
+
+def config(model_type: str) -> Any:
+    """The type's config with small sizes."""
+    config_class = CONFIG_MAPPING[model_type]
+    values = _sized(config_class, zoo._values(config_class, {}), _TOP)
+    return config_class(**_merged(values, OVERRIDES.get(model_type, {})))
+
+
+def _sized(config_class: Any, values: dict[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, with the sizes of this kind of config, and of the parts in it."""
+    fields = zoo._fields(config_class)
+    found = {**values, **{name: value for name, value in sizes.items() if name in fields}}
+    count = found.get("num_hidden_layers")
+    for name in _LAYER_LISTS:
+        if name in found and isinstance(count, int):
+            found[name] = found[name][:count]
+    for name, part in values.items():
+        if isinstance(part, dict) and "model_type" in part and name not in _LANGUAGE:
+            found[name] = _sized(CONFIG_MAPPING[part["model_type"]], part, _VISION)
+    return found
+
+
+def _merged(values: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """Others over values, part by part."""
+    found = dict(values)
+    for name, value in others.items():
+        inner = found.get(name)
+        both = isinstance(inner, dict) and isinstance(value, Mapping) and "model_type" in inner
+        found[name] = _merged(inner, value) if both else value
+    return found
+
+
+# Inputs
+
+
+def text(model_type: str, model: Any, seed: int = 0) -> dict[str, Any]:
+    """Token ids alone, and what the type's forward cannot do without."""
+    return {"input_ids": zoo.example_ids_any(model, seed=seed)}
+
+
+def pixels(model_type: str, model: Any, seed: int = 0) -> dict[str, Any]:
+    """Two prompts with an image each, as the type's processor gives them; or CannotBuild."""
+    arguments = set(inspect.signature(type(model).forward).parameters)
+    generator = torch.Generator().manual_seed(100 + seed)
+    given = FORMS.get(model_type, _form(arguments))(model, generator)
+    if given is None:
+        raise CannotBuild(f"{model_type}: no inputs")
+    n_features = given.pop("n_features", None)
+    if n_features is None:
+        n_features = _asked(model, given)
+    ids = _with_placeholders(zoo.example_ids_any(model, seed=seed), n_features)
+    found = {"input_ids": ids, **given}
+    for name in ("mm_token_type_ids", "token_type_ids"):
+        if name in arguments:
+            found[name] = (ids == IMAGE).long()
+    return found
+
+
+def _with_placeholders(ids: torch.Tensor, count: int) -> torch.Tensor:
+    """Two tokens, the marks of an image with its placeholders between, and the other tokens."""
+    n = len(ids)
+    image = torch.full((n, count), IMAGE)
+    start, end = torch.full((n, 1), START), torch.full((n, 1), END)
+    return torch.cat((ids[:, :2], start, image, end, ids[:, 2:]), dim=1)
+
+
+def _asked(model: Any, given: dict[str, Any]) -> int:
+    """The number of positions of each image, which the model itself names when it is wrong."""
+    ids = _with_placeholders(zoo.example_ids_any(model), 1)
+    arguments = set(inspect.signature(type(model).forward).parameters)
+    extra = {n: (ids == IMAGE).long() for n in ("mm_token_type_ids",) if n in arguments}
+    try:
+        with torch.no_grad():
+            model(input_ids=ids, **given, **extra, use_cache=False)
+    except Exception as error:
+        said = re.search(r"tokens:? (\d+),?\s+features:?\s*\D*(\d+)", str(error))
+        if said is None:
+            raise CannotBuild(f"{type(error).__name__}: {error}") from error
+        tokens, features = map(int, said.groups())
+        unit = model.config.get_text_config().hidden_size if tokens > len(ids) else 1
+        return features // unit // len(ids)
+    return 1
+
+
+def _noise(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def _square(model: Any, generator: torch.Generator) -> dict[str, Any]:
+    return {"pixel_values": _noise(generator, 2, 3, 16, 16)}
+
+
+def _tiles(n: int) -> Any:
+    """An image that is cut into tiles [image, tile, 3, height, width]."""
+
+    def form(model: Any, generator: torch.Generator) -> dict[str, Any]:
+        return {"pixel_values": _noise(generator, 2, n, 3, 16, 16)}
+
+    return form
+
+
+def _sizes(form: Any) -> Any:
+    def sized(model: Any, generator: torch.Generator) -> dict[str, Any]:
+        return {**form(model, generator), "image_sizes": torch.tensor([[16, 16], [16, 16]])}
+
+    return sized
+
+
+def _grid(height: int = 4, width: int = 4, temporal: int = 2) -> Any:
+    """Patches in rows, as Qwen's processor gives them, with a grid for each image."""
+
+    def form(model: Any, generator: torch.Generator) -> dict[str, Any]:
+        vision = model.config.vision_config
+        channels = getattr(vision, "in_channels", getattr(vision, "num_channels", 3))
+        size = vision.patch_size
+        depth = temporal if temporal != 2 else getattr(vision, "temporal_patch_size", 1)
+        patches = _noise(generator, 2 * height * width, channels * depth * size * size)
+        return {
+            "pixel_values": patches,
+            "image_grid_thw": torch.tensor([[1, height, width]] * 2),
+        }
+
+    return form
+
+
+def _form(arguments: set[str]) -> Any:
+    """What the arguments of a forward suggest."""
+    if "image_grid_thw" in arguments:
+        return _grid()
+    if "image_sizes" in arguments:
+        return _sizes(_square)
+    return _square
+
+
+FORMS: Mapping[str, Any] = {
+    "llava_next": _sizes(_tiles(2)),
+    "llava_next_video": _sizes(_tiles(2)),
+    "llava_onevision": _sizes(_tiles(2)),
+    "granite4_vision": _sizes(_tiles(2)),
+    "idefics2": _tiles(1),
+    "idefics3": _tiles(1),
+    "smolvlm": _tiles(1),
+    "granite_docling": _tiles(1),
+}
+"""What the pixels of a type look like, where it is no square image."""
