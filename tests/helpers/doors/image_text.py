@@ -17,6 +17,7 @@ import torch
 import transformers
 from mapping_configs import HEADS, VOCAB, WIDTH
 from mapping_zoo import CannotBuild
+from transformers import AutoConfig
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -41,6 +42,8 @@ _TOP: Mapping[str, Any] = {
     "projector_hidden_size": 24,
     "alignment_intermediate_size": 24,
     "image_seq_length": 16,
+    "mm_tokens_per_image": 4,
+    "image_grid_pinpoints": [[16, 16], [32, 16]],
     "downsample_factor": 2,
 }
 """Fields of whole configs."""
@@ -68,6 +71,8 @@ _VISION: Mapping[str, Any] = {
     "fullatt_block_indexes": [1],
     "projection_dim": 24,
     "num_query_tokens": 4,
+    "window_size": 16,
+    "max_num_tiles": 2,
 }
 """Fields of vision towers."""
 
@@ -83,6 +88,9 @@ _GLM = _mrope(2, 1, 1, partial_rotary_factor=1.0)
 _FULL_HEADS = {"num_key_value_heads": HEADS}
 
 OVERRIDES: Mapping[str, Mapping[str, Any]] = {
+    "aria": {"projector_patch_to_query_dict": {16: 4}},
+    "fuyu": {"patch_size": 4},
+    "vipllava": {"vision_feature_layers": [-1, -2]},
     "chameleon": {"vocabulary_map": {"<image>": IMAGE, "IMGIMGA": 8, "IMGIMGB": 9, "IMGIMGC": 10}},
     "cosmos3_edge": _mrope(2, 2, 2),
     "deepseek_vl_hybrid": {
@@ -201,7 +209,10 @@ def _sized(config_class: Any, values: dict[str, Any], sizes: Mapping[str, Any]) 
             found[name] = found[name][:count]
     for name, part in values.items():
         if isinstance(part, dict) and "model_type" in part and name not in _LANGUAGE:
-            found[name] = _sized(CONFIG_MAPPING[part["model_type"]], part, _VISION)
+            part_class = config_class.sub_configs[name]
+            if part_class is AutoConfig:
+                part_class = CONFIG_MAPPING[part["model_type"]]
+            found[name] = _sized(part_class, part, _VISION)
     return found
 
 
@@ -216,6 +227,8 @@ def _merged(values: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, A
 
 
 # Inputs
+
+_KINDS = ("mm_token_type_ids", "token_type_ids")
 
 
 def text(model_type: str, model: Any, seed: int = 0) -> dict[str, Any]:
@@ -235,7 +248,7 @@ def pixels(model_type: str, model: Any, seed: int = 0) -> dict[str, Any]:
         n_features = _asked(model, given)
     ids = _with_placeholders(zoo.example_ids_any(model, seed=seed), n_features)
     found = {"input_ids": ids, **given}
-    for name in ("mm_token_type_ids", "token_type_ids"):
+    for name in _KINDS:
         if name in arguments:
             found[name] = (ids == IMAGE).long()
     return found
@@ -251,20 +264,31 @@ def _with_placeholders(ids: torch.Tensor, count: int) -> torch.Tensor:
 
 def _asked(model: Any, given: dict[str, Any]) -> int:
     """The number of positions of each image, which the model itself names when it is wrong."""
-    ids = _with_placeholders(zoo.example_ids_any(model), 1)
+    said = _complaint(model, given, 1)
+    if said is None:
+        return 1
+    width = model.config.get_text_config().hidden_size
+    features = [int(number) for number in re.findall(r"\d+", said)][-1]
+    counts = [n // 2 for n in (features // width, features) if n and n % 2 == 0]
+    found = next((n for n in counts if _complaint(model, given, n) is None), None)
+    if found is None:
+        raise CannotBuild(said)
+    return found
+
+
+def _complaint(model: Any, given: dict[str, Any], count: int) -> str | None:
+    """What the model says of so many placeholders; None where it takes them."""
+    ids = _with_placeholders(zoo.example_ids_any(model), count)
     arguments = set(inspect.signature(type(model).forward).parameters)
-    extra = {n: (ids == IMAGE).long() for n in ("mm_token_type_ids",) if n in arguments}
+    extra = {n: (ids == IMAGE).long() for n in _KINDS if n in arguments}
     try:
         with torch.no_grad():
             model(input_ids=ids, **given, **extra, use_cache=False)
     except Exception as error:
-        said = re.search(r"tokens:? (\d+),?\s+features:?\s*\D*(\d+)", str(error))
-        if said is None:
-            raise CannotBuild(f"{type(error).__name__}: {error}") from error
-        tokens, features = map(int, said.groups())
-        unit = model.config.get_text_config().hidden_size if tokens > len(ids) else 1
-        return features // unit // len(ids)
-    return 1
+        if "match" in str(error) and "features" in str(error):
+            return str(error)
+        raise CannotBuild(f"{type(error).__name__}: {error}") from error
+    return None
 
 
 def _noise(generator: torch.Generator, *shape: int) -> torch.Tensor:
@@ -291,14 +315,15 @@ def _sizes(form: Any) -> Any:
     return sized
 
 
-def _grid(height: int = 4, width: int = 4, temporal: int = 2) -> Any:
+def _grid(height: int = 4, width: int = 4) -> Any:
     """Patches in rows, as Qwen's processor gives them, with a grid for each image."""
 
     def form(model: Any, generator: torch.Generator) -> dict[str, Any]:
         vision = model.config.vision_config
         channels = getattr(vision, "in_channels", getattr(vision, "num_channels", 3))
         size = vision.patch_size
-        depth = temporal if temporal != 2 else getattr(vision, "temporal_patch_size", 1)
+        names = ("temporal_patch_size", "patch_temporal")
+        depth = next((getattr(vision, name) for name in names if hasattr(vision, name)), 1)
         patches = _noise(generator, 2 * height * width, channels * depth * size * size)
         return {
             "pixel_values": patches,
@@ -306,6 +331,128 @@ def _grid(height: int = 4, width: int = 4, temporal: int = 2) -> Any:
         }
 
     return form
+
+
+def _both_sizes(model: Any, generator: torch.Generator) -> dict[str, Any]:
+    return {
+        "pixel_values": _noise(generator, 2, 3, 16, 16),
+        "high_res_pixel_values": _noise(generator, 2, 3, 16, 16),
+    }
+
+
+def _rows_of_patches(name: str = "spatial_shapes", **more: Any) -> Any:
+    """Flat patches [image, patch, channels] of images of four by four."""
+
+    def form(model: Any, generator: torch.Generator) -> dict[str, Any]:
+        sizes = {name: torch.tensor([[4, 4], [4, 4]])} if name else {}
+        return {"pixel_values": _noise(generator, 2, 16, 48), **sizes, **more}
+
+    return form
+
+
+def _placed_patches(model: Any, generator: torch.Generator) -> dict[str, Any]:
+    """Flat patches with the place of each [image, patch, 2], as Gemma 4 has them."""
+    vision = model.config.vision_config
+    side = 4
+    size = getattr(vision, "model_patch_size", vision.patch_size)
+    places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).flip(-1)
+    return {
+        "pixel_values": _noise(generator, 2, side * side, 3 * size * size),
+        "image_position_ids": places.expand(2, -1, -1).contiguous(),
+    }
+
+
+def _cubes(model: Any, generator: torch.Generator) -> dict[str, Any]:
+    """Patches [patch, channels, height, width], with a grid for each image."""
+    return {
+        "pixel_values": _noise(generator, 32, 3, 4, 4),
+        "image_grid_thw": torch.tensor([[1, 4, 4]] * 2),
+    }
+
+
+def _cubes_in_a_batch(model: Any, generator: torch.Generator) -> dict[str, Any]:
+    found = _cubes(model, generator)
+    return {**found, "pixel_values": found["pixel_values"][None]}
+
+
+def _flat_grid(model: Any, generator: torch.Generator) -> dict[str, Any]:
+    """Patches without time, with a grid for each image."""
+    return {
+        "pixel_values": _noise(generator, 32, 48),
+        "image_grid_thw": torch.tensor([[1, 4, 4]] * 2),
+    }
+
+
+def _merged_grid(model: Any, generator: torch.Generator) -> dict[str, Any]:
+    return {**_flat_grid(model, generator), "image_merge_sizes": torch.tensor([2, 2])}
+
+
+def _mllama(model: Any, generator: torch.Generator) -> dict[str, Any]:
+    """One image of two tiles each; a mask says which tokens read which tile."""
+    mask = torch.ones(2, 10, 1, 2, dtype=torch.long)
+    mask[:, :3] = 0  # ahead of the image nothing reads it
+    mask[1, :, :, 1] = 0
+    return {
+        "pixel_values": _noise(generator, 2, 1, 2, 3, 16, 16),
+        "aspect_ratio_ids": torch.tensor([[1], [2]]),
+        "aspect_ratio_mask": torch.ones(2, 1, 2, dtype=torch.long),
+        "cross_attention_mask": mask,
+        "n_features": 1,
+    }
+
+
+def _idefics(model: Any, generator: torch.Generator) -> dict[str, Any]:
+    mask = torch.ones(2, 10, 1, dtype=torch.long)
+    mask[:, :3] = 0
+    return {
+        "pixel_values": _noise(generator, 2, 1, 3, 16, 16),
+        "image_attention_mask": mask,
+        "n_features": 1,
+    }
+
+
+def _with_query(model: Any, generator: torch.Generator) -> dict[str, Any]:
+    """An image with a question for the Q-Former."""
+    return {
+        "pixel_values": _noise(generator, 2, 3, 16, 16),
+        "qformer_input_ids": torch.randint(5, 60, (2, 3), generator=generator),
+    }
+
+
+def _with_query_of_frames(model: Any, generator: torch.Generator) -> dict[str, Any]:
+    return {
+        **_with_query(model, generator),
+        "pixel_values": _noise(generator, 2, 4, 3, 16, 16),
+    }
+
+
+def _molmo(model: Any, generator: torch.Generator) -> dict[str, Any]:
+    """One crop an image, of four pools of four patches each."""
+    pools = torch.arange(16).reshape(2, 2, 2, 2).transpose(1, 2).reshape(4, 4)
+    return {
+        "pixel_values": _noise(generator, 2, 16, 48),
+        "image_token_pooling": torch.cat((pools, pools + 16)),
+        "image_grids": torch.tensor([[2, 2, 0, 0]] * 2),
+        "image_num_crops": torch.tensor([1, 1]),
+    }
+
+
+def _radio(model: Any, generator: torch.Generator) -> dict[str, Any]:
+    return {
+        "pixel_values": _noise(generator, 32, 48),
+        "image_grid_hw": torch.tensor([[4, 4]] * 2),
+    }
+
+
+def _masked_tiles(model: Any, generator: torch.Generator) -> dict[str, Any]:
+    return {
+        "pixel_values": _noise(generator, 2, 1, 3, 16, 16),
+        "pixel_attention_mask": torch.ones(2, 1, dtype=torch.bool),
+    }
+
+
+def _fuyu(model: Any, generator: torch.Generator) -> dict[str, Any]:
+    return {"pixel_values": _noise(generator, 2, 4, 48)}
 
 
 def _form(arguments: set[str]) -> Any:
@@ -318,13 +465,31 @@ def _form(arguments: set[str]) -> Any:
 
 
 FORMS: Mapping[str, Any] = {
+    "deepseek_vl_hybrid": _both_sizes,
+    "diffusion_gemma": _placed_patches,
+    "fuyu": _fuyu,
+    "gemma4": _placed_patches,
+    "gemma4_unified": _placed_patches,
+    "granite4_vision": _sizes(_tiles(2)),
+    "granite_docling": _masked_tiles,
+    "hunyuan_vl": _flat_grid,
+    "idefics": _idefics,
+    "idefics2": _tiles(1),
+    "idefics3": _tiles(1),
+    "inkling2": _flat_grid,
+    "instructblip": _with_query,
+    "instructblipvideo": _with_query_of_frames,
+    "kimi_k25": _cubes,
+    "lfm2_vl": _rows_of_patches(pixel_attention_mask=torch.ones(2, 16, dtype=torch.long)),
+    "llava": _square,
     "llava_next": _sizes(_tiles(2)),
     "llava_next_video": _sizes(_tiles(2)),
     "llava_onevision": _sizes(_tiles(2)),
-    "granite4_vision": _sizes(_tiles(2)),
-    "idefics2": _tiles(1),
-    "idefics3": _tiles(1),
+    "mllama": _mllama,
+    "molmo2": _molmo,
+    "nemotron_h_omni": _radio,
+    "paddleocr_vl": _cubes_in_a_batch,
     "smolvlm": _tiles(1),
-    "granite_docling": _tiles(1),
+    "video_llama_3": _merged_grid,
 }
 """What the pixels of a type look like, where it is no square image."""
