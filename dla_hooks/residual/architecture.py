@@ -68,6 +68,8 @@ class Architecture:
         start: the module whose output begins the stream, if that is not the first block's
             input.
         after_norm: linear modules, if any, between the final norm and the unembedding.
+        between: what the model itself adds to the stream behind some of its blocks, if it does, as
+            it is called there (``deepstack``); block ``l`` labels it ``{l}_deepstack``.
     """
 
     model_types: tuple[str, ...]
@@ -78,6 +80,7 @@ class Architecture:
     position_limit: str | None = None
     start: str | None = None
     after_norm: tuple[str, ...] = ()
+    between: str | None = None
 
     @property
     def decoder(self) -> str:
