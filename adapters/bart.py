@@ -1,20 +1,59 @@
-"""Decoders of BART's shape with a norm before each sublayer, used without an encoder."""
+"""Decoders of BART's shape with a norm before each sublayer, with an encoder or without.
+
+Without one, as causal language models, their cross-attention does not run.
+"""
 
 from dla_hooks.residual.architecture import Architecture, Heads, Write
 
-_WRITES = (
-    Write("attn_out", "self_attn", heads=Heads("self_attn.out_proj", "decoder_attention_heads")),
-    Write("mlp_out", "fc2"),
-)
+
+def _writes(cross: str = "encoder_attn", mlp: str = "fc2") -> tuple[Write, ...]:
+    count = "decoder_attention_heads"
+    return (
+        Write("attn_out", "self_attn", heads=Heads("self_attn.out_proj", count)),
+        Write("cross_attn_out", cross, heads=Heads(f"{cross}.out_proj", count, cross=True)),
+        Write("mlp_out", mlp),
+    )
+
+
+_WRITES = _writes()
 
 ARCHITECTURES = (
     Architecture(
-        model_types=("blenderbot", "pegasus"),
+        model_types=("blenderbot", "pegasus", "pegasus_x"),
         layers="model.decoder.layers",
         final_norm="model.decoder.layer_norm",
         writes=_WRITES,
         positions="model.decoder.embed_positions",
         position_limit="max_position_embeddings",
+    ),
+    Architecture(
+        model_types=("m2m_100",),  # sinusoids are added by a module; they go on for any length
+        layers="model.decoder.layers",
+        final_norm="model.decoder.layer_norm",
+        writes=_WRITES,
+        positions="model.decoder.embed_positions",
+    ),
+    Architecture(
+        model_types=("nllb-moe",),
+        layers="model.decoder.layers",
+        final_norm="model.decoder.layer_norm",
+        writes=_writes("cross_attention", "ffn"),
+        positions="model.decoder.embed_positions",
+    ),
+    Architecture(
+        model_types=("speech_to_text",),
+        layers="model.decoder.layers",
+        final_norm="model.decoder.layer_norm",
+        writes=_WRITES,
+        positions="model.decoder.embed_positions",
+        position_limit="max_target_positions",
+    ),
+    Architecture(
+        model_types=("seamless_m4t", "seamless_m4t_v2"),
+        layers="text_decoder.layers",
+        final_norm="text_decoder.layer_norm",
+        writes=_writes("cross_attention", "ffn"),
+        positions="text_decoder.embed_positions",
     ),
     Architecture(
         model_types=("whisper",),

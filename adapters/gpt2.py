@@ -2,6 +2,11 @@
 
 from dla_hooks.residual.architecture import Architecture, Heads, Write
 
+# Of a decoder in an EncoderDecoderModel.
+_CROSS = Write(
+    "cross_attn_out", "crossattention", heads=Heads("crossattention.c_proj", cross=True)
+)
+
 ARCHITECTURES = (
     Architecture(
         model_types=("gpt2", "gpt_bigcode"),
@@ -9,6 +14,7 @@ ARCHITECTURES = (
         final_norm="transformer.ln_f",
         writes=(
             Write("attn_out", "attn", heads=Heads("attn.c_proj")),
+            _CROSS,
             Write("mlp_out", "mlp"),
         ),
         positions="transformer.wpe",

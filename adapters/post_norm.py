@@ -34,6 +34,21 @@ ARCHITECTURES = (
         writes=(_ATTENTION, _MLP, _PER_LAYER),
     ),
     Architecture(
+        model_types=("t5gemma", "t5gemma2"),  # the second's one attention reads the encoder, too
+        layers="model.decoder.layers",
+        final_norm="model.decoder.norm",
+        writes=(
+            Write("attn_out", "self_attn", post_norm="post_self_attn_layernorm", heads=_HEADS),
+            Write(
+                "cross_attn_out",
+                "cross_attn",
+                post_norm="post_cross_attn_layernorm",
+                heads=Heads("cross_attn.o_proj", cross=True),
+            ),
+            _MLP,
+        ),
+    ),
+    Architecture(
         model_types=("afmoe",),
         layers="model.layers",
         final_norm="model.norm",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dla_hooks.backends.wrapped import Conventions
 from dla_hooks.errors import InputError, TrainingModeError, UnsupportedModelError
 from dla_hooks.inputs.prompts import Prompt, encode
+from dla_hooks.inputs.two_sequences import Reader
 from dla_hooks.modules.autocast import outside_autocast
 from dla_hooks.modules.compiled import eagerly
 from dla_hooks.modules.faults import synthetic_run
@@ -140,6 +141,22 @@ class Backend:
     def unembed(self) -> nn.Module:
         """The unembedding, as a linear module."""
         raise NotImplementedError
+
+    @property
+    def reads_two(self) -> bool:
+        """Whether it is an encoder-decoder; what is attributed is then its decoder's stream."""
+        return False
+
+    def reader(
+        self, encode: Callable[[str], list[int]], encode_decoder: Callable[[str], list[int]]
+    ) -> Reader:
+        """How the two sequences of an encoder-decoder are read.
+
+        Args:
+            encode: token ids of a string that the encoder reads.
+            encode_decoder: token ids of a string that the decoder has written.
+        """
+        raise NotImplementedError(f"{type(self.root).__name__} is no encoder-decoder")
 
     @property
     def scores_labels(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -18,10 +18,10 @@ from dla_hooks.backends.arguments import (
     without_traces,
 )
 from dla_hooks.backends.base import Backend
+from dla_hooks.backends.caches import handed_on
 from dla_hooks.backends.readouts import (
     LabelHead,
     at_columns,
-    entry,
     label_head,
     label_names,
     last_is_read,
@@ -32,42 +32,29 @@ from dla_hooks.backends.readouts import (
     unembedding,
     way_out,
 )
+from dla_hooks.backends.two_sequences import (
+    check_encoder,
+    decoder_of,
+    encoder_embedding,
+    of_decoder,
+    of_decoder_alone,
+    reads_two,
+)
 from dla_hooks.errors import InputError, UnsupportedModelError
+from dla_hooks.inputs.extras import MASK
 from dla_hooks.inputs.prompts import Prompt
+from dla_hooks.inputs.two_sequences import IDS, Reader, start_of
 from dla_hooks.modules.outputs import tensor_in
 from dla_hooks.modules.recurrent import from_the_start
 from dla_hooks.modules.signature import arguments_of, takes_any
 from dla_hooks.modules.version import Remembered
 from dla_hooks.modules.weights import run_device
 
-_CACHES = {
-    "cache": ("cache",),
-    "past_key_values": ("cache", "past_key_values"),
-    "cache_params": ("cache", "cache_params"),
-    "state": ("state",),
-}
-"""Arguments that take the cache of earlier tokens, and the output's names for the same cache.
-
-transformers 5.24 renamed the second and the third to the first. Its outputs rename them in models
-of other people's, too, whose arguments stay as they were.
-"""
-
 _OTHER_NAMES = {
     "num_attention_heads": ("n_head", "n_heads", "num_heads"),
     "max_position_embeddings": ("block_size", "n_positions", "n_ctx", "max_seq_len"),
 }
 """What configs of other people's call a field."""
-
-_EXACT_LAYERS = {
-    "DynamicLayer",
-    "DynamicSlidingWindowLayer",
-    "LinearAttentionLayer",
-    "LinearAttentionAndFullAttentionLayer",
-    "LinearAttentionAndSlidingWindowAttentionLayer",
-    "DummyLayer",
-}
-"""Layers of transformers' caches that keep unchanged all that later tokens read."""
-
 
 _decoders: Remembered[bool] = Remembered()
 """Models that were found to be decoders with a linear head."""
@@ -81,6 +68,12 @@ class HuggingFaceBackend(Backend):
         """``config.model_type``; the name of the class where there is none."""
         found = self._config_value("model_type")
         return found if isinstance(found, str) and found else type(self.root).__name__
+
+    @cached_property
+    def reads_two(self) -> bool:
+        """Whether it is an encoder-decoder; what is attributed is then its decoder's stream."""
+        two: bool = reads_two(self.root)
+        return two
 
     @cached_property
     def _labels(self) -> LabelHead | None:
@@ -109,10 +102,10 @@ class HuggingFaceBackend(Backend):
                 "AutoModelForCausalLM.from_pretrained(folder)"
             )
         name = f"{type(model).__name__} (model type {self.model_type!r})"
-        if self._config_value("is_encoder_decoder"):
+        if self._config_value("is_encoder_decoder") and self._labels is not None:
             raise UnsupportedModelError(
-                f"{name} is an encoder-decoder: its decoder's stream also holds what the encoder "
-                "wrote. Only decoder-only causal language models can be attributed."
+                f"{name} scores labels from an encoder-decoder, and only those that score tokens "
+                "can be attributed; pass one with an unembedding"
             )
         if not has_head:
             raise UnsupportedModelError(
@@ -132,7 +125,9 @@ class HuggingFaceBackend(Backend):
         Raises:
             InputError: for such an argument, or a row that ends with the model's pad token.
         """
-        if prompt.extras:
+        if prompt.encoder is not None:
+            check_encoder(self.root, prompt)
+        elif prompt.extras:
             attention = self.number("_attn_implementation")
             check_extras(self.root, prompt, self.n_tokens(), attention)
         pad = self.number("pad_token_id") if self._labels is not None else None
@@ -157,8 +152,22 @@ class HuggingFaceBackend(Backend):
         """True for a model whose logits are labels' and not tokens'."""
         return self._labels is not None
 
+    def reader(
+        self, encode: Callable[[str], list[int]], encode_decoder: Callable[[str], list[int]]
+    ) -> Reader:
+        """How the two sequences of an encoder-decoder are read."""
+        return Reader(
+            encode,
+            encode_decoder,
+            start_of(self.model),
+            self.n_tokens(),
+            n_embedded(encoder_embedding(self.root)),
+            getattr(self.root, "main_input_name", IDS),
+            self._config_value("pad_token_id") or 0,
+        )
+
     def embedding(self) -> nn.Module:
-        found = token_embedding(self.root)
+        found = token_embedding(decoder_of(self.root) if self.reads_two else self.root)
         assert found is not None
         return found
 
@@ -201,29 +210,7 @@ class HuggingFaceBackend(Backend):
         self, prompt: Prompt, chunk: range, columns: Tensor | None, past: Any
     ) -> tuple[Tensor, Any]:
         logits, output = self._run(prompt, chunk, columns, {"use_cache": True, **(past or {})})
-        # The model makes the cache that suits it: sliding windows, states, whatever it needs.
-        accepted = arguments_of(self.root)
-        found: dict[str, Any] = {}
-        for argument in (name for name in _CACHES if name in accepted):
-            handed_on = (entry(output, name) for name in _CACHES[argument])
-            cache = next((cache for cache in handed_on if cache is not None), None)
-            if cache is not None:
-                found[argument] = cache
-        if not found:
-            raise UnsupportedModelError(
-                f"{type(self.root).__name__} hands on no cache of what it has read"
-            )
-        unknown = {
-            type(layer).__name__
-            for cache in found.values()
-            for layer in getattr(cache, "layers", ())
-        } - _EXACT_LAYERS
-        if unknown:
-            raise UnsupportedModelError(
-                f"its cache ({', '.join(sorted(unknown))}) is not known to be exact; sparse "
-                "attention, for example, picks other tokens where scores tie"
-            )
-        return logits, found
+        return logits, handed_on(self.root, output)
 
     def _run(
         self, prompt: Prompt, chunk: range, columns: Tensor | None, options: dict[str, Any]
@@ -239,15 +226,18 @@ class HuggingFaceBackend(Backend):
         accepted = arguments_of(self.root)
         device = run_device(self.embedding())
         arguments: dict[str, Any] = taken({**options, "return_dict": True}, accepted)
-        if prompt.padded and "attention_mask" not in accepted and not takes_any(self.root):
+        own = of_decoder_alone(accepted) if self.reads_two else accepted
+        if prompt.padded and MASK not in own and not takes_any(self.root):
             raise no_mask(self.root)
-        arguments |= extra_arguments(prompt, chunk, accepted, device)
+        arguments |= extra_arguments(prompt, chunk, own, device)
         if columns is None:
             columns = torch.tensor([chunk.stop - 1], device="cpu")
         wanted = columns - chunk.start
         ids = None
         if not prompt.embedded:
             ids = prompt.input_ids[:, chunk.start : chunk.stop].to(device)
+        if self.reads_two:
+            ids, arguments = None, of_decoder(self.root, ids, arguments, prompt, device)
         if "logits_to_keep" in accepted:
             # Remote code for older versions takes a count from the end only.
             takes_tensor = "Tensor" in str(accepted["logits_to_keep"].annotation)

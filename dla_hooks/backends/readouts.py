@@ -136,8 +136,10 @@ def token_embedding(model: Any) -> nn.Module | None:
     return next(iter((*tied, *as_many, *tables)), None)
 
 
-def n_embedded(embedding: nn.Module) -> int | None:
+def n_embedded(embedding: nn.Module | None) -> int | None:
     """The number of tokens that an embedding module knows, or None where it does not say."""
+    if embedding is None:
+        return None
     for module in (embedding, *embedding.modules()):
         count = getattr(module, "num_embeddings", None)
         if isinstance(count, int) and not isinstance(count, bool):

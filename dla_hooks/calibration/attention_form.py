@@ -99,11 +99,13 @@ class _Seen:
         recomputed: what its weights and values give for the last query of row 0 [head, d], by the
             dtype of the softmax.
         reason: why nothing could be recomputed.
+        n_sources: how many positions were read.
     """
 
     output: Tensor
     recomputed: dict[torch.dtype, Tensor]
     reason: str
+    n_sources: int
 
 
 class _Run:
@@ -137,7 +139,8 @@ class _Run:
         recomputed = {dtype: _recomputed(call, self._dtype, dtype) for dtype in dtypes}
         changed = output.clone()
         changed[1:] *= _noise(output.shape[2:]).to(output)
-        seen = _Seen(changed.double().cpu().clone(), recomputed, reason)
+        n_sources = call.key.shape[2] if call.key.ndim == 4 else 0
+        seen = _Seen(changed.double().cpu().clone(), recomputed, reason, n_sources)
         self._waiting.setdefault(call.module, []).append(seen)
         return changed
 
@@ -198,6 +201,11 @@ def _form(stream: Stream, site: HeadSite, calls: list[_Seen], z: Tensor) -> Atte
     (seen,) = calls
     if seen.reason:
         raise _NotReadable(seen.reason)
+    if stream.backend.reads_two and not site.cross and seen.n_sources != seen.output.shape[1]:
+        raise _NotReadable(
+            "it reads the tokens of the decoder and the positions of the encoder in one attention, "
+            "so that its rows would name two sequences"
+        )
     a, rounding = seen.output, torch.finfo(stream.product_dtype).eps
     if a.ndim != 4 or a.shape[2:] != (site.n_heads, z.shape[-1] // site.n_heads):
         raise _NotReadable(

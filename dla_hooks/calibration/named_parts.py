@@ -108,9 +108,20 @@ def part_named(stream: Stream, label: str) -> NamedPart:
 
 
 def _head(stream: Stream, label: str, layer: int, sub: int, number: int) -> NamedPart:
+    return _head_of(stream, label, layer, sub, number, cross=False)
+
+
+def _cross_head(stream: Stream, label: str, layer: int, sub: int, number: int) -> NamedPart:
+    return _head_of(stream, label, layer, sub, number, cross=True)
+
+
+def _head_of(
+    stream: Stream, label: str, layer: int, sub: int, number: int, *, cross: bool
+) -> NamedPart:
     sized = with_head_widths(stream)
-    writes = [write for write in sized.writes if write.layer == layer and write.heads is not None]
-    sites = [write.heads for write in writes if write.heads is not None]
+    mine = ((w, w.heads) for w in sized.writes if w.layer == layer)
+    found = [(w, site) for w, site in mine if site is not None and site.cross == cross]
+    writes, sites = [w for w, _ in found], [site for _, site in found]
     _check_number(stream, label, "head", sub, number, [site.n_heads for site in sites])
     site, write = sites[sub], writes[sub].label
     place = site.place.entered if site.linear is site.proj else site.place
@@ -149,7 +160,7 @@ def _shared(stream: Stream, label: str, layer: int, sub: int, number: int) -> Na
     return NamedPart(label, site.label, layer, "shared expert", place, 0)
 
 
-_FIND = {"H": _head, "N": _neuron, "E": _expert, "S": _shared}
+_FIND = {"H": _head, "X": _cross_head, "N": _neuron, "E": _expert, "S": _shared}
 
 
 def _sites(stream: Stream, layer: int) -> list[ExpertSite]:

@@ -67,6 +67,7 @@ class Scales:
     write_dtype: torch.dtype
     read_dtype: torch.dtype
     logit_scale: float
+    logit_bias: Tensor | None
     softcap: float | None
     vocabulary: int
     ahead: int
@@ -131,6 +132,7 @@ def _apply(stream: Stream, scales: Scales) -> Stream:
         write_dtype=scales.write_dtype,
         read_dtype=scales.read_dtype,
         logit_scale=scales.logit_scale,
+        logit_bias=scales.logit_bias,
         softcap=scales.softcap,
         vocabulary=scales.vocabulary,
         ahead=scales.ahead,
@@ -153,7 +155,7 @@ def _measure(stream: Stream) -> Scales:
         kept = constant if bool(constant.any()) else None
         carriers = tuple(synthetic.carriers(position, block))
         blocks.append(BlockScales(index, writes, gain, tuple(responses), kept, carriers))
-    scale, cap = readout(synthetic, logits)
+    scale, cap, bias = readout(synthetic, logits)
     has_positions, response = synthetic.positions() if stream.positions else (False, None)
     return Scales(
         blocks=tuple(blocks),
@@ -164,6 +166,7 @@ def _measure(stream: Stream) -> Scales:
         write_dtype=coarsest(synthetic.dtypes.writes),
         read_dtype=coarsest(synthetic.dtypes.read),
         logit_scale=scale,
+        logit_bias=bias,
         softcap=cap,
         vocabulary=logits.shape[-1],
         ahead=synthetic.ahead,

@@ -31,7 +31,10 @@ class Entries:
         target: target of each entry [N].
         target_of_entry: the same [*shape], padding included.
         mask: True at the real tokens of the prompt [batch, pos]; None where all are.
+        encoder_mask: likewise of what an encoder reads, which is set once the entries are made.
     """
+
+    encoder_mask: Tensor | None = None
 
     def __init__(
         self,
@@ -97,11 +100,12 @@ class Entries:
         Returns:
             Positions [1 or batch, pos], -1 for padding: one row where all are alike.
         """
-        if self.mask is None:
-            width = self.prompt_shape[1]
-            return torch.arange(width, device="cpu")[None], width
-        counted = self.mask.cumsum(-1)
-        return (counted - 1).masked_fill(~self.mask, -1), int(counted.max())
+        return _counted(self.mask, self.prompt_shape[1])
+
+    def encoder_numbers(self, n: int) -> tuple[Tensor, int]:
+        """The same of an encoder that puts out ``n`` positions: of tokens, or of frames."""
+        mask = self.encoder_mask
+        return _counted(None if mask is None or mask.shape[1] != n else mask, n)
 
     def positions(self, mask: Tensor) -> Tensor:
         """The position of each entry among its row's real tokens [*shape]; -1 for padding.
@@ -115,6 +119,13 @@ class Entries:
         if self._valid is None:
             return self.unfold(counted)
         return self.unfold(counted.double()).nan_to_num(nan=-1.0).long()
+
+
+def _counted(mask: Tensor | None, width: int) -> tuple[Tensor, int]:
+    if mask is None or bool(mask.all()):
+        return torch.arange(width, device="cpu")[None], width
+    counted = mask.cumsum(-1)
+    return (counted - 1).masked_fill(~mask, -1), int(counted.max())
 
 
 def one_target(

@@ -87,12 +87,22 @@ def pad_left(rows: Sequence[Tensor], filler: int = 0) -> tuple[Tensor, Tensor]:
     Returns:
         Ids [batch, pos], and a mask of that shape that is True at the real ones.
     """
+    return _padded(rows, filler, on_left=True)
+
+
+def pad_right(rows: Sequence[Tensor], filler: int = 0) -> tuple[Tensor, Tensor]:
+    """Lay rows of ids [pos] side by side, left ends aligned; see :func:`pad_left`."""
+    return _padded(rows, filler, on_left=False)
+
+
+def _padded(rows: Sequence[Tensor], filler: int, *, on_left: bool) -> tuple[Tensor, Tensor]:
     width = max(map(len, rows))
     ids = torch.full((len(rows), width), filler, dtype=torch.long, device="cpu")
     mask = torch.zeros(len(rows), width, dtype=torch.bool, device="cpu")
     for row, own in enumerate(rows):
-        ids[row, width - len(own) :] = own
-        mask[row, width - len(own) :] = True
+        place = slice(width - len(own), width) if on_left else slice(len(own))
+        ids[row, place] = own
+        mask[row, place] = True
     return ids, mask
 
 

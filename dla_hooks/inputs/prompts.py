@@ -27,11 +27,14 @@ class Prompt:
         input_ids: [batch, pos], on the CPU; zeros where embeddings were given in their place.
         mask: True at the real tokens [batch, pos], on the CPU.
         extras: further arguments of the model's forward, for the real run only.
+        encoder: of an encoder-decoder, whose decoder reads the ids: what its encoder reads, as
+            arguments of the forward. None for a model without an encoder, and in made-up runs.
     """
 
     input_ids: Tensor
     mask: Tensor
     extras: Mapping[str, Any] = field(default_factory=dict)
+    encoder: Mapping[str, Any] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -48,6 +51,12 @@ class Prompt:
     def embedded(self) -> bool:
         """True if embeddings were given in the place of ids."""
         return EMBEDS in self.extras
+
+    @property
+    def encoder_mask(self) -> Tensor | None:
+        """True at the real tokens of an encoder [batch, position], where the prompt says it."""
+        mask = (self.encoder or {}).get(MASK)
+        return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
     def position_ids(self) -> Tensor:
         """Positions counted among each row's real tokens; 0 on the padding before them."""
@@ -93,13 +102,13 @@ def read_prompt(
     if EMBEDS in extras:
         extras[EMBEDS] = embeddings(extras[EMBEDS])
         ids = torch.zeros(extras[EMBEDS].shape[:2], dtype=torch.long, device="cpu")
-        ids, mask = _as_batch(ids, attention_mask)
+        ids, mask = as_batch(ids, attention_mask)
     elif is_text(input):
         if attention_mask is not None or extras:
             raise InputError("attention_mask goes with token ids; strings are padded for you")
         ids, mask = _encode_all([input] if isinstance(input, str) else input, encode)
     elif is_array(input) and not (isinstance(input, (list, tuple)) and not input):
-        ids, mask = _as_batch(*as_ids(input, attention_mask))
+        ids, mask = as_batch(*as_ids(input, attention_mask))
     else:
         raise InputError(
             "input must be a string, a non-empty list of strings, token ids [pos] or [batch, pos] "
@@ -208,7 +217,17 @@ def encode(text: str, tokenizer: Any, prepend_bos: bool | None) -> list[int]:
     return tokens
 
 
-def _as_batch(ids: Tensor, attention_mask: Any) -> tuple[Tensor, Tensor]:
+def as_batch(ids: Tensor, attention_mask: Any) -> tuple[Tensor, Tensor]:
+    """Token ids [batch, pos] and which of them are real, checked.
+
+    Args:
+        ids: [pos] or [batch, pos].
+        attention_mask: 1 at real tokens, or None for all.
+
+    Raises:
+        InputError: for ids that are none, and for a row of nothing but padding.
+        ShapeMismatchError: for a mask of another shape.
+    """
     check_dense(ids, "input")
     check_dense(attention_mask, "attention_mask")
     check_integers(ids)

@@ -49,6 +49,7 @@ def measure(
     """Let a source show its activations to a plan's taps, and check what they wrote."""
     plan, prompt = plan.in_prompt(source, selection), source.prompt
     entries = plan.target.align(selection, prompt.shape, source.batched)
+    entries.encoder_mask = prompt.encoder_mask
     if not entries.batched and entries.shape[0] > 1:
         raise ShapeMismatchError(
             f"{entries.shape[0]} answers do not fit the one prompt of a cache without its batch "
@@ -121,6 +122,7 @@ def results(
         if split.beside:
             common["beside"] = {name: entries.unfold(own) for name, own in split.beside.items()}
         if isinstance(split, RankedSplit):
+            common["encoder_tokens"] = source.encoder_texts(tokenizer)
             found[key] = _ranked(split, entries, common)
         else:
             found[key] = DirectLogitAttribution(

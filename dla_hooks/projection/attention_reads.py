@@ -39,7 +39,7 @@ class Reads:
         values_HTS: what each source contributed through each head.
         weights_HTS: the attention weight of each.
         first: the column of the prompt that the first source is; negative where the model reads
-            positions of its own before the prompt.
+            positions of its own before the prompt. 0 where the sources are an encoder's.
     """
 
     row: int
@@ -56,6 +56,8 @@ def reads(
     heads: Sequence[int],
     softmax_dtype: torch.dtype,
     z: Tensor | None,
+    *,
+    of_encoder: bool = False,
 ) -> Iterator[Reads]:
     """Yield what the entries in view read, by tiles.
 
@@ -67,6 +69,7 @@ def reads(
         softmax_dtype: what the model computes its weights in.
         z: the output projection's input [..., I], where a gate or a norm stands before it; None
             where z is what attention returned.
+        of_encoder: whether the sources are an encoder's positions, and none of the prompt's.
 
     Raises:
         UnsupportedModelError: where the call does not line up with the prompt.
@@ -74,7 +77,8 @@ def reads(
     batch, width = view.entries.prompt_shape[0], len(view.columns)
     n_queries, n_sources = call.query.shape[2], call.key.shape[2]
     n_heads, d_head = call.query.shape[1], call.value.shape[-1]
-    if len(call.query) != batch or n_queries < width or n_sources < n_queries:
+    fits = of_encoder or n_sources >= n_queries
+    if len(call.query) != batch or n_queries < width or not fits:
         raise UnsupportedModelError(
             f"attention runs on queries of shape {list(call.query.shape)} and {n_sources} sources, "
             f"which do not line up with {width} columns of a prompt of shape "
@@ -101,7 +105,8 @@ def reads(
                 given_HKS = given_HKS.index_select(1, which)
             weights_HTS[block.place] = p_HTS
             torch.mul(p_HTS, given_HKS, out=values_HTS[block.place])
-        yield Reads(row, tile, values_HTS, weights_HTS, view.columns.stop - n_sources)
+        first = 0 if of_encoder else view.columns.stop - n_sources
+        yield Reads(row, tile, values_HTS, weights_HTS, first)
 
 
 def gates(call: AttentionCall, z: Tensor, row: int, queries: Tensor, dtype: torch.dtype) -> Tensor:

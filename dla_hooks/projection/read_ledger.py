@@ -5,6 +5,8 @@ Axes: H head, T entry of a tile, S source, R row of the unit, N entry.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -128,6 +130,30 @@ class SourceLedger(ReadLedger):
             tile = Tile(None, index, index.stop - start, entries.target[:0], None)
             top.add(values_RN[:, index], rows_RT, tile, beside=(weights_RT / self._n_heads,))
         return top.gathered(scale_N, entries)
+
+
+def joined(tops: Sequence[Top], starts: Sequence[int], k: int | None) -> Top:
+    """The strongest rows of several ledgers.
+
+    Args:
+        tops: what each has kept.
+        starts: the number of the first row of each, among the rows of all.
+        k: rows to keep per entry; None keeps all.
+    """
+    if len(tops) == 1 and starts[0] == 0:
+        return tops[0]
+    pairs = list(zip(tops, starts, strict=True))
+    values_KN = torch.cat([top.values_KN for top in tops])
+    index_KN = torch.cat([torch.where(t.index_KN < 0, -1, t.index_KN + s) for t, s in pairs])
+    # The places of entries with fewer rows hold 0, and go last.
+    size_KN = values_KN.abs().masked_fill(index_KN < 0, -1)
+    order_KN = torch.argsort(size_KN, dim=0, descending=True, stable=True)[:k]
+    beside = tuple(
+        torch.cat(each).gather(0, order_KN)
+        for each in zip(*(top.beside for top in tops), strict=True)
+    )
+    sum_N = torch.stack([top.sum_N for top in tops]).sum(0)
+    return Top(values_KN.gather(0, order_KN), index_KN.gather(0, order_KN), sum_N, None, beside)
 
 
 def _or_one(scale_N: Tensor) -> Tensor:

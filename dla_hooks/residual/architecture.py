@@ -21,11 +21,13 @@ class Heads:
         count: the config field with the number of (query) heads.
         post_norm: the norm, relative to the block and where it has one, between the projection
             and the term, if the term's ``module`` comes after it.
+        cross: they read what an encoder put out (``L3X0``), not the stream itself (``L3H0``).
     """
 
     proj: str
     count: str = "num_attention_heads"
     post_norm: str | None = None
+    cross: bool = False
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ class HeadSite:
         post_norm: the norm between the projection and the stream, if any.
         post_norm_name: its path.
         use: the run of both modules, where blocks share them.
+        cross: whether they read what an encoder put out.
     """
 
     proj: nn.Module
@@ -35,6 +36,17 @@ class HeadSite:
     post_norm: nn.Module | None = None
     post_norm_name: str = ""
     use: Use = ONLY_USE
+    cross: bool = False
+
+    @property
+    def letter(self) -> str:
+        """The letter of its heads' labels: ``L3H0``, or ``L3X0`` where they read an encoder."""
+        return "X" if self.cross else "H"
+
+    @property
+    def kind(self) -> str:
+        """The kind of its heads' rows."""
+        return "cross_head" if self.cross else "head"
 
     @property
     def place(self) -> Place:

@@ -225,6 +225,7 @@ class _Finder:
             d_head=width // n_heads if n_heads and width % n_heads == 0 else 0,
             post_norm=None if post_norm is None else post_norm.module,
             post_norm_name="" if post_norm is None else f"{prefix}.{post_norm.path}",
+            cross=write.heads.cross,
         )
         return site, ""
 

@@ -150,6 +150,8 @@ class Stream:
         d_model: width of the stream.
         vocabulary: number of tokens that the unembedding scores.
         logit_scale: the factor of the logits.
+        logit_bias: what each logit has besides the unembedding's own output, before that factor
+            [vocabulary], float64; None is nothing.
         softcap: the cap on the logits, or None.
         stream_dtype: in which the blocks are added up.
         write_dtype: the coarsest in which a write leaves its module.
@@ -177,6 +179,7 @@ class Stream:
     write_dtype: torch.dtype = torch.float64
     read_dtype: torch.dtype = torch.float64
     logit_scale: float = 1.0
+    logit_bias: Tensor | None = None
     softcap: float | None = None
     positions_response: Tensor | None = None
     ahead: int = 0

@@ -81,6 +81,8 @@ class RankedAttribution(RankedData, Views):
             then the value that was read.
         seen: what the model's own logits say of the answers, or None.
         several: whether the last axis holds several answers to one prompt.
+        encoder_tokens: of an encoder-decoder, the tokens that the encoder read, for rows that read
+            these (``L3X0<7``); empty where it read no tokens.
     """
 
     __module__ = "dla_hooks"
@@ -128,7 +130,7 @@ class RankedAttribution(RankedData, Views):
                     row = self.rows[own[flat]]
                     line = {**nothing, **table.describe(row, self.words), **entry}
                     if row.source is not None and self.tokens:
-                        line["source_token"] = self.tokens[entry["row"]][row.source]
+                        line["source_token"] = self.source_token(row, entry["row"])
                     of_row = {name: values[place][flat] for name, values in numbers.items()}
                     lines.append({**line, **of_row})
             for label, values in last.items():

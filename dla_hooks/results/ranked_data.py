@@ -52,6 +52,7 @@ class RankedData(EntryData):
     reading: str | None = None
     seen: Seen | None = None
     several: bool = False
+    encoder_tokens: list[list[str]] = field(default_factory=list)
     keeps_some = True
 
     def __post_init__(self) -> None:
@@ -134,7 +135,16 @@ class RankedData(EntryData):
         """The row, with the token that it reads behind its label, where there is one prompt."""
         if row.source is None or len(self.tokens) != 1:
             return row
-        return replace(row, label=f"{row.label} {quoted(self, self.tokens[0][row.source])}")
+        return replace(row, label=f"{row.label} {quoted(self, self.source_token(row, 0))}")
+
+    def source_token(self, row: Row, prompt: int) -> str:
+        """The token that a row reads in one prompt; a frame's number, where it is no token."""
+        assert row.source is not None
+        if not row.reads_encoder:
+            return self.tokens[prompt][row.source]
+        if not self.encoder_tokens:
+            return f"<frame {row.source}>"
+        return self.encoder_tokens[prompt][row.source]
 
     def kept_means(self) -> tuple[Tensor, Tensor]:
         """The rows that are kept at some entry, and their sums there over all entries' number."""

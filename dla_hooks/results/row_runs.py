@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, overload
 
-from dla_hooks.results.rows import Row
+from dla_hooks.results.rows import Row, reads_encoder
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,10 @@ class RowRuns(Sequence[Row]):
     def of_tokens(self, n: int) -> RowRuns:
         """Without the rows that read tokens which a prompt of ``n`` tokens does not have."""
         return RowRuns(
-            replace(run, n=min(run.n, n)) if run.of_sources else run for run in self.runs
+            replace(run, n=min(run.n, n))
+            if run.of_sources and not reads_encoder(run.kind)
+            else run
+            for run in self.runs
         )
 
     def __eq__(self, other: Any) -> bool:

@@ -19,12 +19,14 @@ class Row:
 
     Attributes:
         label: its name, unique in the result: ``embed``, ``3_mlp_out``, ``L3H0``, ``L3.1H0``.
-        kind: what it is: ``embed``, ``attn_out``, ``pre``, ``head``, ``remainder``, …
+        kind: what it is: ``embed``, ``attn_out``, ``pre``, ``head``, ``cross_head`` (of those that
+            read an encoder), ``remainder``, …
         layer: the block that it belongs to, or None.
         sub: which of several of its kind in that block, from 0: ``L3.1H0`` is the head 0 of block
             3's second attention, sub 1. None where rows of this kind are not counted.
         index: its number among its kind in that block (a head's number), or None.
         source: the position of the token that it reads, among its prompt's real tokens, or None.
+            Of a row that reads an encoder, it is that encoder's position.
     """
 
     label: str
@@ -33,6 +35,16 @@ class Row:
     sub: int | None = None
     index: int | None = None
     source: int | None = None
+
+    @property
+    def reads_encoder(self) -> bool:
+        """Whether its ``source`` is a position of an encoder, and no token of the prompt."""
+        return reads_encoder(self.kind)
+
+
+def reads_encoder(kind: str) -> bool:
+    """Whether rows of a kind read positions of an encoder: ``cross_head``, ``cross_layer``, ``cross_source``."""
+    return kind in _OF_ENCODER
 
 
 @dataclass(frozen=True)
@@ -95,7 +107,8 @@ _OLD_WORDS = {
         remainder_is="what no head wrote",
     ),
 }
-_HEAD = re.compile(r"L([0-9]+)(?:\.([0-9]+))?H([0-9]+)")
+_HEAD = re.compile(r"L([0-9]+)(?:\.([0-9]+))?([HX])([0-9]+)")
+_OF_ENCODER = {"cross_head", "cross_layer", "cross_source"}
 _IN_LAYER = re.compile(r"([0-9]+)_(.+)")
 
 
@@ -118,8 +131,8 @@ def rows_of(labels: tuple[str, ...]) -> tuple[Row, ...]:
 def _row_of(label: str) -> Row:
     head = _HEAD.fullmatch(label)
     if head:
-        layer, sub, index = (int(number or 0) for number in head.groups())
-        return Row(label, "head", layer, sub, index)
+        layer, sub, index = (int(head[place] or 0) for place in (1, 2, 4))
+        return Row(label, "head" if head[3] == "H" else "cross_head", layer, sub, index)
     in_layer = _IN_LAYER.fullmatch(label)
     if in_layer:
         return Row(label, in_layer[2], int(in_layer[1]))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dla_hooks.errors import CacheEntryError, InputError
-from dla_hooks.inputs.prompts import Prompt
+from dla_hooks.inputs.prompts import Prompt, to_strings
 from dla_hooks.modules.hooks import Place, Tap
 from dla_hooks.projection.tiles import View
 from dla_hooks.residual.stream import Stream
@@ -92,3 +92,12 @@ class Source:
     def texts(self, tokenizer: Any) -> list[list[str]]:
         """The tokens of every row, as text."""
         raise NotImplementedError(f"{type(self).__name__} must name its tokens")
+
+    def encoder_texts(self, tokenizer: Any) -> list[list[str]]:
+        """The tokens that an encoder read, of every row; empty where there are none."""
+        encoder = self.prompt.encoder or {}
+        ids, mask = encoder.get("input_ids"), self.prompt.encoder_mask
+        if not isinstance(ids, Tensor) or ids.ndim != 2:
+            return []
+        rows = list(ids) if mask is None else [row[real] for row, real in zip(ids, mask, strict=True)]
+        return [to_strings(row.tolist(), tokenizer) for row in rows]

@@ -12,6 +12,7 @@ from dla_hooks.calibration.invariance import holes_are_ignored, padding_is_ignor
 from dla_hooks.errors import DLAError, InputError, UnsupportedModelError
 from dla_hooks.inputs.extras import POSITIONS
 from dla_hooks.inputs.prompts import Prompt, is_text, read_prompt, tokenizer_for
+from dla_hooks.inputs.two_sequences import encode_target, read_two
 from dla_hooks.modules.faults import described_error
 from dla_hooks.residual.stream import Stream
 from dla_hooks.sources.cautions import warn_of, warn_of_unknown
@@ -41,6 +42,8 @@ def prompt_for(
         UnsupportedModelError: for padding that would change the model's logits.
     """
     backend = stream.backend
+    if backend.reads_two:
+        return _pair_for(stream, tokenizer, prepend_bos, input, attention_mask)
     if is_text(input):
         tokenizer = tokenizer_for(backend.model, tokenizer, "input")
     prompt = read_prompt(
@@ -60,6 +63,32 @@ def prompt_for(
     warn_of(stream, prompt, tokenizer, given_as_ids=as_ids)
     if is_text(input):
         warn_of_unknown(prompt.input_ids, tokenizer, input)
+    return prompt
+
+
+def _pair_for(
+    stream: Stream, tokenizer: Any, prepend_bos: bool | None, input: Any, attention_mask: Any
+) -> Prompt:
+    """:func:`prompt_for`, for an encoder-decoder."""
+    backend = stream.backend
+    if prepend_bos is not None:
+        raise InputError(
+            f"{backend.name} is an encoder-decoder, whose tokenizer knows what its texts begin and "
+            "end with; leave prepend_bos out, or give token ids"
+        )
+
+    def encode(text: str) -> list[int]:
+        reads = tokenizer_for(backend.model, tokenizer, "input")
+        return backend.encode(text, reads, None)
+
+    def encode_decoder(text: str) -> list[int]:
+        reads = tokenizer_for(backend.model, tokenizer, "decoder_input")
+        return encode_target(text, reads)
+
+    prompt = read_two(input, backend.reader(encode, encode_decoder), attention_mask)
+    check_length(stream, prompt)
+    backend.check_prompt(prompt)
+    _check_padding(stream, prompt)
     return prompt
 
 

@@ -46,7 +46,8 @@ class KeptHeads:
     @property
     def labels(self) -> list[str]:
         """The labels of the heads."""
-        return [f"{self.layer}H{head}" for head in range(self.site.n_heads)]
+        beginning = f"{self.layer}{self.site.letter}"
+        return [f"{beginning}{head}" for head in range(self.site.n_heads)]
 
 
 def stack_head_results(

@@ -124,6 +124,8 @@ class _Ranker:
                 ranks.add(own, tokens, values[: own.stop - own.start])
         if held is not None:
             biases = token_biases(stream.unembed, held.constant)[: stream.vocabulary]
+            if stream.logit_bias is not None:
+                biases = biases + stream.logit_bias.to(biases)
             self._every.hold(held, held.constant + stream.logit_scale * biases)
         return self._by_row(ranks, n_rows)
 

@@ -206,6 +206,8 @@ def read_out(stream: Stream, sets: TokenSets, *, center_unembed: bool) -> Readou
     mean: tuple[Tensor, Tensor] | None = None
     if center_unembed and stream.softcap is None and bool(sets.totals.any()):
         mean = mean_row(stream.unembed, stream.vocabulary, dtype)
+        if stream.logit_bias is not None:
+            mean = mean[0], mean[1] + stream.logit_bias.mean().to(mean[1])
     fetch = _row_source(stream, sets)
 
     def totals(some: Tensor) -> Tensor:
@@ -246,10 +248,17 @@ def _row_source(stream: Stream, sets: TokenSets) -> Callable[[Tensor], tuple[Ten
     quantised module computes) are fetched once, those that are needed.
     """
     unembed, dtype = stream.unembed, stream.work_dtype
+
+    def fetch(ids: Tensor) -> tuple[Tensor, Tensor]:
+        W, b = rows(unembed, ids, dtype)
+        if stream.logit_bias is not None:
+            b = b + stream.logit_bias[ids.cpu()].to(b)
+        return W, b
+
     if at_hand(unembed):
-        return lambda ids: rows(unembed, ids, dtype)
+        return fetch
     needed = sets.ids.unique()
-    W, b = rows(unembed, needed, dtype)
+    W, b = fetch(needed)
 
     def find(ids: Tensor) -> tuple[Tensor, Tensor]:
         place = torch.searchsorted(needed, ids).to(W.device)

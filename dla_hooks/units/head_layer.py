@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
 from torch import Tensor
 
 from dla_hooks.calibration.norm_constants import norm_at
@@ -51,6 +54,11 @@ class HeadLayer:
             # slower (cold caches). An offloaded weight is at hand when the model has just read it.
             self.folded.prepare()
 
+    @property
+    def hook_name(self) -> str:
+        """The end of the label of what hooks write behind its heads: ``L3hook``, ``L3Xhook``."""
+        return "Xhook" if self.site.cross else "hook"
+
     def way_to_stream(self) -> list[tuple[Place, Directions]]:
         """What the projection, attention and the post-norm put out, and what it is projected on."""
         site, found = self.site, []
@@ -63,8 +71,26 @@ class HeadLayer:
         return found
 
 
+def with_heads(writes: Iterable[WriteSite]) -> Iterator[tuple[int, WriteSite]]:
+    """The writes of one block that have heads, each with its number among those of its kind."""
+    count = Counter[bool]()
+    for write in writes:
+        if write.heads is not None:
+            yield count[write.heads.cross], write
+            count[write.heads.cross] += 1
+
+
 def rows_of(write: WriteSite, sub: int) -> list[Row]:
-    """The heads of a block's attention; those of a second one are L0.1H0, L0.1H1, …"""
-    assert write.heads is not None
-    layer, n_heads = f"L{write.layer}.{sub}" if sub else f"L{write.layer}", write.heads.n_heads
-    return [Row(f"{layer}H{h}", "head", write.layer, sub, h) for h in range(n_heads)]
+    """The heads of one attention: L0H0, L0H1, …; those that read an encoder are L0X0, L0X1, ….
+
+    Args:
+        write: what the attention writes.
+        sub: which of several of its kind in the block; those of a second one are L0.1H0, ….
+    """
+    site = write.heads
+    assert site is not None
+    layer = f"L{write.layer}.{sub}" if sub else f"L{write.layer}"
+    return [
+        Row(f"{layer}{site.letter}{h}", site.kind, write.layer, sub, h)
+        for h in range(site.n_heads)
+    ]

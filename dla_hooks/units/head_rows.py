@@ -21,7 +21,7 @@ from dla_hooks.projection.ledger import FixedRows
 from dla_hooks.projection.tiles import View
 from dla_hooks.results.rows import Row
 from dla_hooks.units.base import Claim, Recorder, Split, Unit, UnitPlan, claims_of_writes
-from dla_hooks.units.head_layer import HeadLayer, rows_of
+from dla_hooks.units.head_layer import HeadLayer, rows_of, with_heads
 from dla_hooks.units.parts import Parts
 from dla_hooks.units.parts_plan import PartsPlan
 
@@ -49,8 +49,7 @@ class HeadsPlan(UnitPlan):
         self.layers: list[HeadLayer] = []
         self.rows: list[Row] = []
         for block in stream.blocks:
-            with_heads = [write for write in block.writes if write.heads is not None]
-            for sub, write in enumerate(with_heads):
+            for sub, write in with_heads(block.writes):
                 if among is not None and write.label not in among:
                     continue
                 first = len(self.rows)
@@ -177,7 +176,7 @@ class HeadsRecorder(Recorder):
             rows += self._plan.rows[layer.rows]
             values += values_CN[layer.rows]
             if number in hooks:
-                label = rows[-1].label.partition("H")[0] + "hook"
+                label = rows[-1].label.partition(layer.site.letter)[0] + layer.hook_name
                 rows.append(replace(rows[-1], label=label, kind="hook", index=None))
                 values.append(hooks[number])
         rest_N = values_CN[-1] - torch.stack(list(hooks.values())).sum(0)

@@ -17,12 +17,13 @@ from dla_hooks.modules.hooks import Place
 from dla_hooks.residual.head_site import HeadSite
 from dla_hooks.residual.stream import Stream
 from dla_hooks.results.row_runs import Run
+from dla_hooks.units.head_layer import with_heads
 
-_HEAD = re.compile(r"L([0-9]+)(?:\.([0-9]+))?H([0-9]+)")
+_HEAD = re.compile(r"L([0-9]+)(?:\.([0-9]+))?([HX])([0-9]+)")
 _INSTEAD = "Whole heads can be attributed"
 
-Head = tuple[int, int, int]
-"""(layer, sub, head): see :class:`dla_hooks.results.rows.Row`."""
+Head = tuple[int, int, int] | tuple[int, int, int, str]
+"""(layer, sub, head): see :class:`dla_hooks.results.rows.Row`; "X" last where it reads an encoder."""
 
 
 def as_heads(heads: Any) -> tuple[Head, ...] | None:
@@ -45,11 +46,20 @@ def _as_head(head: Any) -> Head:
     if isinstance(head, str):
         match = _HEAD.fullmatch(head)
         if match:
-            layer, sub, number = (int(digits or 0) for digits in match.groups())
-            return layer, sub, number
+            layer, sub, number = (int(match[place] or 0) for place in (1, 2, 4))
+            return _head(layer, sub, number, of_encoder=match[3] == "X")
     elif isinstance(head, (tuple, list)) and len(head) == 2 and all(map(_is_number, head)):
         return head[0], 0, head[1]
     raise InputError(f"heads must hold labels such as 'L3H5' or pairs (layer, head); got {head!r}")
+
+
+def _head(layer: int, sub: int, number: int, *, of_encoder: bool) -> Head:
+    return (layer, sub, number, "X") if of_encoder else (layer, sub, number)
+
+
+def _name(layer: int, sub: int, *, of_encoder: bool) -> str:
+    """The beginning of a head's label: ``L3H``, ``L3.1H``, ``L3X``."""
+    return f"L{layer}{f'.{sub}' if sub else ''}{'X' if of_encoder else 'H'}"
 
 
 def _is_number(value: Any) -> bool:
@@ -62,7 +72,7 @@ class SourceLayer:
 
     Attributes:
         label: of the write.
-        name: of its rows, before the head: ``L3``, ``L3.1``.
+        name: of its rows, before the number of the head: ``L3H``, ``L3.1H``, ``L3X``.
         layer: the block.
         sub: which of its attentions.
         heads: the numbers of the chosen heads.
@@ -70,6 +80,7 @@ class SourceLayer:
         place: the places of these heads among all chosen ones.
         points: where the model itself shows its values and weights; None where these are seen in
             the attention function.
+        of_encoder: whether they read what an encoder put out.
     """
 
     label: str
@@ -80,6 +91,12 @@ class SourceLayer:
     form: AttentionForm
     place: slice
     points: tuple[Place, Place] | None = None
+    of_encoder: bool = False
+
+    @property
+    def kind(self) -> str:
+        """The beginning of its rows' kind: ``cross_head``, ``cross_layer``, or nothing."""
+        return "cross_" if self.of_encoder else ""
 
 
 def hook_points(site: HeadSite) -> tuple[Place, Place] | None:
@@ -107,40 +124,46 @@ def source_layers(
     model = type(stream.backend.root).__name__
     sized = with_head_widths(stream)
     own = {
-        (block.layer, sub): write
+        (block.layer, sub, write.heads is not None and write.heads.cross): write
         for block in sized.blocks
-        for sub, write in enumerate(w for w in block.writes if w.heads is not None)
+        for sub, write in with_heads(block.writes)
     }
     if not own:
         raise UnsupportedModelError(
             f"{model}{stream.extent} has no attention heads with a direct path to the stream; "
             "attribute whole sublayers instead (leave out unit=)"
         )
-    _check_layers(model, len(stream.blocks), {layer for layer, _ in own}, layers)
+    _check_layers(model, len(stream.blocks), {layer for layer, *_ in own}, layers)
     forms = _forms(sized, model)
     found: list[SourceLayer] = []
     n_before = 0
-    for (layer, sub), write in own.items():
+    for (layer, sub, of_encoder), write in own.items():
         assert write.heads is not None
         numbers = range(write.heads.n_heads)
-        chosen = _chosen(model, (layer, sub), numbers, heads)
+        chosen = _chosen(model, (layer, sub, of_encoder), numbers, heads)
         if not chosen or (layers is not None and layer not in layers):
             continue
         if write.label in forms.unseen and heads is None and layers is None:
             continue  # left in the remainder, unless it is asked for
         _check_form(model, write.label, write.heads.name, forms)
         place = slice(n_before, n_before + len(chosen))
-        name = f"L{layer}.{sub}" if sub else f"L{layer}"
+        name = _name(layer, sub, of_encoder=of_encoder)
         form = forms.of[write.label]
         points = hook_points(write.heads)
-        found.append(SourceLayer(write.label, name, layer, sub, chosen, form, place, points))
+        found.append(
+            SourceLayer(write.label, name, layer, sub, chosen, form, place, points, of_encoder)
+        )
         n_before = place.stop
-    missing = set(heads or ()) - {(one.layer, one.sub, h) for one in found for h in one.heads}
+    missing = set(heads or ()) - {
+        _head(one.layer, one.sub, number, of_encoder=one.of_encoder)
+        for one in found
+        for number in one.heads
+    }
     if missing and layers is None:
-        layer, sub, head = min(missing)
-        name = f"L{layer}.{sub}" if sub else f"L{layer}"
+        layer, sub, head, *more = min(missing)
+        name = _name(layer, sub, of_encoder=bool(more))
         raise InputError(
-            f"{model} has no head {name}H{head}; its blocks are 0 to {len(stream.blocks) - 1}, and "
+            f"{model} has no head {name}{head}; its blocks are 0 to {len(stream.blocks) - 1}, and "
             "each counts its heads from 0"
         )
     if not found and (heads is not None or layers is not None):
@@ -154,11 +177,15 @@ def runs_of(layers: Sequence[SourceLayer], sum: str | None, n_sources: int) -> l
     """The rows of some layers, one run for each head, each layer, or all of them."""
     n = n_sources
     if sum == "heads":
-        return [Run("<{}", "source", n=n, of_sources=True)]
+        return [Run("<{}", f"{one.kind}source", n=n, of_sources=True) for one in layers[:1]]
     if sum == "layer":
-        return [Run(f"{o.name}<{{}}", "layer", o.layer, o.sub, None, n, True) for o in layers]
+        names = [one.name if one.of_encoder else one.name.removesuffix("H") for one in layers]
+        return [
+            Run(f"{name}<{{}}", f"{one.kind}layer", one.layer, one.sub, None, n, True)
+            for name, one in zip(names, layers, strict=True)
+        ]
     return [
-        Run(f"{one.name}H{head}<{{}}", "head", one.layer, one.sub, head, n, True)
+        Run(f"{one.name}{head}<{{}}", f"{one.kind}head", one.layer, one.sub, head, n, True)
         for one in layers
         for head in one.heads
     ]
@@ -190,12 +217,16 @@ def _check_layers(model: str, n: int, with_heads: set[int], layers: Sequence[int
 
 
 def _chosen(
-    model: str, place: tuple[int, int], numbers: range, heads: Sequence[Head] | None
+    model: str, place: tuple[int, int, bool], numbers: range, heads: Sequence[Head] | None
 ) -> tuple[int, ...]:
     """The heads of one write that are asked for, in order."""
     if heads is None:
         return tuple(numbers)
-    asked = sorted(head for *where, head in heads if tuple(where) == place)
+    asked = sorted(
+        number
+        for layer, sub, number, *more in heads
+        if (layer, sub, bool(more)) == place
+    )
     for head in asked:
         if head not in numbers:
             raise InputError(

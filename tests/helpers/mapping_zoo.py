@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -66,9 +67,16 @@ def build_any(
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
     attn: str | None = None,
+    *,
+    auto: Any = AutoModelForCausalLM,
+    decoder: bool = True,
+    also: Mapping[str, Any] = MappingProxyType({}),
     **config_changes: Any,
 ) -> PreTrainedModel:
-    """A tiny decoder of this type in eval mode, every parameter drawn anew from `seed`.
+    """A tiny model of this type in eval mode, every parameter drawn anew from `seed`.
+
+    `auto` is the auto class that picks the model's. `decoder` sets `is_decoder` where a config has
+    it. `also` is set on the config that the class is made for, as `num_labels`.
 
     `config_changes` go to the field of that name, in the language model's part where the config has
     several. Types that break in float64 come in float32 (see `FLOAT32_ONLY`). The global random
@@ -83,10 +91,12 @@ def build_any(
     # Whatever goes wrong in the code of 190 types is for the caller to report, not to crash on.
     try:
         config = tiny_config(model_type, **config_changes)
-        model_class = AutoModelForCausalLM._model_mapping[type(config)]
-        _prepare(config, dtype)
+        model_class = _model_class(auto, config)
+        _prepare(config, dtype, decoder)
         with torch.random.fork_rng(devices=[]):
             own = _own_config(config, model_class)
+            for name, value in also.items():
+                setattr(own, name, value)
             model = model_class._from_config(own, dtype=dtype, **kwargs)
     except Exception as error:
         raise CannotBuild(f"{model_type}: {type(error).__name__}: {error}") from error
@@ -219,13 +229,19 @@ def _own_config(config: Any, model_class: type[PreTrainedModel]) -> Any:
     return next((p for p in (config, *parts) if isinstance(p, model_class.config_class)), config)
 
 
-def _prepare(config: Any, dtype: torch.dtype) -> None:
+def _model_class(auto: Any, config: Any) -> Any:
+    """The class behind an auto class; the first of several."""
+    found = auto._model_mapping[type(config)]
+    return found[0] if isinstance(found, (list, tuple)) else found
+
+
+def _prepare(config: Any, dtype: torch.dtype, decoder: bool) -> None:
     parts = [getattr(config, name) for name in getattr(config, "sub_configs", {})]
     for part in [config, *parts]:
         if dtype == torch.float64 and hasattr(part, "_experts_implementation"):
             part._experts_implementation = "eager"  # the grouped kernel has no float64
         if hasattr(part, "is_decoder"):
-            part.is_decoder = True
+            part.is_decoder = decoder
 
 
 def _shaped_any(noise: torch.Tensor, module: str, name: str) -> torch.Tensor:

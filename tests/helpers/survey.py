@@ -1,19 +1,22 @@
-"""Every type that transformers maps to a causal language model, held against its own logits.
+"""Every type of transformers, door by door, held against its own logits.
 
-    python tests/helpers/survey.py                                 # one line a type, and the count
-    python tests/helpers/survey.py --write docs/architectures.md   # the page
+    python tests/helpers/survey.py                                 # causal: one line a type
+    python tests/helpers/survey.py --door classification           # of another auto class
+    python tests/helpers/survey.py --door all --write docs/architectures.md   # the page
+    python tests/helpers/survey.py --door vision --write docs/architectures.md   # one section
     python tests/helpers/survey.py --check docs/architectures.md   # fails when the page is stale
+    python tests/helpers/survey.py --check docs/architectures.md --quick   # a sample of wide doors
     python tests/helpers/survey.py --sample 8                      # every eighth type only
 
 A tiny model of each type is built with every parameter drawn at random. It is right when all units
-reproduce its logits; refused when the library says why not; and the rest cannot be built here.
+reproduce its logits; refused when the library says why not; and the rest cannot be built here. The
+doors, and what is asked of their models, are in the folder `doors`.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import re
 import sys
 import warnings
 from collections import Counter
@@ -21,7 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mapping_zoo import MODEL_TYPES, CannotBuild, build_any, example_ids_any
+from doors import Case, Door, by_name, doors
+from findings import ABSENT, REFUSED, RIGHT, WRONG, Finding
+from mapping_zoo import CannotBuild
+from survey_page import checked, count, written
 from transformers.utils import logging
 from units import EVERY_UNIT, UNIT_NAMES
 
@@ -30,62 +36,37 @@ from dla_hooks.calibration.mid_streams import mid_streams
 from dla_hooks.residual.stream import Stream
 from dla_hooks.verification.recognise import stream_of
 
-RIGHT, REFUSED, ABSENT, WRONG = "right", "refused", "cannot be built here", "WRONG"
-ANSWER, INCORRECT = 5, 7
 FINER = tuple(name for name in EVERY_UNIT if name not in (*UNIT_NAMES, "adapter", "feature"))
 """Units of some models. Adapters and dictionaries are brought along by a user."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Finding:
-    """What became of one model.
-
-    Attributes:
-        verdict: right, refused, cannot be built here, or WRONG.
-        model_class: its class.
-        units: the units that it has.
-        special: what stands out in how it writes.
-        gap: of its parts against the stream, over the logits' spread.
-        logit_gap: of its parts and bias against the model's own logits, over their spread.
-        reason: why it is refused, or cannot be built.
-        lacking: why it has no rows of each finer unit that it does not have.
-    """
-
-    verdict: str
-    model_class: str = ""
-    units: tuple[str, ...] = ()
-    special: tuple[str, ...] = ()
-    gap: float = 0.0
-    logit_gap: float = 0.0
-    reason: str = ""
-    lacking: dict[str, str] = dataclasses.field(default_factory=dict)
-
-
-def survey_type(model_type: str, seed: int = 0, attn: str | None = None, **changes: Any) -> Finding:
-    """Build one model, and attribute it in every unit."""
+def survey_type(
+    model_type: str, seed: int = 0, attn: str | None = None, door: str = "causal", **changes: Any
+) -> Finding:
+    """Build the models of one type behind a door, and attribute them in every unit."""
     try:
-        model = build_any(model_type, seed, attn=attn, **changes)
-        ids = example_ids_any(model)
-        with torch.no_grad():
-            logits = model(ids, use_cache=False).logits.double()
+        cases = by_name(door).cases(model_type, seed, attn=attn, **changes)
     except CannotBuild as error:
         return Finding(ABSENT, reason=_first_line(str(error).removeprefix(f"{model_type}: ")))
-    if not bool(logits.isfinite().all()):
-        return Finding(ABSENT, type(model).__name__, reason="its own logits are not finite")
-    return examine(model, ids, logits)
+    return together([(case.name, examine(case)) for case in cases])
 
 
-def examine(model: Any, ids: torch.Tensor, logits: torch.Tensor) -> Finding:
+def examine(case: Case) -> Finding:
     """Hold every unit of a model against the logits that it gave."""
-    name = type(model).__name__
+    model, name = case.model, type(case.model).__name__
+    logits = case.logits.double()
+    if not bool(logits.isfinite().all()):
+        return Finding(ABSENT, name, reason="its own logits are not finite")
     units: list[str] = []
     lacking: dict[str, str] = {}
     gap = logit_gap = 0.0
+    column, other = case.columns
+    spread = float((logits.amax(-1) - logits.amin(-1)).mean())
     try:
         for unit in (*UNIT_NAMES, *FINER):
             try:
                 result = direct_logit_attribution(
-                    model, ids, ANSWER, INCORRECT, unit=unit, pos=None
+                    model, case.asked, case.answer, case.incorrect, unit=unit, **case.options
                 )
             except UnsupportedModelError as error:
                 if unit in FINER:
@@ -94,13 +75,15 @@ def examine(model: Any, ids: torch.Tensor, logits: torch.Tensor) -> Finding:
                     raise
                 continue
             units.append(unit)
-            spread = float((logits.amax(-1) - logits.amin(-1)).mean())
             cap = result.softcap
             plain = logits if cap is None else cap * torch.atanh(logits / cap)
-            truth = plain[..., ANSWER] - plain[..., INCORRECT]
+            truth = plain[..., column] - (0 if other is None else plain[..., other])
+            found = result.total() + result.bias
+            if found.shape != truth.shape:
+                shapes = f"{list(found.shape)} where the model has {list(truth.shape)}"
+                return Finding(WRONG, name, reason=f"{unit} has shape {shapes}")
             gap = max(gap, result.gap / spread)
-            off = float((result.total() + result.bias - truth).abs().max())
-            logit_gap = max(logit_gap, off / spread)
+            logit_gap = max(logit_gap, float((found - truth).abs().max()) / spread)
     except UnsupportedModelError as error:
         return Finding(REFUSED, name, reason=_reason(str(error)))
     except DLAError as error:
@@ -108,6 +91,26 @@ def examine(model: Any, ids: torch.Tensor, logits: torch.Tensor) -> Finding:
     verdict = RIGHT if logit_gap < 1e-5 else WRONG
     what = special(stream_of(model))
     return Finding(verdict, name, tuple(units), what, gap, logit_gap, lacking=lacking)
+
+
+def together(found: list[tuple[str, Finding]]) -> Finding:
+    """One finding of a type's cases: the worst of them, its case named."""
+    if len(found) == 1:
+        return found[0][1]
+    for verdict in (WRONG, ABSENT, REFUSED):
+        for name, one in found:
+            if one.verdict == verdict:
+                return dataclasses.replace(one, reason=f"{name}: {one.reason}")
+    first = found[0][1]
+    every = [one for _, one in found]
+    return dataclasses.replace(
+        first,
+        units=tuple(unit for unit in first.units if all(unit in one.units for one in every)),
+        special=tuple(dict.fromkeys(what for one in every for what in one.special)),
+        gap=max(one.gap for one in every),
+        logit_gap=max(one.logit_gap for one in every),
+        lacking={unit: why for one in every for unit, why in one.lacking.items()},
+    )
 
 
 def special(stream: Stream) -> tuple[str, ...]:
@@ -144,53 +147,9 @@ def special(stream: Stream) -> tuple[str, ...]:
     return tuple(found)
 
 
-def page(findings: dict[str, Finding]) -> str:
-    """The survey as a page of documentation."""
-    right = {name: f for name, f in findings.items() if f.verdict == RIGHT}
-    lines = [
-        "# Architectures",
-        "",
-        "Generated by `python tests/helpers/survey.py --write docs/architectures.md`: every type",
-        "that transformers maps to a causal language model, as a tiny random float64 model. Gaps",
-        "are relative to the spread of the logits: of the parts' sum to the stream's projection,",
-        "and of parts and bias to the model's own logits (whose norms, softmax and rotary tables",
-        "transformers computes in float32).",
-        "",
-        f"**{count(findings)}**",
-        "",
-        "## Taken apart exactly",
-        "",
-        "| model type | class | units | what is special | to the stream | to the logits |",
-        "|---|---|---|---|---:|---:|",
-    ]
-    for name, f in right.items():
-        row = (name, f.model_class, " ".join(f.units), "; ".join(f.special))
-        lines.append(f"| {' | '.join(row)} | {f.gap:.0e} | {f.logit_gap:.0e} |")
-    lines += ["", "## Without a finer unit", "", "| unit | why | model types |", "|---|---|---|"]
-    alike: dict[tuple[str, str], list[str]] = {}
-    for name, f in right.items():
-        for unit, why in f.lacking.items():
-            own = re.sub(rf"{f.model_class}( \({re.escape(name)}\))?", "the model", why)
-            alike.setdefault((unit, own), []).append(name)
-    lines += [f"| {unit} | {why} | {', '.join(names)} |" for (unit, why), names in alike.items()]
-    for verdict, title in ((REFUSED, "Refused"), (ABSENT, "Not built by the survey")):
-        lines += ["", f"## {title}", "", "| model type | why |", "|---|---|"]
-        chosen = ((name, f) for name, f in findings.items() if f.verdict == verdict)
-        lines += [f"| {name} | {f.reason} |" for name, f in chosen]
-    return "\n".join(lines) + "\n"
-
-
-def count(findings: dict[str, Finding]) -> str:
-    """How many models met which end."""
-    ends = Counter(finding.verdict for finding in findings.values())
-    said = ", ".join(f"{ends[verdict]} {verdict}" for verdict in (RIGHT, REFUSED, ABSENT))
-    return f"{said}, {ends[WRONG]} wrong, of {len(findings)} model types"
-
-
-def _without_gaps(text: str) -> list[str]:
-    """The page's lines less its figures, which differ from machine to machine."""
-    figures = re.compile(r"\| \de[-+]\d+ \| \de[-+]\d+ \|$")
-    return [figures.sub("|", line) for line in text.splitlines()]
+def survey_door(door: Door, every: int = 1) -> dict[str, Finding]:
+    """The findings of a door's types, or of one in so many."""
+    return {name: survey_type(name, door=door.name) for name in door.model_types[:: max(every, 1)]}
 
 
 def _reason(message: str) -> str:
@@ -203,31 +162,39 @@ def _first_line(message: str) -> str:
 
 
 def main() -> int:
-    """Survey the whole mapping."""
+    """Survey doors, print a line a type, and write or check the page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", type=Path)
+    parser.add_argument("--door", help="one door, or all; causal, and with --check all")
+    parser.add_argument("--write", type=Path, help="write these doors' sections of the page")
     parser.add_argument("--check", type=Path)
     parser.add_argument("--sample", type=int, default=1, metavar="N", help="every N-th type only")
+    parser.add_argument("--quick", action="store_true", help="of wide doors every few types only")
     options = parser.parse_args()
-    if options.sample > 1 and (options.write or options.check):
-        parser.error("a page needs every type: leave out --sample")
+    if (options.sample > 1 or options.quick) and options.write:
+        parser.error("a page needs every type: leave out --sample and --quick")
     logging.set_verbosity(50)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
 
-    findings = {name: survey_type(name) for name in MODEL_TYPES[:: options.sample]}
-    for name, f in findings.items():
-        detail = f"{f.gap:.0e} {f.logit_gap:.0e}" if f.verdict == RIGHT else f.reason[:110]
-        sys.stdout.write(f"{name:28} {f.verdict:8} {detail}\n")
-    sys.stdout.write(f"\n{count(findings)}\n")
-    if options.write is not None:
-        options.write.write_text(page(findings))
-    stale = options.check is not None and _without_gaps(options.check.read_text()) != _without_gaps(
-        page(findings)
-    )
-    if stale:
-        sys.stdout.write(f"{options.check} is stale: write it anew with --write\n")
-    return int(stale or any(f.verdict == WRONG for f in findings.values()))
+    name = options.door or ("all" if options.check else "causal")
+    bad = False
+    for door in doors() if name == "all" else (by_name(name),):
+        every = max(options.sample, door.in_ci if options.quick else 1)
+        findings = survey_door(door, every)
+        for model_type, f in findings.items():
+            detail = f"{f.gap:.0e} {f.logit_gap:.0e}" if f.verdict == RIGHT else f.reason[:110]
+            sys.stdout.write(f"{model_type:28} {f.verdict:8} {detail}\n")
+        sys.stdout.write(f"\n{door.name}: {count(findings)}\n")
+        bad |= any(f.verdict == WRONG for f in findings.values())
+        if options.write is not None:
+            old = options.write.read_text() if options.write.exists() else ""
+            options.write.write_text(written(old, door, findings))
+        if options.check is not None:
+            stale = checked(options.check.read_text(), door, findings, whole=every == 1)
+            for line in stale[:5]:
+                sys.stdout.write(f"{options.check} is stale (--write writes it anew): {line}\n")
+            bad |= bool(stale)
+    return int(bad)
 
 
 if __name__ == "__main__":

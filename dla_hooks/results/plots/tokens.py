@@ -83,7 +83,9 @@ def _sources(
     numbers = numbers_of(data, [line])
     values, found = [math.nan] * n, False
     for row, value in zip(numbers.rows, numbers.values[:, 0].tolist(), strict=True):
-        if row.source is None or (head is not None and row.label.split("<")[0] != head):
+        if row.source is None or row.reads_encoder:
+            continue
+        if head is not None and row.label.split("<")[0] != head:
             continue
         found = True
         before = values[row.source]

@@ -1,0 +1,137 @@
+"""Encoder-decoders: how a model of two sequences is called, and what its encoder puts out.
+
+The decoder's stream is attributed. What the encoder puts out is given: in a real run the model
+makes it, and a made-up run is given a few made-up vectors in its place, so that the encoder, which
+may need thousands of frames, does not run at all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutput
+
+from dla_hooks.errors import InputError, UnsupportedModelError
+from dla_hooks.inputs.extras import EMBEDS, MASK, NEVER, POSITIONS, moved
+from dla_hooks.inputs.prompts import Prompt
+from dla_hooks.modules.signature import Arguments, arguments_of, named
+
+DECODER_IDS = "decoder_input_ids"
+MADE_UP_POSITIONS = 5
+"""Positions of the encoder in made-up runs."""
+
+_OF_DECODER = {
+    EMBEDS: "decoder_inputs_embeds",
+    MASK: "decoder_attention_mask",
+    POSITIONS: "decoder_position_ids",
+}
+"""What an encoder-decoder calls the arguments of its decoder."""
+_WIDTHS = ("hidden_size", "d_model")
+
+
+def reads_two(model: Any) -> bool:
+    """Whether a model's forward takes the tokens of a decoder beside what its encoder reads."""
+    return isinstance(model, nn.Module) and DECODER_IDS in arguments_of(model)
+
+
+def decoder_name(name: str) -> str:
+    """What an encoder-decoder calls an argument of its decoder."""
+    return _OF_DECODER.get(name, name)
+
+
+def of_decoder_alone(accepted: Arguments) -> Arguments:
+    """The arguments of its decoder that a forward takes, named as for a model of one sequence."""
+    return {own: accepted[theirs] for own, theirs in _OF_DECODER.items() if theirs in accepted}
+
+
+def decoder_of(model: Any) -> nn.Module:
+    """The decoder of an encoder-decoder; the model itself where it does not say."""
+    found = model.get_decoder() if hasattr(model, "get_decoder") else None
+    return found if isinstance(found, nn.Module) else model
+
+
+def encoder_embedding(model: Any) -> nn.Module | None:
+    """The embeddings of what an encoder reads, or None where it reads no tokens."""
+    encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
+    try:
+        found = encoder.get_input_embeddings()
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+def check_encoder(model: nn.Module, prompt: Prompt) -> None:
+    """Refuse arguments that an encoder-decoder does not take.
+
+    Raises:
+        InputError: naming what it does take.
+    """
+    accepted = arguments_of(model)
+    given = [*(prompt.encoder or ()), *map(decoder_name, prompt.extras)]
+    unknown = sorted(set(given) - set(accepted))
+    if unknown:
+        known = sorted(set(named(accepted)) - set(NEVER))
+        raise InputError(
+            f"input holds {', '.join(unknown)}, which the forward of {type(model).__name__} does "
+            f"not take; leave it out. It takes {', '.join(known)}"
+        )
+
+
+def of_decoder(
+    model: Any, ids: Tensor | None, arguments: dict[str, Any], prompt: Prompt, device: torch.device
+) -> dict[str, Any]:
+    """The arguments of a run, as an encoder-decoder takes them.
+
+    Args:
+        model: the model.
+        ids: tokens of the decoder [batch, pos], or None where embeddings stand for them.
+        arguments: for a model of one sequence.
+        prompt: with what the encoder reads; without it the encoder's output is made up.
+        device: where the decoder's tokens go.
+    """
+    found = {decoder_name(name): value for name, value in arguments.items()}
+    if ids is not None:
+        found[DECODER_IDS] = ids
+    if prompt.encoder is None:
+        found["encoder_outputs"] = made_up_output(model, prompt.shape[0], device)
+        return found
+    return found | {name: moved(value, device) for name, value in prompt.encoder.items()}
+
+
+def made_up_output(model: Any, batch: int, device: torch.device) -> BaseModelOutput:
+    """The output of an encoder on a few made-up positions, the same for every row and each time."""
+    generator = torch.Generator().manual_seed(3)
+    size = 1, MADE_UP_POSITIONS, _width_of_encoder(model)
+    made = torch.randn(size, generator=generator, dtype=torch.float64, device="cpu")
+    dtype = next(p.dtype for p in decoder_of(model).parameters() if p.is_floating_point())
+    made = made.to(torch.bfloat16).to(device, dtype)
+    return _MadeUp(last_hidden_state=made.expand(batch, -1, -1).contiguous())
+
+
+class _MadeUp(BaseModelOutput):
+    """An encoder's output that has nothing besides its vectors, whatever it is asked for."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+
+def _width_of_encoder(model: Any) -> int:
+    """The width of what an encoder puts out.
+
+    Raises:
+        UnsupportedModelError: where its config does not say.
+    """
+    encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
+    config: Any = getattr(encoder, "config", None) or getattr(model, "config", None)
+    for one in (getattr(config, "text_config", None), config):
+        for name in _WIDTHS:
+            width = getattr(one, name, None)
+            if isinstance(width, int):
+                return width
+    raise UnsupportedModelError(
+        f"the config of the encoder of {type(model).__name__} does not say how wide its output is "
+        f"({' or '.join(_WIDTHS)})"
+    )
