@@ -62,7 +62,6 @@ ARCHITECTURES = (
             "ministral",
             "ministral3",
             "mistral",
-            "mllama_text_model",
             "nanochat",
             "nemotron",
             "olmo",

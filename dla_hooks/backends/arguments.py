@@ -15,7 +15,7 @@ from dla_hooks.inputs.extras import EMBEDS, MASK, NEVER, POSITIONS, described, m
 from dla_hooks.inputs.prompts import Prompt, check_ids
 from dla_hooks.modules.signature import Arguments, arguments_of, named, takes_any, takes_keywords
 
-_OF_TEXT = {EMBEDS, "token_type_ids"}
+_OF_TEXT = {EMBEDS, "token_type_ids", "cross_attention_states"}
 """Arguments beside which positions are counted as for ids alone."""
 _OFFSET = "rope_deltas"
 _PLACEHOLDER = re.compile(r"(image|video|audio|vision|speech|media)\w*_token_(id|index)")

@@ -30,6 +30,7 @@ from dla_hooks.modules.weights import is_sharded
 from dla_hooks.projection.tiles import View
 from dla_hooks.residual.hooked import places_hooked
 from dla_hooks.residual.stream import Stream
+from dla_hooks.sources.as_run import as_run
 from dla_hooks.sources.bars import with_bar
 from dla_hooks.sources.base import Source
 from dla_hooks.sources.prompt import refusing_length
@@ -84,6 +85,7 @@ class Live(Source):
                 places = filter(None, (self._stream.last, self._stream.positions))
                 looks = [*(Tap(place, check, optional=True) for place in places), *looks]
             ends: AbstractContextManager[None] = nullcontext()
+            looks = as_run(self._stream, looks)
             with tapped(looks) as taken, refusing_length(self._stream, self.prompt):
                 if until is not None and chunk.stop == width:
                     ends = ended_at(until, taken)

@@ -16,6 +16,7 @@ import mapping_zoo as zoo
 import torch
 import transformers
 from mapping_configs import HEADS, VOCAB, WIDTH
+from doors import Case, Door
 from mapping_zoo import CannotBuild
 from transformers import AutoConfig
 from transformers.models.auto import modeling_auto
@@ -72,7 +73,6 @@ _VISION: Mapping[str, Any] = {
     "projection_dim": 24,
     "num_query_tokens": 4,
     "window_size": 16,
-    "max_num_tiles": 2,
 }
 """Fields of vision towers."""
 
@@ -148,6 +148,15 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
         },
         "vision_config": {"max_image_size": 64},
     },
+    "mllama": {
+        "text_config": {"cross_attention_layers": [1]},
+        "vision_config": {
+            "max_num_tiles": 4,
+            "intermediate_layers_indices": [0, 1],
+            "num_global_layers": 1,
+            "vision_output_dim": 72,
+        },
+    },
     "mistral4": {"head_dim": 10, **_FULL_HEADS},
     "mistral_large4": {"text_config": {"head_dim": 10, **_FULL_HEADS}},
     "molmo2": {
@@ -179,7 +188,7 @@ def build(
     try:
         found = config(model_type)
         model_class = getattr(transformers, CLASSES[model_type])
-        zoo._prepare(found, dtype)
+        zoo._prepare(found, dtype, True)
         with torch.random.fork_rng(devices=[]):
             model = model_class._from_config(found, dtype=dtype, **kwargs)
     except Exception as error:
@@ -389,13 +398,13 @@ def _merged_grid(model: Any, generator: torch.Generator) -> dict[str, Any]:
 
 def _mllama(model: Any, generator: torch.Generator) -> dict[str, Any]:
     """One image of two tiles each; a mask says which tokens read which tile."""
-    mask = torch.ones(2, 10, 1, 2, dtype=torch.long)
+    mask = torch.ones(2, 10, 1, 4, dtype=torch.long)
     mask[:, :3] = 0  # ahead of the image nothing reads it
     mask[1, :, :, 1] = 0
     return {
-        "pixel_values": _noise(generator, 2, 1, 2, 3, 16, 16),
+        "pixel_values": _noise(generator, 2, 1, 4, 3, 16, 16),
         "aspect_ratio_ids": torch.tensor([[1], [2]]),
-        "aspect_ratio_mask": torch.ones(2, 1, 2, dtype=torch.long),
+        "aspect_ratio_mask": torch.ones(2, 1, 4, dtype=torch.long),
         "cross_attention_mask": mask,
         "n_features": 1,
     }
@@ -493,3 +502,38 @@ FORMS: Mapping[str, Any] = {
     "video_llama_3": _merged_grid,
 }
 """What the pixels of a type look like, where it is no square image."""
+
+
+def _cases(
+    model_type: str, seed: int = 0, attn: str | None = None, **changes: Any
+) -> tuple[Case, ...]:
+    """Text alone, and with pixels, as far as the type takes them."""
+    model = build(model_type, seed, attn=attn, **changes)
+    cases, reasons = list[Case](), list[str]()
+    for name, inputs in (("text alone", text), ("with pixels", pixels)):
+        try:
+            given = inputs(model_type, model, seed)
+            with torch.no_grad():
+                logits = model(**given, use_cache=False).logits
+        except Exception as error:  # of the code of 97 types
+            reasons.append(f"{name}: {type(error).__name__}: {error}")
+            continue
+        asked = given if len(given) > 1 else given["input_ids"]
+        cases.append(Case(model, asked, logits, name=name))
+    if not cases:
+        raise CannotBuild("; ".join(reasons))
+    return tuple(cases)
+
+
+DOORS = (
+    Door(
+        name="image-text",
+        title="Image-text",
+        about="Every type that transformers maps to image-text-to-text, with text alone and with "
+        "pixels as its processor gives them.",
+        model_types=MODEL_TYPES,
+        cases=_cases,
+        rank=2,
+        in_ci=8,
+    ),
+)
