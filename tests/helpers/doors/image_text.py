@@ -88,6 +88,31 @@ _GLM = _mrope(2, 1, 1, partial_rotary_factor=1.0)
 _FULL_HEADS = {"num_key_value_heads": HEADS}
 
 OVERRIDES: Mapping[str, Mapping[str, Any]] = {
+    "deepseek_ocr2": {
+        "vision_config": {
+            "sam_config": {
+                "hidden_size": 24,
+                "output_channels": 8,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "image_size": 64,
+                "patch_size": 4,
+                "window_size": 2,
+                "global_attn_indexes": [1],
+                "mlp_dim": 8,
+                "downsample_channels": [12, 24],
+            },
+            "encoder_config": {
+                "hidden_size": 24,
+                "intermediate_size": 40,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "vocab_size": VOCAB,
+                "pad_token_id": None,
+            },
+        }
+    },
     "aria": {"projector_patch_to_query_dict": {16: 4}},
     "fuyu": {"patch_size": 4},
     "vipllava": {"vision_feature_layers": [-1, -2]},
@@ -129,14 +154,25 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "glm46v": _GLM,
     "glm4v": _GLM,
     "glm4v_moe": _GLM,
-    "glm5_next": {"text_config": {**_FULL_HEADS, "index_kpool": 2}},
+    "glm5_next": {"text_config": {**_FULL_HEADS, "index_kpool": 2, "qk_rope_head_dim": 0}},
+    "inkling2": {"vision_config": {"posemb_grid_size": 8}},
+    "kimi_k25": {"projection_hidden_size": 24},
+    "llama4": {
+        "vision_config": {
+            "intermediate_size": 96,
+            "vision_output_dim": 20,
+            "projector_input_dim": 20,
+            "projector_output_dim": 20,
+        }
+    },
+    "paligemma": {"projection_dim": WIDTH},
     "glm_ocr": _GLM,
     "glmga": _GLM,
     "granite4_vision": {
         "deepstack_layer_map": [[0, 0], [1, 1]],
         "downsample_rate": "1/2",
         "image_grid_pinpoints": [[16, 16], [32, 16]],
-        "qformer_config": {"window_side": 2},
+        "vision_config": {"hidden_size": 64},
     },
     "hunyuan_vl": {
         "text_config": {
@@ -161,9 +197,12 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "mistral_large4": {"text_config": {"head_dim": 10, **_FULL_HEADS}},
     "molmo2": {
         "vision_config": {"image_size": [16, 16], "patch_size": 4},
+        "image_patch_id": IMAGE,
         "adapter_config": {"vision_feature_layer": [1, 0], "hidden_size": 24},
     },
+    "muse_glimmer": {"out_hidden_size": 96},
     "muse_spark": {
+        "out_hidden_size": 96,
         "vision_config": {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2},
         "audio_config": {
             "num_hidden_layers": 2,
@@ -379,11 +418,6 @@ def _cubes(model: Any, generator: torch.Generator) -> dict[str, Any]:
     }
 
 
-def _cubes_in_a_batch(model: Any, generator: torch.Generator) -> dict[str, Any]:
-    found = _cubes(model, generator)
-    return {**found, "pixel_values": found["pixel_values"][None]}
-
-
 def _flat_grid(model: Any, generator: torch.Generator) -> dict[str, Any]:
     """Patches without time, with a grid for each image."""
     return {
@@ -460,6 +494,18 @@ def _masked_tiles(model: Any, generator: torch.Generator) -> dict[str, Any]:
     }
 
 
+def _minicpm(model: Any, generator: torch.Generator) -> dict[str, Any]:
+    """Two images side by side, one row of pixels, eight by eight patches each."""
+    return {
+        "pixel_values": _noise(generator, 1, 3, 4, 128 * 4),
+        "target_sizes": torch.tensor([[8, 8], [8, 8]], dtype=torch.int32),
+    }
+
+
+def _large_square(model: Any, generator: torch.Generator) -> dict[str, Any]:
+    return {"pixel_values": _noise(generator, 2, 3, 64, 64)}
+
+
 def _fuyu(model: Any, generator: torch.Generator) -> dict[str, Any]:
     return {"pixel_values": _noise(generator, 2, 4, 48)}
 
@@ -476,6 +522,7 @@ def _form(arguments: set[str]) -> Any:
 FORMS: Mapping[str, Any] = {
     "deepseek_vl_hybrid": _both_sizes,
     "diffusion_gemma": _placed_patches,
+    "deepseek_ocr2": _large_square,
     "fuyu": _fuyu,
     "gemma4": _placed_patches,
     "gemma4_unified": _placed_patches,
@@ -494,10 +541,13 @@ FORMS: Mapping[str, Any] = {
     "llava_next": _sizes(_tiles(2)),
     "llava_next_video": _sizes(_tiles(2)),
     "llava_onevision": _sizes(_tiles(2)),
+    "minicpm_ocr": _minicpm,
+    "minicpmv4_6": _minicpm,
+    "minicpmv4_7": _minicpm,
     "mllama": _mllama,
     "molmo2": _molmo,
     "nemotron_h_omni": _radio,
-    "paddleocr_vl": _cubes_in_a_batch,
+    "paddleocr_vl": _cubes,
     "smolvlm": _tiles(1),
     "video_llama_3": _merged_grid,
 }
