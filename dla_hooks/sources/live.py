@@ -22,7 +22,7 @@ from dla_hooks.backends import Backend
 from dla_hooks.calibration.invariance import chunks_are_ignored, has_hole
 from dla_hooks.errors import InputError, UnsupportedModelError, warn
 from dla_hooks.inputs.extras import EMBEDS
-from dla_hooks.inputs.prompts import Prompt, to_strings
+from dla_hooks.inputs.prompts import Prompt
 from dla_hooks.modules.hooks import Call, Place, Tap, tapped
 from dla_hooks.modules.runs import ended_at
 from dla_hooks.modules.user_hooks import callers_hooks
@@ -33,6 +33,7 @@ from dla_hooks.residual.stream import Stream
 from dla_hooks.sources.as_run import as_run
 from dla_hooks.sources.bars import with_bar
 from dla_hooks.sources.base import Source
+from dla_hooks.sources.media import texts_of
 from dla_hooks.sources.prompt import refusing_length
 
 LONG_PROMPT = 8192
@@ -121,12 +122,10 @@ class Live(Source):
         )
 
     def texts(self, tokenizer: Any) -> list[list[str]]:
-        """The tokens of every row, as text; padding left out. Embeddings are question marks."""
-        ids, mask = self.prompt.input_ids, self.prompt.mask
-        if self.prompt.embedded:
-            return [["?"] * int(real.sum()) for real in mask]
-        rows = zip(ids, mask, strict=True)
-        return [to_strings(row[real].tolist(), tokenizer) for row, real in rows]
+        """The tokens of every row, as text; see :func:`dla_hooks.sources.media.texts_of`."""
+        reads_apart = self._stream.architecture.reads is not None  # no position is a patch
+        config = None if reads_apart else getattr(self._stream.backend.root, "config", None)
+        return texts_of(self.prompt, tokenizer, config)
 
 
 def runs_whole(model: torch.nn.Module) -> bool:

@@ -89,6 +89,7 @@ _FULL_HEADS = {"num_key_value_heads": HEADS}
 
 OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "deepseek_ocr2": {
+        "text_config": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
         "vision_config": {
             "sam_config": {
                 "hidden_size": 24,
@@ -115,6 +116,19 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     },
     "aria": {"projector_patch_to_query_dict": {16: 4}},
     "fuyu": {"patch_size": 4},
+    "unlimited_ocr": {
+        "vision_config": {
+            "sam_config": {
+                "output_channels": 8,
+                "global_attn_indexes": [1],
+                "window_size": 2,
+                "mlp_dim": 8,
+                "image_size": 64,
+                "downsample_channels": [12, 24],
+            },
+            "encoder_config": {"image_size": 16, "patch_size": 4},
+        }
+    },
     "vipllava": {"vision_feature_layers": [-1, -2]},
     "chameleon": {"vocabulary_map": {"<image>": IMAGE, "IMGIMGA": 8, "IMGIMGB": 9, "IMGIMGC": 10}},
     "cosmos3_edge": _mrope(2, 2, 2),
@@ -549,6 +563,7 @@ FORMS: Mapping[str, Any] = {
     "nemotron_h_omni": _radio,
     "paddleocr_vl": _cubes,
     "smolvlm": _tiles(1),
+    "unlimited_ocr": _large_square,
     "video_llama_3": _merged_grid,
 }
 """What the pixels of a type look like, where it is no square image."""
