@@ -32,6 +32,7 @@ REFUSALS = (
             "roberta",
             "roc_bert",
             "roformer",
+            "speecht5",
             "trocr",
             "xlm",
             "xlm-roberta",

@@ -44,6 +44,7 @@ def direct_logit_attribution(
     answer_tokens: Any = None,
     incorrect_tokens: Any = None,
     *,
+    decoder_input: Any = None,
     unit: UnitName | Unit | tuple[UnitName | Unit, ...] | Mapping[str, Any] = DEFAULT_UNIT,
     pos: Any = -1,
     cache: Any = None,
@@ -66,9 +67,9 @@ def direct_logit_attribution(
     outlives the module that made it, and the model is left as it was found.
 
     Args:
-        model: a Hugging Face causal language model in evaluation mode, or TransformerLens'
-            ``HookedTransformer`` or ``TransformerBridge`` (in compatibility mode), or what
-            :func:`wrap` made of a Hugging Face model.
+        model: a Hugging Face causal language model or encoder-decoder in evaluation mode, or
+            TransformerLens' ``HookedTransformer`` or ``TransformerBridge`` (in compatibility mode),
+            or what :func:`wrap` made.
         input: a string, a list of strings, or token ids [pos] or [batch, pos] as a tensor, an array
             or lists (rows of different lengths are padded on the left); or a mapping of arguments
             of the model's forward, as tokenizers and processors return: ``input_ids`` or
@@ -82,6 +83,8 @@ def direct_logit_attribution(
         incorrect_tokens: the same form and shape; the result is then the attribution of
             ``logit[answer] - logit[incorrect]``. One :class:`Mean` or :class:`Tokens` for all, and
             ``dla_hooks.RUNNER_UP`` (the model's second token), go with any answer.
+        decoder_input: what an encoder-decoder's decoder has written so far: a string, strings or
+            ids; None is its start token. The encoder reads ``input``; positions are the decoder's.
         unit: into which rows: the name of a unit (docs/reference.md lists them under "Units"), or
             an object of its class, which takes the unit's own options. Several in a tuple, or in a
             mapping with keys of your own, are measured in one run of the model.
@@ -102,20 +105,17 @@ def direct_logit_attribution(
             is False, or for a wrapped model what it was wrapped with; so is the next.
         fold_value_biases: move each head's value bias to the remainder, as TransformerLens does.
         check: hold the parts against the last stream and, at a few positions, against the model's
-            own logits, and raise if they do not add up. A cache does not say which logits the
-            model gave; there the parts are held against the last stream alone.
+            own logits (a cache has none), and raise if they do not add up.
         chunk_size: run the prompt so many tokens at a time, against the model's own cache of what
-            came before, so that activation memory grows with the chunk and not with the prompt.
-            The numbers are the same; a model whose numbers would not be is refused. Hooks of your
-            own see each chunk by itself, and a warning says so. None runs prompts of more than
-            8,192 tokens in chunks of 2,048, where the model allows it and has no such hooks.
+            came before, so that activation memory grows with the chunk. The numbers are the same,
+            or it is refused. Hooks of your own see each chunk by itself, and a warning says so.
+            None runs prompts of more than 8,192 tokens in chunks of 2,048, where it can.
 
     Returns:
         A :class:`DirectLogitAttribution`, whose ``attribution`` is [component, batch] for a
         single position and [component, batch, pos'] otherwise, in at least float32. A unit with
-        too many rows to keep gives a :class:`RankedAttribution`, which holds the strongest of each
-        entry. For several units a dictionary of them, by the name of the unit or the key of the
-        mapping.
+        too many rows to keep gives a :class:`RankedAttribution` of the strongest of each entry.
+        For several units a dictionary of them, by the name of the unit or the mapping's key.
 
     Raises:
         InputError: (a ValueError) for any argument that cannot be used; subclasses say which.
@@ -133,7 +133,7 @@ def direct_logit_attribution(
     units, single = read_units(unit)
     require_answer(answer_tokens)
     backend = checked(model, cache=cache)
-    check_given(input, cache)
+    input = check_given(input, cache, decoder_input)
     read = model_of(backend, tokenizer=tokenizer, prepend_bos=prepend_bos)
     source = source_for(read, units.values(), input, cache, attention_mask, chunk_size)
     conventions = read.conventions(center_unembed, fold_value_biases)
@@ -221,6 +221,7 @@ class Plan:
         self,
         input: Any = None,
         *,
+        decoder_input: Any = None,
         pos: Any = -1,
         attention_mask: Any = None,
         cache: Any = None,
@@ -230,6 +231,7 @@ class Plan:
 
         Args:
             input: as for :func:`direct_logit_attribution`; so are all other arguments.
+            decoder_input: what a decoder has written so far.
             pos: which positions.
             attention_mask: for padded ids.
             cache: take activations from it, instead of running the model.
@@ -239,12 +241,10 @@ class Plan:
             What :func:`direct_logit_attribution` returns for the same arguments.
         """
         backend = checked(self._model, cache=cache)
-        check_given(input, cache)
+        input, units = check_given(input, cache, decoder_input), self._units.values()
         if backend.state.version != self._read.stream.version:
             self._measure_again(backend)
-        source = source_for(
-            self._read, self._units.values(), input, cache, attention_mask, chunk_size
-        )
+        source = source_for(self._read, units, input, cache, attention_mask, chunk_size)
         question, source, selection = placed(
             self._read, self._question, source, input, pos, chunk_size
         )

@@ -15,6 +15,7 @@ from dla_hooks.errors import InputError
 from dla_hooks.inputs.positions import Selection, select
 from dla_hooks.inputs.prompts import check_tokenizer
 from dla_hooks.inputs.rows_of_positions import Span
+from dla_hooks.inputs.two_sequences import paired
 from dla_hooks.modules.user_hooks import check_global_hooks
 from dla_hooks.residual.stream import Stream
 from dla_hooks.sources.base import Source
@@ -121,8 +122,11 @@ def read_call(
     return Inputs(read, source)
 
 
-def check_given(input: Any, cache: Any) -> None:
+def check_given(input: Any, cache: Any, decoder_input: Any = None) -> Any:
     """Refuse a call with nothing to take activations from.
+
+    Returns:
+        The input, together with what a decoder has written, if that is given.
 
     Raises:
         InputError: when there is neither a prompt nor a cache.
@@ -132,6 +136,7 @@ def check_given(input: Any, cache: Any) -> None:
             "provide either `input` (a prompt, a list of prompts, or token ids) to run the model, "
             "or a precomputed `cache`"
         )
+    return paired(input, decoder_input)
 
 
 def checked(model: Any, *, cache: Any = None) -> Backend:

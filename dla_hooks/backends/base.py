@@ -35,6 +35,7 @@ class Backend:
         serves: classes whose models it runs, each as its library and its own name; a model is
             known by the classes that its own class descends from.
         advice: a sentence for refusals, about another way to pass the model; or nothing.
+        made_up: above 0 while a made-up prompt runs, which has nothing for an encoder.
         under_autocast: whether the model runs under a caller's autocast only, as one of several
             dtypes may.
         embedding_name: the path of the token embeddings, where a cache names them.
@@ -54,6 +55,7 @@ class Backend:
         self._tokenizer = tokenizer
         self.under_autocast = False
         self.reads: str | None = None
+        self.made_up = 0
 
     @property
     def tokenizer(self) -> Any:
@@ -243,8 +245,15 @@ class Backend:
         Where a model was found to run with some of them only, these stay on.
         """
         needed = needed_hooks(self.model)
-        with eagerly(self.compiled), silenced(one for one in self.hookable() if one not in needed):
-            yield
+        self.made_up += 1
+        try:
+            with (
+                eagerly(self.compiled),
+                silenced(one for one in self.hookable() if one not in needed),
+            ):
+                yield
+        finally:
+            self.made_up -= 1
 
     def hookable(self) -> Iterable[nn.Module]:
         """The modules whose hooks may be the caller's."""

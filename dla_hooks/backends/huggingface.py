@@ -34,6 +34,7 @@ from dla_hooks.backends.readouts import (
 )
 from dla_hooks.backends.two_sequences import (
     check_encoder,
+    codebooks,
     decoder_of,
     encoder_embedding,
     of_decoder,
@@ -107,6 +108,11 @@ class HuggingFaceBackend(Backend):
                 f"{name} scores labels from an encoder-decoder, and only those that score tokens "
                 "can be attributed; pass one with an unembedding"
             )
+        if not has_head and is_module and codebooks(model) > 1:
+            raise UnsupportedModelError(
+                f"{name} has one head for every codebook of its audio ({codebooks(model)}), and no "
+                "single logit of a token; an attribution would need a choice of the codebook"
+            )
         if not has_head:
             raise UnsupportedModelError(
                 f"{name} has no unembedding, so there are no logits to attribute; {way_out(model)}"
@@ -165,6 +171,17 @@ class HuggingFaceBackend(Backend):
             getattr(self.root, "main_input_name", IDS),
             self._config_value("pad_token_id") or 0,
         )
+
+    def prompt_arguments(self, prompt: Prompt, device: torch.device) -> dict[str, Any]:
+        """The arguments of ``generate`` that hold a prompt: ids, and always their mask.
+
+        Without a mask, generate takes pad tokens of the prompt for padding.
+        """
+        ids, accepted = prompt.input_ids.to(device), arguments_of(self.root)
+        mask = {MASK: prompt.mask.long().to(device)}
+        if self.reads_two:
+            return of_decoder(self.root, ids, mask, prompt, device)
+        return {IDS: ids, **taken(mask, accepted)}
 
     def embedding(self) -> nn.Module:
         found = token_embedding(decoder_of(self.root) if self.reads_two else self.root)
@@ -237,6 +254,8 @@ class HuggingFaceBackend(Backend):
         if not prompt.embedded:
             ids = prompt.input_ids[:, chunk.start : chunk.stop].to(device)
         if self.reads_two:
+            if prompt.encoder is None and not self.made_up:
+                raise InputError(f"nothing is given that the encoder of {self.name} reads")
             ids, arguments = None, of_decoder(self.root, ids, arguments, prompt, device)
         if "logits_to_keep" in accepted:
             # Remote code for older versions takes a count from the end only.

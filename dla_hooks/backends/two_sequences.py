@@ -62,6 +62,13 @@ def encoder_embedding(model: Any) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
+def codebooks(model: nn.Module) -> int:
+    """How many tokens an encoder-decoder of sound writes at each position; 1 for one of text."""
+    config: Any = getattr(model, "config", None)
+    found = getattr(getattr(config, "decoder_config", None), "num_channels", 1)
+    return found if isinstance(found, int) and reads_two(model) else 1
+
+
 def check_encoder(model: nn.Module, prompt: Prompt) -> None:
     """Refuse arguments that an encoder-decoder does not take.
 

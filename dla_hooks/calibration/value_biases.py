@@ -37,6 +37,12 @@ def head_constants(stream: Stream, *, norm_bias: bool = True) -> dict[str, Tenso
             to one (sinks), gated heads, normed values.
     """
     writes = [write for write in stream.writes if write.heads is not None]
+    if any(write.heads is not None and write.heads.cross for write in writes):
+        raise UnsupportedModelError(
+            f"fold_value_biases: heads of {stream.backend.name} read what an encoder puts out, so "
+            "that their value biases are no part of the decoder's stream. Use "
+            "fold_value_biases=False."
+        )
     sites = {write.label: write.heads for write in writes if write.heads is not None}
     seen: dict[str, Tensor] = {}
     # Three rows: the constant itself, one step above it, and one below. The outer two lie evenly

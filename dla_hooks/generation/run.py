@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,7 +30,6 @@ from dla_hooks.inputs.prompts import Prompt
 from dla_hooks.measure.asked import Asked as AskedOfPrompt
 from dla_hooks.modules.compiled import eagerly
 from dla_hooks.modules.faults import described_error
-from dla_hooks.modules.signature import arguments_of
 from dla_hooks.modules.weights import run_device
 from dla_hooks.results.ranked import Result
 from dla_hooks.sources.base import Source
@@ -165,14 +164,11 @@ class Generation:
         device = run_device(backend.embedding())
         found = {
             **asked.options,
-            "input_ids": prompt.input_ids.to(device),
+            **backend.prompt_arguments(prompt, device),
             "max_new_tokens": asked.max_new_tokens,
             "stopping_criteria": StoppingCriteriaList([_Watch(see)]),
             "return_dict_in_generate": False,
         }
-        if "attention_mask" in arguments_of(backend.root):
-            # Without one, generate takes pad tokens of the prompt for padding.
-            found["attention_mask"] = prompt.mask.long().to(device)
         return found
 
     def _can_hold(self) -> bool:
@@ -186,7 +182,8 @@ class Generation:
             torch.cat((prompt.input_ids, 0 * more), 1),
             torch.cat((prompt.mask, more == 1), 1),
         )
-        return why_not_in_chunks(self._read.stream, Prompt(ids, mask)) is None
+        longer = replace(prompt, input_ids=ids, mask=mask)
+        return why_not_in_chunks(self._read.stream, longer) is None
 
     def _is_over(self) -> bool:
         return bool(self.text.ended_B.all()) or len(self.text) == self._asked.max_new_tokens

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -65,7 +67,8 @@ class Text:
             return self.prompt
         ids, mask = torch.stack(self._new[:n], 1), torch.stack(self._real[:n], 1)
         prompt = self.prompt
-        return Prompt(torch.cat((prompt.input_ids, ids), 1), torch.cat((prompt.mask, mask), 1))
+        longer = torch.cat((prompt.input_ids, ids), 1), torch.cat((prompt.mask, mask), 1)
+        return replace(prompt, input_ids=longer[0], mask=longer[1])
 
     def places(self, steps: range, mask: Tensor, *, single: bool) -> Selection:
         """Where some new tokens are predicted: at the tokens before them.

@@ -126,6 +126,11 @@ def attribute_many(
             f"PerRow holds positions of {len(pos)} prompts, and there are {rows.total}; give one "
             "int, or one list, for each"
         )
+    if backend.reads_two:
+        raise UnsupportedModelError(
+            f"attribute_many takes prompts of one text, and {backend.name} is an encoder-decoder; "
+            "call a plan of prepare(...) for each prompt, or for each batch"
+        )
     conventions = backend.conventions.given(
         center_unembed=center_unembed, fold_value_biases=fold_value_biases
     )

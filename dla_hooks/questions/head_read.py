@@ -27,7 +27,8 @@ from dla_hooks.projection.tiles import View
 from dla_hooks.units.base import RankedSplit, Recorder, UnitPlan
 from dla_hooks.units.parts import Parts
 from dla_hooks.units.parts_plan import PartsPlan
-from dla_hooks.units.source import SourcePlan, SourceRecorder, SourceTokens
+from dla_hooks.units.source import SourceTokens
+from dla_hooks.units.source_rows import SourcePlan, SourceRecorder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +71,7 @@ class HeadRead(SourceTokens):
 
 class _Plan(SourcePlan):
     def __init__(self, unit: HeadRead, parts: PartsPlan) -> None:
-        super().__init__(unit, parts)
+        super().__init__(unit, parts, unit.heads, unit.layers, unit.top, unit.sum)
         self.columns_B, stream = unit.columns_B, parts.stream
         ((layer, ours),) = self.layers
         if layer.points is not None:

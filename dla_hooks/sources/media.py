@@ -13,12 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
-from dla_hooks.inputs.extras import EMBEDS, MASK, POSITIONS
+from dla_hooks.inputs.extras import OF_TEXT
 from dla_hooks.inputs.prompts import Prompt, to_strings
 
 _PLACEHOLDER = re.compile(r"(image|video|audio)_(token|patch|context_token)_(id|index)|image_patch_id")
-_OF_TEXT = {EMBEDS, MASK, POSITIONS, "token_type_ids"}
-_KINDS_OF_TOKENS = {*_OF_TEXT, "mm_token_type_ids"}
+_OF_TOKENS = {*OF_TEXT, "mm_token_type_ids"}
 _Names = Mapping[int, str]
 _Run = tuple[int, int, int]  # row, first column, one behind the last
 
@@ -33,7 +32,7 @@ def texts_of(prompt: Prompt, tokenizer: Any, config: Any = None) -> list[list[st
     """
     if prompt.embedded:
         return [["?"] * int(real.sum()) for real in prompt.mask]
-    names = media_names(prompt, config) if prompt.extras.keys() - _OF_TEXT else {}
+    names = media_names(prompt, config) if prompt.extras.keys() - OF_TEXT else {}
     found = []
     for row, (ids, real) in enumerate(zip(prompt.input_ids, prompt.mask, strict=True)):
         texts = to_strings(ids[real].tolist(), tokenizer)
@@ -131,11 +130,16 @@ def _by_square(
 def _patches_in_a_row(extras: Mapping[str, Any], config: Any) -> int | None:
     """The patches in a row of a square image; None where images may have other shapes."""
     pixels = extras.get("pixel_values")
-    others = extras.keys() - _KINDS_OF_TOKENS - {"pixel_values"}
+    others = extras.keys() - _OF_TOKENS - {"pixel_values"}
     vision = getattr(config, "vision_config", None)
-    size, patch = (getattr(vision, name, None) for name in ("image_size", "patch_size"))
-    if others or not isinstance(pixels, Tensor) or not isinstance(size, int):
+    size, patch = (_side(getattr(vision, name, None)) for name in ("image_size", "patch_size"))
+    if others or not isinstance(pixels, Tensor) or size is None or patch is None or size % patch:
         return None
-    if not isinstance(patch, int) or tuple(pixels.shape[-2:]) != (size, size) or size % patch:
-        return None
-    return size // patch
+    return size // patch if tuple(pixels.shape[-2:]) == (size, size) else None
+
+
+def _side(value: Any) -> int | None:
+    """The side of a square, which configs give as one number or as two."""
+    if isinstance(value, (list, tuple)) and len(set(value)) == 1:
+        value = value[0]
+    return value if isinstance(value, int) and value > 0 else None

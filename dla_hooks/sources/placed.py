@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dla_hooks.errors import InputError, ShapeMismatchError
-from dla_hooks.inputs.forms import pad_left
+from dla_hooks.inputs.forms import pad_left, pad_right
 from dla_hooks.inputs.positions import Selection, select_each
 from dla_hooks.inputs.prompts import check_ids, is_text, tokenizer_for
 from dla_hooks.inputs.rows_of_positions import Span, encoder
 from dla_hooks.residual.stream import Stream
 from dla_hooks.sources.base import Source
 from dla_hooks.sources.live import Live, chunk_size_for
-from dla_hooks.sources.prompt import prompt_for
+from dla_hooks.sources.prompt import prompt_for, runnable
 
 
 def spanned(
@@ -40,6 +41,11 @@ def spanned(
     Raises:
         InputError: for prompts that are no strings, and for a span that one does not have.
     """
+    if source.prompt.encoder is not None:
+        raise InputError(
+            f"pos={span!r:.80} is a piece of one text, and {stream.backend.name} reads two; give "
+            "positions of the decoder, as an int or a list"
+        )
     if not is_text(input) or not isinstance(source, Live):
         what = type(input).__name__ if isinstance(source, Live) else "a cache"
         raise InputError(
@@ -97,11 +103,16 @@ def continued(
     for ids in follows:
         check_ids(ids, min(backend.n_tokens(), stream.vocabulary))
     lines = zip(prompt.input_ids, prompt.mask, follows, strict=True)
-    ids, mask = pad_left([torch.cat((row[real], more)) for row, real, more in lines])
-    longer = prompt_for(stream, None, None, ids, attention_mask=mask)
+    rows = [torch.cat((row[real], more)) for row, real, more in lines]
+    if prompt.encoder is None:
+        ids, mask = pad_left(rows)
+        longer = prompt_for(stream, None, None, ids, attention_mask=mask)
+    else:
+        ids, mask = pad_right(rows)
+        longer = runnable(stream, replace(prompt, input_ids=ids, mask=mask))
     pairs = zip(mask.sum(-1).tolist(), follows, strict=True)
-    rows = [range(length - len(more) - 1, length - 1) for length, more in pairs]
+    places = [range(length - len(more) - 1, length - 1) for length, more in pairs]
     most = max(map(len, follows))
     right = torch.stack([torch.cat((more, more[:1].expand(most - len(more)))) for more in follows])
     live = Live(stream, longer, chunk_size_for(stream, longer, chunk_size))
-    return right, live, select_each(rows, mask, from_the_left=True)
+    return right, live, select_each(places, mask, from_the_left=True)

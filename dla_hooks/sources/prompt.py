@@ -12,7 +12,7 @@ from dla_hooks.calibration.invariance import holes_are_ignored, padding_is_ignor
 from dla_hooks.errors import DLAError, InputError, UnsupportedModelError
 from dla_hooks.inputs.extras import POSITIONS
 from dla_hooks.inputs.prompts import Prompt, is_text, read_prompt, tokenizer_for
-from dla_hooks.inputs.two_sequences import encode_target, read_two
+from dla_hooks.inputs.two_sequences import DECODER_INPUT, encode_target, read_two
 from dla_hooks.modules.faults import described_error
 from dla_hooks.residual.stream import Stream
 from dla_hooks.sources.cautions import warn_of, warn_of_unknown
@@ -44,6 +44,11 @@ def prompt_for(
     backend = stream.backend
     if backend.reads_two:
         return _pair_for(stream, tokenizer, prepend_bos, input, attention_mask)
+    if isinstance(input, Mapping) and input.get(DECODER_INPUT) is not None:
+        raise InputError(
+            f"{backend.name} is no encoder-decoder, so decoder_input has no decoder of its own; "
+            "put the text behind input"
+        )
     if is_text(input):
         tokenizer = tokenizer_for(backend.model, tokenizer, "input")
     prompt = read_prompt(
@@ -53,9 +58,7 @@ def prompt_for(
         vocabulary=backend.n_tokens(),
         encode=lambda text: backend.encode(text, tokenizer, prepend_bos),
     )
-    check_length(stream, prompt)
-    backend.check_prompt(prompt)
-    _check_padding(stream, prompt)
+    runnable(stream, prompt)
     masked = attention_mask is not None or (
         isinstance(input, Mapping) and "attention_mask" in input
     )
@@ -86,8 +89,18 @@ def _pair_for(
         return encode_target(text, reads)
 
     prompt = read_two(input, backend.reader(encode, encode_decoder), attention_mask)
+    return runnable(stream, prompt)
+
+
+def runnable(stream: Stream, prompt: Prompt) -> Prompt:
+    """A prompt, once it is known that the model can run it.
+
+    Raises:
+        InputError: for one that is longer than the model's positions, or has odd arguments.
+        UnsupportedModelError: for padding that would change the model's logits.
+    """
     check_length(stream, prompt)
-    backend.check_prompt(prompt)
+    stream.backend.check_prompt(prompt)
     _check_padding(stream, prompt)
     return prompt
 

@@ -19,6 +19,7 @@ from dla_hooks.residual.stream import WriteSite
 from dla_hooks.stacks.arguments import Stack, finish, measured, place_of, scale_at, stream_at
 from dla_hooks.stacks.checks import StreamSum, WriteSum
 from dla_hooks.stacks.kept import Kept
+from dla_hooks.units.head_layer import with_heads
 
 
 @dataclass(frozen=True)
@@ -125,11 +126,9 @@ def plan_heads(kept: Kept, end: int) -> list[KeptHeads]:
     stream, plan = with_head_widths(kept.stream), []
     factors = path_factors(stream, end)
     for block in stream.blocks[:end]:
-        several = 0
-        for write in block.writes:
+        for several, write in with_heads(block.writes):
             site = write.heads
-            if site is None:
-                continue
+            assert site is not None
             if not site.d_head:
                 check_readable(site.linear, site.name)
             z = kept.heads(site)
@@ -138,7 +137,6 @@ def plan_heads(kept: Kept, end: int) -> list[KeptHeads]:
             layer = f"L{block.layer}.{several}" if several else f"L{block.layer}"
             whole = WriteSum(kept, write, "the heads")
             plan.append(KeptHeads(layer, write, site, z, after, factors[write.label], whole))
-            several += 1
     return plan
 
 

@@ -8,46 +8,30 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import mapping_zoo as zoo
 import torch
-import transformers
-from mapping_configs import HEADS, VOCAB, WIDTH
 from doors import Case, Door
+from mapping_configs import HEADS, VOCAB, WIDTH
 from mapping_zoo import CannotBuild
-from transformers import AutoConfig
+from media_zoo import (
+    END,
+    IMAGE,
+    KINDS,
+    START,
+    TOP,
+    asked,
+    both_cases,
+    build_class,
+    noise,
+    with_placeholders,
+)
 from transformers.models.auto import modeling_auto
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 CLASSES: Mapping[str, str] = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 MODEL_TYPES: tuple[str, ...] = tuple(sorted(CLASSES))
-
-IMAGE, VIDEO, AUDIO, START, END = range(VOCAB - 3, VOCAB - 8, -1)
-"""Ids of placeholders; prompts of `example_ids_any` hold none of them."""
-
-_LANGUAGE = ("text_config", "decoder", "llm_config")
-
-_TOP: Mapping[str, Any] = {
-    "image_token_id": IMAGE,
-    "image_token_index": IMAGE,
-    "video_token_id": VIDEO,
-    "video_token_index": VIDEO,
-    "audio_token_id": AUDIO,
-    "vision_start_token_id": START,
-    "image_start_token_id": START,
-    "vision_end_token_id": END,
-    "image_end_token_id": END,
-    "projector_hidden_size": 24,
-    "alignment_intermediate_size": 24,
-    "image_seq_length": 16,
-    "mm_tokens_per_image": 4,
-    "image_grid_pinpoints": [[16, 16], [32, 16]],
-    "downsample_factor": 2,
-}
-"""Fields of whole configs."""
 
 _VISION: Mapping[str, Any] = {
     "image_size": 16,
@@ -75,9 +59,6 @@ _VISION: Mapping[str, Any] = {
     "window_size": 16,
 }
 """Fields of vision towers."""
-
-_LAYER_LISTS = ("layer_types", "mlp_layer_types")
-
 
 def _mrope(*sections: int, **more: Any) -> dict[str, Any]:
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections)}
@@ -237,61 +218,12 @@ def build(
     model_type: str, seed: int = 0, dtype: torch.dtype = torch.float64, attn: str | None = None
 ) -> Any:
     """A tiny model of this type, every parameter drawn anew from `seed`; or CannotBuild."""
-    kwargs = {} if attn is None else {"attn_implementation": attn}
-    try:
-        found = config(model_type)
-        model_class = getattr(transformers, CLASSES[model_type])
-        zoo._prepare(found, dtype, True)
-        with torch.random.fork_rng(devices=[]):
-            model = model_class._from_config(found, dtype=dtype, **kwargs)
-    except Exception as error:
-        raise CannotBuild(f"{model_type}: {type(error).__name__}: {error}") from error
-    model.eval()
-    generator = torch.Generator().manual_seed(seed)
-    zoo._randomise(model, generator, zoo._shaped_any)
-    zoo._randomise_buffers(model, generator)
-    model.config.architectures = [type(model).__name__]
-    return model
-
-
-def config(model_type: str) -> Any:
-    """The type's config with small sizes."""
-    config_class = CONFIG_MAPPING[model_type]
-    values = _sized(config_class, zoo._values(config_class, {}), _TOP)
-    return config_class(**_merged(values, OVERRIDES.get(model_type, {})))
-
-
-def _sized(config_class: Any, values: dict[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
-    """The values, with the sizes of this kind of config, and of the parts in it."""
-    fields = zoo._fields(config_class)
-    found = {**values, **{name: value for name, value in sizes.items() if name in fields}}
-    count = found.get("num_hidden_layers")
-    for name in _LAYER_LISTS:
-        if name in found and isinstance(count, int):
-            found[name] = found[name][:count]
-    for name, part in values.items():
-        if isinstance(part, dict) and "model_type" in part and name not in _LANGUAGE:
-            part_class = config_class.sub_configs[name]
-            if part_class is AutoConfig:
-                part_class = CONFIG_MAPPING[part["model_type"]]
-            found[name] = _sized(part_class, part, _VISION)
-    return found
-
-
-def _merged(values: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
-    """Others over values, part by part."""
-    found = dict(values)
-    for name, value in others.items():
-        inner = found.get(name)
-        both = isinstance(inner, dict) and isinstance(value, Mapping) and "model_type" in inner
-        found[name] = _merged(inner, value) if both else value
-    return found
+    return build_class(
+        model_type, CLASSES[model_type], (TOP, _VISION, OVERRIDES), seed, dtype, attn
+    )
 
 
 # Inputs
-
-_KINDS = ("mm_token_type_ids", "token_type_ids")
-
 
 def text(model_type: str, model: Any, seed: int = 0) -> dict[str, Any]:
     """Token ids alone, and what the type's forward cannot do without."""
@@ -307,65 +239,24 @@ def pixels(model_type: str, model: Any, seed: int = 0) -> dict[str, Any]:
         raise CannotBuild(f"{model_type}: no inputs")
     n_features = given.pop("n_features", None)
     if n_features is None:
-        n_features = _asked(model, given)
-    ids = _with_placeholders(zoo.example_ids_any(model, seed=seed), n_features)
+        n_features = asked(model, given)
+    ids = with_placeholders(zoo.example_ids_any(model, seed=seed), n_features)
     found = {"input_ids": ids, **given}
-    for name in _KINDS:
+    for name in KINDS:
         if name in arguments:
             found[name] = (ids == IMAGE).long()
     return found
 
 
-def _with_placeholders(ids: torch.Tensor, count: int) -> torch.Tensor:
-    """Two tokens, the marks of an image with its placeholders between, and the other tokens."""
-    n = len(ids)
-    image = torch.full((n, count), IMAGE)
-    start, end = torch.full((n, 1), START), torch.full((n, 1), END)
-    return torch.cat((ids[:, :2], start, image, end, ids[:, 2:]), dim=1)
-
-
-def _asked(model: Any, given: dict[str, Any]) -> int:
-    """The number of positions of each image, which the model itself names when it is wrong."""
-    said = _complaint(model, given, 1)
-    if said is None:
-        return 1
-    width = model.config.get_text_config().hidden_size
-    features = [int(number) for number in re.findall(r"\d+", said)][-1]
-    counts = [n // 2 for n in (features // width, features) if n and n % 2 == 0]
-    found = next((n for n in counts if _complaint(model, given, n) is None), None)
-    if found is None:
-        raise CannotBuild(said)
-    return found
-
-
-def _complaint(model: Any, given: dict[str, Any], count: int) -> str | None:
-    """What the model says of so many placeholders; None where it takes them."""
-    ids = _with_placeholders(zoo.example_ids_any(model), count)
-    arguments = set(inspect.signature(type(model).forward).parameters)
-    extra = {n: (ids == IMAGE).long() for n in _KINDS if n in arguments}
-    try:
-        with torch.no_grad():
-            model(input_ids=ids, **given, **extra, use_cache=False)
-    except Exception as error:
-        if "match" in str(error) and "features" in str(error):
-            return str(error)
-        raise CannotBuild(f"{type(error).__name__}: {error}") from error
-    return None
-
-
-def _noise(generator: torch.Generator, *shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-
 def _square(model: Any, generator: torch.Generator) -> dict[str, Any]:
-    return {"pixel_values": _noise(generator, 2, 3, 16, 16)}
+    return {"pixel_values": noise(generator, 2, 3, 16, 16)}
 
 
 def _tiles(n: int) -> Any:
     """An image that is cut into tiles [image, tile, 3, height, width]."""
 
     def form(model: Any, generator: torch.Generator) -> dict[str, Any]:
-        return {"pixel_values": _noise(generator, 2, n, 3, 16, 16)}
+        return {"pixel_values": noise(generator, 2, n, 3, 16, 16)}
 
     return form
 
@@ -386,7 +277,7 @@ def _grid(height: int = 4, width: int = 4) -> Any:
         size = vision.patch_size
         names = ("temporal_patch_size", "patch_temporal")
         depth = next((getattr(vision, name) for name in names if hasattr(vision, name)), 1)
-        patches = _noise(generator, 2 * height * width, channels * depth * size * size)
+        patches = noise(generator, 2 * height * width, channels * depth * size * size)
         return {
             "pixel_values": patches,
             "image_grid_thw": torch.tensor([[1, height, width]] * 2),
@@ -397,8 +288,8 @@ def _grid(height: int = 4, width: int = 4) -> Any:
 
 def _both_sizes(model: Any, generator: torch.Generator) -> dict[str, Any]:
     return {
-        "pixel_values": _noise(generator, 2, 3, 16, 16),
-        "high_res_pixel_values": _noise(generator, 2, 3, 16, 16),
+        "pixel_values": noise(generator, 2, 3, 16, 16),
+        "high_res_pixel_values": noise(generator, 2, 3, 16, 16),
     }
 
 
@@ -407,7 +298,7 @@ def _rows_of_patches(name: str = "spatial_shapes", **more: Any) -> Any:
 
     def form(model: Any, generator: torch.Generator) -> dict[str, Any]:
         sizes = {name: torch.tensor([[4, 4], [4, 4]])} if name else {}
-        return {"pixel_values": _noise(generator, 2, 16, 48), **sizes, **more}
+        return {"pixel_values": noise(generator, 2, 16, 48), **sizes, **more}
 
     return form
 
@@ -419,7 +310,7 @@ def _placed_patches(model: Any, generator: torch.Generator) -> dict[str, Any]:
     size = getattr(vision, "model_patch_size", vision.patch_size)
     places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).flip(-1)
     return {
-        "pixel_values": _noise(generator, 2, side * side, 3 * size * size),
+        "pixel_values": noise(generator, 2, side * side, 3 * size * size),
         "image_position_ids": places.expand(2, -1, -1).contiguous(),
     }
 
@@ -427,7 +318,7 @@ def _placed_patches(model: Any, generator: torch.Generator) -> dict[str, Any]:
 def _cubes(model: Any, generator: torch.Generator) -> dict[str, Any]:
     """Patches [patch, channels, height, width], with a grid for each image."""
     return {
-        "pixel_values": _noise(generator, 32, 3, 4, 4),
+        "pixel_values": noise(generator, 32, 3, 4, 4),
         "image_grid_thw": torch.tensor([[1, 4, 4]] * 2),
     }
 
@@ -435,7 +326,7 @@ def _cubes(model: Any, generator: torch.Generator) -> dict[str, Any]:
 def _flat_grid(model: Any, generator: torch.Generator) -> dict[str, Any]:
     """Patches without time, with a grid for each image."""
     return {
-        "pixel_values": _noise(generator, 32, 48),
+        "pixel_values": noise(generator, 32, 48),
         "image_grid_thw": torch.tensor([[1, 4, 4]] * 2),
     }
 
@@ -450,7 +341,7 @@ def _mllama(model: Any, generator: torch.Generator) -> dict[str, Any]:
     mask[:, :3] = 0  # ahead of the image nothing reads it
     mask[1, :, :, 1] = 0
     return {
-        "pixel_values": _noise(generator, 2, 1, 4, 3, 16, 16),
+        "pixel_values": noise(generator, 2, 1, 4, 3, 16, 16),
         "aspect_ratio_ids": torch.tensor([[1], [2]]),
         "aspect_ratio_mask": torch.ones(2, 1, 4, dtype=torch.long),
         "cross_attention_mask": mask,
@@ -462,7 +353,7 @@ def _idefics(model: Any, generator: torch.Generator) -> dict[str, Any]:
     mask = torch.ones(2, 10, 1, dtype=torch.long)
     mask[:, :3] = 0
     return {
-        "pixel_values": _noise(generator, 2, 1, 3, 16, 16),
+        "pixel_values": noise(generator, 2, 1, 3, 16, 16),
         "image_attention_mask": mask,
         "n_features": 1,
     }
@@ -471,7 +362,7 @@ def _idefics(model: Any, generator: torch.Generator) -> dict[str, Any]:
 def _with_query(model: Any, generator: torch.Generator) -> dict[str, Any]:
     """An image with a question for the Q-Former."""
     return {
-        "pixel_values": _noise(generator, 2, 3, 16, 16),
+        "pixel_values": noise(generator, 2, 3, 16, 16),
         "qformer_input_ids": torch.randint(5, 60, (2, 3), generator=generator),
     }
 
@@ -479,7 +370,7 @@ def _with_query(model: Any, generator: torch.Generator) -> dict[str, Any]:
 def _with_query_of_frames(model: Any, generator: torch.Generator) -> dict[str, Any]:
     return {
         **_with_query(model, generator),
-        "pixel_values": _noise(generator, 2, 4, 3, 16, 16),
+        "pixel_values": noise(generator, 2, 4, 3, 16, 16),
     }
 
 
@@ -487,7 +378,7 @@ def _molmo(model: Any, generator: torch.Generator) -> dict[str, Any]:
     """One crop an image, of four pools of four patches each."""
     pools = torch.arange(16).reshape(2, 2, 2, 2).transpose(1, 2).reshape(4, 4)
     return {
-        "pixel_values": _noise(generator, 2, 16, 48),
+        "pixel_values": noise(generator, 2, 16, 48),
         "image_token_pooling": torch.cat((pools, pools + 16)),
         "image_grids": torch.tensor([[2, 2, 0, 0]] * 2),
         "image_num_crops": torch.tensor([1, 1]),
@@ -496,14 +387,14 @@ def _molmo(model: Any, generator: torch.Generator) -> dict[str, Any]:
 
 def _radio(model: Any, generator: torch.Generator) -> dict[str, Any]:
     return {
-        "pixel_values": _noise(generator, 32, 48),
+        "pixel_values": noise(generator, 32, 48),
         "image_grid_hw": torch.tensor([[4, 4]] * 2),
     }
 
 
 def _masked_tiles(model: Any, generator: torch.Generator) -> dict[str, Any]:
     return {
-        "pixel_values": _noise(generator, 2, 1, 3, 16, 16),
+        "pixel_values": noise(generator, 2, 1, 3, 16, 16),
         "pixel_attention_mask": torch.ones(2, 1, dtype=torch.bool),
     }
 
@@ -511,17 +402,17 @@ def _masked_tiles(model: Any, generator: torch.Generator) -> dict[str, Any]:
 def _minicpm(model: Any, generator: torch.Generator) -> dict[str, Any]:
     """Two images side by side, one row of pixels, eight by eight patches each."""
     return {
-        "pixel_values": _noise(generator, 1, 3, 4, 128 * 4),
+        "pixel_values": noise(generator, 1, 3, 4, 128 * 4),
         "target_sizes": torch.tensor([[8, 8], [8, 8]], dtype=torch.int32),
     }
 
 
 def _large_square(model: Any, generator: torch.Generator) -> dict[str, Any]:
-    return {"pixel_values": _noise(generator, 2, 3, 64, 64)}
+    return {"pixel_values": noise(generator, 2, 3, 64, 64)}
 
 
 def _fuyu(model: Any, generator: torch.Generator) -> dict[str, Any]:
-    return {"pixel_values": _noise(generator, 2, 4, 48)}
+    return {"pixel_values": noise(generator, 2, 4, 48)}
 
 
 def _form(arguments: set[str]) -> Any:
@@ -574,20 +465,11 @@ def _cases(
 ) -> tuple[Case, ...]:
     """Text alone, and with pixels, as far as the type takes them."""
     model = build(model_type, seed, attn=attn, **changes)
-    cases, reasons = list[Case](), list[str]()
-    for name, inputs in (("text alone", text), ("with pixels", pixels)):
-        try:
-            given = inputs(model_type, model, seed)
-            with torch.no_grad():
-                logits = model(**given, use_cache=False).logits
-        except Exception as error:  # of the code of 97 types
-            reasons.append(f"{name}: {type(error).__name__}: {error}")
-            continue
-        asked = given if len(given) > 1 else given["input_ids"]
-        cases.append(Case(model, asked, logits, name=name))
-    if not cases:
-        raise CannotBuild("; ".join(reasons))
-    return tuple(cases)
+    return both_cases(
+        model,
+        ("text alone", lambda: text(model_type, model, seed)),
+        ("with pixels", lambda: pixels(model_type, model, seed)),
+    )
 
 
 DOORS = (

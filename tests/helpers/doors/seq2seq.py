@@ -42,6 +42,9 @@ _AUDIO = {
 }
 """Types with a decoder alone."""
 
+_FLOAT32 = {"fsmt"}
+"""Types that do not run in float64."""
+
 MODEL_TYPES: tuple[str, ...] = tuple(
     sorted(set(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES) - _AUDIO)
 )
@@ -98,8 +101,9 @@ def build(
     if model_type == "encoder-decoder":
         model = of_parts(_PARTS, EncoderDecoderConfig, EncoderDecoderModel, seed, attn)
     else:
+        dtype = torch.float32 if model_type in _FLOAT32 else torch.float64
         model = build_any(
-            model_type, seed, attn=attn, auto=auto, decoder=False, also=also, **changes
+            model_type, seed, dtype, attn, auto=auto, decoder=False, also=also, **changes
         )
     bias = getattr(model, "final_logits_bias", None)
     if isinstance(bias, torch.Tensor):
