@@ -27,7 +27,7 @@ from dla_hooks.targets.base import Target
 from dla_hooks.targets.question import Question, read_question
 from dla_hooks.targets.token_sets import TokenSets
 from dla_hooks.units.base import Unit
-from dla_hooks.verification.recognise import located
+from dla_hooks.verification.recognise import check, located
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +154,7 @@ def checked(model: Any, *, cache: Any = None) -> Backend:
     if model is None and cache is not None:
         model = getattr(cache, "model", None)
     backend = backend_of(model)
-    backend.check()
+    check(backend)
     if cache is None:
         check_global_hooks()
     else:

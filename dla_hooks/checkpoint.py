@@ -1,5 +1,7 @@
 """Load a model that is ready to be attributed, or refuse its checkpoint in one line.
 
+Its class is the one that the config names: a classifier comes with its own head.
+
 ``from_pretrained`` fills missing weights with random numbers, and makes an empty tokenizer if there
 is none. Both would give meaningless numbers without an error, so both are refused here.
 """
@@ -14,12 +16,16 @@ from logging import CRITICAL, getLogger
 from pathlib import Path
 from typing import Any
 
+from dla_hooks.doors import CAUSAL, Door, door_for
 from dla_hooks.errors import CheckpointError, DLAError, InputError, UnsupportedModelError
 from dla_hooks.placement import Placement, first_line
 
 DTYPES = ("float32", "float64", "bfloat16", "float16", "auto")
 
 _IN_A_STACK = re.compile(r"\.\d+\.")
+
+_LABEL_HEADS = ("score.", "classifier.", "qa_outputs.")
+"""How weights of heads are called that score labels and no vocabulary."""
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -42,7 +48,11 @@ def load(
     device_map: str | None = None,
     max_memory: str | None = None,
 ) -> tuple[Any, Any]:
-    """Load a causal language model and its tokenizer.
+    """Load a model and its tokenizer.
+
+    The class is what ``config.json`` names under ``architectures``: a causal language model, a
+    classifier or reward model with its head, a masked language model and so on. Without a name it
+    is the causal language model of the model type.
 
     Args:
         path: a folder, or an id on the Hugging Face hub.
@@ -60,7 +70,7 @@ def load(
 
     Raises:
         CheckpointError: when anything is missing or cannot be read.
-        UnsupportedModelError: when it holds no causal language model.
+        UnsupportedModelError: when transformers loads its model type as none of these.
         InputError: for a dtype, device, map or size that cannot be used.
         MissingExtraError: for a ``device_map`` without accelerate.
     """
@@ -85,14 +95,13 @@ def load_model(
     source = _source(path)
     placement = Placement(device, device_map, max_memory)
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
 
-    with _quiet(), _one_line(source, "config.json"):
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    config = _config(source, trust_remote_code)
+    door = _door(config)
     with placement as arguments:
-        with _quiet(), _one_line(source, "the weights", config.model_type):
-            auto: Any = AutoModelForCausalLM  # not typed for output_loading_info
-            model, info = auto.from_pretrained(
+        with _quiet(), _one_line(source, "the weights", config.model_type, door):
+            model, info = getattr(transformers, door.auto).from_pretrained(
                 source,
                 config=config,
                 dtype="auto" if dtype == "auto" else getattr(torch, dtype),
@@ -101,8 +110,24 @@ def load_model(
                 ignore_mismatched_sizes=True,  # refused below, in one line
                 **arguments,
             )
-        _check_complete(source, model, info)
+        _check_complete(source, model, info, door)
         return placement.put(model)
+
+
+def labels(path: str | Path, trust_remote_code: bool = False) -> dict[int, str] | None:
+    """The names of what a checkpoint's model scores, or None where that is its vocabulary.
+
+    Nothing but its config is read.
+
+    Raises:
+        CheckpointError: when that is missing or cannot be read.
+    """
+    config = _config(_source(path), trust_remote_code)
+    named = _door(config).labels
+    if isinstance(named, str):
+        found = getattr(config, named, None) or {}
+        return {int(index): str(name) for index, name in found.items()}
+    return None if named is None else dict(enumerate(named))
 
 
 def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
@@ -120,6 +145,20 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
     with _quiet(), _one_line(source, "the tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     return tokenizer if tokenizer.vocab_size else None
+
+
+def _config(source: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    with _quiet(), _one_line(source, "config.json"):
+        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+
+
+def _door(config: Any) -> Door:
+    """The kind of model that a config is of; the causal one where nothing says."""
+    names = getattr(config, "architectures", None) or ()
+    remote = getattr(config, "auto_map", None)
+    return door_for(config.model_type, names, remote) or CAUSAL
 
 
 def _source(path: str | Path) -> str:
@@ -156,14 +195,23 @@ def _check_folder(folder: Path) -> None:
         raise CheckpointError(f"{file} names no model_type, so it is no model's configuration")
 
 
-def _check_complete(source: str, model: Any, info: dict[str, Any]) -> None:
+def _check_complete(source: str, model: Any, info: dict[str, Any], door: Door) -> None:
     from dla_hooks.modules.weights import misfits
 
     missing = sorted(info["missing_keys"])
+    heads = sorted(name for name in info["unexpected_keys"] if name.startswith(_LABEL_HEADS))
+    if heads and (door.labels is None or missing):
+        raise CheckpointError(
+            f"{source} holds a head of labels ({_some(heads)}), and config.json names no class "
+            f"that has it, so that it would be loaded as {door.what} ({type(model).__name__}); "
+            'name the class that was saved in config.json: "architectures": '
+            '["…ForSequenceClassification"]'
+        )
     if missing:
         raise CheckpointError(
-            f"{source} lacks {len(missing)} of the model's weights ({_some(missing)}), which "
-            "would be filled with random numbers; check that the checkpoint is complete"
+            f"{source} lacks {len(missing)} of the weights of {type(model).__name__} "
+            f"({_some(missing)}), which would be filled with random numbers; check that the "
+            "checkpoint is complete"
         )
     unread = sorted(name for name in info["unexpected_keys"] if _IN_A_STACK.search(name))
     if unread:
@@ -184,7 +232,7 @@ def _check_complete(source: str, model: Any, info: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _one_line(source: str, what: str, model_type: str = "") -> Iterator[None]:
+def _one_line(source: str, what: str, model_type: str = "", door: Door = CAUSAL) -> Iterator[None]:
     """Turn any error of a loader into a ``DLAError``.
 
     Loading runs code of many packages, which raise exceptions of every class.
@@ -202,8 +250,8 @@ def _one_line(source: str, what: str, model_type: str = "") -> Iterator[None]:
             ) from error
         if text.startswith("Unrecognized configuration class"):
             raise UnsupportedModelError(
-                f"{source} is a {model_type!r} model, which transformers does not load as a "
-                "causal language model"
+                f"{source} is a {model_type!r} model, which transformers does not load as "
+                f"{door.what}"
             ) from error
         if "does not recognize this architecture" in text:
             raise UnsupportedModelError(

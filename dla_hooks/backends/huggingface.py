@@ -24,7 +24,7 @@ from dla_hooks.backends.readouts import (
     at_columns,
     label_head,
     label_names,
-    last_is_read,
+    last_real,
     n_embedded,
     run_labels,
     taken,
@@ -257,7 +257,7 @@ class HuggingFaceBackend(Backend):
             if prompt.encoder is None and not self.made_up:
                 raise InputError(f"nothing is given that the encoder of {self.name} reads")
             ids, arguments = None, of_decoder(self.root, ids, arguments, prompt, device)
-        if "logits_to_keep" in accepted:
+        if "logits_to_keep" in accepted and self._labels is None:
             # Remote code for older versions takes a count from the end only.
             takes_tensor = "Tensor" in str(accepted["logits_to_keep"].annotation)
             count = len(chunk) - int(wanted.min())
@@ -268,10 +268,10 @@ class HuggingFaceBackend(Backend):
             if self._labels is None:
                 output, logits = self._call(ids, arguments, accepted)
             else:
-                last = last_is_read(prompt, chunk, self.number("pad_token_id"))
+                last = last_real(prompt, chunk)
                 given = self._given(ids, arguments, accepted)
                 output, logits = run_labels(self.model, self._labels, *given, last)
-        if not ("logits_to_keep" in accepted and logits.shape[1] == len(wanted)):
+        if not ("logits_to_keep" in arguments and logits.shape[1] == len(wanted)):
             logits = at_columns(logits, wanted, len(chunk), type(self.root).__name__)
         return logits, output
 

@@ -21,10 +21,18 @@ from dla_hooks.modules.hooks import Place, Tap, tapped
 from dla_hooks.modules.outputs import tensor_in
 from dla_hooks.modules.signature import Arguments, takes_keywords
 
-_LABEL_HEADS = {"score": "logits", "classifier": "logits", "qa_outputs": "span"}
-"""Names of linear heads with labels, and what the model makes of their output."""
+_LABEL_HEADS = {
+    "score": "logits",
+    "classifier": "logits",
+    "qa_outputs": "span",
+    "v_head": "value",
+    "logits_proj": "logits",
+    "sequence_summary": "logits",
+}
+"""Names of heads with labels, and what the model makes of their output."""
 _UNEMBEDDINGS = ("lm_head", "unembed", "unembedding", "embed_out", "output", "to_logits", "head")
-_SPAN = ("start", "end")
+_NAMES = {"span": ("start", "end"), "value": ("value",)}
+"""The labels that no config names."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +42,13 @@ class LabelHead:
     Attributes:
         module: the head.
         name: its path.
-        is_span: the two labels are the start and the end of a span.
+        kind: what the model makes of its output: ``"logits"``; ``"span"``, the start and the end
+            of an answer; ``"value"``, one number beside the logits of a language model.
     """
 
     module: nn.Module
     name: str
-    is_span: bool
+    kind: str
 
 
 class LabelNames:
@@ -47,25 +56,34 @@ class LabelNames:
 
     Args:
         names: every label's name by its index.
+        advice: a sentence for an answer that is no label; or nothing.
     """
 
     unk_token_id = None
 
-    def __init__(self, names: Mapping[int, str]) -> None:
+    def __init__(self, names: Mapping[int, str], advice: str = "") -> None:
         self._names = dict(names)
+        self._advice = advice
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """The index of a label, in a list of one.
 
+        Args:
+            text: the label's name; or its index, which no name may be.
+            add_special_tokens: as of a tokenizer; labels have none.
+
         Raises:
-            TokenError: for a text that is no label's name.
+            TokenError: for a text that is neither.
         """
         found = [index for index, name in self._names.items() if name == text]
+        if not found and text.isdecimal() and int(text) in self._names:
+            found = [int(text)]
         if len(found) != 1:
             known = ", ".join(map(repr, list(self._names.values())[:20]))
             problem = "is no label" if not found else f"is the name of {len(found)} labels"
             raise TokenError(
                 f"{text!r} {problem} of the model; its labels are {known}. Give a name or an index"
+                f"{self._advice}"
             )
         return found
 
@@ -79,18 +97,19 @@ class LabelNames:
 
 
 def label_head(model: Any) -> LabelHead | None:
-    """The head of a classifier, a reward model or a question answering model, or None."""
+    """The head of a classifier, a reward or value model or a span model, or None."""
     for name, kind in _LABEL_HEADS.items():
         module = getattr(model, name, None)
         if isinstance(module, nn.Module):
-            return LabelHead(module, name, kind == "span")
+            return LabelHead(module, name, kind)
     return None
 
 
 def label_names(model: Any, head: LabelHead) -> LabelNames:
     """The names of a head's labels, from the model's config."""
-    if head.is_span:
-        return LabelNames(dict(enumerate(_SPAN)))
+    if head.kind in _NAMES:
+        advice = "" if _inside(model) is None else f"; for a token, {way_out(model)}"
+        return LabelNames(dict(enumerate(_NAMES[head.kind])), advice)
     return LabelNames(dict(getattr(model.config, "id2label", None) or {}))
 
 
@@ -118,6 +137,9 @@ def unembedding(model: Any) -> nn.Module | None:
 
 def token_embedding(model: Any) -> nn.Module | None:
     """The module that puts out the token embeddings, or None."""
+    inside = _inside(model)
+    if inside is not None:
+        return token_embedding(inside)
     try:
         found = model.get_input_embeddings()
     except (AttributeError, NotImplementedError, TypeError):
@@ -148,18 +170,19 @@ def n_embedded(embedding: nn.Module | None) -> int | None:
     return int(weight.shape[0]) if isinstance(weight, Tensor) and weight.ndim == 2 else None
 
 
-def last_is_read(prompt: Prompt, chunk: range, pad: Any) -> Tensor:
-    """Rows [batch] where a classifier of transformers reads the last column of a chunk.
+def last_real(prompt: Prompt, chunk: range) -> Tensor:
+    """The column [batch], in a chunk, of each row's last real token; -1 where it is in another.
 
-    It is the last token that is no padding, by the ids and not by the mask.
+    A sequence classifier is read there. Which position it reads itself is measured.
 
     Args:
         prompt: the whole batch.
         chunk: the columns that are run.
-        pad: the model's pad token, or None.
     """
-    ends = prompt.mask[:, -1] & (prompt.input_ids[:, -1] != (-1 if pad is None else pad))
-    return ends & (chunk.stop == prompt.shape[1])
+    columns = torch.arange(prompt.shape[1], device="cpu")
+    last = (columns * prompt.mask.cpu()).amax(-1)
+    inside = (last >= chunk.start) & (last < chunk.stop)
+    return torch.where(inside, last - chunk.start, -1)
 
 
 def run_labels(
@@ -176,7 +199,7 @@ def run_labels(
         head: its head.
         given: positional arguments of the model.
         arguments: its other arguments.
-        last: rows [batch] where the last position is the one that the model has to read.
+        last: the column [batch] that the model has to read; -1 where it is in another chunk.
 
     Returns:
         The model's output, and the head's logits [batch, position, labels]. What the model itself
@@ -211,19 +234,23 @@ def run_labels(
             f"{name} returns something else than what {head.name} puts out at one position; pass "
             "a model that returns that"
         )
-    if not bool(same[last.to(same.device), -1].all()):
+    rows = (last >= 0).nonzero()[:, 0]
+    if not bool(same.cpu()[rows, last[rows]].all()):
         raise UnsupportedModelError(
-            f"{name} reads another position than the last token; pass a model that scores the "
-            "last token, or every position"
+            f"{name} reads another position than the last token that is no padding; pass a model "
+            "that scores that one, or every position. transformers' classifiers know padding by "
+            "config.pad_token_id alone: without one, or with inputs_embeds, pad on the left"
         )
     return output, logits
 
 
 def _where_same(output: Any, logits: Tensor, head: LabelHead) -> Tensor | None:
     """Positions [batch, pos] at which a model may have read what it returned; None for nowhere."""
-    if head.is_span:
-        parts = [tensor_in(output, (f"{name}_logits",)) for name in _SPAN]
+    if head.kind == "span":
+        parts = [tensor_in(output, (f"{name}_logits",)) for name in _NAMES["span"]]
         returned = None if None in parts else torch.stack(parts, -1)  # type: ignore[arg-type]
+    elif head.kind == "value":
+        returned = _value(output, logits)
     else:
         returned = tensor_in(output, ("logits",))
     if returned is None or returned.shape[-1] != logits.shape[-1]:
@@ -236,6 +263,14 @@ def _where_same(output: Any, logits: Tensor, head: LabelHead) -> Tensor | None:
         return None
     near = torch.isclose(ours, theirs, rtol=rounding, atol=1e-30, equal_nan=True)
     return near.all().expand(near.shape[:2])
+
+
+def _value(output: Any, logits: Tensor) -> Tensor | None:
+    """The value [batch, pos, 1] in the output of a model with a value head, or None."""
+    several = output if isinstance(output, (tuple, list)) else [entry(output, "value")]
+    shapes = logits.shape, logits.shape[:-1]
+    found = [one for one in several if isinstance(one, Tensor) and one.shape in shapes]
+    return found[-1].reshape(logits.shape) if found else None
 
 
 def entry(output: Any, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""``dla-hooks list``. It needs no torch, so that the list comes at once."""
+"""``dla-hooks list``. Without ``--door`` it needs no torch, so that the list comes at once."""
 
 from __future__ import annotations
 
@@ -15,12 +15,20 @@ import dla_hooks
 from dla_hooks.cli.files import STDOUT, Json, check_folder, said
 from dla_hooks.cli.help import examples
 from dla_hooks.cli.terminal import out
+from dla_hooks.doors import DOORS
 from dla_hooks.errors import InputError
 from dla_hooks.residual.architecture import Architecture
+from dla_hooks.residual.registry import refusal_for
 from dla_hooks.units import units_of
 
+_DOORS = {door.name: door for door in DOORS}
 
-@examples("dla-hooks list llama", "dla-hooks list --json - gemma")
+
+@examples(
+    "dla-hooks list llama",
+    "dla-hooks list --door classification qwen",
+    "dla-hooks list --json - gemma",
+)
 def list_architectures(
     part: Annotated[
         str,
@@ -30,16 +38,26 @@ def list_architectures(
             show_default=False,
         ),
     ] = "",
+    door: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DOOR",
+            help=f"Only the types with this kind of model: {', '.join(_DOORS)}.",
+            show_default=False,
+        ),
+    ] = None,
     json: Json = None,
 ) -> None:
     """List the model types that are known, and what is special about each."""
     if json is not None:
         check_folder(json)
-    found = [line for line in _lines() if part.lower() in line["model_type"].lower()]
+    lines = _lines() if door is None else _behind(door, _lines())
+    found = [line for line in lines if part.lower() in line["model_type"].lower()]
     if not found:
+        behind = "" if door is None else f" behind {door}"
         raise InputError(
-            f"no declared model type holds {part!r}; another is recognised where it has a known "
-            "shape: dla-hooks verify MODEL says so"
+            f"no declared model type{behind} holds {part!r}; another is recognised where it has a "
+            "known shape: dla-hooks verify MODEL says so"
         )
     if json != STDOUT:
         out().print(_table(found, whole=not part))
@@ -50,6 +68,22 @@ def list_architectures(
         else:
             json.write_text(text, encoding="utf-8")
             said(json)
+
+
+def _behind(name: str, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records of types that have a class behind a door which is not refused; with its name.
+
+    transformers' own tables are asked, so that this takes as long as importing it.
+    """
+    door = _DOORS.get(name)
+    if door is None:
+        raise InputError(f"--door must be one of {', '.join(_DOORS)}, got {name!r}")
+    classes = door.classes()
+    return [
+        {**line, "class": classes[line["model_type"]][0]}
+        for line in lines
+        if line["model_type"] in classes and refusal_for(line["model_type"], name) is None
+    ]
 
 
 def _lines() -> list[dict[str, Any]]:

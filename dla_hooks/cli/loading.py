@@ -31,7 +31,8 @@ def load(
         loading: how.
         also: other models that the process loads later.
         needs_tokenizer: whether it is read; it must then be there.
-        check: called with the tokenizer, before the weights are read.
+        check: called with the tokenizer, and what answers are read with, before the weights are
+            read.
 
     Raises:
         DLAError: when there is no such model, or it cannot be loaded.
@@ -53,7 +54,7 @@ def load(
                         "with; save one into the folder with tokenizer.save_pretrained(folder)"
                     )
                 if check is not None:
-                    check(tokenizer)
+                    check(tokenizer, _answers(source, loading, tokenizer))
             loaded = checkpoint.load_model(
                 source,
                 loading.dtype.value,
@@ -66,14 +67,14 @@ def load(
 
 
 def readable(prompt: str, answers: Sequence[str | None], pos: Any, prepend_bos: bool | None) -> Any:
-    """A check, by a tokenizer alone, of what a prompt is asked.
+    """A check, by a tokenizer and the names of labels alone, of what a prompt is asked.
 
     Raises:
-        InputError: for an answer that is not one token, and a prompt without any.
+        InputError: for an answer that is not one token or label, and a prompt without any.
         PositionError: for a position that the prompt does not have.
     """
 
-    def check(tokenizer: Any) -> None:
+    def check(tokenizer: Any, names: Any) -> None:
         import torch
 
         from dla_hooks.inputs.answers import read_ids
@@ -83,12 +84,21 @@ def readable(prompt: str, answers: Sequence[str | None], pos: Any, prepend_bos: 
 
         for name, answer in zip(("--answer", "--incorrect"), answers, strict=False):
             if answer is not None and answer not in OWN:
-                read_ids(answer, name, None, tokenizer)
+                read_ids(answer, name, None, names)
         ids = encode(prompt, tokenizer, prepend_bos)
         if ids and not isinstance(pos, Span):
             select(pos, torch.ones(1, len(ids), dtype=torch.bool, device="cpu"))
 
     return check
+
+
+def _answers(source: str, loading: Loading, tokenizer: Any) -> Any:
+    """What answers are read with: the names of a classifier's labels, or the tokenizer."""
+    from dla_hooks import checkpoint
+    from dla_hooks.backends.readouts import LabelNames
+
+    names = checkpoint.labels(source, loading.trust_remote_code)
+    return tokenizer if names is None else LabelNames(names)
 
 
 def _source(model: str) -> str:

@@ -138,9 +138,12 @@ class Refusal:
         place: the part of the model that prevents it.
         reason: the computation there.
         needed: the extension that an attribution would need.
+        doors: the kinds of model (:data:`dla_hooks.doors.DOORS`) that it holds for; all where it
+            names none.
     """
 
     model_types: tuple[str, ...]
     place: str
     reason: str
     needed: str
+    doors: tuple[str, ...] = ()

@@ -23,7 +23,7 @@ _ADAPTERS = "dla_hooks.adapters"
 _registered: dict[str, Architecture] = {}
 # Declarations before which a later one of the same type stands.
 _earlier: dict[str, tuple[Architecture, ...]] = {}
-_refused: dict[str, Refusal] = {}
+_refused: dict[str, list[Refusal]] = {}
 _without_bos: set[str] = set()
 _builtin_loaded = False
 _lock = threading.RLock()
@@ -68,11 +68,18 @@ def declarations_for(model_type: str) -> tuple[Architecture, ...]:
         return tuple(dict.fromkeys((first, *_earlier.get(model_type, ()))))
 
 
-def refusal_for(model_type: str) -> Refusal | None:
-    """The known reason why models of this type are refused, or None."""
+def refusal_for(model_type: str, door: str | None = None) -> Refusal | None:
+    """The known reason why models of this type are refused, or None.
+
+    Args:
+        model_type: ``config.model_type``.
+        door: the kind of model (:mod:`dla_hooks.doors`), or None where that is not known. A reason
+            that holds for this kind stands before one that holds for all.
+    """
     with _lock:
         _load_builtin()
-        return _refused.get(model_type)
+        known = [one for one in _refused.get(model_type, ()) if not one.doors or door in one.doors]
+    return min(known, key=lambda one: not one.doors, default=None)
 
 
 def begins_with_bos(model_type: str) -> bool:
@@ -139,6 +146,7 @@ def _load_builtin() -> None:
         for architecture in declarations.ARCHITECTURES:
             _add(architecture)
         for refusal in getattr(declarations, "REFUSALS", ()):
-            _refused.update(dict.fromkeys(refusal.model_types, refusal))
+            for name in refusal.model_types:
+                _refused.setdefault(name, []).append(refusal)
         _without_bos.update(getattr(declarations, "WITHOUT_BOS", ()))
     _builtin_loaded = True

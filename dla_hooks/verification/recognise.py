@@ -8,6 +8,7 @@ from typing import Any
 
 from dla_hooks.backends import Backend, backend_of
 from dla_hooks.calibration.scales import with_scales
+from dla_hooks.doors import door_of
 from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.modules.faults import SyntheticRunError, described_error
 from dla_hooks.modules.user_hooks import switch_hooks, warn_of_hooks_that_stay
@@ -33,8 +34,24 @@ def stream_of(model: Any) -> Stream:
         UnsupportedModelError: when no declaration is true of the model.
     """
     backend = backend_of(model)
-    backend.check()
+    check(backend)
     return located(backend)
+
+
+def check(backend: Backend) -> None:
+    """Refuse a model that cannot be attributed as it stands, with the reason that is known.
+
+    Raises:
+        InputError: for what is no such model, or not set up as it must be.
+        UnsupportedModelError: for a model that no setting would help.
+    """
+    try:
+        backend.check()
+    except UnsupportedModelError as error:
+        known = _known_refusal(backend)
+        if known is None:
+            raise
+        raise UnsupportedModelError(known) from error
 
 
 def located(backend: Backend) -> Stream:
@@ -72,6 +89,31 @@ def located(backend: Backend) -> Stream:
 
 
 def _located(backend: Backend) -> Stream:
+    try:
+        return _declared_or_matched(backend)
+    except SyntheticRunError:
+        raise
+    except UnsupportedModelError as error:
+        known = _known_refusal(backend)
+        if known is None or known in str(error):
+            raise
+        raise UnsupportedModelError(known) from error
+
+
+def _known_refusal(backend: Backend) -> str | None:
+    """Why models of this type and kind are refused, where that is known."""
+    name = type(backend.root).__name__
+    door = door_of(backend.model_type, name)
+    known = refusal_for(backend.model_type, None if door is None else door.name)
+    if known is None:
+        return None
+    return (
+        f"model type {backend.model_type!r} ({name}) cannot be attributed. {known.place}: "
+        f"{known.reason}. It would need {known.needed}."
+    )
+
+
+def _declared_or_matched(backend: Backend) -> Stream:
     declared = declarations_for(backend.model_type)
     misfit: UnsupportedModelError | None = None
     for architecture in declared:
@@ -195,12 +237,6 @@ def _match(backend: Backend, declared: tuple[Architecture, ...] = ()) -> Archite
             return candidate.architecture
         misses.setdefault(report.diagnosis(), candidate.architecture.model_types[0])
     what = f"model type {backend.model_type!r} ({type(backend.root).__name__})"
-    known = refusal_for(backend.model_type)
-    if known is not None:
-        raise UnsupportedModelError(
-            f"{what} cannot be attributed. {known.place}: {known.reason}. It would need "
-            f"{known.needed}."
-        )
     found = "; ".join(f"taken for {name}: {miss}" for miss, name in misses.items())
     raise UnsupportedModelError(
         f"{what} has no declaration, and was not recognised: "

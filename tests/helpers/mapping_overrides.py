@@ -59,6 +59,7 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "big_bird": {"attention_type": "original_full"},  # blocks do not work causally
         "bigbird_pegasus": {"attention_type": "original_full"},
         "blt": {"encoder_hash_byte_group_vocab": 50, "encoder_hash_byte_group_size": [2, 3]},
+        "bros": {"hidden_size": 64},
         "cohere2_moe": {"mlp_layer_types": ["dense", "dense", "sparse", "sparse"]},
         "cohere_compass_text": {
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
@@ -112,6 +113,7 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         },
         "electra": {"embedding_size": 20},
         "ernie4_5_moe": {"num_hidden_layers": LAYERS, "moe_layer_end_index": LAYERS - 1},
+        "esmc": {**_FULL_HEADS, "head_dim": WIDTH // HEADS},
         "falcon_h1": {"mamba_d_ssm": 64},
         "gemma3n_text": {
             "num_hidden_layers": 6,
@@ -163,6 +165,8 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "jetmoe": {"kv_channels": 12},
         "kimi_linear": _FULL_HEADS,
         "laguna": {**_SLIDING_AND_FULL, "num_attention_heads_per_layer": [4, 2, 2, 4]},
+        "layoutlmv3": {"coordinate_size": 5, "shape_size": 6, "visual_embed": False},
+        "lilt": {"hidden_size": 24, "channel_shrink_ratio": 2},  # six parts of a box
         "lfm2": {**_CONV_AND_ATTENTION, "num_hidden_layers": 4},
         "lfm2_moe": {**_CONV_AND_ATTENTION, "num_hidden_layers": 4, "num_dense_layers": 2},
         "llama4_text": {
@@ -181,6 +185,8 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "mamba2": {"num_heads": 8, "head_dim": 8},
         "mellum": _SLIDING_AND_FULL,
         "minicpm3": _FULL_HEADS,
+        "mistral4": _FULL_HEADS,
+        "mobilebert": {"embedding_size": 20, "intra_bottleneck_size": 16},
         "minimax": {
             "full_attn_alpha_factor": 1.3,
             "full_attn_beta_factor": 0.7,
@@ -197,6 +203,7 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "moshi": _FULL_HEADS,
         "musicgen_decoder": {"num_codebooks": 1},  # so that ids are plain [batch, position]
         "musicgen_melody_decoder": {"num_codebooks": 1},
+        "neomme": {"head_dim": 16},
         "nemotron_h": {
             "num_hidden_layers": 4,
             "ssm_state_size": 6,
@@ -234,6 +241,7 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "shape_vocab_size": VOCAB,
         },
         "roformer": {"embedding_size": 20},
+        "squeezebert": {"embedding_size": WIDTH},
         "rwkv": {"rescale_every": 2},
         "sarvam_mla": _FULL_HEADS,
         "xlm": {"causal": True},
@@ -258,7 +266,7 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 
 # What these compute partly in float32, or mask with its smallest value, breaks in float64.
-FLOAT32_ONLY: frozenset[str] = frozenset({"inkling2_text", "xglm", "xlnet"})
+FLOAT32_ONLY: frozenset[str] = frozenset({"canine", "inkling2_text", "mra", "xglm", "xlnet"})
 
 # What takes more than ids to run
 NEEDS_MORE: Mapping[str, str] = MappingProxyType(

@@ -95,8 +95,10 @@ def build_any(
         _prepare(config, dtype, decoder)
         with torch.random.fork_rng(devices=[]):
             own = _own_config(config, model_class)
+            text = own.get_text_config()
             for name, value in also.items():
-                setattr(own, name, value)
+                for part in (own, text) if hasattr(text, name) else (own,):
+                    setattr(part, name, value)
             model = model_class._from_config(own, dtype=dtype, **kwargs)
     except Exception as error:
         raise CannotBuild(f"{model_type}: {type(error).__name__}: {error}") from error

@@ -21,7 +21,7 @@ NOT_BUILT = {"gemma3n", "gemma4_assistant", "gemma4_unified_assistant"}
 
 
 def is_refused(model_type: str) -> bool:
-    return registry.refusal_for(model_type) is not None
+    return registry.refusal_for(model_type, "causal") is not None
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)], ids="seed{}".format)

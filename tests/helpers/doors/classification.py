@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from doors import Case, Door
 from mapping_zoo import CannotBuild, build_any, example_ids_any
 from transformers import (
     AutoModelForQuestionAnswering,
@@ -24,17 +23,29 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
 )
 
+from doors import Case, Door
+
 PAD = 2
-N_LABELS = 3
 
 
-def build(auto: Any, model_type: str, seed: int = 0, attn: str | None = None, **changes: Any) -> Any:
+def build(
+    auto: Any, model_type: str, seed: int = 0, attn: str | None = None, **changes: Any
+) -> Any:
     """A tiny model with a head of three labels, each with a name, and with a pad token."""
     labels = {0: "bad", 1: "fair", 2: "good"}
-    also = {"num_labels": N_LABELS, "pad_token_id": PAD, "use_cache": False, "id2label": labels}
+    if auto is AutoModelForQuestionAnswering:
+        labels = {0: "start", 1: "end"}  # some give a head of two only if there are two labels
+    also: dict[str, Any] = {"pad_token_id": PAD, "use_cache": False, "id2label": labels}
+    also["decoder_start_token_id"] = 0  # which a config of T5 lacks
     also["label2id"] = {name: index for index, name in labels.items()}
     return build_any(
-        model_type, seed, attn=attn, auto=auto, decoder=_is_decoder(model_type), also=also, **changes
+        model_type,
+        seed,
+        attn=attn,
+        auto=auto,
+        decoder=_is_decoder(model_type),
+        also=also,
+        **changes,
     )
 
 
@@ -45,31 +56,44 @@ def _is_decoder(model_type: str) -> bool:
     )
 
 
-def _run(model: Any, ids: torch.Tensor) -> Any:
+def asked_of(model: Any) -> Any:
+    """What a model is asked: ids that end as its type wants them, and boxes where it has any."""
+    ids = example_ids_any(model)
+    config = model.config
+    if config.is_encoder_decoder:
+        ids[:, -1] = config.eos_token_id  # classifiers of such types read it
+    if config.model_type == "longformer":
+        ids[:, 2:5] = config.sep_token_id  # which divide a question from its text
+    if config.model_type == "bros":
+        return {"input_ids": ids, "bbox": torch.zeros(*ids.shape, 8)}
+    return ids
+
+
+def run(model: Any, ids: Any) -> Any:
     try:
         with torch.no_grad():
-            return model(input_ids=ids)
+            return model(**ids) if isinstance(ids, dict) else model(input_ids=ids)
     except Exception as error:  # of the code of 150 types, to be reported
         raise CannotBuild(f"its own run fails: {type(error).__name__}: {error}") from error
 
 
 def _sequence(model_type: str, seed: int = 0, attn: str | None = None, **changes: Any) -> Any:
     model = build(AutoModelForSequenceClassification, model_type, seed, attn, **changes)
-    ids = example_ids_any(model)
-    logits = _run(model, ids).logits
+    ids = asked_of(model)
+    logits = run(model, ids).logits
     return (Case(model, ids, logits, "good", "bad", (2, 0), {}),)
 
 
 def _tokens(model_type: str, seed: int = 0, attn: str | None = None, **changes: Any) -> Any:
     model = build(AutoModelForTokenClassification, model_type, seed, attn, **changes)
-    ids = example_ids_any(model)
-    return (Case(model, ids, _run(model, ids).logits, "good", "bad", (2, 0)),)
+    ids = asked_of(model)
+    return (Case(model, ids, run(model, ids).logits, "good", "bad", (2, 0)),)
 
 
 def _span(model_type: str, seed: int = 0, attn: str | None = None, **changes: Any) -> Any:
     model = build(AutoModelForQuestionAnswering, model_type, seed, attn, **changes)
-    ids = example_ids_any(model)
-    found = _run(model, ids)
+    ids = asked_of(model)
+    found = run(model, ids)
     if getattr(found, "start_logits", None) is None:
         raise CannotBuild(f"{model_type}: it returns no start_logits without its training labels")
     logits = torch.stack((found.start_logits, found.end_logits), -1)
@@ -96,8 +120,8 @@ DOORS = (
     Door(
         name="token-classification",
         title="Token classifiers",
-        about="Every type that transformers maps to a token classifier, with three labels, at every "
-        "position.",
+        about="Every type that transformers maps to a token classifier, with three labels, at "
+        "every position.",
         model_types=_types(MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
         cases=_tokens,
         rank=7,
@@ -105,8 +129,8 @@ DOORS = (
     Door(
         name="question-answering",
         title="Question answering",
-        about="Every type that transformers maps to question answering: `start` alone and `end` less "
-        "`start`, at every position.",
+        about="Every type that transformers maps to question answering: `start` alone and `end` "
+        "less `start`, at every position.",
         model_types=_types(MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES),
         cases=_span,
         rank=8,
