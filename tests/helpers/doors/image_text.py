@@ -32,6 +32,15 @@ from transformers.models.auto import modeling_auto
 
 CLASSES: Mapping[str, str] = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 MODEL_TYPES: tuple[str, ...] = tuple(sorted(CLASSES))
+ENCODER_DECODERS = (
+    "florence2",
+    "pix2struct",
+    "pp_formulanet",
+    "t5gemma2",
+    "udop",
+    "vision-encoder-decoder",
+)
+"""Types whose decoder reads an encoder, in a sequence of its own."""
 
 _VISION: Mapping[str, Any] = {
     "image_size": 16,
