@@ -6,9 +6,11 @@ import dla_hooks
 from dla_hooks.cli.files import Files
 from dla_hooks.cli.help import examples
 from dla_hooks.cli.loading import load, readable
+from dla_hooks.cli.media import check_media, with_media
 from dla_hooks.cli.options import (
     UNIT,
     Loading,
+    Media,
     Model,
     PromptArgument,
     Question,
@@ -33,6 +35,7 @@ def attribute(
     prompt: PromptArgument,
     question: Question,
     run: Run,
+    media: Media,
     files: Files,
     loading: Loading,
     unit: UnitOption = UNIT,
@@ -41,12 +44,14 @@ def attribute(
     """Split a logit, or the difference of two, into what each part of a model wrote."""
     where = question.where()
     files.check()
-    check = readable(prompt, question.said, where, run.prepend_bos)
+    check_media(media)
+    # Beside images a text has more positions than it has tokens.
+    check = readable(prompt, question.said, None if media else where, run.prepend_bos)
     loaded, tokenizer = load(model, loading, check=check)
     with running():
         result = dla_hooks.direct_logit_attribution(
             loaded,
-            prompt,
+            with_media(model, loading, prompt, media, loaded) if media else prompt,
             **question.tokens(),
             unit=unit.value,
             pos=where,

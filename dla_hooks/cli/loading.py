@@ -37,10 +37,10 @@ def load(
     Raises:
         DLAError: when there is no such model, or it cannot be loaded.
     """
-    source = _source(model)
+    source = source_of(model)
     with progress(f"loading {model}"):
         _say_where(model, source)
-        with lean_imports(source, *map(_source, also)):
+        with lean_imports(source, *map(source_of, also)):
             from dla_hooks import checkpoint, placement
 
             if loading.device_map is not None:
@@ -101,7 +101,8 @@ def _answers(source: str, loading: Loading, tokenizer: Any) -> Any:
     return tokenizer if names is None else LabelNames(names)
 
 
-def _source(model: str) -> str:
+def source_of(model: str) -> str:
+    """The folder or hub id of what was typed; ``demo`` is the model that is included."""
     if model != "demo":
         return model
     from dla_hooks.demo import path

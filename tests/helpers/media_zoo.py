@@ -97,6 +97,8 @@ def _sized(
         if name in found and isinstance(count, int):
             found[name] = found[name][:count]
     for name, part in values.items():
+        if isinstance(part, dict) and name in _LANGUAGE and "max_position_embeddings" in part:
+            part["max_position_embeddings"] = 256  # images are long
         if isinstance(part, dict) and "model_type" in part and name not in _LANGUAGE:
             part_class = config_class.sub_configs[name]
             if part_class is AutoConfig:

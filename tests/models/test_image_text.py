@@ -27,7 +27,6 @@ from dla_hooks import (
 from dla_hooks.residual import registry
 
 ANSWER, INCORRECT = 5, 7
-ATTENTION, SHOWN = "model.language_model.layers", [(2, 2)]
 # What a type needs to be built that is not there, or more than images and text; see the page.
 NOT_BUILT = {"fast_vlm", "gemma3n", "inkling2", "inkling_mm_model", "nemotron_h_omni", "pi0"}
 NOT_BUILT |= {"perception_lm", "kyutai_speech_to_text", "nemo_speechlm"}
@@ -113,8 +112,9 @@ def test_heads_of_the_last_block_are_what_their_ablation_takes_away(model_type):
     block, attention = blocks[-1], getattr(blocks[-1], "self_attn", None)
     proj = getattr(attention, "o_proj", None)
     labels = [label for label in found.labels if label.startswith(f"L{len(blocks) - 1}H")]
-    names = [name for name, _ in block.named_children() if "norm" in name]
-    if proj is None or not labels or len(names) != 2 or not hasattr(block, "mlp"):
+    names = {name for name, _ in block.named_children() if "norm" in name}
+    plain = names == {"input_layernorm", "post_attention_layernorm"} and hasattr(block, "mlp")
+    if proj is None or not labels or not plain or _final_norm(model) is None:
         return  # post-norms and parallel blocks have oracles of their own
     width = proj.in_features // len(labels)
     kept = {}
@@ -146,31 +146,32 @@ def ask_of(model, norm, last, write, found):
     if scaled or not is_rms:
         return None
     rows = model.get_output_embeddings().weight
-    factor = logits_per_row(model, norm, last)
+    factor = logit_factor(model)
     return (write * own * (rows[ANSWER] - rows[INCORRECT])).sum(-1) * factor
 
 
-def logits_per_row(model, norm, last):
-    """The factor of the logits, from the model itself."""
-    head = model.get_output_embeddings()
-    seen = {}
-    hook = head.register_forward_hook(lambda m, a, out: seen.setdefault("out", out))
-    hook.remove()
+def logit_factor(model):
+    """The factor of the logits, by the config."""
     config = model.config.get_text_config()
     scaling = getattr(config, "logits_scaling", None)
     scale = getattr(config, "logit_scale", None)
     return 1 / scaling if scaling else scale if scale else 1.0
 
 
+def _stack(model):
+    """The path of the decoder that holds the blocks."""
+    lists = [n for n, m in model.named_modules() if n.endswith(".layers") and "vision" not in n]
+    named = dict(model.named_modules())
+    of = [n for n in lists if isinstance(named[n], torch.nn.ModuleList) and "audio" not in n]
+    return max(of, key=lambda n: hasattr(named[n][-1], "self_attn") + hasattr(named[n][-1], "mlp"))
+
+
 def _blocks(model):
-    lists = [m for n, m in model.named_modules() if n.endswith("layers") and "vision" not in n]
-    lists = [one for one in lists if isinstance(one, torch.nn.ModuleList) and len(one)]
-    return max(lists, key=lambda one: hasattr(one[-1], "self_attn") + hasattr(one[-1], "mlp"))
+    return dict(model.named_modules())[_stack(model)]
 
 
 def _final_norm(model):
-    named = dict(model.named_modules())
-    return next(named[n] for n in ("model.language_model.norm", "model.norm") if n in named)
+    return dict(model.named_modules()).get(_stack(model).removesuffix("layers") + "norm")
 
 
 # Additions between blocks

@@ -245,7 +245,7 @@ def pixels(model_type: str, model: Any, seed: int = 0) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(100 + seed)
     given = FORMS.get(model_type, _form(arguments))(model, generator)
     if given is None:
-        raise CannotBuild(f"{model_type}: no inputs")
+        raise CannotBuild(f"{model_type}: its forward takes no pixels")
     n_features = given.pop("n_features", None)
     if n_features is None:
         n_features = asked(model, given)
@@ -255,6 +255,10 @@ def pixels(model_type: str, model: Any, seed: int = 0) -> dict[str, Any]:
         if name in arguments:
             found[name] = (ids == IMAGE).long()
     return found
+
+
+def _nothing(model: Any, generator: torch.Generator) -> None:
+    """Text alone is all that its forward takes, of what this door brings."""
 
 
 def _square(model: Any, generator: torch.Generator) -> dict[str, Any]:
@@ -437,6 +441,9 @@ FORMS: Mapping[str, Any] = {
     "deepseek_vl_hybrid": _both_sizes,
     "diffusion_gemma": _placed_patches,
     "deepseek_ocr2": _large_square,
+    "evolla": _nothing,
+    "mistral4": _nothing,
+    "internvl": _square,
     "fuyu": _fuyu,
     "gemma4": _placed_patches,
     "gemma4_unified": _placed_patches,
