@@ -1,4 +1,4 @@
-"""DeepStack: features of images are added to the stream behind several blocks, at their positions."""
+"""DeepStack: features of an image are added to the stream behind several blocks."""
 
 from dla_hooks.residual.architecture import Architecture, Heads, Write
 

@@ -19,6 +19,7 @@ ARCHITECTURES = (
             "axk2",
             "bailing_hybrid",
             "bitnet",
+            "chameleon",
             "cohere",
             "cohere2",
             "cohere2_moe",

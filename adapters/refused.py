@@ -112,6 +112,13 @@ REFUSALS = (
         "given as inputs_embeds",
     ),
     Refusal(
+        model_types=("voxtral_realtime",),
+        place="the forward",
+        reason="it adds a sound to every token and does not run without one, so that it cannot be "
+        "measured on made-up tokens",
+        needed="a sound",
+    ),
+    Refusal(
         model_types=("idefics", "kosmos-2"),
         place="the forward",
         reason="it does not run without an image, so that it cannot be measured on made-up tokens",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import wave
-from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any

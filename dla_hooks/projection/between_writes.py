@@ -55,9 +55,7 @@ class BetweenWrites:
             if number in self._added or bool(own.any())  # it may be added in place, too
         ]
 
-    def _see_left(
-        self, number: int, directions: Directions, view: View
-    ) -> Callable[[Call], None]:
+    def _see_left(self, number: int, directions: Directions, view: View) -> Callable[[Call], None]:
         def see(call: Call) -> None:
             x = call.activation
             self._left[number] = weakref.ref(x)

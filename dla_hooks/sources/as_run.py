@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from copy import copy
 from typing import Any
 
 from torch import Tensor, nn
 
 from dla_hooks.modules.hooks import Call, Tap
-from dla_hooks.residual.stream import Block, Stream, WriteSite
+from dla_hooks.residual.stream import Stream, WriteSite
 
 
-def as_run(stream: Stream, taps: Sequence[Tap]) -> Sequence[Tap]:
+def as_run(stream: Stream, taps: list[Tap]) -> list[Tap]:
     """The taps, for blocks that run only where there is something to read.
 
     Where such a block does not run, what it writes is zero. Where it multiplies a term by a number

@@ -16,7 +16,9 @@ from torch import Tensor
 from dla_hooks.inputs.extras import OF_TEXT
 from dla_hooks.inputs.prompts import Prompt, to_strings
 
-_PLACEHOLDER = re.compile(r"(image|video|audio)_(token|patch|context_token)_(id|index)|image_patch_id")
+_PLACEHOLDER = re.compile(
+    r"(image|video|audio)_(token|patch|context_token)_(id|index)|image_patch_id"
+)
 _OF_TOKENS = {*OF_TEXT, "mm_token_type_ids"}
 _Names = Mapping[int, str]
 _Run = tuple[int, int, int]  # row, first column, one behind the last
@@ -48,8 +50,12 @@ def media_names(prompt: Prompt, config: Any) -> dict[int, dict[int, str]]:
     found: dict[int, dict[int, str]] = {}
     for token, kind in _placeholders(config).items():
         runs = list(_runs(prompt, token))
-        pieces = _by_grid(prompt.extras, kind, config, runs) or _by_square(prompt, config, kind, runs)
-        several = {row for row, start, _ in runs if any(r == row and s != start for r, s, _ in runs)}
+        pieces = _by_grid(prompt.extras, kind, config, runs) or _by_square(
+            prompt, config, kind, runs
+        )
+        several = {
+            row for row, start, _ in runs if any(r == row and s != start for r, s, _ in runs)
+        }
         count: dict[int, int] = {}
         for (row, start, _), places in pieces:
             count[row] = count.get(row, 0) + 1
@@ -121,9 +127,7 @@ def _by_square(
         n = run[2] - run[1]
         width = math.isqrt(n)
         square = side is not None and n > 1 and width * width == n and side % width == 0
-        found.append(
-            (run, [f"{i // width},{i % width}" if square else str(i) for i in range(n)])
-        )
+        found.append((run, [f"{i // width},{i % width}" if square else str(i) for i in range(n)]))
     return found
 
 

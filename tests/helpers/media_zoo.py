@@ -1,6 +1,7 @@
 """Tiny random models that read images or sounds beside text, and what their inputs share.
 
-A type's config is made as in `mapping_zoo`; parts besides the language model get sizes of their own.
+A type's config is made as in `mapping_zoo`; parts besides the language model have sizes of their
+own.
 """
 
 from __future__ import annotations
@@ -170,6 +171,8 @@ def both_cases(model: Any, *inputs: tuple[str, Callable[[], dict[str, Any]]]) ->
             reasons.append(f"{name}: {type(error).__name__}: {error}")
             continue
         whole = given if len(given) > 1 else given["input_ids"]
+        masked = logits < -1e30  # tokens of images, which some models never write
+        logits = logits.masked_fill(masked, float(logits[~masked].min()))
         cases.append(Case(model, whole, logits, name=name))
     if not cases:
         raise CannotBuild("; ".join(reasons))

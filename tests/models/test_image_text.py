@@ -48,7 +48,7 @@ def row(result, label):
 
 @torch.no_grad()
 def captured(model, modules, inputs):
-    """What enters some modules [batch, pos, d], by name, in one run; and all that they are given."""
+    """What enters some modules [batch, pos, d], by name, in one run; and their keywords."""
     seen, handles = {}, []
     for name, module in modules.items():
 
@@ -80,7 +80,12 @@ def read_with(model, norm, last):
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize(
     ("door", "model_type"),
-    [(d, t) for d in ("image-text", "audio-text") for t in by_name(d).model_types if t not in LARGE],
+    [
+        (d, t)
+        for d in ("image-text", "audio-text")
+        for t in by_name(d).model_types
+        if t not in LARGE
+    ],
 )
 def test_every_type_is_exact_or_refused(door, model_type, seed):
     try:
@@ -225,7 +230,11 @@ def test_deepstack_stands_between_the_layers_of_the_stream():
 
 def test_text_alone_has_no_deepstack_rows():
     model = image_text.build("qwen3_vl")
-    assert not [name for name in ask(model, image_text.text("", model)["input_ids"]).labels if "deep" in name]
+    assert not [
+        name
+        for name in ask(model, image_text.text("", model)["input_ids"]).labels
+        if "deep" in name
+    ]
 
 
 def test_a_deepstack_that_is_not_seen_fails_the_check(monkeypatch):
@@ -262,7 +271,9 @@ def test_gated_cross_attention_is_what_its_gates_let_through(seed):
     for head in range(n):
         own = slice(head * width, (head + 1) * width)
         written = z[..., own] @ weight[:, own].T * block.cross_attn_attn_gate.tanh()
-        torch.testing.assert_close(row(heads, f"L1X{head}"), (written * d).sum(-1), rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(
+            row(heads, f"L1X{head}"), (written * d).sum(-1), rtol=1e-5, atol=1e-8
+        )
     mask = seen["block"][1]["full_text_row_masked_out_mask"][:, 0]
     assert not bool(mask.all())
     written = block.mlp.down_proj(seen["down"][0]) * mask * block.cross_attn_mlp_gate.tanh()
@@ -335,7 +346,9 @@ def test_rows_with_different_numbers_of_images_are_those_of_each_alone():
         torch.testing.assert_close(
             found.attribution[shared, number], own.attribution[:, 0], rtol=1e-4, atol=1e-4
         )
-    assert [name for name in found.tokens[0] if name.startswith("<image 2: ")][1] == "<image 2: 0,1>"
+    assert [name for name in found.tokens[0] if name.startswith("<image 2: ")][
+        1
+    ] == "<image 2: 0,1>"
     assert "<image 1,1>" in found.tokens[1]
 
 

@@ -1,7 +1,7 @@
 """Audio language models: a decoder alone, with sound among its tokens.
 
-    model = build("qwen2_audio")
-    model(**sounds("qwen2_audio", model))   # as the type's processor would give them
+model = build("qwen2_audio")
+model(**sounds("qwen2_audio", model))   # as the type's processor would give them
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from typing import Any
 
 import mapping_zoo as zoo
 import torch
-from doors import Case, Door
 from mapping_configs import WIDTH
+from mapping_zoo import CannotBuild
 from media_zoo import AUDIO, TOP, asked, both_cases, build_class, noise, with_placeholders
 from transformers.models.auto import modeling_auto
+
+from doors import Case, Door
 
 _NAMES: Mapping[str, str] = {
     **modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
@@ -77,17 +79,30 @@ _GRANITE = {
     "downsample_rate": 2,
     "projector_config": {"encoder_hidden_size": 24},
 }
+_CONVOLUTIONS = {
+    "num_filters": 4,
+    "hidden_size": 8,
+    "downsampling_ratios": [2, 2],
+    "depths": [1, 1, 1],
+}
 OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "fun_asr_nano": {"adaptor_config": {"hidden_size": WIDTH, "intermediate_size": 8}},
     "gemma4": {"audio_config": {"output_proj_dims": WIDTH}},
     "kyutai_speech_to_text": {"pad_token_id": 2, "audio_pad_token_id": 3},
-    "phi4_multimodal": {"audio_config": {"audio_token_id": AUDIO}},
+    "phi4_multimodal": {
+        "audio_config": {
+            "audio_token_id": AUDIO,
+            "ext_pw_out_channel": 24,
+            "depthwise_separable_out_channel": 24,
+            "nemo_conv_channels": 24,
+        },
+    },
     "granite_speech": _GRANITE,
     "granite_speech_plus": _GRANITE,
     "qwen2_5_omni_thinker": {"text_config": {"rope_parameters": _MROPE}},
     "vibevoice_asr": {
-        "acoustic_tokenizer_encoder_config": {"num_filters": 4, "hidden_size": 8},
-        "semantic_tokenizer_encoder_config": {"num_filters": 4, "hidden_size": 8},
+        "acoustic_tokenizer_encoder_config": _CONVOLUTIONS,
+        "semantic_tokenizer_encoder_config": _CONVOLUTIONS,
     },
 }
 
@@ -110,6 +125,9 @@ def sounds(model_type: str, model: Any, seed: int = 0) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(100 + seed)
     given = FORMS.get(model_type, _mel)(model, generator)
     n_features = given.pop("n_features", None)
+    arguments = inspect.signature(type(model).forward).parameters
+    if not given.keys() <= arguments.keys():
+        raise CannotBuild(f"{model_type}: its forward takes other arguments")
     if n_features is None:
         n_features = asked(model, given, AUDIO)
     ids = with_placeholders(zoo.example_ids_any(model, seed=seed), n_features, AUDIO)
@@ -140,13 +158,19 @@ def _frames(mask: str = "input_features_mask", channels: int = 8) -> Any:
 
 
 def _granite(model: Any, generator: torch.Generator) -> dict[str, Any]:
-    return {"input_features": noise(generator, 2, 40, 8)}
+    """Forty frames: ten windows of four, of two features each."""
+    return {
+        "input_features": noise(generator, 2, 40, 8),
+        "input_features_mask": torch.ones(2, 20, dtype=torch.bool),
+        "n_features": 20,
+    }
 
 
 def _phi4(model: Any, generator: torch.Generator) -> dict[str, Any]:
     return {
         "audio_input_features": noise(generator, 2, 40, 80),
         "audio_embed_sizes": torch.tensor([5, 5]),
+        "n_features": 5,
         "audio_attention_mask": torch.ones(2, 40, dtype=torch.bool),
     }
 

@@ -1,8 +1,8 @@
 """Tiny random models of every type that transformers maps to image-text models, and their inputs.
 
-    model = build("qwen3_vl")             # float64, eval mode, every parameter drawn at random
-    model(**text("qwen3_vl", model))      # ids alone
-    model(**pixels("qwen3_vl", model))    # as the type's processor would give them
+model = build("qwen3_vl")             # float64, eval mode, every parameter drawn at random
+model(**text("qwen3_vl", model))      # ids alone
+model(**pixels("qwen3_vl", model))    # as the type's processor would give them
 """
 
 from __future__ import annotations
@@ -13,11 +13,9 @@ from typing import Any
 
 import mapping_zoo as zoo
 import torch
-from doors import Case, Door
 from mapping_configs import HEADS, VOCAB, WIDTH
 from mapping_zoo import CannotBuild
 from media_zoo import (
-    END,
     IMAGE,
     KINDS,
     START,
@@ -29,6 +27,8 @@ from media_zoo import (
     with_placeholders,
 )
 from transformers.models.auto import modeling_auto
+
+from doors import Case, Door
 
 CLASSES: Mapping[str, str] = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 MODEL_TYPES: tuple[str, ...] = tuple(sorted(CLASSES))
@@ -69,6 +69,7 @@ _VISION: Mapping[str, Any] = {
 }
 """Fields of vision towers."""
 
+
 def _mrope(*sections: int, **more: Any) -> dict[str, Any]:
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections)}
     return {"text_config": {"rope_parameters": {**rope, **more}}}
@@ -77,6 +78,13 @@ def _mrope(*sections: int, **more: Any) -> dict[str, Any]:
 _GLM = _mrope(2, 1, 1, partial_rotary_factor=1.0)
 _FULL_HEADS = {"num_key_value_heads": HEADS}
 
+_KOSMOS = {
+    "embed_dim": WIDTH,
+    "layers": 3,
+    "ffn_dim": 48,
+    "attention_heads": HEADS,
+    "pad_token_id": 1,
+}
 OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "deepseek_ocr2": {
         "text_config": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
@@ -102,7 +110,7 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
                 "vocab_size": VOCAB,
                 "pad_token_id": None,
             },
-        }
+        },
     },
     "aria": {"projector_patch_to_query_dict": {16: 4}},
     "fuyu": {"patch_size": 4},
@@ -120,7 +128,34 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
         }
     },
     "vipllava": {"vision_feature_layers": [-1, -2]},
-    "chameleon": {"vocabulary_map": {"<image>": IMAGE, "IMGIMGA": 8, "IMGIMGB": 9, "IMGIMGC": 10}},
+    "chameleon": {
+        "vocabulary_map": {
+            "<image>": IMAGE,
+            **{f"IMGIMG{letter}Z": 8 + n for n, letter in enumerate("ABCDEF")},
+        },
+        "vq_config": {
+            "base_channels": 32,
+            "channel_multiplier": [1, 1],
+            "embed_dim": 8,
+            "latent_channels": 8,
+            "num_embeddings": 6,
+            "num_res_blocks": 1,
+            "resolution": 16,
+        },
+    },
+    "janus": {
+        "vq_config": {
+            "base_channels": 32,
+            "channel_multiplier": [1, 1],
+            "latent_channels": 8,
+            "num_embeddings": 6,
+            "num_res_blocks": 1,
+            "projection_dim": 16,
+            "image_token_embed_dim": 16,
+        }
+    },
+    "kosmos-2": {"latent_query_num": 4, "text_config": _KOSMOS},
+    "kosmos-2.5": {"latent_query_num": 4, "text_config": _KOSMOS},
     "cosmos3_edge": _mrope(2, 2, 2),
     "deepseek_vl_hybrid": {
         "high_res_vision_config": {
@@ -234,6 +269,7 @@ def build(
 
 # Inputs
 
+
 def text(model_type: str, model: Any, seed: int = 0) -> dict[str, Any]:
     """Token ids alone, and what the type's forward cannot do without."""
     return {"input_ids": zoo.example_ids_any(model, seed=seed)}
@@ -254,6 +290,8 @@ def pixels(model_type: str, model: Any, seed: int = 0) -> dict[str, Any]:
     for name in KINDS:
         if name in arguments:
             found[name] = (ids == IMAGE).long()
+    if model_type.startswith("kosmos"):
+        found["image_embeds_position_mask"] = (ids == IMAGE).long()
     return found
 
 
@@ -424,6 +462,20 @@ def _large_square(model: Any, generator: torch.Generator) -> dict[str, Any]:
     return {"pixel_values": noise(generator, 2, 3, 64, 64)}
 
 
+def _kosmos(model: Any, generator: torch.Generator) -> dict[str, Any]:
+    return {**_square(model, generator), "n_features": 4}
+
+
+def _flat_with_places(model: Any, generator: torch.Generator) -> dict[str, Any]:
+    """Patches with their row and column ahead of their pixels."""
+    places = torch.cartesian_prod(torch.arange(1, 5), torch.arange(1, 5)).double()
+    places = places.expand(2, -1, -1)
+    return {
+        "flattened_patches": torch.cat((places, noise(generator, 2, 16, 48)), dim=-1),
+        "n_features": 4,
+    }
+
+
 def _fuyu(model: Any, generator: torch.Generator) -> dict[str, Any]:
     return {"pixel_values": noise(generator, 2, 4, 48)}
 
@@ -456,6 +508,8 @@ FORMS: Mapping[str, Any] = {
     "inkling2": _flat_grid,
     "instructblip": _with_query,
     "instructblipvideo": _with_query_of_frames,
+    "kosmos-2": _kosmos,
+    "kosmos-2.5": _flat_with_places,
     "kimi_k25": _cubes,
     "lfm2_vl": _rows_of_patches(pixel_attention_mask=torch.ones(2, 16, dtype=torch.long)),
     "llava": _square,
