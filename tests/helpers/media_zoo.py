@@ -114,6 +114,7 @@ def _merged(values: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, A
     for name, value in others.items():
         inner = found.get(name)
         both = isinstance(inner, dict) and isinstance(value, Mapping) and "model_type" in inner
+        both = both and "model_type" not in value  # else it is another kind of part
         found[name] = _merged(inner, value) if both else value
     return found
 

@@ -85,6 +85,27 @@ _KOSMOS = {
     "attention_heads": HEADS,
     "pad_token_id": 1,
 }
+_VIT = {
+    "model_type": "vit",
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 40,
+    "image_size": 16,
+    "patch_size": 4,
+}
+_GPT2 = {
+    "model_type": "gpt2",
+    "vocab_size": VOCAB,
+    "n_embd": WIDTH,
+    "n_layer": 3,
+    "n_head": HEADS,
+    "n_positions": 64,
+    "add_cross_attention": True,
+    "is_decoder": True,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
 OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "deepseek_ocr2": {
         "text_config": {"mlp_layer_types": ["dense", "sparse", "sparse"]},
@@ -154,6 +175,7 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
             "image_token_embed_dim": 16,
         }
     },
+    "vision-encoder-decoder": {"encoder": _VIT, "decoder": _GPT2},
     "kosmos-2": {"latent_query_num": 4, "text_config": _KOSMOS},
     "kosmos-2.5": {"latent_query_num": 4, "text_config": _KOSMOS},
     "cosmos3_edge": _mrope(2, 2, 2),
@@ -262,9 +284,8 @@ def build(
     model_type: str, seed: int = 0, dtype: torch.dtype = torch.float64, attn: str | None = None
 ) -> Any:
     """A tiny model of this type, every parameter drawn anew from `seed`; or CannotBuild."""
-    return build_class(
-        model_type, CLASSES[model_type], (TOP, _VISION, OVERRIDES), seed, dtype, attn
-    )
+    sizes = (TOP, _VISION, OVERRIDES)
+    return build_class(model_type, CLASSES[model_type], sizes, seed, dtype, attn)
 
 
 # Inputs
@@ -476,6 +497,19 @@ def _flat_with_places(model: Any, generator: torch.Generator) -> dict[str, Any]:
     }
 
 
+def _with_decoder(model: Any, generator: torch.Generator) -> dict[str, Any]:
+    """What the encoder reads, and the decoder's tokens so far."""
+    arguments = inspect.signature(type(model).forward).parameters
+    found: dict[str, Any] = {"decoder_input_ids": torch.tensor([[2, 11, 12, 13], [2, 14, 15, 16]])}
+    if "input_ids" in arguments:
+        found["input_ids"] = torch.randint(5, VOCAB - 8, (2, 6), generator=generator)
+    else:
+        found["pixel_values"] = noise(generator, 2, 3, 16, 16)
+    if "bbox" in arguments:
+        found["bbox"] = noise(generator, 2, 6, 4).sigmoid()
+    return found
+
+
 def _fuyu(model: Any, generator: torch.Generator) -> dict[str, Any]:
     return {"pixel_values": noise(generator, 2, 4, 48)}
 
@@ -535,6 +569,9 @@ def _cases(
 ) -> tuple[Case, ...]:
     """Text alone, and with pixels, as far as the type takes them."""
     model = build(model_type, seed, attn=attn, **changes)
+    if model_type in ENCODER_DECODERS:
+        given = _with_decoder(model, torch.Generator().manual_seed(seed))
+        return both_cases(model, ("an encoder-decoder", lambda: given))
     return both_cases(
         model,
         ("text alone", lambda: text(model_type, model, seed)),
