@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dla_hooks.backends.made_up import with_vectors
 from dla_hooks.backends.wrapped import Conventions
 from dla_hooks.errors import InputError, TrainingModeError, UnsupportedModelError
 from dla_hooks.inputs.prompts import Prompt, encode
@@ -39,8 +38,6 @@ class Backend:
         under_autocast: whether the model runs under a caller's autocast only, as one of several
             dtypes may.
         embedding_name: the path of the token embeddings, where a cache names them.
-        reads: the argument of the forward with vectors that cross-attention reads, if made-up runs
-            are to be given some.
     """
 
     serves: tuple[str, ...] = ()
@@ -54,7 +51,6 @@ class Backend:
         self.conventions = conventions or Conventions()
         self._tokenizer = tokenizer
         self.under_autocast = False
-        self.reads: str | None = None
         self.made_up = 0
 
     @property
@@ -268,7 +264,6 @@ class Backend:
         """
         forward = self.forward if self.under_autocast else outside_autocast(self.forward)
         fails = synthetic_run(self.model, self.name, prompt.shape)
-        prompt = with_vectors(prompt, self.reads, self.unembed)
         with self.without_user_hooks(), fails:
             return forward(prompt, columns)
 

@@ -35,7 +35,6 @@ def locate(backend: Backend, architecture: Architecture) -> Stream:
     """
     model = backend.root
     finder = _Finder(backend, architecture)
-    backend.reads = architecture.reads
     found = (finder.optional(model, path) for path in architecture.after_norm)
     after_norm = tuple(module for module in found if module is not None)
     unembed = backend.unembed()

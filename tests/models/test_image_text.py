@@ -23,6 +23,7 @@ from dla_hooks import (
     direct_logit_attribution,
     prepare,
     promoted_tokens,
+    verify,
 )
 from dla_hooks.residual import registry
 
@@ -451,3 +452,28 @@ def test_refusals_say_why_an_image_is_needed():
     for model_type in ("blip-2", "idefics"):
         refusal = registry.refusal_for(model_type)
         assert "does not run without an image" in refusal.reason
+
+
+def test_padded_text_through_a_model_with_cross_attention_is_that_of_each_alone():
+    model = image_text.build("mllama", dtype=torch.float32)
+    ids = image_text.text("mllama", model)["input_ids"]
+    rows = [ids[0].tolist(), ids[1, :4].tolist()]
+    both = direct_logit_attribution(model, rows, ANSWER, INCORRECT)
+    for number, own in enumerate(rows):
+        alone = direct_logit_attribution(model, own, ANSWER, INCORRECT)
+        torch.testing.assert_close(both.logit[number], alone.logit[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_captioning_model_reads_its_image_through_cross_attention():
+    (case,) = by_name("image-text").cases("vision-encoder-decoder")
+    found = direct_logit_attribution(case.model, case.asked, ANSWER, INCORRECT, pos=None)
+    truth = case.logits[..., ANSWER] - case.logits[..., INCORRECT]
+    torch.testing.assert_close(found.attribution.sum(0) + found.bias, truth, rtol=0, atol=1e-9)
+    assert bool(row(found, "0_cross_attn_out").any())
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_vl", "mllama"])
+def test_verify_holds_every_block_of_models_with_images(model_type):
+    report = verify(image_text.build(model_type), show=False)
+    assert report.ok, report
