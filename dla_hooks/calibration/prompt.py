@@ -8,7 +8,6 @@ from torch import Tensor
 from dla_hooks.inputs.prompts import Prompt
 from dla_hooks.residual.stream import Stream
 
-
 _N_VECTORS = 3
 
 
