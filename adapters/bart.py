@@ -5,17 +5,26 @@ Without one, as causal language models, their cross-attention does not run.
 
 from dla_hooks.residual.architecture import Architecture, Heads, Write
 
-
-def _writes(cross: str = "encoder_attn", mlp: str = "fc2") -> tuple[Write, ...]:
-    count = "decoder_attention_heads"
-    return (
-        Write("attn_out", "self_attn", heads=Heads("self_attn.out_proj", count)),
-        Write("cross_attn_out", cross, heads=Heads(f"{cross}.out_proj", count, cross=True)),
-        Write("mlp_out", mlp),
-    )
-
-
-_WRITES = _writes()
+_COUNT = "decoder_attention_heads"
+_SELF = Write("attn_out", "self_attn", heads=Heads("self_attn.out_proj", _COUNT))
+_WRITES = (
+    _SELF,
+    Write(
+        "cross_attn_out",
+        "encoder_attn",
+        heads=Heads("encoder_attn.out_proj", _COUNT, cross=True),
+    ),
+    Write("mlp_out", "fc2"),
+)
+_OTHER_NAMES = (
+    _SELF,
+    Write(
+        "cross_attn_out",
+        "cross_attention",
+        heads=Heads("cross_attention.out_proj", _COUNT, cross=True),
+    ),
+    Write("mlp_out", "ffn"),
+)
 
 ARCHITECTURES = (
     Architecture(
@@ -37,7 +46,7 @@ ARCHITECTURES = (
         model_types=("nllb-moe",),
         layers="model.decoder.layers",
         final_norm="model.decoder.layer_norm",
-        writes=_writes("cross_attention", "ffn"),
+        writes=_OTHER_NAMES,
         positions="model.decoder.embed_positions",
     ),
     Architecture(
@@ -52,7 +61,7 @@ ARCHITECTURES = (
         model_types=("seamless_m4t", "seamless_m4t_v2"),
         layers="text_decoder.layers",
         final_norm="text_decoder.layer_norm",
-        writes=_writes("cross_attention", "ffn"),
+        writes=_OTHER_NAMES,
         positions="text_decoder.embed_positions",
     ),
     Architecture(

@@ -3,9 +3,7 @@
 from dla_hooks.residual.architecture import Architecture, Heads, Write
 
 # Of a decoder in an EncoderDecoderModel.
-_CROSS = Write(
-    "cross_attn_out", "crossattention", heads=Heads("crossattention.c_proj", cross=True)
-)
+_CROSS = Write("cross_attn_out", "crossattention", heads=Heads("crossattention.c_proj", cross=True))
 
 ARCHITECTURES = (
     Architecture(

@@ -29,6 +29,7 @@ REFUSALS = (
             "ernie",
             "flaubert",
             "fnet",
+            "fsmt",
             "funnel",
             "fsmt",
             "git",

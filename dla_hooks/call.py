@@ -96,7 +96,7 @@ def read_call(
 
     Args:
         model: a model of any backend, or what :func:`dla_hooks.wrap` made of one.
-        input: see :func:`dla_hooks.direct_logit_attribution`.
+        input: see :func:`dla_hooks.direct_logit_attribution`; so are the next three.
         cache: an ``ActivationCache``, or None.
         tokenizer: for strings.
         attention_mask: for padded ids.
@@ -123,13 +123,10 @@ def read_call(
 
 
 def check_given(input: Any, cache: Any, decoder_input: Any = None) -> Any:
-    """Refuse a call with nothing to take activations from.
-
-    Returns:
-        The input, together with what a decoder has written, if that is given.
+    """The input, with what a decoder has written; a call with neither prompt nor cache is refused.
 
     Raises:
-        InputError: when there is neither a prompt nor a cache.
+        InputError: when there is neither.
     """
     if input is None and cache is None:
         raise InputError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from dla_hooks.backends.wrapped import Conventions
 from dla_hooks.errors import InputError, TrainingModeError, UnsupportedModelError
 from dla_hooks.inputs.prompts import Prompt, encode
-from dla_hooks.inputs.two_sequences import Reader
 from dla_hooks.modules.autocast import outside_autocast
 from dla_hooks.modules.compiled import eagerly
 from dla_hooks.modules.faults import synthetic_run
@@ -34,9 +33,7 @@ class Backend:
         serves: classes whose models it runs, each as its library and its own name; a model is
             known by the classes that its own class descends from.
         advice: a sentence for refusals, about another way to pass the model; or nothing.
-        made_up: above 0 while a made-up prompt runs, which has nothing for an encoder.
-        under_autocast: whether the model runs under a caller's autocast only, as one of several
-            dtypes may.
+        under_autocast: whether it runs under a caller's autocast only, as of several dtypes.
         embedding_name: the path of the token embeddings, where a cache names them.
     """
 
@@ -51,7 +48,6 @@ class Backend:
         self.conventions = conventions or Conventions()
         self._tokenizer = tokenizer
         self.under_autocast = False
-        self.made_up = 0
 
     @property
     def tokenizer(self) -> Any:
@@ -149,17 +145,6 @@ class Backend:
         """Whether it is an encoder-decoder; what is attributed is then its decoder's stream."""
         return False
 
-    def reader(
-        self, encode: Callable[[str], list[int]], encode_decoder: Callable[[str], list[int]]
-    ) -> Reader:
-        """How the two sequences of an encoder-decoder are read.
-
-        Args:
-            encode: token ids of a string that the encoder reads.
-            encode_decoder: token ids of a string that the decoder has written.
-        """
-        raise NotImplementedError(f"{type(self.root).__name__} is no encoder-decoder")
-
     @property
     def scores_labels(self) -> bool:
         """True for a model whose logits are labels' and not tokens'."""
@@ -183,20 +168,27 @@ class Backend:
     def last_stream(self, layers: str) -> str | None:
         """The path of a module that stands in for a missing final norm and returns its input.
 
-        Args:
-            layers: the path of the list of blocks.
-
-        Returns:
-            None where a model without a final norm is refused.
+        It is None where a model without a final norm is refused.
         """
         return None
 
-    def norm_before(self, *, mlp: bool) -> str | None:
-        """The name, in a block, of the norm before its MLP or its attention.
+    def stand_in(self, layers: str, final_norm: str) -> tuple[nn.Module, str] | None:
+        """A module of ours that runs on the last block's output, and the path of that block.
 
-        Returns:
-            None where a run must find it.
+        Args:
+            layers: the path of the list of blocks.
+            final_norm: the path at which the model says that it has no final norm; or there is no
+                such module of ours (None).
         """
+        return None
+
+    @property
+    def stands_in(self) -> bool:
+        """Whether :meth:`stand_in` is in use: it runs during :meth:`forward` alone."""
+        return False
+
+    def norm_before(self, *, mlp: bool) -> str | None:
+        """The name, in a block, of the norm before its MLP or attention; None: a run finds it."""
         return None
 
     def neurons(self, block: nn.Module) -> tuple[nn.Module, str, nn.Module] | None:
@@ -241,15 +233,8 @@ class Backend:
         Where a model was found to run with some of them only, these stay on.
         """
         needed = needed_hooks(self.model)
-        self.made_up += 1
-        try:
-            with (
-                eagerly(self.compiled),
-                silenced(one for one in self.hookable() if one not in needed),
-            ):
-                yield
-        finally:
-            self.made_up -= 1
+        with eagerly(self.compiled), silenced(one for one in self.hookable() if one not in needed):
+            yield
 
     def hookable(self) -> Iterable[nn.Module]:
         """The modules whose hooks may be the caller's."""

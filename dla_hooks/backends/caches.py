@@ -1,15 +1,13 @@
-"""The cache of earlier tokens that a model hands on from one piece of a prompt to the next."""
+"""The cache of earlier tokens that a model of transformers hands on from chunk to chunk."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import nn
-
 from dla_hooks.backends.readouts import entry
 from dla_hooks.errors import UnsupportedModelError
-from dla_hooks.modules.signature import arguments_of
+from dla_hooks.modules.signature import Arguments
 
 _CACHES = {
     "cache": ("cache",),
@@ -33,32 +31,31 @@ _EXACT_LAYERS = {
 }
 """Layers of transformers' caches that keep unchanged all that later tokens read."""
 
+
 _OF_TWO = ("self_attention_cache", "cross_attention_cache")
 """What the cache of an encoder-decoder holds."""
 
 
-def handed_on(model: nn.Module, output: Any) -> dict[str, Any]:
-    """The caches that a model hands on, by the arguments that take them.
+def caches_in(output: Any, accepted: Arguments, name: str) -> dict[str, Any]:
+    """The arguments for the next chunk.
 
     Args:
-        model: the model.
-        output: what it returned.
+        output: of the model, for the chunk before.
+        accepted: the arguments that its forward takes.
+        name: of its class, for messages.
 
     Raises:
-        UnsupportedModelError: where there is none, or one that is not known to be exact.
+        UnsupportedModelError: where it hands on none, or one that is not known to be exact.
     """
     # The model makes the cache that suits it: sliding windows, states, whatever it needs.
-    accepted = arguments_of(model)
     found: dict[str, Any] = {}
-    for argument in (name for name in _CACHES if name in accepted):
-        given = (entry(output, name) for name in _CACHES[argument])
-        cache = next((cache for cache in given if cache is not None), None)
+    for argument in (one for one in _CACHES if one in accepted):
+        handed_on = (entry(output, one) for one in _CACHES[argument])
+        cache = next((cache for cache in handed_on if cache is not None), None)
         if cache is not None:
             found[argument] = cache
     if not found:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} hands on no cache of what it has read"
-        )
+        raise UnsupportedModelError(f"{name} hands on no cache of what it has read")
     unknown = {type(layer).__name__ for layer in _layers(found)} - _EXACT_LAYERS
     if unknown:
         raise UnsupportedModelError(

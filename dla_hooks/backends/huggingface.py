@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
 
@@ -18,25 +19,22 @@ from dla_hooks.backends.arguments import (
     without_traces,
 )
 from dla_hooks.backends.base import Backend
-from dla_hooks.backends.caches import handed_on
+from dla_hooks.backends.caches import caches_in
+from dla_hooks.backends.labels import LabelHead, label_head, label_names, last_real, run_labels
 from dla_hooks.backends.readouts import (
-    LabelHead,
     at_columns,
-    label_head,
-    label_names,
-    last_real,
     n_embedded,
-    run_labels,
     taken,
     token_embedding,
     unembedding,
     way_out,
+    wrapped_in,
 )
+from dla_hooks.backends.stand_in import StandIn, switched_off
 from dla_hooks.backends.two_sequences import (
     check_encoder,
     codebooks,
     decoder_of,
-    encoder_embedding,
     of_decoder,
     of_decoder_alone,
     reads_two,
@@ -44,10 +42,9 @@ from dla_hooks.backends.two_sequences import (
 from dla_hooks.errors import InputError, UnsupportedModelError
 from dla_hooks.inputs.extras import MASK
 from dla_hooks.inputs.prompts import Prompt
-from dla_hooks.inputs.two_sequences import IDS, Reader, start_of
 from dla_hooks.modules.outputs import tensor_in
 from dla_hooks.modules.recurrent import from_the_start
-from dla_hooks.modules.signature import arguments_of, takes_any
+from dla_hooks.modules.signature import arguments_of, takes_any, takes_keywords
 from dla_hooks.modules.version import Remembered
 from dla_hooks.modules.weights import run_device
 
@@ -63,6 +60,8 @@ _decoders: Remembered[bool] = Remembered()
 
 class HuggingFaceBackend(Backend):
     """A causal LM with a ``config``."""
+
+    _ending: StandIn | None = None
 
     @property
     def model_type(self) -> str:
@@ -103,10 +102,12 @@ class HuggingFaceBackend(Backend):
                 "AutoModelForCausalLM.from_pretrained(folder)"
             )
         name = f"{type(model).__name__} (model type {self.model_type!r})"
-        if self._config_value("is_encoder_decoder") and self._labels is not None:
+        scores = self.reads_two and self._labels is None
+        if self._config_value("is_encoder_decoder") and not scores:
+            what = "scores labels" if self.reads_two else "takes no decoder_input_ids"
             raise UnsupportedModelError(
-                f"{name} scores labels from an encoder-decoder, and only those that score tokens "
-                "can be attributed; pass one with an unembedding"
+                f"{name} is an encoder-decoder that {what}, and only those that write tokens can "
+                "be attributed; pass one with an unembedding"
             )
         if not has_head and is_module and codebooks(model) > 1:
             raise UnsupportedModelError(
@@ -158,30 +159,25 @@ class HuggingFaceBackend(Backend):
         """True for a model whose logits are labels' and not tokens'."""
         return self._labels is not None
 
-    def reader(
-        self, encode: Callable[[str], list[int]], encode_decoder: Callable[[str], list[int]]
-    ) -> Reader:
-        """How the two sequences of an encoder-decoder are read."""
-        return Reader(
-            encode,
-            encode_decoder,
-            start_of(self.model),
-            self.n_tokens(),
-            n_embedded(encoder_embedding(self.root)),
-            getattr(self.root, "main_input_name", IDS),
-            self._config_value("pad_token_id") or 0,
-        )
+    def stand_in(self, layers: str, final_norm: str) -> tuple[nn.Module, str] | None:
+        if not switched_off(self.root, final_norm):
+            return None
+        blocks = self.root.get_submodule(layers)
+        if self._ending is None and isinstance(blocks, nn.ModuleList) and len(blocks):
+            self._ending = StandIn(blocks[-1], f"{layers}.{len(blocks) - 1}")
+        return None if self._ending is None else (self._ending.module, self._ending.name)
 
-    def prompt_arguments(self, prompt: Prompt, device: torch.device) -> dict[str, Any]:
-        """The arguments of ``generate`` that hold a prompt: ids, and always their mask.
+    @property
+    def stands_in(self) -> bool:
+        return self._ending is not None
 
-        Without a mask, generate takes pad tokens of the prompt for padding.
-        """
-        ids, accepted = prompt.input_ids.to(device), arguments_of(self.root)
-        mask = {MASK: prompt.mask.long().to(device)}
-        if self.reads_two:
-            return of_decoder(self.root, ids, mask, prompt, device)
-        return {IDS: ids, **taken(mask, accepted)}
+    @property
+    def _accepted(self) -> Mapping[str, Any]:
+        """The arguments that the model takes; of a wrapper that hands on all, the model inside."""
+        accepted, inside = arguments_of(self.root), wrapped_in(self.root)
+        if inside is None or not takes_keywords(accepted):
+            return accepted
+        return {**arguments_of(inside), **accepted}
 
     def embedding(self) -> nn.Module:
         found = token_embedding(decoder_of(self.root) if self.reads_two else self.root)
@@ -227,7 +223,7 @@ class HuggingFaceBackend(Backend):
         self, prompt: Prompt, chunk: range, columns: Tensor | None, past: Any
     ) -> tuple[Tensor, Any]:
         logits, output = self._run(prompt, chunk, columns, {"use_cache": True, **(past or {})})
-        return logits, handed_on(self.root, output)
+        return logits, caches_in(output, self._accepted, type(self.root).__name__)
 
     def _run(
         self, prompt: Prompt, chunk: range, columns: Tensor | None, options: dict[str, Any]
@@ -240,7 +236,7 @@ class HuggingFaceBackend(Backend):
             columns: as in :meth:`forward`, all within the chunk.
             options: further arguments of the model.
         """
-        accepted = arguments_of(self.root)
+        accepted = self._accepted
         device = run_device(self.embedding())
         arguments: dict[str, Any] = taken({**options, "return_dict": True}, accepted)
         own = of_decoder_alone(accepted) if self.reads_two else accepted
@@ -254,8 +250,6 @@ class HuggingFaceBackend(Backend):
         if not prompt.embedded:
             ids = prompt.input_ids[:, chunk.start : chunk.stop].to(device)
         if self.reads_two:
-            if prompt.encoder is None and not self.made_up:
-                raise InputError(f"nothing is given that the encoder of {self.name} reads")
             ids, arguments = None, of_decoder(self.root, ids, arguments, prompt, device)
         if "logits_to_keep" in accepted and self._labels is None:
             # Remote code for older versions takes a count from the end only.
@@ -264,7 +258,9 @@ class HuggingFaceBackend(Backend):
             arguments["logits_to_keep"] = wanted.to(device) if takes_tensor else count
         in_chunks = len(chunk) < prompt.shape[1]
         traces = without_traces(self.root, in_chunks=in_chunks)
-        with refusing(self.root, prompt), traces, from_the_start(self.root):
+        ending = nullcontext() if self._ending is None else self._ending.running()
+        start = from_the_start(self.root)
+        with refusing(self.root, prompt), traces, start, ending:
             if self._labels is None:
                 output, logits = self._call(ids, arguments, accepted)
             else:

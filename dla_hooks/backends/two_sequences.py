@@ -7,15 +7,19 @@ may need thousands of frames, does not run at all.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
+from dla_hooks.backends.base import Backend
+from dla_hooks.backends.readouts import n_embedded
 from dla_hooks.errors import InputError, UnsupportedModelError
 from dla_hooks.inputs.extras import EMBEDS, MASK, NEVER, POSITIONS, moved
 from dla_hooks.inputs.prompts import Prompt
+from dla_hooks.inputs.two_sequences import ENCODED, IDS, Reader, start_of
 from dla_hooks.modules.signature import Arguments, arguments_of, named
 
 DECODER_IDS = "decoder_input_ids"
@@ -54,7 +58,7 @@ def decoder_of(model: Any) -> nn.Module:
 
 def encoder_embedding(model: Any) -> nn.Module | None:
     """The embeddings of what an encoder reads, or None where it reads no tokens."""
-    encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
+    encoder: Any = model.get_encoder() if hasattr(model, "get_encoder") else None
     try:
         found = encoder.get_input_embeddings()
     except (AttributeError, NotImplementedError, TypeError):
@@ -67,6 +71,31 @@ def codebooks(model: nn.Module) -> int:
     config: Any = getattr(model, "config", None)
     found = getattr(getattr(config, "decoder_config", None), "num_channels", 1)
     return found if isinstance(found, int) and reads_two(model) else 1
+
+
+def reader_of(
+    backend: Backend,
+    encode: Callable[[str], list[int]],
+    encode_decoder: Callable[[str], list[int]],
+) -> Reader:
+    """How the two sequences of an encoder-decoder are read.
+
+    Args:
+        backend: of the model.
+        encode: token ids of a string that the encoder reads.
+        encode_decoder: token ids of a string that the decoder has written.
+    """
+    model = backend.root
+    pad = getattr(getattr(model, "config", None), "pad_token_id", None)
+    return Reader(
+        encode,
+        encode_decoder,
+        start_of(backend.model),
+        backend.n_tokens(),
+        n_embedded(encoder_embedding(model)),
+        getattr(model, "main_input_name", IDS),
+        pad if isinstance(pad, int) else 0,
+    )
 
 
 def check_encoder(model: nn.Module, prompt: Prompt) -> None:
@@ -102,9 +131,23 @@ def of_decoder(
     if ids is not None:
         found[DECODER_IDS] = ids
     if prompt.encoder is None:
-        found["encoder_outputs"] = made_up_output(model, prompt.shape[0], device)
+        found[ENCODED] = made_up_output(model, prompt.shape[0], device)
         return found
-    return found | {name: moved(value, device) for name, value in prompt.encoder.items()}
+    return found | {
+        name: value if name == ENCODED else moved(value, device)
+        for name, value in prompt.encoder.items()
+    }
+
+
+def prompt_arguments(backend: Backend, prompt: Prompt, device: torch.device) -> dict[str, Any]:
+    """The arguments of ``generate`` that hold a prompt: ids, and their mask where it takes one.
+
+    Without a mask, generate takes pad tokens of the prompt for padding.
+    """
+    ids, mask = prompt.input_ids.to(device), {MASK: prompt.mask.long().to(device)}
+    if backend.reads_two:
+        return of_decoder(backend.root, ids, mask, prompt, device)
+    return {IDS: ids, **(mask if MASK in arguments_of(backend.root) else {})}
 
 
 def made_up_output(model: Any, batch: int, device: torch.device) -> BaseModelOutput:
@@ -118,10 +161,10 @@ def made_up_output(model: Any, batch: int, device: torch.device) -> BaseModelOut
 
 
 class _MadeUp(BaseModelOutput):
-    """An encoder's output that has nothing besides its vectors, whatever it is asked for."""
+    """An encoder's output that has its vectors, and no mask, router's logits or loss."""
 
     def __getattr__(self, name: str) -> None:
-        if name.startswith("_"):
+        if not name.endswith(("_mask", "_logits", "_probs", "_loss")):
             raise AttributeError(name)
 
 

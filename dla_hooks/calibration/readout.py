@@ -68,9 +68,10 @@ def readout(run: SyntheticRun, logits: Tensor) -> tuple[float, float | None, Ten
     size = float(torch.maximum(seen.abs(), without.abs())[moving].max())
     besides = without - scale * constant
     bias: Tensor | None = None
-    if not off <= 1e-4 + 16 * rounding or float(besides[moving].abs().max()) > (
-        1e-12 + 16 * rounding
-    ) * size:
+    if (
+        not off <= 1e-4 + 16 * rounding
+        or float(besides[moving].abs().max()) > (1e-12 + 16 * rounding) * size
+    ):
         # Another bias stands behind the unembedding: only differences tell the scale.
         scale, off = _fit(ours - at_nothing, (seen - without)[ids])
         scale = 1.0 if abs(scale - 1) < 1e-6 + rounding else scale

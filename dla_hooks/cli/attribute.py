@@ -9,6 +9,7 @@ from dla_hooks.cli.loading import load, readable
 from dla_hooks.cli.media import check_media, with_media
 from dla_hooks.cli.options import (
     UNIT,
+    DecoderInput,
     Loading,
     Media,
     Model,
@@ -38,6 +39,7 @@ def attribute(
     media: Media,
     files: Files,
     loading: Loading,
+    decoder_input: DecoderInput = None,
     unit: UnitOption = UNIT,
     top: Top = 10,
 ) -> None:
@@ -46,13 +48,15 @@ def attribute(
     files.check()
     check_media(media)
     # Beside images a text has more positions than it has tokens.
-    check = readable(prompt, question.said, None if media else where, run.prepend_bos)
+    place = None if media else where
+    check = readable(prompt, question.said, place, run.prepend_bos, decoder_input)
     loaded, tokenizer = load(model, loading, check=check)
     with running():
         result = dla_hooks.direct_logit_attribution(
             loaded,
             with_media(model, loading, prompt, media, loaded) if media else prompt,
             **question.tokens(),
+            decoder_input=decoder_input,
             unit=unit.value,
             pos=where,
             tokenizer=tokenizer,

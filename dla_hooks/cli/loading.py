@@ -66,7 +66,13 @@ def load(
         return loaded, tokenizer
 
 
-def readable(prompt: str, answers: Sequence[str | None], pos: Any, prepend_bos: bool | None) -> Any:
+def readable(
+    prompt: str,
+    answers: Sequence[str | None],
+    pos: Any,
+    prepend_bos: bool | None,
+    decoder_input: str | None = None,
+) -> Any:
     """A check, by a tokenizer and the names of labels alone, of what a prompt is asked.
 
     Raises:
@@ -86,7 +92,7 @@ def readable(prompt: str, answers: Sequence[str | None], pos: Any, prepend_bos: 
             if answer is not None and answer not in OWN:
                 read_ids(answer, name, None, names)
         ids = encode(prompt, tokenizer, prepend_bos)
-        if ids and not isinstance(pos, Span):
+        if ids and decoder_input is None and not isinstance(pos, Span):
             select(pos, torch.ones(1, len(ids), dtype=torch.bool, device="cpu"))
 
     return check
@@ -95,7 +101,7 @@ def readable(prompt: str, answers: Sequence[str | None], pos: Any, prepend_bos: 
 def _answers(source: str, loading: Loading, tokenizer: Any) -> Any:
     """What answers are read with: the names of a classifier's labels, or the tokenizer."""
     from dla_hooks import checkpoint
-    from dla_hooks.backends.readouts import LabelNames
+    from dla_hooks.backends.labels import LabelNames
 
     names = checkpoint.labels(source, loading.trust_remote_code)
     return tokenizer if names is None else LabelNames(names)

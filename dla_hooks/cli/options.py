@@ -101,6 +101,15 @@ Span = Annotated[
         rich_help_panel=QUESTION,
     ),
 ]
+DecoderInput = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TEXT",
+        help="Of an encoder-decoder: what its decoder has written so far, behind its start token.",
+        show_default="nothing",
+        rich_help_panel=QUESTION,
+    ),
+]
 PrependBos = Annotated[
     bool | None,
     typer.Option(

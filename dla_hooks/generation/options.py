@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
+from transformers import GenerationMixin
 
 from dla_hooks.backends import Backend
 from dla_hooks.backends.huggingface import HuggingFaceBackend
@@ -74,8 +75,18 @@ def check_model(backend: Backend) -> None:
             f"{name} has no generate of transformers' (GenerationMixin); attribute a finished text "
             "with direct_logit_attribution"
         )
+    if backend.reads_two and type(backend.root).generate is not GenerationMixin.generate:
+        raise UnsupportedModelError(
+            f"{name} has a generate of its own, whose tokens may come from several runs or passes; "
+            "attribute the finished text, given as decoder_input_ids"
+        )
     if backend.scores_labels:
         raise UnsupportedModelError(f"{name} scores labels, and generates no text")
+    if backend.stands_in:
+        raise UnsupportedModelError(
+            f"{name} was made without a final norm, and its last stream is seen in runs of a "
+            "finished text only: direct_logit_attribution"
+        )
 
 
 def check_options(model: Any, options: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from dla_hooks.attribution import Plan
 from dla_hooks.backends import Conventions
+from dla_hooks.backends.two_sequences import prompt_arguments
 from dla_hooks.call import ReadModel
 from dla_hooks.errors import DLAError, HookError, InputError
 from dla_hooks.generation.options import check_growing_cache, value_of
@@ -164,7 +165,7 @@ class Generation:
         device = run_device(backend.embedding())
         found = {
             **asked.options,
-            **backend.prompt_arguments(prompt, device),
+            **prompt_arguments(backend, prompt, device),
             "max_new_tokens": asked.max_new_tokens,
             "stopping_criteria": StoppingCriteriaList([_Watch(see)]),
             "return_dict_in_generate": False,

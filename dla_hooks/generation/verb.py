@@ -20,6 +20,7 @@ from dla_hooks.generation.turns import ThreadSettings, in_turns
 from dla_hooks.inputs.answers import check_answers, read_ids
 from dla_hooks.inputs.options import whole_number
 from dla_hooks.inputs.prompts import Prompt
+from dla_hooks.inputs.two_sequences import start_of
 from dla_hooks.results.ranked import Result
 from dla_hooks.sources.prompt import prompt_for
 from dla_hooks.units import DEFAULT_UNIT, UnitName, read_units
@@ -189,6 +190,12 @@ def _check_prompt(read: ReadModel, prompt: Prompt, n: int) -> None:
         raise InputError(
             f"input holds {', '.join(prompt.extras)}, and attribute_generation goes on from "
             "strings or ids; attribute the finished text with direct_logit_attribution"
+        )
+    start = start_of(read.backend.model)[:1] if prompt.encoder is not None else []
+    if start and not bool((prompt.input_ids[:, 0] == start[0]).all()):
+        raise InputError(
+            f"generate begins the decoder with its start token ({start[0]}); let decoder_input_ids "
+            "begin with it, or leave them out"
         )
     if not bool(prompt.mask[:, -1].all()):
         raise InputError(

@@ -22,6 +22,8 @@ from dla_hooks.inputs.prompts import Prompt, as_batch, check_ids, is_text
 INPUT, DECODER_INPUT = "input", "decoder_input"
 """Keys of a mapping with strings: what the encoder reads, and the decoder's text so far."""
 IDS = "input_ids"
+ENCODED = "encoder_outputs"
+"""The argument that an encoder's output is given as, where the encoder has run before."""
 _DECODER_IDS, _DECODER_MASK = "decoder_input_ids", "decoder_attention_mask"
 _OF_DECODER = {"decoder_inputs_embeds": EMBEDS, "decoder_position_ids": POSITIONS}
 
@@ -164,7 +166,7 @@ def _encoder_ids(ids: Any, mask: Any, reader: Reader) -> dict[str, Tensor]:
 def _decoder_ids(
     ids: Any, mask: Any, so_far: Any, reader: Reader, batch: int | None
 ) -> tuple[Tensor, Tensor]:
-    """The decoder's tokens [batch, pos] and which are real; its start alone where none are given."""
+    """The decoder's tokens [batch, pos] and which are real; where none are given, its start."""
     if ids is not None and so_far is not None:
         raise InputError(f"input holds {_DECODER_IDS} and {DECODER_INPUT}; give one")
     if ids is not None and not is_text(ids):
@@ -180,7 +182,9 @@ def _decoder_ids(
             "the config does not say which token the decoder begins with (decoder_start_token_id); "
             "give decoder_input_ids"
         )
-    rows = [[*reader.start, *(_encoded(one, reader.encode_decoder) if one else [])] for one in texts]
+    rows = [
+        [*reader.start, *(_encoded(one, reader.encode_decoder) if one else [])] for one in texts
+    ]
     return pad_right([torch.tensor(row, dtype=torch.long, device="cpu") for row in rows])
 
 
@@ -211,8 +215,8 @@ def _padded(ids: Any, mask: Any, name: str) -> tuple[Tensor, Tensor]:
 
 def _tensor(value: Any, name: str) -> Any:
     """Numbers as a tensor; anything else as it is."""
-    if not is_array(value):
-        return value
+    if name == ENCODED or not is_array(value):
+        return value  # an encoder's output has a form of its own
     found = as_tensor(value, name)
     check_dense(found, name)
     return found
@@ -220,6 +224,9 @@ def _tensor(value: Any, name: str) -> Any:
 
 def _batch_of(encoder: Mapping[str, Any]) -> int | None:
     """The number of inputs that the encoder reads."""
+    encoded = encoder.get(ENCODED)
+    if encoded is not None:
+        return len(encoded[0])
     for name, value in encoder.items():
         if isinstance(value, Tensor) and value.ndim and name != MASK:
             return len(value)

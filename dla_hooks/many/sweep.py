@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from dla_hooks.backends import Backend
 from dla_hooks.call import checked
-from dla_hooks.errors import DLAError, InputError
+from dla_hooks.errors import DLAError, InputError, UnsupportedModelError
 from dla_hooks.inputs import positions
 from dla_hooks.inputs.prompts import check_tokenizer
 from dla_hooks.inputs.rows_of_positions import PerRow, Span

@@ -28,6 +28,7 @@ from dla_hooks.units.plan import make_plan
 from dla_hooks.units.source_layer import as_heads, source_layers
 
 _ROW = re.compile(r"(L[0-9]+(?:\.[0-9]+)?H[0-9]+)<([0-9]+)")
+_CROSS_ROW = re.compile(r"L[0-9]+(?:\.[0-9]+)?X[0-9]+<[0-9]+")
 _NEURON = re.compile(r"L[0-9]+N[0-9]+")
 
 
@@ -208,6 +209,11 @@ def _as_rows(part: Any) -> list[tuple[str, int]]:
                 "projection. A router's logit is an Output, too"
             )
         match = _ROW.fullmatch(label) if isinstance(label, str) else None
+        if match is None and isinstance(label, str) and _CROSS_ROW.fullmatch(label):
+            raise InputError(
+                f"{label!r} read a position of the encoder, whose output is given: nothing in the "
+                "decoder's stream wrote it. Ask about a head that reads the decoder ('L9H6<5')"
+            )
         if match is None:
             raise InputError(
                 f"part must name a head and the position that it reads, as a row of the unit "

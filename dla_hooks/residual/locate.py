@@ -93,6 +93,11 @@ class _Finder:
         stand_in = self.backend.last_stream(self.architecture.layers) if found is None else None
         if stand_in is not None:
             return Place(self.module(self.model, stand_in), stand_in)
+        ours = None
+        if found is None:
+            ours = self.backend.stand_in(self.architecture.layers, self.architecture.final_norm)
+        if ours is not None:
+            return Place(*ours)
         if found is None:
             raise self.refusal(
                 f"there is no final norm ({self.architecture.final_norm}), as in models whose "

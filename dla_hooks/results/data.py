@@ -93,6 +93,9 @@ class EntryData(Located):
             part.seen = self.seen.at(place)
         return part
 
+    def of_row(self, row: int) -> None:
+        """Leave out what belongs to other rows of the batch, besides numbers and tokens."""
+
     def of_tokens(self, n: int) -> None:
         """Leave out what a prompt of ``n`` tokens does not have; here nothing."""
 

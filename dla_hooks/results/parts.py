@@ -82,8 +82,7 @@ def one_prompt(data: _Data, index: Any) -> _Data:
         )
     part = _cut(data, (slice(row, row + 1),))
     part.tokens = data.tokens[row : row + 1]
-    if getattr(part, "encoder_tokens", None):
-        part.encoder_tokens = part.encoder_tokens[row : row + 1]
+    part.of_row(row)
     if data.generated is not None and data.generated_ids is not None:
         part.generated = data.generated[row : row + 1]
         part.generated_ids = data.generated_ids[row : row + 1]

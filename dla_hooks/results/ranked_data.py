@@ -115,6 +115,10 @@ class RankedData(EntryData):
             part.prompt_means = part.prompt_means[:, rows] if whole and fits else None
         return part
 
+    def of_row(self, row: int) -> None:
+        """Leave out what an encoder read for other rows."""
+        self.encoder_tokens = self.encoder_tokens[row : row + 1]
+
     def of_tokens(self, n: int) -> None:
         """Leave out the rows that read tokens which a prompt of ``n`` tokens does not have."""
         if not isinstance(self.rows, RowRuns) or (rows := self.rows.of_tokens(n)) == self.rows:

@@ -102,9 +102,7 @@ class RowRuns(Sequence[Row]):
     def of_tokens(self, n: int) -> RowRuns:
         """Without the rows that read tokens which a prompt of ``n`` tokens does not have."""
         return RowRuns(
-            replace(run, n=min(run.n, n))
-            if run.of_sources and not reads_encoder(run.kind)
-            else run
+            replace(run, n=min(run.n, n)) if run.of_sources and not reads_encoder(run.kind) else run
             for run in self.runs
         )
 

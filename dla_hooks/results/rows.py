@@ -43,7 +43,7 @@ class Row:
 
 
 def reads_encoder(kind: str) -> bool:
-    """Whether rows of a kind read positions of an encoder: ``cross_head``, ``cross_layer``, ``cross_source``."""
+    """Whether rows of a kind read positions of an encoder: ``cross_head`` and the like."""
     return kind in _OF_ENCODER
 
 

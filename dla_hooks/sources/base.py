@@ -99,5 +99,7 @@ class Source:
         ids, mask = encoder.get("input_ids"), self.prompt.encoder_mask
         if not isinstance(ids, Tensor) or ids.ndim != 2:
             return []
-        rows = list(ids) if mask is None else [row[real] for row, real in zip(ids, mask, strict=True)]
+        rows = (
+            list(ids) if mask is None else [row[real] for row, real in zip(ids, mask, strict=True)]
+        )
         return [to_strings(row.tolist(), tokenizer) for row in rows]

@@ -128,7 +128,8 @@ class Hold:
     def _begin(self, call: Call) -> None:
         if self.paused:
             return
-        given = call.kwargs.get("input_ids", next(iter(call.args), None))
+        name = "decoder_input_ids" if self._stream.backend.reads_two else "input_ids"
+        given = call.kwargs.get(name, next(iter(call.args), None))
         if not isinstance(given, Tensor) or given.ndim < 2 or len(given) != self._batch:
             raise UnsupportedModelError(
                 f"{self._stream.backend.name} generates from other arguments than a batch of "

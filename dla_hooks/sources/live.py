@@ -52,6 +52,8 @@ class Live(Source):
     """
 
     def __init__(self, stream: Stream, prompt: Prompt, chunk_size: int | None = None) -> None:
+        if stream.backend.reads_two and prompt.encoder is None:
+            raise InputError(f"nothing is given that the encoder of {stream.backend.name} reads")
         self.prompt = prompt
         self._stream, self._chunk_size = stream, chunk_size
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dla_hooks.backends.two_sequences import reader_of
 from dla_hooks.calibration.invariance import holes_are_ignored, padding_is_ignored
 from dla_hooks.errors import DLAError, InputError, UnsupportedModelError
 from dla_hooks.inputs.extras import POSITIONS
@@ -88,7 +89,7 @@ def _pair_for(
         reads = tokenizer_for(backend.model, tokenizer, "decoder_input")
         return encode_target(text, reads)
 
-    prompt = read_two(input, backend.reader(encode, encode_decoder), attention_mask)
+    prompt = read_two(input, reader_of(backend, encode, encode_decoder), attention_mask)
     return runnable(stream, prompt)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dla_hooks.backends import Conventions, Wrapper
+from dla_hooks.backends.two_sequences import reads_two
 from dla_hooks.errors import InputError, UnsupportedModelError
 from dla_hooks.inputs.prompts import check_tokenizer
 from dla_hooks.modules.vjp import dtype_of
@@ -85,6 +86,11 @@ def wrap(
         raise InputError(
             f"{type(model).__name__} is a TransformerLens model and has this face already: use it "
             "as it is, or wrap the Hugging Face model that it was made from"
+        )
+    if reads_two(model):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is an encoder-decoder, for which TransformerLens' face has no "
+            "place; attribute the model itself"
         )
     flags = {
         "fold_ln": fold_ln,

@@ -25,7 +25,16 @@ from dla_hooks.results.rows import Words
 if TYPE_CHECKING:
     from dla_hooks.units.base import Unit
 
-_SHARED = {"base", "head_layer", "head_rows", "parts", "parts_plan", "plan", "source_layer", "source_rows"}
+_SHARED = {
+    "base",
+    "head_layer",
+    "head_rows",
+    "parts",
+    "parts_plan",
+    "plan",
+    "source_layer",
+    "source_rows",
+}
 """Files of this folder that hold no unit."""
 
 UnitName = str

@@ -91,6 +91,5 @@ def rows_of(write: WriteSite, sub: int) -> list[Row]:
     assert site is not None
     layer = f"L{write.layer}.{sub}" if sub else f"L{write.layer}"
     return [
-        Row(f"{layer}{site.letter}{h}", site.kind, write.layer, sub, h)
-        for h in range(site.n_heads)
+        Row(f"{layer}{site.letter}{h}", site.kind, write.layer, sub, h) for h in range(site.n_heads)
     ]

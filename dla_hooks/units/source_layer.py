@@ -23,7 +23,7 @@ _HEAD = re.compile(r"L([0-9]+)(?:\.([0-9]+))?([HX])([0-9]+)")
 _INSTEAD = "Whole heads can be attributed"
 
 Head = tuple[int, int, int] | tuple[int, int, int, str]
-"""(layer, sub, head): see :class:`dla_hooks.results.rows.Row`; "X" last where it reads an encoder."""
+"""(layer, sub, head): see :class:`dla_hooks.results.rows.Row`; and "X", if it reads an encoder."""
 
 
 def as_heads(heads: Any) -> tuple[Head, ...] | None:
@@ -223,9 +223,7 @@ def _chosen(
     if heads is None:
         return tuple(numbers)
     asked = sorted(
-        number
-        for layer, sub, number, *more in heads
-        if (layer, sub, bool(more)) == place
+        number for layer, sub, number, *more in heads if (layer, sub, bool(more)) == place
     )
     for head in asked:
         if head not in numbers:

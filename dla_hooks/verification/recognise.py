@@ -20,6 +20,7 @@ from dla_hooks.residual.stream import Stream
 from dla_hooks.verification.suggest import sketch
 from dla_hooks.verification.trace import Verification, trace_report
 
+_TAKEN = "taken for"
 _matched: Remembered[Architecture] = Remembered()
 
 
@@ -134,8 +135,9 @@ def _declared_or_matched(backend: Backend) -> Stream:
     if known is None:
         try:
             known = _match(backend, declared)
-        except UnsupportedModelError:
-            if misfit is not None:
+        except UnsupportedModelError as error:
+            # A shape that has all of the model's modules says more than one that has not.
+            if misfit is not None and _TAKEN not in str(error):
                 raise misfit from None
             raise
         # A first run may change the weights itself.
@@ -200,7 +202,9 @@ def _candidates(backend: Backend, declared: tuple[Architecture, ...]) -> list[tu
             stream = locate(backend, architecture)
         except UnsupportedModelError:
             continue  # other module names: not this shape, and nothing to tell
-        sites, named = stream.writes, architecture.writes
+        # Attention to an encoder is there in models that have one only.
+        sites = [w for w in stream.writes if w.heads is None or not w.heads.cross]
+        named = [w for w in architecture.writes if w.heads is None or not w.heads.cross]
         has = sum(1 + (w.post_norm is not None) + (w.heads is not None) for w in sites)
         could = sum(1 + (w.post_norm is not None) + (w.heads is not None) for w in named)
         found.append((has / (could * len(stream.blocks)), stream))
@@ -237,7 +241,7 @@ def _match(backend: Backend, declared: tuple[Architecture, ...] = ()) -> Archite
             return candidate.architecture
         misses.setdefault(report.diagnosis(), candidate.architecture.model_types[0])
     what = f"model type {backend.model_type!r} ({type(backend.root).__name__})"
-    found = "; ".join(f"taken for {name}: {miss}" for miss, name in misses.items())
+    found = "; ".join(f"{_TAKEN} {name}: {miss}" for miss, name in misses.items())
     raise UnsupportedModelError(
         f"{what} has no declaration, and was not recognised: "
         f"{found or 'none of the known shapes has its module names'}. If its stream is a sum of "

@@ -71,10 +71,9 @@ def test_config_switches_are_exact(model_type, name, changes):
         assert is_refused(model_type) or (model_type, name) in REFUSED_VARIANTS, found
 
 
-# Blocks that norm their own sum, or take the residual after the norm; no final norm at all.
+# Blocks that norm their own sum, or take the residual after the norm.
 REFUSED_VARIANTS = {
     ("bloom", "residual-after-norm"),
-    ("opt", "no-final-norm"),
     ("opt", "post-norm"),
     ("opt", "post-norm-projected"),
 }

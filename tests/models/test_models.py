@@ -15,7 +15,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
-    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     PretrainedConfig,
@@ -67,13 +67,13 @@ def test_non_language_model_is_refused(model):
         direct_logit_attribution(model, IDS, 5)
 
 
-def test_an_encoder_decoder_is_refused():
+def test_labels_of_an_encoder_decoder_are_refused():
     t5 = small(
-        "t5", AutoModelForSeq2SeqLM, d_model=32, d_ff=64, num_layers=2, num_heads=4, d_kv=8,
-        decoder_start_token_id=0,
+        "t5", AutoModelForSequenceClassification, d_model=32, d_ff=64, num_layers=2, num_heads=4,
+        d_kv=8, decoder_start_token_id=0,
     )  # fmt: skip
-    with pytest.raises(UnsupportedModelError, match="encoder-decoder"):
-        direct_logit_attribution(t5, IDS, 5)
+    with pytest.raises(UnsupportedModelError, match=r"no unembedding|scores labels"):
+        direct_logit_attribution(t5, IDS, 0)
 
 
 def test_an_encoder_is_refused():

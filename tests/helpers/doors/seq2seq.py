@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from doors import Case, Door
 from mapping_configs import LAYERS, VOCAB, WIDTH
 from mapping_zoo import CannotBuild, build_any
 from transformers import (
@@ -21,6 +20,8 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 from zoo import _randomise, _shaped
+
+from doors import Case, Door
 
 START = 2
 SOURCE, TARGET = 9, 6
@@ -133,7 +134,10 @@ def tokens(length: int, batch: int = 2, seed: int = 0) -> torch.Tensor:
 
 def inputs(seed: int = 0) -> dict[str, torch.Tensor]:
     """What an encoder and a decoder read."""
-    return {"input_ids": tokens(SOURCE, seed=seed), "decoder_input_ids": tokens(TARGET, seed=1 + seed)}
+    return {
+        "input_ids": tokens(SOURCE, seed=seed),
+        "decoder_input_ids": tokens(TARGET, seed=1 + seed),
+    }
 
 
 def run(model: Any, given: Mapping[str, Any]) -> torch.Tensor:

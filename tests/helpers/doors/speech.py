@@ -10,14 +10,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from doors import Case, Door
-from doors.seq2seq import START, TARGET, build, of_parts, run, tokens
 from mapping_configs import HEADS, LAYERS, VOCAB, WIDTH
 from transformers import (
     AutoModelForSpeechSeq2Seq,
     SpeechEncoderDecoderConfig,
     SpeechEncoderDecoderModel,
 )
+
+from doors import Case, Door
+from doors.seq2seq import START, TARGET, build, of_parts, run, tokens
 
 MEL = 8
 """Bands of sound in a frame."""
