@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -80,6 +81,25 @@ def extra_arguments(
     for name, value in prompt.extras.items():
         found[name] = moved(value[:, here] if name == EMBEDS else value, device)
     return found
+
+
+def call_with(
+    ids: Tensor | None, arguments: dict[str, Any], accepted: Arguments
+) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """What a model is called with: arguments by position, and by name.
+
+    Args:
+        ids: token ids; None where embeddings stand among the arguments.
+        arguments: all others, by name.
+        accepted: the arguments that the forward takes.
+    """
+    first = next(iter(accepted.values()), None)
+    if ids is None:
+        return (), arguments
+    is_named = first is None or first.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD
+    if is_named or "input_ids" in accepted:
+        return (), {"input_ids": ids, **arguments}
+    return (ids,), arguments  # the first argument has another name, as nanoGPT's `idx`
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import cached_property
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dla_hooks.backends.arguments import (
+    call_with,
     check_extras,
     extra_arguments,
     no_mask,
@@ -266,7 +266,7 @@ class HuggingFaceBackend(Backend):
                 output, logits = self._call(ids, arguments, accepted)
             else:
                 last = last_real(prompt, chunk)
-                given = self._given(ids, arguments, accepted)
+                given = call_with(ids, arguments, accepted)
                 output, logits = run_labels(self.model, self._labels, *given, last)
         if not ("logits_to_keep" in arguments and logits.shape[1] == len(wanted)):
             logits = at_columns(logits, wanted, len(chunk), type(self.root).__name__)
@@ -286,7 +286,7 @@ class HuggingFaceBackend(Backend):
         self, ids: Tensor | None, arguments: dict[str, Any], accepted: Mapping[str, Any]
     ) -> tuple[Any, Tensor]:
         """Run the model: its output, and the logits [batch, n, vocabulary] in it."""
-        given, arguments = self._given(ids, arguments, accepted)
+        given, arguments = call_with(ids, arguments, accepted)
         output = self.model(*given, **arguments)
         logits = getattr(output, "logits", None)
         if not isinstance(logits, Tensor):
@@ -297,15 +297,3 @@ class HuggingFaceBackend(Backend):
                 "[batch, position, vocabulary]; let its forward return them first, or as `logits`"
             )
         return output, logits
-
-    def _given(
-        self, ids: Tensor | None, arguments: dict[str, Any], accepted: Mapping[str, Any]
-    ) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-        """What the model is called with: arguments by position, and by name."""
-        first = next(iter(accepted.values()), None)
-        if ids is None:
-            return (), arguments  # embeddings stand among the arguments
-        named = first is None or first.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD
-        if named or "input_ids" in accepted:
-            return (), {"input_ids": ids, **arguments}
-        return (ids,), arguments  # the first argument has another name, as nanoGPT's `idx`
