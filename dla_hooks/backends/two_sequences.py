@@ -20,6 +20,7 @@ from dla_hooks.errors import InputError, UnsupportedModelError
 from dla_hooks.inputs.extras import EMBEDS, MASK, NEVER, POSITIONS, moved
 from dla_hooks.inputs.prompts import Prompt
 from dla_hooks.inputs.two_sequences import ENCODED, IDS, Reader, start_of
+from dla_hooks.modules.outputs import tensor_in, with_tensor
 from dla_hooks.modules.signature import Arguments, arguments_of, named
 
 DECODER_IDS = "decoder_input_ids"
@@ -134,7 +135,7 @@ def of_decoder(
         found[ENCODED] = made_up_output(model, prompt.shape[0], device)
         return found
     return found | {
-        name: value if name == ENCODED else moved(value, device)
+        name: _of_its_own(value) if name == ENCODED else moved(value, device)
         for name, value in prompt.encoder.items()
     }
 
@@ -158,6 +159,12 @@ def made_up_output(model: Any, batch: int, device: torch.device) -> BaseModelOut
     dtype = next(p.dtype for p in decoder_of(model).parameters() if p.is_floating_point())
     made = made.to(torch.bfloat16).to(device, dtype)
     return _MadeUp(last_hidden_state=made.expand(batch, -1, -1).contiguous())
+
+
+def _of_its_own(encoded: Any) -> Any:
+    """An encoder's output whose vectors a model may write into, as Moonshine's decoder does."""
+    vectors = tensor_in(encoded)
+    return encoded if vectors is None else with_tensor(encoded, vectors.detach().clone())
 
 
 class _MadeUp(BaseModelOutput):

@@ -281,6 +281,18 @@ def test_output_of_an_encoder_stands_for_its_input(t5, form):
     close(found.attribution, attribute(t5, unit="head").attribution, 1e-9)
 
 
+def test_output_of_an_encoder_is_left_as_it_was_given():
+    (case,) = by_name("speech").cases("moonshine_streaming")
+    sound = case.asked["input_values"]
+    encoded = case.model.get_encoder()(sound)
+    before = encoded[0].detach().clone()
+    given = {"encoder_outputs": encoded, "decoder_input_ids": case.asked["decoder_input_ids"]}
+    for _ in range(2):  # its decoder adds positions in place
+        found = direct_logit_attribution(case.model, given, ANSWER, pos=None)
+        close(found.logit, case.logits[..., ANSWER], 1e-9)
+    assert torch.equal(encoded[0], before)
+
+
 def test_effect_of_a_cross_head_is_that_of_its_ablation(t5):
     found = dla_hooks.effects(t5.model, t5.given, ANSWER, INCORRECT, parts=["L1X2"], unit="head")
     linear = t5.oracle.blocks[1].get_submodule("layer.1.EncDecAttention.o")
