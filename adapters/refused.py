@@ -31,6 +31,7 @@ REFUSALS = (
             "fnet",
             "fsmt",
             "funnel",
+            "fsmt",
             "git",
             "gte",
             "ibert",
@@ -102,6 +103,45 @@ REFUSALS = (
         model_types=("hrm_text",),
         place="the stack",
         reason="two stacks call each other in a loop, with a norm on the sum at each turn",
+        needed="an attribution through a chain of frozen norms, which is another quantity",
+    ),
+    Refusal(
+        model_types=("blip-2", "instructblip", "instructblipvideo"),
+        place="the forward",
+        reason="it does not run without an image, so that it cannot be measured on made-up tokens",
+        needed="an image; or pass its language model alone (model.language_model), and what it is "
+        "given as inputs_embeds",
+    ),
+    Refusal(
+        model_types=("voxtral_realtime",),
+        place="the forward",
+        reason="it adds a sound to every token and does not run without one, so that it cannot be "
+        "measured on made-up tokens",
+        needed="a sound",
+    ),
+    Refusal(
+        model_types=("idefics", "kosmos-2"),
+        place="the forward",
+        reason="it does not run without an image, so that it cannot be measured on made-up tokens",
+        needed="an image, and a declaration of the blocks that read it",
+    ),
+    Refusal(
+        model_types=("diffusion_gemma",),
+        place="the logits",
+        reason="it fills in a whole block of tokens over several steps, each of which is given the "
+        "logits of the last one",
+        needed="a choice of the step, and the logits that it is given",
+    ),
+    Refusal(
+        model_types=("pi0",),
+        place="the head",
+        reason="it puts out the actions of a robot, and no logits of tokens",
+        needed="a language model; its own can be attributed by itself",
+    ),
+    Refusal(
+        model_types=("blip",),
+        place="every block",
+        reason="each block of its text decoder norms the sum itself, LayerNorm(x + f(x))",
         needed="an attribution through a chain of frozen norms, which is another quantity",
     ),
     Refusal(

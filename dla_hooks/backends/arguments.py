@@ -16,7 +16,7 @@ from dla_hooks.inputs.extras import EMBEDS, MASK, NEVER, POSITIONS, described, m
 from dla_hooks.inputs.prompts import Prompt, check_ids
 from dla_hooks.modules.signature import Arguments, arguments_of, named, takes_any, takes_keywords
 
-_OF_TEXT = {EMBEDS, "token_type_ids"}
+_OF_TEXT = {EMBEDS, "token_type_ids", "cross_attention_states"}
 """Arguments beside which positions are counted as for ids alone."""
 _OFFSET = "rope_deltas"
 _PLACEHOLDER = re.compile(r"(image|video|audio|vision|speech|media)\w*_token_(id|index)")
@@ -83,6 +83,25 @@ def extra_arguments(
     return found
 
 
+def call_with(
+    ids: Tensor | None, arguments: dict[str, Any], accepted: Arguments
+) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """What a model is called with: arguments by position, and by name.
+
+    Args:
+        ids: token ids; None where embeddings stand among the arguments.
+        arguments: all others, by name.
+        accepted: the arguments that the forward takes.
+    """
+    first = next(iter(accepted.values()), None)
+    if ids is None:
+        return (), arguments
+    is_named = first is None or first.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD
+    if is_named or "input_ids" in accepted:
+        return (), {"input_ids": ids, **arguments}
+    return (ids,), arguments  # the first argument has another name, as nanoGPT's `idx`
+
+
 @contextmanager
 def refusing(model: nn.Module, prompt: Prompt) -> Iterator[None]:
     """Turn what a forward raises, because of arguments that it may not take, into a refusal.
@@ -141,22 +160,3 @@ def _placeholders(model: nn.Module) -> list[int]:
     settings: Any = getattr(model, "config", None)
     named = vars(settings).items() if hasattr(settings, "__dict__") else ()
     return [v for name, v in named if isinstance(v, int) and _PLACEHOLDER.fullmatch(name)]
-
-
-def called_with(
-    ids: Tensor | None, arguments: dict[str, Any], accepted: Arguments
-) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
-    """What a model is called with: arguments by position, and by name.
-
-    Args:
-        ids: of tokens, or None where embeddings stand among the arguments.
-        arguments: all others.
-        accepted: what the model takes.
-    """
-    if ids is None:
-        return (), arguments
-    first = next(iter(accepted.values()), None)
-    named = first is None or first.kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD
-    if named or "input_ids" in accepted:
-        return (), {"input_ids": ids, **arguments}
-    return (ids,), arguments  # the first argument has another name, as nanoGPT's `idx`

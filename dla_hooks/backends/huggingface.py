@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dla_hooks.backends.arguments import (
-    called_with,
+    call_with,
     check_extras,
     extra_arguments,
     no_mask,
@@ -276,7 +276,7 @@ class HuggingFaceBackend(Backend):
                 output, logits = self._call(ids, arguments, accepted)
             else:
                 last = last_real(prompt, chunk)
-                given = called_with(ids, arguments, accepted)
+                given = call_with(ids, arguments, accepted)
                 output, logits = run_labels(self.model, self._labels, *given, last)
         if not ("logits_to_keep" in arguments and logits.shape[1] == len(wanted)):
             logits = at_columns(logits, wanted, len(chunk), type(self.root).__name__)
@@ -286,7 +286,7 @@ class HuggingFaceBackend(Backend):
         self, ids: Tensor | None, arguments: dict[str, Any], accepted: Mapping[str, Any]
     ) -> tuple[Any, Tensor]:
         """Run the model: its output, and the logits [batch, n, vocabulary] in it."""
-        given, arguments = called_with(ids, arguments, accepted)
+        given, arguments = call_with(ids, arguments, accepted)
         output = self.model(*given, **arguments)
         logits = getattr(output, "logits", None)
         if not isinstance(logits, Tensor):

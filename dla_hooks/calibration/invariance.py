@@ -72,7 +72,8 @@ def _try_hole(stream: Stream, row: Tensor) -> bool:
 
 
 def _try_padding(stream: Stream, left: bool) -> bool:
-    alone = short_prompt(stream, length=3)
+    made_up = short_prompt(stream, length=3)
+    alone = Prompt(made_up.input_ids, made_up.mask)  # text alone, whatever else it may read
     padded = _padded(alone, left)
     with torch.no_grad():
         expected = stream.backend.run_synthetic(alone, torch.tensor([2], device="cpu")).double()

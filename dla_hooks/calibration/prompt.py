@@ -8,6 +8,8 @@ from torch import Tensor
 from dla_hooks.inputs.prompts import Prompt
 from dla_hooks.residual.stream import Stream
 
+_N_VECTORS = 3
+
 
 def short_prompt(stream: Stream, batch: int = 1, length: int = 4) -> Prompt:
     """Make a prompt of a few tokens spread over the vocabulary, the same ones each time.
@@ -21,7 +23,21 @@ def short_prompt(stream: Stream, batch: int = 1, length: int = 4) -> Prompt:
     special = _special(stream)
     for _ in range(len(special)):
         ids = torch.where(torch.isin(ids, special), (ids + 1) % vocabulary, ids)
-    return Prompt(ids, torch.ones_like(ids, dtype=torch.bool))
+    return Prompt(ids, torch.ones_like(ids, dtype=torch.bool), made_up_vectors(stream, batch))
+
+
+def made_up_vectors(stream: Stream, batch: int) -> dict[str, Tensor]:
+    """Vectors [batch, n, d_model] for cross-attention to read, each row the same, if it needs any.
+
+    They are given by the name of the forward's argument.
+    """
+    argument = stream.architecture.reads
+    if argument is None:
+        return {}
+    generator = torch.Generator().manual_seed(9)
+    shape = (1, _N_VECTORS, stream.d_model)
+    vectors = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+    return {argument: vectors.expand(batch, -1, -1).to(stream.dtype)}
 
 
 def _special(stream: Stream) -> Tensor:

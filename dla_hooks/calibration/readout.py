@@ -98,7 +98,7 @@ def _uncapped(logits: Tensor, cap: float | None) -> Tensor:
 
 def _at_nothing(stream: Stream, y: Tensor) -> Tensor:
     """What the unembedding puts out where the norm puts out nothing [vocabulary]."""
-    constant = token_biases(stream.unembed, y).double().cpu().clone()  # the model's own, else
+    constant = token_biases(stream.unembed, y).double().cpu().clone()  # it may be the weights
     if bool(y.any()):  # a bias of the linear modules between the two
         for _, tokens, values in logit_tiles(stream.unembed, y[None].to(stream.work_dtype)):
             constant[tokens] += values[0].double().cpu()

@@ -6,10 +6,12 @@ import dla_hooks
 from dla_hooks.cli.files import Files
 from dla_hooks.cli.help import examples
 from dla_hooks.cli.loading import load, readable
+from dla_hooks.cli.media import check_media, with_media
 from dla_hooks.cli.options import (
     UNIT,
     DecoderInput,
     Loading,
+    Media,
     Model,
     PromptArgument,
     Question,
@@ -34,6 +36,7 @@ def attribute(
     prompt: PromptArgument,
     question: Question,
     run: Run,
+    media: Media,
     files: Files,
     loading: Loading,
     decoder_input: DecoderInput = None,
@@ -43,12 +46,15 @@ def attribute(
     """Split a logit, or the difference of two, into what each part of a model wrote."""
     where = question.where()
     files.check()
-    check = readable(prompt, question.said, where, run.prepend_bos, decoder_input)
+    check_media(media)
+    # Beside images a text has more positions than it has tokens.
+    place = None if media else where
+    check = readable(prompt, question.said, place, run.prepend_bos, decoder_input)
     loaded, tokenizer = load(model, loading, check=check)
     with running():
         result = dla_hooks.direct_logit_attribution(
             loaded,
-            prompt,
+            with_media(model, loading, prompt, media, loaded) if media else prompt,
             **question.tokens(),
             decoder_input=decoder_input,
             unit=unit.value,

@@ -35,13 +35,13 @@ def load(
     Raises:
         DLAError: when there is no such model, or it cannot be loaded.
     """
-    source, others = _source(model), [*map(_source, also)]
+    source, others = source_of(model), [*map(source_of, also)]
     with progress(f"loading {model}"):
         _say_where(model, source)
         with quick_imports():
             from dla_hooks import checkpoint, placement
 
-            for one in (source, *map(_source, also)):
+            for one in (source, *others):
                 checkpoint.find(one)
             device_map = None if loading.device_map is None else loading.device_map.value
             placement.Placement(loading.device, device_map, loading.max_memory)  # or it refuses
@@ -114,7 +114,8 @@ def _answers(source: str, also: Sequence[str], loading: Loading, tokenizer: Any)
     return LabelNames(names)
 
 
-def _source(model: str) -> str:
+def source_of(model: str) -> str:
+    """The folder or hub id of what was typed; ``demo`` is the model that is included."""
     if model != "demo":
         return model
     from dla_hooks.demo import path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -213,6 +214,36 @@ class Question:
             BadParameter: for what is none, or both ways to say it.
         """
         return as_pos(self.pos, self.span)
+
+
+@dataclass(frozen=True)
+class Media:
+    """Files beside the prompt."""
+
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--image",
+            metavar="FILE",
+            help="An image beside the prompt, for a model with a processor; several with several "
+            "--image. A prompt without placeholders gets them ahead of its text.",
+            show_default=False,
+            rich_help_panel=QUESTION,
+        ),
+    ] = None
+    audio: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--audio",
+            metavar="FILE",
+            help="Likewise a sound: a WAV file.",
+            show_default=False,
+            rich_help_panel=QUESTION,
+        ),
+    ] = None
+
+    def __bool__(self) -> bool:
+        return bool(self.image or self.audio)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ EMBEDS, MASK, POSITIONS = "inputs_embeds", "attention_mask", "position_ids"
 
 _BY_COLUMN = {"token_type_ids", "mm_token_type_ids"}
 """Arguments of the shape [batch, pos]."""
+OF_TEXT = frozenset({EMBEDS, MASK, POSITIONS, "token_type_ids"})
+"""Arguments that say more of a text. All others bring something else: an image, a sound."""
 _SET_HERE = (
     "says what the model returns, which is set here",
     (

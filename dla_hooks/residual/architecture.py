@@ -44,6 +44,9 @@ class Write:
         heads: how the term splits into attention heads, if it does.
         beside: for a term that is added between this block and the next: the list of modules,
             from the causal LM downwards, whose next element holds ``module``.
+        where: only blocks that have this module, too, have the term.
+        by_row: the block's keyword argument, if any, with a number for each position that the block
+            multiplies the term by, as for positions that no image is read at.
     """
 
     label: str
@@ -51,6 +54,8 @@ class Write:
     post_norm: str | None = None
     heads: Heads | None = None
     beside: str | None = None
+    where: str | None = None
+    by_row: str | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,11 @@ class Architecture:
         start: the module whose output begins the stream, if that is not the first block's
             input.
         after_norm: linear modules, if any, between the final norm and the unembedding.
+        between: what the model itself adds to the stream behind some of its blocks, if it does, as
+            it is called there (``deepstack``); block ``l`` labels it ``{l}_deepstack``.
+        reads: the argument of the forward with the vectors [batch, n, d_model] that cross-attention
+            reads, if the blocks that hold it run only where there are such vectors. Made-up runs
+            are given some.
     """
 
     model_types: tuple[str, ...]
@@ -80,6 +90,8 @@ class Architecture:
     position_limit: str | None = None
     start: str | None = None
     after_norm: tuple[str, ...] = ()
+    between: str | None = None
+    reads: str | None = None
 
     @property
     def decoder(self) -> str:

@@ -144,7 +144,10 @@ class _Finder:
             if not writes:
                 names = ", ".join(self.first_names())
                 raise self.refusal(f"{name} has none of the modules {names}")
-            blocks.append(Block(layer, module, name, use, writes))
+            optional = self.architecture.reads is not None and any(
+                write.heads is not None and write.heads.cross for write in writes
+            )
+            blocks.append(Block(layer, module, name, use, writes, optional=optional))
         return with_carriers(self.with_uses(tuple(blocks)))
 
     def first_names(self) -> list[str]:
@@ -190,7 +193,7 @@ class _Finder:
                 return None
             block, prefix = neighbours[layer + 1], f"{write.beside}.{layer + 1}"
         found = next(filter(None, (look(block, name) for name in _names(write))), None)
-        if found is None:
+        if found is None or (write.where is not None and look(block, write.where) is None):
             return None
         post_norm = look(block, write.post_norm) if write.post_norm else None
         heads, missing = self.heads(block, prefix, write)
@@ -203,6 +206,7 @@ class _Finder:
             use=use,
             heads=heads,
             without_heads=missing,
+            by_row=write.by_row,
         )
 
     def heads(self, block: nn.Module, prefix: str, write: Write) -> tuple[HeadSite | None, str]:

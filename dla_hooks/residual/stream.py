@@ -39,6 +39,7 @@ class WriteSite:
         response: what the block's output multiplies the term by, [] or [d_model]; None is one.
         heads: where its heads can be seen, if it has any.
         without_heads: the path of the projection that should show them, where there is none.
+        by_row: the keyword argument of its block that multiplies it position by position, if any.
     """
 
     label: str
@@ -50,6 +51,7 @@ class WriteSite:
     heads: HeadSite | None
     response: Tensor | None = None
     without_heads: str = ""
+    by_row: str | None = None
 
     @property
     def written_by(self) -> nn.Module:
@@ -98,6 +100,7 @@ class Block:
         gain: the factor of its input, [] or [d_model]; None is one.
         constant: the vector that it adds besides its writes [d_model]; None is nothing.
         carriers: modules in it that carry the stream on; before they are measured, those that may.
+        optional: whether it runs only where there is something for its cross-attention to read.
     """
 
     layer: int
@@ -108,6 +111,7 @@ class Block:
     gain: Tensor | None = None
     constant: Tensor | None = None
     carriers: tuple[Carrier, ...] = ()
+    optional: bool = False
 
     @property
     def input(self) -> Place:

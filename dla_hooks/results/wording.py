@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
 
 from dla_hooks.results.data import EntryData, entry_mean, located, real_entries
 from dla_hooks.results.ranking import decimals
@@ -129,8 +131,26 @@ def of_what(data: EntryData) -> str:
 
 def prompt(data: EntryData, row: int, width: int) -> str:
     """One row's prompt, quoted, elided in the middle."""
-    text = (" " if ids_only(data) else "").join(data.tokens[row])
+    text = (" " if ids_only(data) else "").join(without_patches(data.tokens[row]))
     return repr(elided(text, width))
+
+
+_PATCH = re.compile(r"<(image|video|audio) (?:[0-9]+: )?[0-9,]+>")
+
+
+def without_patches(tokens: Sequence[str]) -> list[str]:
+    """The tokens, with the patches of an image, or the frames of a sound, as one.
+
+    >>> without_patches(["See", "<image 0,0>", "<image 0,1>", "."])
+    ['See', '<image>', '.']
+    """
+    found = list[str]()
+    for token in tokens:
+        patch = _PATCH.fullmatch(token)
+        name = f"<{patch[1]}>" if patch else token
+        if not (patch and found and found[-1] == name):
+            found.append(name)
+    return found
 
 
 def elided(text: str, width: int) -> str:
@@ -156,5 +176,5 @@ def quoted(data: EntryData, token: str) -> str:
 
 def ids_only(data: EntryData) -> bool:
     """Whether there was no tokenizer, so that the tokens' names are their ids."""
-    names = [name for row in data.tokens for name in row]
+    names = [name for row in data.tokens for name in row if not _PATCH.fullmatch(name)]
     return bool(names) and all(name.isdecimal() for name in [*names, *data.answer])

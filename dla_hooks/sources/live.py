@@ -23,7 +23,7 @@ from dla_hooks.bars import over_pieces
 from dla_hooks.calibration.invariance import chunks_are_ignored, has_hole
 from dla_hooks.errors import InputError, UnsupportedModelError, warn
 from dla_hooks.inputs.extras import EMBEDS
-from dla_hooks.inputs.prompts import Prompt, to_strings
+from dla_hooks.inputs.prompts import Prompt
 from dla_hooks.modules.hooks import Call, Place, Tap, tapped
 from dla_hooks.modules.runs import ended_at
 from dla_hooks.modules.user_hooks import callers_hooks
@@ -31,7 +31,9 @@ from dla_hooks.modules.weights import is_sharded
 from dla_hooks.projection.tiles import View
 from dla_hooks.residual.hooked import places_hooked
 from dla_hooks.residual.stream import Stream
+from dla_hooks.sources.as_run import as_run
 from dla_hooks.sources.base import Source
+from dla_hooks.sources.media import texts_of
 from dla_hooks.sources.prompt import refusing_length
 
 LONG_PROMPT = 8192
@@ -86,6 +88,7 @@ class Live(Source):
                 places = filter(None, (self._stream.last, self._stream.positions))
                 looks = [*(Tap(place, check, optional=True) for place in places), *looks]
             ends: AbstractContextManager[None] = nullcontext()
+            looks = as_run(self._stream, looks)
             with tapped(looks) as taken, refusing_length(self._stream, self.prompt):
                 if until is not None and chunk.stop == width:
                     ends = ended_at(until, taken)
@@ -121,12 +124,10 @@ class Live(Source):
         )
 
     def texts(self, tokenizer: Any) -> list[list[str]]:
-        """The tokens of every row, as text; padding left out. Embeddings are question marks."""
-        ids, mask = self.prompt.input_ids, self.prompt.mask
-        if self.prompt.embedded:
-            return [["?"] * int(real.sum()) for real in mask]
-        rows = zip(ids, mask, strict=True)
-        return [to_strings(row[real].tolist(), tokenizer) for row, real in rows]
+        """The tokens of every row, as text; see :func:`dla_hooks.sources.media.texts_of`."""
+        reads_apart = self._stream.architecture.reads is not None  # no position is a patch
+        config = None if reads_apart else getattr(self._stream.backend.root, "config", None)
+        return texts_of(self.prompt, tokenizer, config)
 
 
 def runs_whole(model: torch.nn.Module) -> bool:

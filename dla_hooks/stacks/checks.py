@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from dla_hooks.calibration.scales import check_weights
-from dla_hooks.errors import DecompositionError, NonFiniteError
+from dla_hooks.errors import DecompositionError, NonFiniteError, UnsupportedModelError
+from dla_hooks.inputs.extras import OF_TEXT
 from dla_hooks.modules.autocast import AUTOCAST, outside_autocast
 from dla_hooks.modules.hooks import Call, Tap
 from dla_hooks.modules.linear import bias_of
@@ -35,6 +36,7 @@ class StreamSum:
     """
 
     def __init__(self, kept: Kept, end: int) -> None:
+        _refuse_between(kept)
         self._kept, self._end = kept, end
         self._along = _directions(kept.stream)
         self._sum = self._whole = self._size = torch.empty(0, dtype=torch.float32, device="cpu")
@@ -88,6 +90,21 @@ class StreamSum:
         x = self._kept.take(call.activation).to(self._along.dtype)
         self._whole = _along(x, self._along).to(self._sum.device)
         self._size = self._size + _norm(x).to(self._size.device)
+
+
+def _refuse_between(kept: Kept) -> None:
+    """Refuse prompts with images, for a model that adds their features between its blocks.
+
+    Raises:
+        UnsupportedModelError: with what to call instead.
+    """
+    stream, extras = kept.stream, kept.inputs.source.prompt.extras
+    if stream.architecture.between is not None and extras.keys() - OF_TEXT:
+        raise UnsupportedModelError(
+            f"{stream.backend.name} adds features of images to its stream between the blocks "
+            f"({stream.architecture.between}), and stacks of vectors have no rows for them; "
+            "direct_logit_attribution has, or give text alone"
+        )
 
 
 class WriteSum:

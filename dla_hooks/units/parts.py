@@ -18,11 +18,13 @@ from dla_hooks.errors import CacheEntryError
 from dla_hooks.inputs.entries import Entries
 from dla_hooks.modules.hooks import Call, Place, Tap
 from dla_hooks.modules.user_hooks import EMBED_HOOK, FINAL_HOOK, is_hooked
+from dla_hooks.projection.between_writes import BetweenWrites
 from dla_hooks.projection.hook_writes import HookWrites
 from dla_hooks.projection.kernels import project
 from dla_hooks.projection.ledger import FixedRows, all_finite
 from dla_hooks.projection.reading_point import Reading
 from dla_hooks.projection.tiles import View
+from dla_hooks.residual.between import Between, places_between
 from dla_hooks.residual.gains import constant_label
 from dla_hooks.residual.hooked import Hooked, hook_label, hooked_places
 from dla_hooks.residual.stream import Block
@@ -62,11 +64,15 @@ class PartsRecorder:
             if directions is not None:
                 writes.append((stream.embedding, directions))
         self._hooks = HookWrites(writes, len(entries), dtype) if writes else None
+        between = [(place, plan.behind(place.block)) for place in places_between(stream)]
+        self._between = BetweenWrites(between, len(entries), dtype) if between else None
 
     def taps(self, view: View) -> list[Tap]:
         """What to watch while the entries in view are run."""
         taps = [self._tap(label, place, view) for label, place in self._places.items()]
-        return taps if self._hooks is None else [*taps, *self._hooks.taps(view)]
+        for beside in (self._hooks, self._between):
+            taps += beside.taps(view) if beside is not None else []
+        return taps
 
     def finish(self, reading: Reading) -> Parts:
         """The parts, after the run."""
@@ -81,8 +87,18 @@ class PartsRecorder:
             written = self._hooks.finish(device) / reading.scale_N
             hooks = list(zip(self._hooked, written, strict=False))
             of_embeddings = written[-1] if len(written) > len(hooks) else None
+        between = self._between.finish(device) if self._between is not None else []
+        added = [(place, added_N / reading.scale_N) for place, added_N in between]
         return Parts(
-            plan, values_CN, self._missing, finite_C, reading, self._entries, hooks, of_embeddings
+            plan,
+            values_CN,
+            self._missing,
+            finite_C,
+            reading,
+            self._entries,
+            hooks,
+            of_embeddings,
+            added,
         )
 
     def _tap(self, label: str, place: Place, view: View) -> Tap:
@@ -111,6 +127,7 @@ class Parts:
         hooks: what the caller's hooks wrote to the stream at and in the blocks, in its order.
         hook_of_embeddings_N: what they wrote to the token embeddings, or None. The first of
             ``raw_CN`` holds it, too.
+        between: what the model added to the stream behind some blocks, in its order.
     """
 
     plan: PartsPlan
@@ -121,6 +138,7 @@ class Parts:
     entries: Entries
     hooks: Sequence[tuple[Hooked, Tensor]]
     hook_of_embeddings_N: Tensor | None = None
+    between: Sequence[tuple[Between, Tensor]] = ()
 
     @property
     def complete(self) -> bool:
@@ -141,7 +159,7 @@ class Parts:
         """
         self._require(self.missing)
         hooked = self.hooks or self.reading.hooks_RN or self.hook_of_embeddings_N is not None
-        if self.plan.n_embeddings == 1 and not hooked:
+        if self.plan.n_embeddings == 1 and not hooked and not self.between:
             return self.raw_CN
         return torch.stack([value for _, value in self._labelled()])
 
@@ -154,7 +172,7 @@ class Parts:
         """
         self._require(label for label in self.missing if label != POSITIONS)
         raw, n = self.raw_CN, self.plan.n_embeddings
-        if not self.hooks:
+        if not self.hooks and not self.between:
             return raw if n == 1 else torch.cat((raw[:1], raw[n:]))
         return torch.stack(self._steps[0])
 
@@ -179,6 +197,7 @@ class Parts:
                 steps.append(raw[row_of[label]])
                 steps += [wrote for after, wrote in inside if after == n_writes]
                 places[-1].append(len(steps) - 1)
+            steps += [added for place, added in self.between if place.number == number]
         return steps, places
 
     @cached_property
@@ -188,7 +207,8 @@ class Parts:
         sum_N = self.raw_CN.sum(0)
         if n > 1:  # the first is the sum of these
             sum_N = self.raw_CN[0] + self.raw_CN[n:].sum(0)
-        return sum((written_N for _, written_N in self.hooks), sum_N)
+        beside = (*self.hooks, *self.between)
+        return sum((written_N for _, written_N in beside), sum_N)
 
     def of(self, labels: Sequence[str]) -> Tensor:
         """What some writes contributed [labels, N]."""
@@ -211,6 +231,11 @@ class Parts:
             if written:
                 row = Row(hook_label(block), "hook", block.layer)
                 found.append((row, torch.stack(written).sum(0)))
+            kind = plan.stream.architecture.between or ""
+            for place, added_N in self.between:
+                if place.number == number:
+                    label = f"{block.layer}_{kind}"
+                    found.append((Row(label, kind, block.layer), added_N))
         last = self._wrote(len(plan.stream.blocks))
         behind = {label: added_RN[0] for label, added_RN in self.reading.hooks_RN.items()}
         if last:

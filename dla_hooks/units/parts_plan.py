@@ -8,7 +8,7 @@ from dla_hooks.calibration.embedding_factor import embeddings_enter
 from dla_hooks.projection.directions import Directions
 from dla_hooks.residual.gains import constant_label, path_factors, product, times
 from dla_hooks.residual.hooked import Hooked, hook_factor
-from dla_hooks.residual.stream import Stream
+from dla_hooks.residual.stream import Block, Stream
 from dla_hooks.results.rows import Row
 
 EMBED, POSITIONS = "embed", "pos_embed"
@@ -56,6 +56,10 @@ class PartsPlan:
     def of_hooks(self, hooked: Hooked) -> Directions:
         """What the caller's hooks write at a place is projected on these."""
         return self._times(hook_factor(hooked, self._factors))
+
+    def behind(self, block: Block) -> Directions:
+        """What is added to the stream behind a block is projected on these."""
+        return self._times(self._factors[constant_label(block)])
 
     def of_embeddings(self) -> Directions | None:
         """The same for the token embeddings; None where these are no term, as behind a norm."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dla_hooks.calibration.head_widths import head_widths
 from dla_hooks.calibration.norm_constants import norm_at
-from dla_hooks.calibration.prompt import short_prompt
+from dla_hooks.calibration.prompt import made_up_vectors, short_prompt
 from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.inputs.prompts import Prompt
 from dla_hooks.modules.hooks import Call, Tap, tapped
@@ -113,7 +113,8 @@ def trace_report(stream: Stream, prompt: Prompt | None = None) -> Verification:
         prompt = short_prompt(stream, length=_LONGEST)
     else:
         ids = prompt.input_ids[0][prompt.mask[0]][None, :_LONGEST]
-        prompt = Prompt(ids, torch.ones_like(ids, dtype=torch.bool))
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        prompt = Prompt(ids, mask, made_up_vectors(stream, 1))
     trace = _Trace(stream)
     logits = trace.run(prompt).double().cpu()
     lines = [*trace.blocks(), *trace.heads(), *_unseen_heads(stream), trace.readout(logits)]

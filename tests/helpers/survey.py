@@ -96,7 +96,8 @@ def examine(case: Case) -> Finding:
 def together(found: list[tuple[str, Finding]]) -> Finding:
     """One finding of a type's cases: the worst of them, its case named."""
     if len(found) == 1:
-        return found[0][1]
+        name, one = found[0]
+        return dataclasses.replace(one, special=(*one.special, *filter(None, [name])))
     for verdict in (WRONG, ABSENT, REFUSED):
         for name, one in found:
             if one.verdict == verdict:
@@ -106,7 +107,10 @@ def together(found: list[tuple[str, Finding]]) -> Finding:
     return dataclasses.replace(
         first,
         units=tuple(unit for unit in first.units if all(unit in one.units for one in every)),
-        special=tuple(dict.fromkeys(what for one in every for what in one.special)),
+        special=(
+            *dict.fromkeys(what for one in every for what in one.special),
+            ", ".join(name for name, _ in found),
+        ),
         gap=max(one.gap for one in every),
         logit_gap=max(one.logit_gap for one in every),
         lacking={unit: why for one in every for unit, why in one.lacking.items()},
