@@ -176,6 +176,21 @@ REFUSALS = (
         needed="a declaration of that map",
     ),
     Refusal(
+        model_types=("bigbird_pegasus", "mbart"),
+        place="the classifier",
+        reason="a dense layer and an activation stand between the stream at the end of the text "
+        "and the labels, so that no label's logit is an affine map of the stream",
+        needed="an attribution to that head's own input",
+        doors=("classification",),
+    ),
+    Refusal(
+        model_types=("bigbird_pegasus", "mbart"),
+        place="the decoder",
+        reason="its cross-attention writes what an encoder read",
+        needed="rows for that write",
+        doors=("masked", "question-answering"),
+    ),
+    Refusal(
         model_types=("perceiver",),
         place="the stack",
         reason="its blocks write to a set of latents, and not to a stream of the tokens",

@@ -209,9 +209,9 @@ def _check_complete(source: str, model: Any, info: dict[str, Any], door: Door) -
         )
     if missing:
         raise CheckpointError(
-            f"{source} lacks {len(missing)} of the weights of {type(model).__name__} "
-            f"({_some(missing)}), which would be filled with random numbers; check that the "
-            "checkpoint is complete"
+            f"{source} lacks {len(missing)} of the model's weights ({_some(missing)}), which "
+            f"would be filled with random numbers; check that the checkpoint is complete, and is "
+            f"one of a {type(model).__name__}"
         )
     unread = sorted(name for name in info["unexpected_keys"] if _IN_A_STACK.search(name))
     if unread:

@@ -174,7 +174,8 @@ class HuggingFaceBackend(Backend):
     @property
     def _accepted(self) -> Mapping[str, Any]:
         """The arguments that the model takes; of a wrapper that hands on all, the model inside."""
-        accepted, inside = arguments_of(self.root), wrapped_in(self.root)
+        accepted = arguments_of(self.root)
+        inside = None if self._labels is None else wrapped_in(self.root)
         if inside is None or not takes_keywords(accepted):
             return accepted
         return {**arguments_of(inside), **accepted}
@@ -248,7 +249,8 @@ class HuggingFaceBackend(Backend):
         wanted = columns - chunk.start
         ids = None
         if not prompt.embedded:
-            ids = prompt.input_ids[:, chunk.start : chunk.stop].to(device)
+            ids = prompt.input_ids if self._labels is None else self._padded_as_known(prompt)
+            ids = ids[:, chunk.start : chunk.stop].to(device)
         if self.reads_two:
             ids, arguments = None, of_decoder(self.root, ids, arguments, prompt, device)
         if "logits_to_keep" in accepted and self._labels is None:
@@ -270,6 +272,16 @@ class HuggingFaceBackend(Backend):
         if not ("logits_to_keep" in arguments and logits.shape[1] == len(wanted)):
             logits = at_columns(logits, wanted, len(chunk), type(self.root).__name__)
         return logits, output
+
+    def _padded_as_known(self, prompt: Prompt) -> Tensor:
+        """Ids with the model's own pad token where the mask says padding, as classifiers read it.
+
+        They find the last token by its id, and not by the mask.
+        """
+        pad = self.number("pad_token_id")
+        if not prompt.padded or not isinstance(pad, int):
+            return prompt.input_ids
+        return prompt.input_ids.masked_fill(~prompt.mask, pad)
 
     def _call(
         self, ids: Tensor | None, arguments: dict[str, Any], accepted: Mapping[str, Any]

@@ -42,9 +42,6 @@ def unembedding(model: Any) -> nn.Module | None:
 
 def token_embedding(model: Any) -> nn.Module | None:
     """The module that puts out the token embeddings, or None."""
-    inside = wrapped_in(model)
-    if inside is not None:
-        return token_embedding(inside)
     try:
         found = model.get_input_embeddings()
     except (AttributeError, NotImplementedError, TypeError):
@@ -53,6 +50,9 @@ def token_embedding(model: Any) -> nn.Module | None:
         return found
     if not isinstance(model, nn.Module):
         return None
+    inside = wrapped_in(model)
+    if inside is not None:
+        return token_embedding(inside)
     tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     head = unembedding(model)
     weight = getattr(head, "weight", None)

@@ -67,8 +67,9 @@ Answer = Annotated[
     str | None,
     typer.Option(
         metavar="TOKEN",
-        help="The token whose logit is attributed, with its leading space: ' Paris'. Or 'next', "
-        "the one that comes next in the text, or 'top', the model's own.",
+        help="The token whose logit is attributed, with its leading space: ' Paris'; of a "
+        "classifier, the label. Or 'next', the token that comes next in the text, or 'top', the "
+        "model's own.",
         show_default="top",
         rich_help_panel=QUESTION,
     ),

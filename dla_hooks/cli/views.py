@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _UP, _DOWN, _FAINT = "blue", "red", "bright_black"
 
 _OWN = {
-    "top": "the model's own top token",
+    "top": "the model's own top token, or label",
     "next": "the token that comes next in the text",
     "runner-up": "the model's second token",
 }

@@ -82,10 +82,18 @@ def check_model(backend: Backend) -> None:
         )
     if backend.scores_labels:
         raise UnsupportedModelError(f"{name} scores labels, and generates no text")
+
+
+def check_ending(backend: Backend) -> None:
+    """Refuse a located model whose last stream is read by a module of ours.
+
+    Raises:
+        UnsupportedModelError: saying what can be done instead.
+    """
     if backend.stands_in:
         raise UnsupportedModelError(
-            f"{name} was made without a final norm, and its last stream is seen in runs of a "
-            "finished text only: direct_logit_attribution"
+            f"{backend.name} was made without a final norm, and its last stream is seen in runs of "
+            "a finished text only: direct_logit_attribution"
         )
 
 

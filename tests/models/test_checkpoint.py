@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import ViTConfig
 from transformers.utils import logging
 from zoo import build, tiny_tokenizer
 
@@ -216,6 +217,11 @@ class TestRefuses:
         edit_config(copy, model_type="zork")
         with pytest.raises(UnsupportedModelError, match="does not know"):
             load(copy)
+
+    def test_model_of_images_is_refused(self, tmp_path):
+        ViTConfig().save_pretrained(tmp_path)
+        with pytest.raises(UnsupportedModelError, match=r"'vit' model.*not load as a causal"):
+            load(tmp_path)
 
     def test_untrusted_code_is_not_run(self, copy):
         trace = copy / "was_run"

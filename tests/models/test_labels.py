@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    GPT2DoubleHeadsModel,
 )
 from units import UNIT_NAMES
 from zoo import BY_NAME as SPECS
@@ -246,17 +247,184 @@ def test_decoder_without_a_head_asks_for_the_whole_model(family):
     assert "AutoModelForCausalLM" not in str(caught.value)
 
 
+def _slow(*families):
+    return [pytest.param(family, marks=pytest.mark.slow) for family in families]
+
+
 class ValueHead(nn.Module):
+    """A dropout and one number, as trl's."""
+
+    def __init__(self, width, n_hidden=0):
+        super().__init__()
+        self.dropout = nn.Dropout(0.1)
+        self.hidden = nn.Sequential(nn.Linear(width, n_hidden), nn.ReLU()) if n_hidden else None
+        self.summary = nn.Linear(n_hidden or width, 1)
+
+    def forward(self, stream):
+        stream = self.dropout(stream)
+        return self.summary(stream if self.hidden is None else self.hidden(stream))
+
+
+class WithValue(nn.Module):
     """A language model with a value head beside it, as trl wraps one."""
 
-    def __init__(self, model):
+    def __init__(self, model, **options):
         super().__init__()
         self.pretrained_model, self.config = model, model.config
-        self.v_head = nn.Linear(model.config.hidden_size, 1)
+        self.v_head = ValueHead(model.config.hidden_size, **options).to(model.dtype)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(3)
+            nn.init.normal_(self.v_head.summary.weight)
+            nn.init.normal_(self.v_head.summary.bias)
+
+    def forward(self, input_ids=None, attention_mask=None, **options):
+        options["output_hidden_states"] = True
+        output = self.pretrained_model(
+            input_ids=input_ids, attention_mask=attention_mask, **options
+        )
+        value = self.v_head(output.hidden_states[-1]).squeeze(-1)
+        return output.logits.float(), output.loss, value
 
 
-def test_value_head_names_the_model_inside():
-    model = ValueHead(build("llama")).eval()
-    with pytest.raises(UnsupportedModelError, match=r"model\.pretrained_model"):
-        direct_logit_attribution(model, IDS, 1)
-    assert dla_hooks.direct_logit_attribution(model.pretrained_model, IDS, 1).gap < 1e-9
+@pytest.mark.parametrize(
+    "family", ["gpt2", "gemma2", *_slow("gpt_neox-parallel", "granite", "mixtral")]
+)
+def test_value_is_the_sum_of_the_parts_at_every_position(family):
+    model = WithValue(build(family)).eval()
+    with torch.no_grad():
+        expected = model(IDS)[2]
+    _assert_units_right(model, IDS, "value", expected, pos=None)
+    _assert_units_right(model, IDS, 0, expected, pos=None)
+    assert direct_logit_attribution(model, IDS, dla_hooks.TOP).answer == ["value"]
+    assert verify(model, show=False).ok
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_value_of_a_padded_batch_is_that_of_each_row_alone(family):
+    model = WithValue(build(family, attn="sdpa")).eval()
+    ids, mask = IDS.clone(), torch.ones_like(IDS)
+    ids[1, :2], mask[1, :2] = PAD, 0
+    with torch.no_grad():
+        expected = torch.stack([model(IDS[:1])[2][0, -1], model(IDS[1:, 2:])[2][0, -1]])
+    _assert_units_right(model, ids, "value", expected, attention_mask=mask)
+
+
+def test_value_model_asked_for_a_token_names_the_model_inside():
+    model = WithValue(build("llama")).eval()
+    with pytest.raises(TokenError, match=r"labels are 'value'.*model\.pretrained_model"):
+        direct_logit_attribution(model, IDS, " the")
+    assert direct_logit_attribution(model.pretrained_model, IDS, 1).gap < 1e-9
+
+
+def test_value_head_with_a_hidden_layer_is_refused():
+    model = WithValue(build("llama"), n_hidden=8).eval()
+    with pytest.raises(UnsupportedModelError, match="not linear in its input"):
+        direct_logit_attribution(model, IDS, "value")
+
+
+def test_value_model_in_training_mode_is_refused():
+    with pytest.raises(dla_hooks.TrainingModeError, match=r"v_head\.dropout|call model\.eval"):
+        direct_logit_attribution(WithValue(build("llama").train()), IDS, "value")
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_double_heads_are_asked_for_their_tokens(seed):
+    with torch.random.fork_rng(devices=[]):
+        model = GPT2DoubleHeadsModel(_config(SPECS["gpt2"])).double().eval()
+    _randomise(model, torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        expected = model(IDS).logits[..., 7]
+    _assert_units_right(model, IDS, 7, expected, pos=None)
+
+
+# Where a classifier reads
+
+
+@pytest.mark.parametrize("family", ["llama", *_slow("gpt2")])
+def test_classifier_that_does_not_know_its_padding_is_refused(family):
+    """Without a pad token it reads the last column, which is padding here."""
+    model = _build(AutoModelForSequenceClassification, family, pad=None)
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0]])
+    with pytest.raises(UnsupportedModelError, match="another position than the last token"):
+        direct_logit_attribution(model, IDS[:1], 1, attention_mask=mask)
+
+
+@pytest.mark.parametrize("family", ["llama", *_slow("gpt2")])
+def test_classifier_of_embeddings_is_read_where_it_reads(family):
+    model = _build(AutoModelForSequenceClassification, family)
+    embeds = model.get_input_embeddings()(IDS).detach()
+    with torch.no_grad():
+        expected = model(inputs_embeds=embeds).logits[:, 1]
+    result = direct_logit_attribution(model, {"inputs_embeds": embeds}, 1)
+    torch.testing.assert_close(result.total() + result.bias, expected, rtol=1e-5, atol=1e-5)
+    mask = torch.ones_like(IDS)
+    mask[1, 4:] = 0
+    with pytest.raises(UnsupportedModelError, match="another position than the last token"):
+        direct_logit_attribution(model, {"inputs_embeds": embeds, "attention_mask": mask}, 1)
+
+
+@pytest.mark.parametrize("family", ["llama", *_slow("gpt2")])
+def test_classifier_in_chunks_is_as_at_once(family):
+    model = _build(AutoModelForSequenceClassification, family)
+    ids, mask = IDS.clone(), torch.ones_like(IDS)
+    ids[1, 3:], mask[1, 3:] = PAD, 0
+    whole = direct_logit_attribution(model, ids, 1, attention_mask=mask)
+    chunked = direct_logit_attribution(model, ids, 1, attention_mask=mask, chunk_size=4)
+    torch.testing.assert_close(whole.attribution, chunked.attribution, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("family", ["llama", *_slow("gpt2")])
+def test_biased_head_adds_its_bias_once(family):
+    model = _build(AutoModelForSequenceClassification, family)
+    model.score = nn.Linear(model.score.in_features, 3).double().eval()
+    with torch.no_grad():
+        model.score.bias.copy_(torch.tensor([3.0, -2.0, 0.5]))
+        expected = model(IDS).logits
+    _assert_units_right(model, IDS, 1, expected[:, 1])
+    _assert_units_right(model, IDS, 1, expected[:, 1] - expected[:, 0], incorrect_tokens=0)
+
+
+# Everything that is asked of tokens, asked of labels
+
+
+@pytest.fixture
+def named():
+    model = _build(AutoModelForSequenceClassification, "llama")
+    model.config.id2label = {0: "bad", 1: "fair", 2: "good"}
+    return model
+
+
+def test_own_labels_are_named(named):
+    with torch.no_grad():
+        order = named(IDS).logits.argsort(-1, descending=True)
+    names = [named.config.id2label[int(i)] for i in order[:, 0]]
+    seconds = [named.config.id2label[int(i)] for i in order[:, 1]]
+    result = direct_logit_attribution(named, IDS, dla_hooks.TOP, dla_hooks.RUNNER_UP)
+    assert (result.answer, result.incorrect) == (names, seconds)
+    with pytest.raises(InputError, match="a classifier's labels have none"):
+        direct_logit_attribution(named, IDS, dla_hooks.NEXT)
+
+
+def test_sets_and_lists_of_labels_are_the_sums_of_single_ones(named):
+    one = {name: direct_logit_attribution(named, IDS, name) for name in ("bad", "fair", "good")}
+    several = direct_logit_attribution(named, IDS, dla_hooks.Tokens({"good": 1.0, "bad": -0.5}))
+    expected = one["good"].attribution - 0.5 * one["bad"].attribution
+    torch.testing.assert_close(several.attribution, expected)
+    mean = direct_logit_attribution(named, IDS, "good", dla_hooks.Mean(["bad", "fair"]))
+    halves = (one["bad"].attribution + one["fair"].attribution) / 2
+    torch.testing.assert_close(mean.attribution, one["good"].attribution - halves)
+    each = direct_logit_attribution(named, IDS[:1], dla_hooks.Each(["good", "bad"]))
+    assert [name for name in each.answer] == ["good", "bad"]
+
+
+def test_label_is_drawn_compared_and_reported(named, tmp_path):
+    result = direct_logit_attribution(named, IDS[:1], "good", "bad", unit="head")
+    assert "'good'" in str(result)
+    assert "good" in result.plot()._repr_html_()
+    result.save(tmp_path / "r.safetensors")
+    assert dla_hooks.load(tmp_path / "r.safetensors").answer == ["good"]
+    found = dla_hooks.effects(named, IDS[:1], "good", "bad", unit="head")
+    assert "'good'" in str(found)
+    report = dla_hooks.report(named, IDS[:1], "good", "bad")
+    report.save(tmp_path / "page.html")
+    assert "good" in (tmp_path / "page.html").read_text()
