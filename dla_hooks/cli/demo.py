@@ -2,39 +2,82 @@
 
 from __future__ import annotations
 
-import dla_hooks
+import tempfile
+import webbrowser
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
 from dla_hooks.cli.help import examples
 from dla_hooks.cli.loading import load
-from dla_hooks.cli.options import Loading
-from dla_hooks.cli.terminal import out
-from dla_hooks.units import unit_names
+from dla_hooks.cli.options import OUTPUT, Loading
+from dla_hooks.cli.running import running
+from dla_hooks.cli.terminal import note, out
+from dla_hooks.errors import InputError
+
+if TYPE_CHECKING:
+    from dla_hooks.cli.story import Measured
+    from dla_hooks.demo.stories import Story
 
 
-@examples("dla-hooks demo")
-def demo() -> None:
+@examples("dla-hooks demo", "dla-hooks demo --open", "dla-hooks demo --output page.html")
+def demo(
+    show: Annotated[
+        bool,
+        typer.Option(
+            "--open", help="Make a page of all prompts and open it.", rich_help_panel=OUTPUT
+        ),
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="The html file to write; with --open alone, one in the folder for temporary "
+            "files.",
+            show_default=False,
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+) -> None:
     """Attribute a few prompts of the small model that is included. Needs no network."""
-    units = [name for name in ("component", "head") if name in unit_names()]
+    if output is not None and not output.parent.is_dir():
+        raise InputError(f"cannot write {output}: there is no folder {output.parent}")
     model, tokenizer = load("demo", Loading())
 
-    from dla_hooks.cli import views
-    from dla_hooks.demo import examples as prompts
+    from dla_hooks.cli import story as view
+    from dla_hooks.demo.stories import stories
 
-    out().print(views.demo_opening(model))
+    told = [(one, view.measure(model, tokenizer, one)) for one in stories()]
+    if show or output is not None:
+        _page(model, tokenizer, told, output, show)
+        return
+    out().print(view.opening(model))
     shown: set[str] = set()
-    for example in prompts():
-        if example.task in shown:
-            continue
-        shown.add(example.task)
-        results = [
-            dla_hooks.direct_logit_attribution(
-                model,
-                example.prompt,
-                example.answer,
-                example.incorrect,
-                unit=unit,
-                tokenizer=tokenizer,
-            )
-            for unit in units
-        ]
-        out().print(views.demo_example(example.task, example.prompt, *results), crop=False)
-    out().print(views.demo_closing(prompts()[0], units[-1]), crop=False)
+    for one, found in told:
+        if one.title not in shown:
+            shown.add(one.title)
+            out().print(view.as_text(one, found), crop=False)
+    out().print(view.ending(told[0][0]), crop=False)
+
+
+def _page(
+    model: Any, tokenizer: Any, told: list[tuple[Story, Measured]], output: Path | None, show: bool
+) -> None:
+    """Write the report of all prompts, with what taking heads out does; and open it."""
+    from dla_hooks import Report, report
+
+    made = []
+    with running("making the page"):
+        for one, found in told:
+            asked = (one.example.prompt, one.example.answer, one.example.incorrect)
+            made.append(report(model, *asked, effects=found.effects, tokenizer=tokenizer))
+    pages = [page for one in made for page in one.pages]
+    whole = Report("dla-hooks demo", pages, [text for one in made for text in one.texts])
+    path = output or Path(tempfile.gettempdir()) / "dla-hooks-demo.html"
+    whole.save(path)
+    note(f"wrote {path} ({path.stat().st_size / 2**20:.1f} MB, {len(pages)} pages)")
+    if show and not webbrowser.open(path.resolve().as_uri()):
+        note("no browser was found; open the file in one")

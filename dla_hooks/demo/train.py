@@ -35,12 +35,16 @@ class Settings:
     layers: int = 4
     width: int = 96
     heads: int = 6
+    inner: int = 128
     positions: int = 64
     # Documents of each task in a step; the tasks that need attention to be learnt get more.
     documents: tuple[int, ...] = (32, 16, 16, 48)
     learning_rate: float = 3e-3
     warmup_steps: int = 100
     weight_decay: float = 0.05
+    # What the MLPs write has a price, so that heads carry what heads can. It is the share of their
+    # squares in the last stream's.
+    mlp_price: float = 0.1
     # Words that cannot be foreseen have little to teach and would drown the others.
     given_weight: float = 0.1
     bos_probability: float = 0.5
@@ -68,6 +72,7 @@ def new_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> GPT2LMH
         n_embd=settings.width,
         n_layer=settings.layers,
         n_head=settings.heads,
+        n_inner=settings.inner,
         # GPT-2's own function, computed in one pass instead of eight.
         activation_function="gelu_pytorch_tanh",
         resid_pdrop=0.0,
@@ -110,6 +115,29 @@ def _batch(
     return tokens, torch.arange(longest) + shifts, weights
 
 
+def _forward(
+    model: GPT2LMHeadModel, tokens: torch.Tensor, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The logits, and at each position the share of the MLPs' squares in the last stream's."""
+    squares: list[torch.Tensor] = []
+
+    def keep(_module: object, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        squares.append(output.square().sum(-1))
+
+    def keep_stream(_module: object, inputs: tuple[torch.Tensor, ...]) -> None:
+        squares.append(inputs[0].square().sum(-1))
+
+    handles = [block.mlp.register_forward_hook(keep) for block in model.transformer.h]
+    handles.append(model.transformer.ln_f.register_forward_pre_hook(keep_stream))
+    try:
+        logits = model(tokens, position_ids=positions, use_cache=False).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    *mlps, stream = squares
+    return logits, torch.stack(mlps).sum(0) / stream
+
+
 def _learning_rate(step: int, settings: Settings) -> float:
     """A linear rise and then a cosine fall to nothing, which settles the weights at the end."""
     rise = min(1.0, (step + 1) / settings.warmup_steps)
@@ -141,11 +169,12 @@ def train(
         losses: list[float] = []
         for tasks in groups:
             tokens, positions, weights = _batch(tasks, tokenizer, settings, rng)
-            logits = model(tokens, position_ids=positions, use_cache=False).logits
+            logits, share = _forward(model, tokens, positions)
             each = functional.cross_entropy(
                 logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
             )
             weight = weights[:, 1:].flatten()
+            each = each + settings.mlp_price * share[:, :-1].flatten()
             loss = (each * weight).sum() / weight.sum()
             # Every task counts the same.
             (loss * len(tasks) / len(TASKS)).backward()
@@ -217,12 +246,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=Settings.seed)
     parser.add_argument("--steps", type=int, default=Settings.steps)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--price", type=float, default=Settings.mlp_price)
+    parser.add_argument("--decay", type=float, default=Settings.weight_decay)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
 
     start = time.perf_counter()
     tokenizer = build_tokenizer()
-    settings = Settings(seed=options.seed, steps=options.steps)
+    settings = Settings(
+        seed=options.seed, steps=options.steps, mlp_price=options.price, weight_decay=options.decay
+    )
     save(train(settings, tokenizer, report=True), tokenizer, options.out)
     seconds = time.perf_counter() - start
 
