@@ -31,7 +31,7 @@ class Settings:
     """The size of the model and the length of its training."""
 
     seed: int = 0
-    steps: int = 2000
+    steps: int = 2200
     layers: int = 4
     width: int = 96
     heads: int = 6
@@ -42,9 +42,9 @@ class Settings:
     learning_rate: float = 3e-3
     warmup_steps: int = 100
     weight_decay: float = 0.05
-    # What the MLPs write has a price, so that heads carry what heads can. It is the share of their
-    # squares in the last stream's.
-    mlp_price: float = 0.1
+    # What MLPs write has a price, so that heads carry what heads can: at each token, this times the
+    # share of their squares in the last stream's.
+    mlp_price: float = 0.15
     # Words that cannot be foreseen have little to teach and would drown the others.
     given_weight: float = 0.1
     bos_probability: float = 0.5
@@ -119,13 +119,14 @@ def _forward(
     model: GPT2LMHeadModel, tokens: torch.Tensor, positions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The logits, and at each position the share of the MLPs' squares in the last stream's."""
-    squares: list[torch.Tensor] = []
+    written: list[torch.Tensor] = []
+    streams: list[torch.Tensor] = []
 
-    def keep(_module: object, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        squares.append(output.square().sum(-1))
+    def keep(_module: object, _inputs: object, output: torch.Tensor) -> None:
+        written.append(output.square().sum(-1))
 
     def keep_stream(_module: object, inputs: tuple[torch.Tensor, ...]) -> None:
-        squares.append(inputs[0].square().sum(-1))
+        streams.append(inputs[0].square().sum(-1))
 
     handles = [block.mlp.register_forward_hook(keep) for block in model.transformer.h]
     handles.append(model.transformer.ln_f.register_forward_pre_hook(keep_stream))
@@ -134,8 +135,8 @@ def _forward(
     finally:
         for handle in handles:
             handle.remove()
-    *mlps, stream = squares
-    return logits, torch.stack(mlps).sum(0) / stream
+    (stream,) = streams
+    return logits, torch.stack(written).sum(0) / stream
 
 
 def _learning_rate(step: int, settings: Settings) -> float:
@@ -246,16 +247,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=Settings.seed)
     parser.add_argument("--steps", type=int, default=Settings.steps)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--price", type=float, default=Settings.mlp_price)
-    parser.add_argument("--decay", type=float, default=Settings.weight_decay)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
 
     start = time.perf_counter()
     tokenizer = build_tokenizer()
-    settings = Settings(
-        seed=options.seed, steps=options.steps, mlp_price=options.price, weight_decay=options.decay
-    )
+    settings = Settings(seed=options.seed, steps=options.steps)
     save(train(settings, tokenizer, report=True), tokenizer, options.out)
     seconds = time.perf_counter() - start
 

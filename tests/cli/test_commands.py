@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import webbrowser
 from io import StringIO
 from pathlib import Path
 
@@ -380,6 +381,7 @@ def examples_of(text):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_examples_of_help_run(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(webbrowser, "open", lambda url: True)
     (tmp_path / "prompts.csv").write_text("prompt,answer\nThe dogs, are\n", encoding="utf-8")
     help = CliRunner().invoke(app, [command, "--help"]).stdout.split("Examples:")[1]
     found = examples_of(help)
@@ -394,6 +396,7 @@ def test_examples_of_help_run(command, tmp_path, monkeypatch):
 def test_examples_of_the_page_run(tmp_path, monkeypatch):
     page = Path(__file__).parents[2] / "docs" / "command-line.md"
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(webbrowser, "open", lambda url: True)
     found = [line for line in examples_of(page.read_text("utf-8")) if "COMMAND" not in line]
     assert {shlex.split(line.rpartition("dla-hooks ")[2])[0] for line in found} >= {*COMMANDS}
     for line in found:

@@ -31,7 +31,7 @@ def strongest(heads) -> tuple[str, float]:
 
 
 def difference_without(shipped, story: Story, layer: int | None = None, head: int = 0) -> float:
-    """The model's own logit difference, with a head's output set to zero by a hook of the test's."""
+    """The model's own logit difference, with a head set to zero by a hook of the test's own."""
     model, tokenizer = shipped
     answer, incorrect = (
         tokenizer.encode(text)[0] for text in (story.example.answer, story.example.incorrect)
