@@ -19,7 +19,7 @@ class Story:
         example: the prompt, its answer, and a token that should not follow.
         title: what there is to see.
         source: the token that the strongest head reads.
-        role: what that token is.
+        role: what that token is, and what the head does with it where that is no copy.
     """
 
     example: Example
@@ -31,7 +31,7 @@ class Story:
 _TASKS = {
     "indirect_object": (
         "Who is given something: the name that was said once, not the one said twice.",
-        "the name that was said once",
+        "the name said twice, and writes against it",
     ),
     "landmark": ("A fact: the city of a landmark.", "the landmark"),
     "agreement": (
@@ -43,7 +43,7 @@ _TASKS = {
         "what followed the word before",
     ),
 }
-_SOURCES = (" Mary", " John", " Tower", " Needle", " keys", " key", " gate", " lamp")
+_SOURCES = (" John", " Mary", " Eiffel", " Space", " keys", " key", " gate", " lamp")
 
 
 def stories() -> list[Story]:
