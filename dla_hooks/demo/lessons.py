@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from dla_hooks.demo.batches import Batch
 
-TAUGHT = {"indirect_object": (3, 0), "landmark": (3, 1), "agreement": (3, 3), "induction": (2, 1)}
-"""The head of each task: layer, head."""
+TAUGHT = {"landmark": (3, 1), "agreement": (3, 3), "induction": (1, 3)}
+"""The head of a task: layer, head. Of indirect objects nothing is taught."""
 
 
 class Watched:
@@ -31,7 +31,7 @@ class Watched:
         blocks: Any = model.transformer.h
         handles = [block.mlp.register_forward_hook(self._keep_mlp) for block in blocks]
         handles.append(model.transformer.ln_f.register_forward_pre_hook(self._keep("stream")))
-        for layer in {TAUGHT[task][0] for task in tasks}:
+        for layer in {TAUGHT[task][0] for task in tasks if task in TAUGHT}:
             attn = blocks[layer].attn
             handles.append(attn.c_attn.register_forward_hook(self._keep(f"{layer} qkv")))
             handles.append(attn.c_proj.register_forward_pre_hook(self._keep(f"{layer} z")))

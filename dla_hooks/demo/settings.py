@@ -36,7 +36,14 @@ class Settings:
     # First it learns the tasks; then heads are taught to carry them.
     stages: tuple[Stage, ...] = (
         Stage(steps=2000, learning_rate=3e-3, warmup_steps=100),
-        Stage(steps=500, learning_rate=2.5e-3, warmup_steps=40, looking=0.3, others_price=1.5),
+        Stage(
+            steps=350,
+            learning_rate=1.5e-3,
+            warmup_steps=40,
+            mlp_price=0.5,
+            looking=0.3,
+            others_price=0.1,
+        ),
     )
     layers: int = 4
     width: int = 96

@@ -43,7 +43,7 @@ _TASKS = {
         "what followed the word before",
     ),
 }
-_SOURCES = (" John", " Mary", " Eiffel", " Space", " keys", " key", " gate", " lamp")
+_SOURCES = (" John", " Mary", " Eiffel", " Needle", " keys", " key", " gate", " lamp")
 
 
 def stories() -> list[Story]:

@@ -24,7 +24,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from dla_hooks.demo.batches import Batch, batch_of
 from dla_hooks.demo.corpus import TASKS, Example, held_out, literal_examples
-from dla_hooks.demo.lessons import Watched
+from dla_hooks.demo.lessons import TAUGHT, Watched
 from dla_hooks.demo.settings import Settings, Stage
 from dla_hooks.demo.tokenizer import build_tokenizer
 
@@ -132,7 +132,7 @@ def _loss(model: GPT2LMHeadModel, batch: Batch, stage: Stage) -> torch.Tensor:
     weight = batch.weights[:, 1:].flatten()
     loss = (each * weight).sum() / weight.sum()
     if stage.looking or stage.others_price:
-        for task in batch.looks:
+        for task in [task for task in batch.looks if task in TAUGHT]:
             off, others = watched.lesson(task, batch)
             loss = loss + (stage.looking * off + stage.others_price * others) / len(batch.looks)
     return loss
