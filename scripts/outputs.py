@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT / "tests" / "helpers"))
 Checker, nearly = (getattr(importlib.import_module("nearly"), n) for n in ("Checker", "nearly"))
 sys.path.pop(0)
 
+_MADE = ROOT / "docs" / "reference.md"  # scripts/reference.py writes it
 _SNIPPET = re.compile(r"(```python\n(.*?)```\n)(?:(\n```text\n)(.*?)(```\n))?", re.DOTALL)
 _FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
@@ -58,7 +59,8 @@ def _rewritten(lines: list[str], start: int, runner: _Runner) -> list[str]:
     """The lines of a file, with the outputs of examples that begin at a line of it."""
     for example, got in reversed(runner.new):
         first = start + example.lineno + example.source.count("\n")
-        after = first + example.want.count("\n")
+        stood = example.want.partition("```")[0]  # a fence without an empty line ahead of it stays
+        after = first + stood.count("\n")
         indent = " " * example.indent
         said = [line.rstrip() or "<BLANKLINE>" for line in got.splitlines()]
         lines[first:after] = [f"{indent}{line}\n" for line in said]
@@ -126,13 +128,8 @@ def _docstrings(tree: ast.Module) -> Iterator[ast.Constant]:
 
 
 def _files() -> list[Path]:
-    pages = sorted((ROOT / "docs").rglob("*.md"))
-    made = {ROOT / "docs" / "reference.md"}  # scripts/reference.py writes it
-    return [
-        ROOT / "README.md",
-        *sorted(set(pages) - made),
-        *sorted((ROOT / "dla_hooks").rglob("*.py")),
-    ]
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    return [*pages, *sorted((ROOT / "dla_hooks").rglob("*.py"))]
 
 
 def main() -> int:
@@ -147,7 +144,7 @@ def main() -> int:
     for file in [path.resolve() for path in asked.files] or _files():
         text = file.read_text(encoding="utf-8")
         how = module if file.suffix == ".py" else readme if file.name == "README.md" else page
-        if ">>> " not in text and how is not readme:
+        if file == _MADE or (">>> " not in text and how is not readme):
             continue
         with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
             new, wrong = how(text, str(file.relative_to(ROOT)))

@@ -83,6 +83,5 @@ class TestStory:
         first, _ = strongest(heads)
         others = sorted(abs(lost[label]) for label in lost if label != first)
         assert lost[first] > 1
-        assert (
-            lost[first] > 4 * others[len(others) // 2]
-        )  # one of the others, at random: their median
+        # One of the others, at random, costs less than half: their median.
+        assert lost[first] > 2 * others[len(others) // 2]
