@@ -106,7 +106,8 @@ def as_text(story: Story, found: Measured) -> RenderableType:
     text.append(f"  {'head':<14}{'wrote':>7}{'':21}{'took most from':<22}{'lost without':>13}\n")
     for one in found.carriers:
         _row(text, one.label, one.wrote, largest)
-        source = f"{one.token!r:<13} {one.took:+.2f}"
+        token = f"{one.token!r} ({one.position})"
+        source = f"{token:<15} {one.took:+.2f}"
         text.append(f"  {source:<22}{one.lost:>+13.2f}\n")
     for name, value in ((f"{more} more heads", others), ("no head", rest)):
         _row(text, name, value, largest)
@@ -118,8 +119,9 @@ def as_text(story: Story, found: Measured) -> RenderableType:
         "",
         text,
         Text(
-            f"{first.label} reads {first.token!r}, {story.role}. Heads wrote {found.written:.1f} "
-            f"of the {logit:.1f} logits; without {first.label} {logit - first.lost:.1f} are left."
+            f"{first.label} reads {first.token!r}, {story.role}. All heads wrote "
+            f"{found.written:+.1f} and all else {logit - found.written:+.1f}, together "
+            f"{logit:+.1f}; without {first.label} {logit - first.lost:+.1f} is left."
         ),
         "",
         *[Text(line, _FAINT) for line in closing(found.heads)],

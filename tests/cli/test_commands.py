@@ -396,7 +396,8 @@ def test_examples_of_help_run(command, tmp_path, monkeypatch):
 def test_examples_of_the_page_run(tmp_path, monkeypatch):
     page = Path(__file__).parents[2] / "docs" / "command-line.md"
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(webbrowser, "open", lambda url: True)
+    opened: list[str] = []
+    monkeypatch.setattr(webbrowser, "open", opened.append)
     found = [line for line in examples_of(page.read_text("utf-8")) if "COMMAND" not in line]
     assert {shlex.split(line.rpartition("dla-hooks ")[2])[0] for line in found} >= {*COMMANDS}
     for line in found:
@@ -405,3 +406,4 @@ def test_examples_of_the_page_run(tmp_path, monkeypatch):
         done = call(*shlex.split(line), input=given)
         assert done.exit_code == 0, (line, done.output)
     assert (tmp_path / "found" / "summary.safetensors").is_file()
+    assert len(opened) == sum("--open" in line for line in found)

@@ -27,15 +27,8 @@ def printed() -> str:
     return done.stdout
 
 
-@pytest.fixture
-def opened(monkeypatch) -> list[str]:
-    asked: list[str] = []
-    monkeypatch.setattr(webbrowser, "open", lambda url: bool(asked.append(url)) or True)
-    return asked
-
-
 ROW = re.compile(
-    r"^  (L\dH\d) +([-+]\d+\.\d\d) .*?('.+?') +([-+]\d+\.\d\d) +([-+]\d+\.\d\d)$", re.M
+    r"^  (L\dH\d) +([-+]\d+\.\d\d) .*?('.+?') \((\d+)\) +([-+]\d+\.\d\d) +([-+]\d+\.\d\d)$", re.M
 )
 
 
@@ -54,12 +47,11 @@ def test_rows_of_heads_are_what_heads_wrote_and_took_and_what_is_lost_without(pr
         parts = dla_hooks.direct_logit_attribution(
             *asked, unit=dla_hooks.SourceTokens(top=None), tokenizer=tokenizer
         )
-        for label, wrote, token, took, without in rows:
+        for label, wrote, token, place, took, without in rows:
             assert float(wrote) == pytest.approx(float(heads[label]), abs=0.006)
             assert float(without) == pytest.approx(float(lost[label].total), abs=0.006)
-            read = [at for at, word in enumerate(heads.tokens[0]) if repr(word) == token]
-            numbers = [float(parts[f"{label}<{at}"]) for at in read]
-            assert any(one == pytest.approx(float(took), abs=0.006) for one in numbers)
+            assert repr(heads.tokens[0][int(place)]) == token
+            assert float(took) == pytest.approx(float(parts[f"{label}<{place}"]), abs=0.006)
 
 
 def test_the_sentence_below_names_the_strongest_head_and_what_it_reads(printed):
@@ -70,25 +62,18 @@ def test_the_sentence_below_names_the_strongest_head_and_what_it_reads(printed):
     assert said == list(zip(first, [repr(one.source) for one in stories()[::2]], strict=True))
 
 
-def test_output_is_a_page_of_every_prompt_with_its_effects(tmp_path, opened):
-    file = tmp_path / "page.html"
-    done = call("--output", file)
-    assert done.exit_code == 0
-    assert "8 pages" in done.stderr
-    assert opened == []
-    html = file.read_text(encoding="utf-8")
-    assert all(json.dumps(one.example.prompt)[1:-1] in html for one in stories())
-    assert "https://" not in html
-
-
-def test_open_asks_the_browser_for_the_page_and_names_it_where_there_is_none(tmp_path, monkeypatch):
+def test_open_makes_a_page_of_every_prompt_and_asks_the_browser_for_it(tmp_path, monkeypatch):
     asked: list[str] = []
-    monkeypatch.setattr(webbrowser, "open", asked.append)  # None: no browser
+    monkeypatch.setattr(webbrowser, "open", asked.append)  # gives None: there is no browser
     file = tmp_path / "page.html"
     done = call("--open", "-o", file)
     assert done.exit_code == 0
     assert asked == [file.as_uri()]
+    assert "8 pages" in done.stderr
     assert "no browser was found" in done.stderr
+    html = file.read_text(encoding="utf-8")
+    assert all(json.dumps(one.example.prompt)[1:-1] in html for one in stories())
+    assert "https://" not in html
 
 
 def test_folder_that_is_not_there_is_refused_before_loading(tmp_path):
