@@ -68,7 +68,8 @@ def test_head_rankings_agree_with_real_ablation(shipped, task):
     """Heads of the last layer have little but their direct path: there the two rankings agree.
 
     So they do in the layer of the induction head. Earlier heads act through later layers too (a
-    previous-token head has no direct effect at all), which direct attribution does not claim to see.
+    previous-token head has no direct effect at all), which direct attribution does not claim to
+    see.
     """
     model, tokenizer = shipped
     n_layers, n_heads = model.config.n_layer, model.config.n_head
