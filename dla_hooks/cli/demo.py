@@ -4,67 +4,76 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import dla_hooks
+import typer
+
 from dla_hooks.cli.browser import Open, show
 from dla_hooks.cli.help import examples
 from dla_hooks.cli.loading import load
-from dla_hooks.cli.options import Loading
+from dla_hooks.cli.options import OUTPUT, Loading
+from dla_hooks.cli.running import running
 from dla_hooks.cli.terminal import note, out
-from dla_hooks.units import unit_names
+from dla_hooks.errors import InputError
+
+if TYPE_CHECKING:
+    from dla_hooks.cli.story import Measured
+    from dla_hooks.demo.stories import Story
 
 
-@examples("dla-hooks demo", "dla-hooks demo --open")
-def demo(open: Open = False) -> None:
+@examples("dla-hooks demo", "dla-hooks demo --open", "dla-hooks demo --output page.html")
+def demo(
+    open: Open = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="The html file to write; with --open alone, one in the folder for temporary "
+            "files.",
+            show_default=False,
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None,
+) -> None:
     """Attribute a few prompts of the small model that is included. Needs no network."""
-    units = [name for name in ("component", "head") if name in unit_names()]
+    if output is not None and not output.parent.is_dir():
+        raise InputError(f"cannot write {output}: there is no folder {output.parent}")
     model, tokenizer = load("demo", Loading())
-    if open:
-        show(_page(model, tokenizer))
+
+    from dla_hooks.cli import story as view
+    from dla_hooks.demo.stories import stories
+
+    told = [(one, view.measure(model, tokenizer, one)) for one in stories()]
+    if open or output is not None:
+        path = _page(model, tokenizer, told, output)
+        if open:
+            show(path)
         return
-
-    from dla_hooks.cli import views
-    from dla_hooks.demo import examples as prompts
-
-    out().print(views.demo_opening(model))
+    out().print(view.opening(model))
     shown: set[str] = set()
-    for example in prompts():
-        if example.task in shown:
-            continue
-        shown.add(example.task)
-        results = [
-            dla_hooks.direct_logit_attribution(
-                model,
-                example.prompt,
-                example.answer,
-                example.incorrect,
-                unit=unit,
-                tokenizer=tokenizer,
-            )
-            for unit in units
-        ]
-        out().print(views.demo_example(example.task, example.prompt, *results), crop=False)
-    out().print(views.demo_closing(prompts()[0], units[-1]), crop=False)
+    for one, found in told:
+        if one.title not in shown:
+            shown.add(one.title)
+            out().print(view.as_text(one, found), crop=False)
+    out().print(view.ending(told[0][0]), crop=False)
 
 
-def _page(model: Any, tokenizer: Any) -> Path:
-    """Write one page for each kind of prompt, to a file that stays until it is deleted."""
-    from dla_hooks.demo import examples as prompts
+def _page(
+    model: Any, tokenizer: Any, told: list[tuple[Story, Measured]], output: Path | None
+) -> Path:
+    """Write the report of all prompts, with what taking heads out does; and open it."""
+    from dla_hooks import Report, report
 
-    first: dict[str, Any] = {}
-    for example in prompts():
-        first.setdefault(example.task, example)
-    chosen = list(first.values())
-    path = Path(tempfile.mkdtemp(prefix="dla-hooks-")) / "demo.html"
-    dla_hooks.report(
-        model,
-        [example.prompt for example in chosen],
-        [example.answer for example in chosen],
-        [example.incorrect for example in chosen],
-        tokenizer=tokenizer,
-        path=path,
-        title="The demo model's prompts",
-    )
-    note(f"wrote {path}")
+    made = []
+    with running("making the page"):
+        for one, found in told:
+            asked = (one.example.prompt, one.example.answer, one.example.incorrect)
+            made.append(report(model, *asked, effects=found.effects, tokenizer=tokenizer))
+    pages = [page for one in made for page in one.pages]
+    whole = Report("dla-hooks demo", pages, [text for one in made for text in one.texts])
+    path = output or Path(tempfile.gettempdir()) / "dla-hooks-demo.html"
+    whole.save(path)
+    note(f"wrote {path} ({path.stat().st_size / 2**20:.1f} MB, {len(pages)} pages)")
     return path

@@ -94,11 +94,29 @@ def words_held_out(first: str, second: str) -> bool:
 
 # --- one sampler per task -----------------------------------------------------------------
 #
-# Each returns an example, and its training text in two parts: what is given and, from there on,
-# what can be foreseen. Training text and held-out prompts come from the same lines, so they can
-# differ in nothing but what is held out.
+# Each returns an example, and its training document. Both come from the same lines, so that they
+# can differ in nothing but what is held out.
 
-_Sample = tuple[Example, str, str]
+
+@dataclass(frozen=True)
+class Document:
+    """A training text in two parts that are to be joined.
+
+    Attributes:
+        task: its task.
+        given: most of its words could as well be others.
+        rest: each word follows from what went before, and that is what there is to learn.
+        looks: where it can be foreseen how the text goes on: a beginning of it, the words of
+            ``given`` that say so, and a token that does not follow.
+    """
+
+    task: str
+    given: str
+    rest: str
+    looks: tuple[tuple[str, str, str], ...] = ()
+
+
+_Sample = tuple[Example, Document]
 
 
 def _indirect_object(rng: random.Random, held_out: bool) -> _Sample:
@@ -133,7 +151,8 @@ def _indirect_object(rng: random.Random, held_out: bool) -> _Sample:
         thing=rng.choice(words.THINGS),
     )
     example = Example("indirect_object", prompt, f" {receiver}", f" {giver}")
-    return example, prompt, f"{example.answer}."
+    looks = ((prompt, example.answer, example.incorrect),)
+    return example, Document(example.task, prompt, f"{example.answer}.", looks)
 
 
 def _landmark(rng: random.Random, held_out: bool) -> _Sample:
@@ -144,7 +163,10 @@ def _landmark(rng: random.Random, held_out: bool) -> _Sample:
     landmark, city = words.LANDMARKS[which]
     other = _choose(lambda: rng.choice(words.LANDMARKS)[1], lambda name: name != city)
     prompt = words.PHRASINGS[phrasing].format(landmark=landmark)
-    return Example("landmark", prompt, f" {city}", f" {other}"), prompt, f" {city}."
+    example = Example("landmark", prompt, f" {city}", f" {other}")
+    return example, Document(
+        "landmark", prompt, f" {city}.", ((prompt, f" {landmark}", f" {other}"),)
+    )
 
 
 def _agreement(rng: random.Random, held_out: bool) -> _Sample:
@@ -159,7 +181,9 @@ def _agreement(rng: random.Random, held_out: bool) -> _Sample:
         prompt += f" {rng.choice(words.PREPOSITIONS)} the {distractor[rng.randrange(2)]}"
     answer, incorrect = f" {words.VERBS[plural]}", f" {words.VERBS[1 - plural]}"
     rest = f"{answer} {rng.choice(words.ADJECTIVES)}."
-    return Example("agreement", prompt, answer, incorrect), prompt, rest
+    example = Example("agreement", prompt, answer, incorrect)
+    looks = ((prompt, f" {subject[plural]}", incorrect),)
+    return example, Document("agreement", prompt, rest, looks)
 
 
 def _induction(rng: random.Random, held_out: bool) -> _Sample:
@@ -180,7 +204,12 @@ def _induction(rng: random.Random, held_out: bool) -> _Sample:
     first, second = again[asked]
     other = _choose(lambda: rng.choice(pairs)[1], lambda word: word != second)
     prompt = f"{given} {_listed([*again[:asked], (first,)])}"
-    return Example("induction", prompt, f" {second}", f" {other}"), given, f" {_listed(again)}."
+    looks = tuple(
+        (f"{given} {_listed([*again[:number], (one,)])}", f" {two}", f" {again[number - 1][1]}")
+        for number, (one, two) in enumerate(again)
+    )
+    document = Document("induction", given, f" {_listed(again)}.", looks)
+    return Example("induction", prompt, f" {second}", f" {other}"), document
 
 
 def _listed(pairs: Sequence[tuple[str, ...]]) -> str:
@@ -205,17 +234,12 @@ def _choose(draw: Callable[[], _Drawn], accept: Callable[[_Drawn], bool]) -> _Dr
 # --- what other modules use ---------------------------------------------------------------
 
 
-def training_text(task: str, rng: random.Random) -> tuple[str, str]:
-    """One training document of the task, with nothing in it that is held out.
-
-    It comes in two parts to be joined: in the first, most words could as well be others; in the
-    second, each follows from what went before, and that is what there is to learn.
-    """
+def training_document(task: str, rng: random.Random) -> Document:
+    """One training document of the task, with nothing in it that is held out."""
     if task == "landmark" and rng.random() < 0.1:
         landmark, city = rng.choice(words.LANDMARKS)
-        return words.REVERSED_PHRASING.format(city=city, landmark=landmark), ""
-    _, given, rest = _SAMPLERS[task](rng, False)
-    return given, rest
+        return Document(task, words.REVERSED_PHRASING.format(city=city, landmark=landmark), "")
+    return _SAMPLERS[task](rng, False)[1]
 
 
 def held_out(task: str, n: int, seed: int = 0) -> list[Example]:

@@ -22,31 +22,11 @@ import torch
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from dla_hooks.demo.corpus import TASKS, Example, held_out, literal_examples, training_text
+from dla_hooks.demo.batches import Batch, batch_of
+from dla_hooks.demo.corpus import TASKS, Example, held_out, literal_examples
+from dla_hooks.demo.lessons import TAUGHT, Watched
+from dla_hooks.demo.settings import Settings, Stage
 from dla_hooks.demo.tokenizer import build_tokenizer
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The size of the model and the length of its training."""
-
-    seed: int = 0
-    steps: int = 2000
-    layers: int = 4
-    width: int = 96
-    heads: int = 6
-    positions: int = 64
-    # Documents of each task in a step; the tasks that need attention to be learnt get more.
-    documents: tuple[int, ...] = (32, 16, 16, 48)
-    learning_rate: float = 3e-3
-    warmup_steps: int = 100
-    weight_decay: float = 0.05
-    # Words that cannot be foreseen have little to teach and would drown the others.
-    given_weight: float = 0.1
-    bos_probability: float = 0.5
-    # Some documents begin at a later position, so that left padding does no harm.
-    shift_probability: float = 0.3
-    longest_shift: int = 16
 
 
 @dataclass(frozen=True)
@@ -68,6 +48,7 @@ def new_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> GPT2LMH
         n_embd=settings.width,
         n_layer=settings.layers,
         n_head=settings.heads,
+        n_inner=settings.inner,
         # GPT-2's own function, computed in one pass instead of eight.
         activation_function="gelu_pytorch_tanh",
         resid_pdrop=0.0,
@@ -79,49 +60,36 @@ def new_model(settings: Settings, tokenizer: PreTrainedTokenizerFast) -> GPT2LMH
     return GPT2LMHeadModel(config)
 
 
-def _batch(
-    tasks: Sequence[str],
-    tokenizer: PreTrainedTokenizerFast,
-    settings: Settings,
-    rng: random.Random,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Fresh documents of the tasks: token ids, position ids, and the weight of each token's loss.
-
-    Causal attention never looks at what comes later, so padding on the right needs no mask.
-    """
-    counts = dict(zip(TASKS, settings.documents, strict=True))
-    texts = [training_text(task, rng) for task in tasks for _ in range(counts[task])]
-    # No word reaches across the two parts, so their tokens are those of the whole text.
-    given = tokenizer([text[0] for text in texts])["input_ids"]
-    rest = tokenizer([text[1] for text in texts])["input_ids"]
-    end = tokenizer.eos_token_id
-    longest = 2 + max(len(one) + len(other) for one, other in zip(given, rest, strict=True))
-    tokens = torch.full((len(texts), longest), end)
-    weights = torch.zeros(len(texts), longest)
-    shifts = torch.zeros(len(texts), 1, dtype=torch.long)
-    for row, (one, other) in enumerate(zip(given, rest, strict=True)):
-        head = [end] * (rng.random() < settings.bos_probability) + list(one)
-        length = len(head) + len(other) + 1
-        tokens[row, : length - 1] = torch.tensor(head + list(other))
-        weights[row, : len(head)] = settings.given_weight
-        weights[row, len(head) : length] = 1.0
-        if rng.random() < settings.shift_probability:
-            shifts[row] = rng.randint(0, min(settings.longest_shift, settings.positions - longest))
-    return tokens, torch.arange(longest) + shifts, weights
-
-
-def _learning_rate(step: int, settings: Settings) -> float:
+def _learning_rate(step: int, stage: Stage) -> float:
     """A linear rise and then a cosine fall to nothing, which settles the weights at the end."""
-    rise = min(1.0, (step + 1) / settings.warmup_steps)
-    return settings.learning_rate * rise * 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+    rise = min(1.0, (step + 1) / stage.warmup_steps)
+    return stage.learning_rate * rise * 0.5 * (1 + math.cos(math.pi * step / stage.steps))
 
 
 def train(
     settings: Settings, tokenizer: PreTrainedTokenizerFast, report: bool = False
 ) -> GPT2LMHeadModel:
-    """Train a new model on freshly generated text and return it, ready for evaluation."""
+    """Train a new model on freshly generated text and return it, ready for evaluation.
+
+    After each stage the weights are rounded to half precision, as they are stored.
+    """
     model = new_model(settings, tokenizer)
-    model.train()
+    for stage in settings.stages:
+        model.train()
+        _train(model, stage, settings, tokenizer, report)
+        model.half().float()
+    model.eval()
+    return model
+
+
+def _train(
+    model: GPT2LMHeadModel,
+    stage: Stage,
+    settings: Settings,
+    tokenizer: PreTrainedTokenizerFast,
+    report: bool,
+) -> None:
+    """One stage, with an optimizer of its own."""
     rng = random.Random(settings.seed)
     matrices = [weight for weight in model.parameters() if weight.ndim > 1]
     vectors = [weight for weight in model.parameters() if weight.ndim == 1]
@@ -135,18 +103,12 @@ def train(
     # Two batches a step, because the lists of the last task are twice as long as the sentences
     # of the others, which would otherwise be half padding.
     groups = (TASKS[:-1], TASKS[-1:])
-    for step in range(settings.steps):
+    for step in range(stage.steps):
         for group in optimizer.param_groups:
-            group["lr"] = _learning_rate(step, settings)
+            group["lr"] = _learning_rate(step, stage)
         losses: list[float] = []
         for tasks in groups:
-            tokens, positions, weights = _batch(tasks, tokenizer, settings, rng)
-            logits = model(tokens, position_ids=positions, use_cache=False).logits
-            each = functional.cross_entropy(
-                logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
-            )
-            weight = weights[:, 1:].flatten()
-            loss = (each * weight).sum() / weight.sum()
+            loss = _loss(model, batch_of(tasks, tokenizer, settings, rng), stage)
             # Every task counts the same.
             (loss * len(tasks) / len(TASKS)).backward()
             losses.append(loss.item())
@@ -157,8 +119,23 @@ def train(
             shown = ", ".join(f"{loss:.3f}" for loss in losses)
             sys.stdout.write(f"step {step + 1}: loss {shown} (sentences, lists)\n")
             sys.stdout.flush()
-    model.eval()
-    return model
+
+
+def _loss(model: GPT2LMHeadModel, batch: Batch, stage: Stage) -> torch.Tensor:
+    """Of the next words, of what MLPs wrote, and of what taught heads did not."""
+    with Watched(model, batch.looks) as watched:
+        logits = model(batch.tokens, position_ids=batch.positions, use_cache=False).logits
+    each = functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), batch.tokens[:, 1:].flatten(), reduction="none"
+    )
+    each = each + stage.mlp_price * watched.mlp_share()[:, :-1].flatten()
+    weight = batch.weights[:, 1:].flatten()
+    loss = (each * weight).sum() / weight.sum()
+    if stage.looking or stage.others_price:
+        for task in [task for task in batch.looks if task in TAUGHT]:
+            off, others = watched.lesson(task, batch)
+            loss = loss + (stage.looking * off + stage.others_price * others) / len(batch.looks)
+    return loss
 
 
 @torch.no_grad()
@@ -215,14 +192,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("demo-model"), help="folder to write")
     parser.add_argument("--seed", type=int, default=Settings.seed)
-    parser.add_argument("--steps", type=int, default=Settings.steps)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
 
     start = time.perf_counter()
     tokenizer = build_tokenizer()
-    settings = Settings(seed=options.seed, steps=options.steps)
+    settings = Settings(seed=options.seed)
     save(train(settings, tokenizer, report=True), tokenizer, options.out)
     seconds = time.perf_counter() - start
 

@@ -114,7 +114,7 @@ def promoted_tokens(
     >>> found = dla_hooks.promoted_tokens(
     ...     model, "The keys near the cabinet", unit="layer", k=2, tokenizer=tokenizer)
     >>> [token for token, logit in found.top("final_post")]
-    [' are', ' lunch']
+    [' are', ' is']
     """
     chosen = _with_vectors(unit)
     count = _count(k)

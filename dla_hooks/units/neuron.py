@@ -64,7 +64,7 @@ class Neurons(Unit):
     ...     model, "The keys near the cabinet", " are", tokenizer=tokenizer,
     ...     unit=dla_hooks.Neurons(top=3, layers=[1, 2]))
     >>> result.attribution.shape, len(result.rows), result.rows[0].label
-    (torch.Size([3, 1]), 768, 'L1N0')
+    (torch.Size([3, 1]), 256, 'L1N0')
     """
 
     words = Words(

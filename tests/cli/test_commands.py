@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import webbrowser
 from io import StringIO
 from pathlib import Path
 
@@ -388,6 +389,7 @@ def no_browser(tmp_path, monkeypatch):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_examples_of_help_run(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(webbrowser, "open", lambda url: True)
     (tmp_path / "prompts.csv").write_text("prompt,answer\nThe dogs, are\n", encoding="utf-8")
     help = CliRunner().invoke(app, [command, "--help"]).stdout.split("Examples:")[1]
     found = examples_of(help)
@@ -403,6 +405,8 @@ def test_examples_of_help_run(command, tmp_path, monkeypatch):
 def test_examples_of_the_page_run(tmp_path, monkeypatch):
     page = Path(__file__).parents[2] / "docs" / "command-line.md"
     monkeypatch.chdir(tmp_path)
+    opened: list[str] = []
+    monkeypatch.setattr(webbrowser, "open", opened.append)
     found = [line for line in examples_of(page.read_text("utf-8")) if "COMMAND" not in line]
     assert {shlex.split(line.rpartition("dla-hooks ")[2])[0] for line in found} >= {*COMMANDS}
     for line in found:
@@ -411,3 +415,4 @@ def test_examples_of_the_page_run(tmp_path, monkeypatch):
         done = call(*shlex.split(line), input=given)
         assert done.exit_code == 0, (line, done.output)
     assert (tmp_path / "found" / "summary.safetensors").is_file()
+    assert len(opened) == sum("--open" in line for line in found)

@@ -16,8 +16,9 @@ import torch
 
 from dla_hooks import demo
 from dla_hooks.demo import corpus, words
+from dla_hooks.demo.settings import Settings, Stage
 from dla_hooks.demo.tokenizer import build_tokenizer
-from dla_hooks.demo.train import Settings, accuracy, train
+from dla_hooks.demo.train import accuracy, train
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -33,7 +34,8 @@ def loaded() -> Loaded:
 @pytest.fixture(scope="module")
 def training_texts() -> list[str]:
     rng = random.Random(1)
-    return ["".join(corpus.training_text(t, rng)) for t in demo.TASKS for _ in range(4000)]
+    made = [corpus.training_document(t, rng) for t in demo.TASKS for _ in range(4000)]
+    return [one.given + one.rest for one in made]
 
 
 # --- what the model can do ----------------------------------------------------------------
@@ -211,7 +213,8 @@ def test_importing_the_demo_does_not_import_torch() -> None:
 
 @pytest.mark.slow
 def test_training_twice_gives_the_same_weights() -> None:
-    settings = Settings(steps=12, layers=2, width=32, heads=2, warmup_steps=3)
+    stages = Stage(8, 3e-3, 3), Stage(4, 3e-3, 3, looking=0.3, others_price=0.5)
+    settings = Settings(stages=stages, width=32, heads=4)
     tokenizer = build_tokenizer()
     first, second = (train(settings, tokenizer).state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
