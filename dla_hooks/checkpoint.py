@@ -82,7 +82,7 @@ def load_model(
     """Load the model alone; see :func:`load`."""
     if dtype not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    source = _source(path)
+    source = found(path)
     placement = Placement(device, device_map, max_memory)
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -111,7 +111,7 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
     Raises:
         CheckpointError: when there is one that cannot be read.
     """
-    source = _source(path)
+    source = found(path)
     folder = Path(source)
     if folder.is_dir() and not any((folder / name).exists() for name in _TOKENIZER_FILES):
         return None
@@ -122,8 +122,13 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> Any:
     return tokenizer if tokenizer.vocab_size else None
 
 
-def _source(path: str | Path) -> str:
-    """The argument for ``from_pretrained``: a checked folder, or a hub id."""
+def found(path: str | Path) -> str:
+    """The argument for ``from_pretrained``: a checked folder, or a hub id.
+
+    Raises:
+        InputError: for an empty name.
+        CheckpointError: for a folder that is not there, or holds no model.
+    """
     name = str(path)
     if not name.strip():
         raise InputError("the model's name is empty: give a folder or a hub id")

@@ -27,9 +27,11 @@ FLOORS = (
     ("attribution", "stacks"),
     ("questions",),
     ("many", "generation", "pages"),
-    ("__init__",),
-    ("placement", "demo"),
+    ("placement",),
     ("checkpoint",),
+    ("engines",),
+    ("__init__",),
+    ("demo",),
     ("cli",),
     ("__main__",),
 )
