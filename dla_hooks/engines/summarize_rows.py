@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dla_hooks.engines.columns import plain
-from dla_hooks.engines.sums import Question, RowSums
+from dla_hooks.engines.sums import RANKED, Question, RowSums
 from dla_hooks.errors import CheckpointError, InputError, MissingExtraError
 from dla_hooks.results.summary import Summary
 
@@ -110,7 +110,7 @@ def _batches(rows: Any, question: Question) -> Iterator[Mapping[str, Any]]:
 
 
 def _wanted(question: Question) -> tuple[str, ...]:
-    return (*question.columns, "kept", "means", "remainder")
+    return (*question.columns, *RANKED)
 
 
 def _of_dictionaries(rows: Iterator[Any]) -> Iterator[Mapping[str, Any]]:

@@ -16,7 +16,8 @@ from dla_hooks.results.moments import Moments
 from dla_hooks.results.summary import Summary
 
 _NEEDED = ("attribution", "bias", "logit", "error", "about")
-_RANKED = ("means", "remainder")
+RANKED = ("kept", "means", "remainder")
+"""Columns that it needs of units that keep the strongest rows only."""
 
 
 @dataclass(frozen=True)
@@ -276,7 +277,7 @@ def _samples(columns: Mapping[str, Sequence[Any]], good: list[int]) -> tuple[Ten
     """
     if not good:
         return torch.zeros(2, 0, dtype=torch.float64, device="cpu"), []
-    ranked = all(name in columns for name in _RANKED)
+    ranked = all(name in columns for name in RANKED)
     if not ranked and "kept" in columns:
         raise InputError(
             "these rows hold the strongest parts only, which differ from row to row; make them "
