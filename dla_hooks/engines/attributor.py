@@ -10,8 +10,9 @@ from typing import Any
 from dla_hooks.attribution import direct_logit_attribution
 from dla_hooks.calibration.prompt import short_prompt
 from dla_hooks.call import checked
-from dla_hooks.engines.columns import READ, Batch, names_and_types
-from dla_hooks.engines.rows import OWN, Outcomes
+from dla_hooks.engines.columns import Batch, names_and_types
+from dla_hooks.engines.layout import Layout, names_of
+from dla_hooks.engines.rows import Outcomes
 from dla_hooks.engines.worker import Recipe
 from dla_hooks.errors import DLAError, InputError
 from dla_hooks.inputs import positions
@@ -22,9 +23,6 @@ from dla_hooks.results.ranked import Result
 from dla_hooks.units import DEFAULT_UNIT, UnitName, read_units
 from dla_hooks.units.base import Unit
 from dla_hooks.verification.recognise import stream_of
-
-_TEXT = ("str", "utf8", "object", "")
-"""What the type of a column of prompts is said to be; "" and object where it is not said."""
 
 
 class Attributor:
@@ -134,8 +132,11 @@ class Attributor:
             "chunk_size": None if chunk_size is None else count("chunk_size", chunk_size),
         }
         self._answers = {"answer": answer, "incorrect": incorrect}
-        self._named = _names_of(columns)
-        self._keep, self._means = (None if keep is None else list(keep)), bool(means)
+        given = {name for name, value in self._answers.items() if value is not None}
+        if self._options["pos"] != -1:
+            given.add("pos")
+        self._layout = Layout(names_of(columns), None if keep is None else tuple(keep), given)
+        self._means = bool(means)
         self._begin()
 
     def _begin(self) -> None:
@@ -165,7 +166,7 @@ class Attributor:
         Raises:
             InputError: naming the column that is missing, has another type, or would be lost.
         """
-        self._check(names_and_types(columns))
+        self._layout.check(names_and_types(columns))
 
     @property
     def labels(self) -> list[str]:
@@ -196,15 +197,16 @@ class Attributor:
             UnsupportedModelError: for a model or unit that cannot be attributed.
         """
         given = Batch(batch)
-        self._check(dict.fromkeys(given.names, ""))
+        self._layout.check(dict.fromkeys(given.names, ""))
         with self._lock:
             model, tokenizer = self._load(rank)
             columns = {
-                name: given.values(own) for name, own in self._named.items() if own in given.names
+                name: given.values(own)
+                for name, own in self._layout.names.items()
+                if own in given.names
             }
             new = self._attributed(columns, model, tokenizer)
-        kept = given.names if self._keep is None else [n for n in given.names if n in self._keep]
-        return given.with_columns(new, kept)
+        return given.with_columns(new, filter(self._layout.keeps, given.names))
 
     def _attributed(
         self, columns: dict[str, list[Any]], model: Any, tokenizer: Any
@@ -218,7 +220,7 @@ class Attributor:
         for name in ("position", "answer", "incorrect"):
             for index, value in enumerate(columns.get(name, ())):
                 if value is None:
-                    found[index] = InputError(f"the row has no {self._named[name]!r}")
+                    found[index] = InputError(f"the row has no {self._layout.names[name]!r}")
         todo = [index for index in range(len(prompts)) if index not in found]
         options = dict(self._options)
         if "position" in columns:
@@ -262,64 +264,6 @@ class Attributor:
                 self._outcomes = Outcomes(run, self._recipe.name, several, self._means)
                 self._loaded = model, tokenizer
             return self._loaded
-
-    def _check(self, types: dict[str, str]) -> None:
-        """Check the columns of a data set, whose types may be known.
-
-        Raises:
-            InputError: for the first that is wrong.
-        """
-        there = {name for name, own in self._named.items() if own in types}
-        known = ", ".join(map(repr, types)) or "none"
-        prompts = there & {"prompt", "input_ids"}
-        if not prompts:
-            raise InputError(
-                f"there is no column {self._named['prompt']!r} (texts) or "
-                f"{self._named['input_ids']!r} (token ids); the columns are {known}. Name yours: "
-                "columns={'prompt': 'sentence'}"
-            )
-        if len(prompts) > 1:
-            raise InputError(
-                f"there are both {self._named['prompt']!r} and {self._named['input_ids']!r}; leave "
-                "one out, so that it is clear which is run"
-            )
-        for name in ("answer", "incorrect"):
-            if name in there and self._answers[name] is not None:
-                raise InputError(
-                    f"{name}= is for rows without a column {self._named[name]!r}, and it is there"
-                )
-        if "answer" not in there and self._answers["answer"] is None:
-            raise InputError(
-                f"there is no column {self._named['answer']!r}, and no answer= for all rows; the "
-                f"columns are {known}. answer=dla_hooks.TOP asks for the model's own top token"
-            )
-        if "position" in there and self._options["pos"] != -1:
-            raise InputError(f"pos= is for rows without a column {self._named['position']!r}")
-        own = {self._named[name] for name in there}
-        taken = [n for n in OWN if n in types and n not in own and self._kept(n)]
-        if taken:
-            raise InputError(
-                f"the column {taken[0]!r} would be written over; rename it, or leave it out of keep"
-            )
-        kind = types.get(self._named["prompt"], "").lower()
-        if "prompt" in there and not any(one in kind or kind == one for one in _TEXT[:3]) and kind:
-            raise InputError(
-                f"the column {self._named['prompt']!r} must hold texts, and is {kind}; token ids "
-                "go in a column 'input_ids'"
-            )
-
-    def _kept(self, name: str) -> bool:
-        return self._keep is None or name in self._keep
-
-
-def _names_of(columns: Mapping[str, str] | None) -> dict[str, str]:
-    own = dict(columns or {})
-    for name in own:
-        if name not in READ:
-            raise InputError(
-                f"columns names {name!r}, which is not read; it may name {', '.join(READ)}"
-            )
-    return {name: own.get(name, name) for name in READ}
 
 
 def _masked(ids: Any, mask: Any) -> Any:

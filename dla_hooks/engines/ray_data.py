@@ -5,7 +5,8 @@ from __future__ import annotations
 import pickle
 from typing import Any
 
-from dla_hooks.engines.sums import RANKED, Question, RowSums
+from dla_hooks.engines.question import RANKED, ROWS, Question
+from dla_hooks.engines.sums import RowSums
 from dla_hooks.errors import DLAError, InputError
 
 _SUMS = "sums"
@@ -45,7 +46,8 @@ def _of_block(table: Any, question: Question) -> dict[str, list[bytes]]:
     """The sums of a block; its error, which the caller's process says in one line."""
     part: Any = RowSums(question)
     try:
-        part.add(table.to_pydict())
+        for start in range(0, table.num_rows, ROWS):
+            part.add(table.slice(start, ROWS).to_pydict())
     except DLAError as error:
         part = error.with_traceback(None)
     return {_SUMS: [pickle.dumps(part)]}

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from dla_hooks.engines.columns import plain
-from dla_hooks.engines.sums import RANKED, Question, RowSums
+from dla_hooks.engines.question import RANKED, ROWS, Question
+from dla_hooks.engines.sums import RowSums
 from dla_hooks.errors import CheckpointError, InputError, MissingExtraError
 from dla_hooks.results.summary import Summary
-
-_ROWS = 1024  # read at once
 
 
 def summarize_rows(
@@ -82,18 +81,11 @@ def _is_of_ray(rows: Any) -> bool:
 def _batches(rows: Any, question: Question) -> Iterator[Mapping[str, Any]]:
     """Batches of columns, of any holder of rows."""
     if isinstance(rows, (str, os.PathLike)):
-        rows = _opened(Path(rows))
-    if hasattr(rows, "to_batches"):  # a table or a data set of Arrow's
-        names = rows.schema.names
-        wanted = [name for name in names if name in _wanted(question)]
-        source = rows.to_batches(columns=wanted) if hasattr(rows, "scanner") else (
-            rows.select(wanted).to_batches(_ROWS)
-        )  # fmt: skip
-        for batch in source:
-            if batch.num_rows:
-                yield batch.to_pydict()
+        yield from _of_path(Path(rows), question)
+    elif hasattr(rows, "to_batches"):
+        yield from _of_arrow(rows, question)
     elif hasattr(rows, "iter") and hasattr(rows, "features"):  # of datasets
-        yield from rows.with_format(None).iter(batch_size=_ROWS)
+        yield from rows.with_format(None).iter(batch_size=ROWS)
     elif isinstance(rows, Mapping):
         if any(hasattr(value, "features") for value in rows.values()):
             raise InputError(f"these are several data sets, {sorted(rows)}; give one of them")
@@ -109,12 +101,18 @@ def _batches(rows: Any, question: Question) -> Iterator[Mapping[str, Any]]:
         )
 
 
-def _wanted(question: Question) -> tuple[str, ...]:
-    return (*question.columns, *RANKED)
+def _of_arrow(rows: Any, question: Question) -> Iterator[Mapping[str, Any]]:
+    """Batches of a table, or of a data set of pyarrow's."""
+    wanted = [one for one in rows.schema.names if one in (*question.columns, *RANKED)]
+    if hasattr(rows, "scanner"):
+        batches = rows.to_batches(columns=wanted, batch_size=ROWS)
+    else:
+        batches = rows.select(wanted).to_batches(ROWS)
+    return (batch.to_pydict() for batch in batches if batch.num_rows)
 
 
 def _of_dictionaries(rows: Iterator[Any]) -> Iterator[Mapping[str, Any]]:
-    while batch := list(islice(rows, _ROWS)):
+    while batch := list(islice(rows, ROWS)):
         for row in batch:
             if not isinstance(row, Mapping):
                 raise InputError(
@@ -127,8 +125,8 @@ def _of_dictionaries(rows: Iterator[Any]) -> Iterator[Mapping[str, Any]]:
                           for row in alike] for name in names}  # fmt: skip
 
 
-def _opened(path: Path) -> Any:
-    """A data set of a folder or a file.
+def _of_path(path: Path, question: Question) -> Iterator[Mapping[str, Any]]:
+    """Batches of a folder or a file.
 
     Raises:
         CheckpointError: when there is none, or it cannot be read.
@@ -140,7 +138,8 @@ def _opened(path: Path) -> Any:
             from datasets import load_from_disk
         except ImportError:
             raise MissingExtraError(f"reading {path}", "datasets") from None
-        return load_from_disk(str(path))
+        yield from _batches(load_from_disk(str(path)), question)
+        return
     try:
         import pyarrow
         from pyarrow import dataset
@@ -148,7 +147,7 @@ def _opened(path: Path) -> Any:
         raise MissingExtraError(f"reading {path}", "datasets") from None
     kind = "parquet" if path.is_dir() or path.suffix == ".parquet" else "ipc"
     try:
-        return dataset.dataset(path, format=kind)
+        yield from _of_arrow(dataset.dataset(path, format=kind), question)
     except (OSError, pyarrow.ArrowException) as error:
         first = str(error).partition("\n")[0]
         raise CheckpointError(f"{path} cannot be read: {first}") from None

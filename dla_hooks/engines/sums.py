@@ -6,59 +6,15 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dla_hooks.engines.about import About, read_about
 from dla_hooks.engines.columns import plain
+from dla_hooks.engines.question import Question
+from dla_hooks.engines.samples import samples_of
 from dla_hooks.errors import InputError
 from dla_hooks.results.moments import Moments
 from dla_hooks.results.summary import Summary
-
-_NEEDED = ("attribution", "bias", "logit", "error", "about")
-RANKED = ("kept", "means", "remainder")
-"""Columns that it needs of units that keep the strongest rows only."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """What is summed.
-
-    Attributes:
-        by: the column whose values are groups, or None.
-        contrast: the column that says which side of a pair a row is, the side that is counted, and
-            the side that is subtracted; or None.
-        pair: the column that says which rows are a pair.
-    """
-
-    by: str | None = None
-    contrast: tuple[str, Any, Any] | None = None
-    pair: str | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("by", "pair"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
-                raise InputError(f"{name} must be the name of a column, got {value!r:.80}")
-        sides = self.contrast
-        if (sides is None) != (self.pair is None):
-            raise InputError(
-                "contrast and pair go together: contrast=('version', 'clean', 'corrupted') says "
-                "what is subtracted from what, pair='pair' which rows belong together"
-            )
-        if sides is not None and (
-            not isinstance(sides, tuple) or len(sides) != 3 or sides[1] == sides[2]
-        ):
-            raise InputError(
-                "contrast must be (column, side, side that is subtracted), as in "
-                f"('version', 'clean', 'corrupted'); got {sides!r:.80}"
-            )
-
-    @property
-    def columns(self) -> list[str]:
-        """The columns that it needs."""
-        own = (self.by, self.pair, None if self.contrast is None else self.contrast[0])
-        return [*_NEEDED, *(name for name in own if name is not None)]
 
 
 @dataclass
@@ -117,7 +73,7 @@ class RowSums:
         errors = [str(plain(one) or "") for one in columns["error"]]
         abouts = [self._read(plain(one) or "") for one in columns["about"]]
         good = [index for index, error in enumerate(errors) if not error]
-        samples, places = _samples(columns, good)
+        samples, places = samples_of(columns, good)
         groups = self._keys(columns, self.question.by, len(errors))
         if self.question.contrast is None:
             self._add_all(groups, errors, abouts, samples, places)
@@ -268,52 +224,3 @@ def _check_width(first: Tensor, second: Tensor) -> None:
         raise InputError(
             f"rows cannot be averaged: some have {len(first) - 2} numbers, others {len(second) - 2}"
         )
-
-
-def _samples(columns: Mapping[str, Sequence[Any]], good: list[int]) -> tuple[Tensor, list[int]]:
-    """Samples [row + 2, prompt], the last two being bias and logit, and the rows they are of.
-
-    A prompt's entries are averaged. One without any is no sample.
-    """
-    if not good:
-        return torch.zeros(2, 0, dtype=torch.float64, device="cpu"), []
-    ranked = all(name in columns for name in RANKED)
-    if not ranked and "kept" in columns:
-        raise InputError(
-            "these rows hold the strongest parts only, which differ from row to row; make them "
-            "with Attributor(…, means=True) to summarize them"
-        )
-    names = ("means", "remainder") if ranked else ("attribution",)
-    parts = [_means(columns[name], good, stacked=name != "remainder") for name in names]
-    parts += [_means(columns[name], good, stacked=False) for name in ("bias", "logit")]
-    samples = torch.cat(parts)
-    there = ~samples[-1].isnan()
-    if ranked and bool(samples[:, there].isnan().any()):
-        raise InputError("some of these rows have no means: they select too many positions")
-    places = [index for index, real in zip(good, there.tolist(), strict=True) if real]
-    return samples[:, there], places
-
-
-def _means(values: Sequence[Any], good: list[int], *, stacked: bool) -> Tensor:
-    """Each row's numbers [row, prompt], as the mean over its entries.
-
-    Args:
-        values: a column; of each prompt [row, *entries], or [*entries] where it is not stacked.
-        good: the rows that are read.
-        stacked: see there.
-    """
-    own, n_axes = [values[index] for index in good], 1 + stacked
-    try:
-        means = _averaged(_tensor(own), n_axes)
-    except (ValueError, TypeError):  # prompts have other numbers of entries
-        means = torch.stack([_averaged(_tensor(one), n_axes - 1) for one in own])
-    return means.T if stacked else means[None]
-
-
-def _averaged(values: Tensor, n_axes: int) -> Tensor:
-    """The mean over all axes behind the first ``n_axes``."""
-    return values.flatten(n_axes).mean(-1) if values.ndim > n_axes else values
-
-
-def _tensor(values: Any) -> Tensor:
-    return torch.as_tensor(values, dtype=torch.float64, device="cpu")

@@ -100,8 +100,7 @@ class Summary(Stored):
             self.squares = error.square() * self.n * (self.n - 1)
             if self.n == 1:
                 self.squares.zero_()
-        n_squares = len(self.labels) * (1 + len(self._halves())) + 2
-        if len(self.squares) != n_squares:
+        if len(self.squares) != (n_squares := len(self.labels) * (1 + len(self._halves())) + 2):
             raise InputError(
                 f"squares has {len(self.squares)} numbers, where {len(self.labels)} rows"
                 f"{', their halves' * self.compared}, the bias and the logit have {n_squares}"
@@ -268,10 +267,9 @@ class Summary(Stored):
 
     def _says(self) -> str:
         failed = f" ({self.n_failed} {'more ' * (self.n > 0)}failed)" if self.n_failed else ""
-        kind = "prompt" if self.contrast is None else f"pair, {self.contrast},"
-        if self.n != 1:
-            kind = kind.replace("prompt", "prompts").replace("pair,", "pairs,")
-        return f"mean over {self.n} {kind}{failed}".rstrip(",")
+        kind = "prompt" if self.contrast is None else "pair"
+        of = "" if self.contrast is None else f", {self.contrast}"
+        return f"mean over {self.n} {kind}{'s' * (self.n != 1)}{of}{failed}"
 
     def _means(self) -> ResultData:
         means = ResultData(
