@@ -39,8 +39,8 @@ def load_summary(*folders: str | Path, partial: bool = False) -> Summary:
 
     Args:
         folders: one or more of: the ``resume`` folder of :func:`attribute_many`, with the shards
-            in it or without any; a folder of Parquet that an :class:`Attributor`'s rows were
-            written to; a summary that was saved.
+            in it or without any; a folder that an :class:`Attributor`'s rows were written to, in
+            Parquet or by ``save_to_disk``; a summary that was saved.
         partial: take what there is of jobs that did not come to their end.
 
     Raises:
@@ -123,9 +123,10 @@ def _summary(job: Path, partial: bool) -> Summary:
     if job.is_file():
         return summarize_rows(job) if job.suffix == ".parquet" else Summary.load(job)
     if not (job / RUN).exists():
-        if not any(job.rglob("*.parquet")):
+        if not (job / "dataset_info.json").is_file() and not any(job.rglob("*.parquet")):
             raise InputError(
-                f"{job} holds neither the results of attribute_many nor rows in Parquet"
+                f"{job} holds neither the results of attribute_many nor an Attributor's rows, in "
+                "Parquet or as save_to_disk writes them"
             )
         found: Summary = summarize_rows(job)
         return found

@@ -82,7 +82,7 @@ def test_lines_and_means_are_those_of_one_process_and_resume(cluster, file, tmp_
     assert not list((tmp_path / "there").glob("*unfinished*"))
 
     for options, said in (
-        (("--workers", "9"), "9 workers take one each"),
+        (("--workers", "9"), "8 workers take one each"),
         (("--dtype", "float64"), "holds the results of another run: weights was"),
     ):
         refused = call(

@@ -114,7 +114,7 @@ def test_mixed_models_and_options_are_named(model, tmp_path):
 def test_folders_that_are_none_are_named(model, tmp_path):
     for folder, error, said in (
         ("nothing", CheckpointError, "there is no"),
-        ("empty", InputError, "holds neither the results of attribute_many nor rows"),
+        ("empty", InputError, "holds neither the results of attribute_many nor an Attributor"),
         ("two", InputError, "holds sweeps of 2 and of 3 jobs"),
         ("torn", CheckpointError, "run.json is damaged"),
     ):
