@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dla_hooks.modules.hooks import Tap
 
-# By their names as operators: each reads numbers of a tensor on the host, or sizes a tensor by them.
+# Operators that read numbers of a tensor on the host, or size a tensor by them.
 _OPERATORS = ("_local_scalar_dense", "nonzero", "equal", "masked_select", "_unique2", "unique_dim")
 _METHODS = ("tolist", "cpu", "numpy", "__array__")
 _OURS = "dla_hooks"
