@@ -23,10 +23,11 @@ def summed(rows: Any, question: Question) -> RowSums:
     Raises:
         InputError: as :meth:`RowSums.add`.
     """
-    wanted = (*question.columns, *RANKED)
-    there = rows.schema()
-    names = [] if there is None else there.names
-    parts = rows.select_columns([name for name in names if name in wanted]).map_batches(
+    known = rows.schema(fetch_if_missing=False)  # to learn it, Ray would run the sweep's first rows
+    if known is not None:
+        wanted = (*question.columns, *RANKED)
+        rows = rows.select_columns([name for name in known.names if name in wanted])
+    parts = rows.map_batches(
         _of_block,
         fn_kwargs={"question": question},
         batch_size=None,
@@ -45,6 +46,8 @@ def summed(rows: Any, question: Question) -> RowSums:
 def _of_block(table: Any, question: Question) -> dict[str, list[bytes]]:
     """The sums of a block; its error, which the caller's process says in one line."""
     part: Any = RowSums(question)
+    wanted = (*question.columns, *RANKED)
+    table = table.select([name for name in table.column_names if name in wanted])
     try:
         for start in range(0, table.num_rows, ROWS):
             part.add(table.slice(start, ROWS).to_pydict())

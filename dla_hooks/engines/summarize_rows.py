@@ -75,7 +75,9 @@ def summarize_rows(
 
 
 def _is_of_ray(rows: Any) -> bool:
-    return any(one.__module__.startswith("ray.data") for one in type(rows).__mro__)
+    """Whether it is a data set of Ray's; what iterates over one is not."""
+    ours = any(one.__module__.startswith("ray.data") for one in type(rows).__mro__)
+    return ours and hasattr(rows, "map_batches")
 
 
 def _batches(rows: Any, question: Question) -> Iterator[Mapping[str, Any]]:

@@ -28,11 +28,12 @@ ALLOWED = {
     ("projection/tiles.py", "_tile"): _ENTRIES,
     ("projection/tiles.py", "_run_of"): _ENTRIES,
     ("projection/tiles.py", "by_prompt"): _ENTRIES,
+    ("projection/votes.py", "_ask"): "only the device knows which experts ran; entries go by them",
     ("units/source.py", "_add"): "of the numbers of a prompt's tokens, which are on the CPU, too",
 }
 
-# Modules whose functions run in hooks, and those in them that read numbers of tensors on the host all
-# the same, each with the reason.
+# Modules whose functions run in hooks, and those in them that read numbers of tensors on the host
+# all the same, each with the reason.
 IN_HOOKS = (
     *("projection/kernels.py", "projection/ledger.py", "modules/hooks.py", "modules/outputs.py"),
     *("units/component.py", "units/layer.py", "units/parts.py", "units/head.py"),
