@@ -17,7 +17,7 @@ from benchmarks.timing import Spread
 from dla_hooks import Attributor, attribute_many, demo, summarize, summarize_rows
 
 _PROMPTS, _ACTORS, _BATCH = 2000, 2, 250
-_WORDS = ("The", "dogs", "near", "the", "car", "keys", "behind", "cats")
+_WORDS = ("The", "dogs", "near", "the", "car", "keys", "behind", "cabinet")
 _OPTIONS: dict[str, Any] = {
     "checkpoint": str(demo.path()),
     "unit": "head",
