@@ -39,8 +39,8 @@ class Attributor:
         >>> found = attributor({"id": [7, 8], "prompt": ["The keys", ""]})
         >>> found["id"], len(found["attribution"][0]) == len(attributor.labels)
         ([7, 8], True)
-        >>> found["error"]
-        ['', 'InputError: ...']
+        >>> [bool(error) for error in found["error"]]
+        [False, True]
 
     Columns that are read: ``prompt``, a text, or ``input_ids``, token ids (with ``attention_mask``
     where they are padded); ``answer`` and ``incorrect``, a token as text or as an id; ``position``,
