@@ -87,7 +87,7 @@ def measured(options: Options) -> list[Measured]:
             Spread.of(ratios),
             0.8,
             at_least=True,
-            detail=f"{speed[0]:,.0f} / {speed[1]:,.0f} prompts per second",
+            detail=f"{speed[1]:,.0f} / {speed[0]:,.0f} prompts per second",
         )
     ]
     if peaks:
