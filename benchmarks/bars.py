@@ -9,7 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from benchmarks import contenders, finer, generate, gpu, many, offload, peers, prepared, questions
+from benchmarks import (
+    contenders,
+    finer,
+    generate,
+    gpu,
+    many,
+    offload,
+    peers,
+    prepared,
+    questions,
+    sweep,
+)
 from benchmarks.agree import prove
 from benchmarks.bar import Measured, Options, Skipped, once
 from benchmarks.compare import grid, measure
@@ -203,6 +214,7 @@ BARS = {
     "effects": Case(questions.effects, "gpt2-small", (512,)),
     "offload": Case(offload.measured, "llama-250m", (256,)),
     "many": Case(many.measured, "gpt2-small", (64,)),  # as long as its longest
+    "ray": Case(sweep.measured, "gpt2-4x96", (16,)),  # the demo model, which has its own size
     "generate": Case(generate.measured, "gpt2-small", (64,)),
     "gpu": Case(gpu.measured, "llama-3-8b", (2048, 8192)),
 }

@@ -20,6 +20,9 @@ if TYPE_CHECKING:  # X as X: these names are public
     from dla_hooks.attribution import Plan as Plan
     from dla_hooks.attribution import direct_logit_attribution as direct_logit_attribution
     from dla_hooks.attribution import prepare as prepare
+    from dla_hooks.engines.attributor import Attributor as Attributor
+    from dla_hooks.engines.load_summary import load_summary as load_summary
+    from dla_hooks.engines.summarize_rows import summarize_rows as summarize_rows
     from dla_hooks.errors import ArgumentTypeError as ArgumentTypeError
     from dla_hooks.errors import CacheEntryError as CacheEntryError
     from dla_hooks.errors import CheckpointError as CheckpointError
@@ -85,6 +88,7 @@ _HOME = {
     "Ablated": "questions.ablated",
     "Architecture": "residual.architecture",
     "ArgumentTypeError": "errors",
+    "Attributor": "engines.attributor",
     "CacheEntryError": "errors",
     "CheckpointError": "errors",
     "Comparison": "results.comparison",
@@ -132,6 +136,7 @@ _HOME = {
     "direct_logit_attribution": "attribution",
     "effects": "questions.effects",
     "load": "results.load",
+    "load_summary": "engines.load_summary",
     "logit_attrs": "stacks",
     "prepare": "attribution",
     "promoted_tokens": "stacks",
@@ -140,6 +145,7 @@ _HOME = {
     "stack_head_results": "stacks",
     "stack_neuron_results": "stacks",
     "summarize": "results.summarize",
+    "summarize_rows": "engines.summarize_rows",
     "upstream": "questions.upstream",
     "verify": "verification.recognise",
     "where": "questions.where",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,43 @@ def load(
                 max_memory=loading.max_memory,
             )
         return loaded, tokenizer
+
+
+def on_ray(
+    model: str,
+    loading: Loading,
+    question: tuple[list[str], Any, Any],
+    pos: Any,
+    options: dict[str, Any],
+    workers: int,
+    folder: Path | None,
+) -> Iterator[Any]:
+    """A sweep on Ray, whose workers load the model themselves.
+
+    Args:
+        model: as ``MODEL`` was typed.
+        loading: how.
+        question: prompts, answers, and what is subtracted.
+        pos: positions of each, or of all.
+        options: of :func:`dla_hooks.attribute_many`.
+        workers: how many.
+        folder: where finished results are kept, or None.
+
+    Raises:
+        DLAError: when there is no such model, or no Ray.
+    """
+    from dla_hooks.engines.ray_sweep import Prompts, blocks
+    from dla_hooks.engines.worker import Recipe
+
+    recipe = Recipe(
+        source_of(model),
+        dtype=loading.dtype.value,
+        device=loading.device,
+        device_map=None if loading.device_map is None else loading.device_map.value,
+        max_memory=loading.max_memory,
+        trust_remote_code=loading.trust_remote_code,
+    )
+    return blocks(recipe, Prompts(*question, pos), options, workers=workers, folder=folder)
 
 
 def readable(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
@@ -14,7 +15,7 @@ import dla_hooks
 from dla_hooks.cli import tables
 from dla_hooks.cli.files import STDOUT, as_file, check_folder, said
 from dla_hooks.cli.help import examples
-from dla_hooks.cli.loading import load
+from dla_hooks.cli.loading import load, on_ray
 from dla_hooks.cli.options import (
     OUTPUT,
     RUN,
@@ -36,6 +37,15 @@ _SAID = {
     "top": "the model's own top token",
     "next": "the token that comes next in the text",
 }
+
+
+class Engine(StrEnum):
+    """What ``--engine`` takes."""
+
+    local = "local"
+    ray = "ray"
+
+
 RESULTS, SUMMARY, FINISHED = "results.jsonl", "summary.safetensors", "finished"
 """What a folder holds: a line per prompt, the means, and what a later run goes on from."""
 
@@ -103,8 +113,29 @@ def many(
     ] = 4096,
     prepend_bos: PrependBos = None,
     chunk_size: ChunkSize = None,
+    engine: Annotated[
+        Engine,
+        typer.Option(
+            metavar="ENGINE",
+            help="What runs it: local, this process; or ray, workers on the cluster of RAY_ADDRESS "
+            "or on this machine (extra: ray), each with a GPU where there are some.",
+            rich_help_panel=RUN,
+        ),
+    ] = Engine.local,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="With --engine ray: how many workers, 2 by default.",
+            show_default=False,
+            rich_help_panel=RUN,
+        ),
+    ] = None,
 ) -> None:
     """Attribute a file of prompts, one by one, and show the means over all of them."""
+    if workers is not None and engine is Engine.local:
+        raise InputError("--workers goes with --engine ray")
     table = tables.read(file)
     answers = _one_of("--answer", answer, table.answers) or "top"
     against = _one_of("--incorrect", incorrect, table.incorrect)
@@ -121,24 +152,27 @@ def many(
         from dla_hooks.results.picture import check_path
 
         check_path(plot)
-    loaded, tokenizer = load(model, loading)
-    results = dla_hooks.attribute_many(
-        loaded,
-        table.prompts,
-        _as_tokens(answers),
-        _as_tokens(against),
-        unit=unit.value,
-        pos=where,
-        tokenizer=tokenizer,
-        prepend_bos=prepend_bos,
-        max_tokens=max_tokens,
-        chunk_size=chunk_size,
-        resume=None if folder is None else folder / FINISHED,
-    )
+    options: dict[str, Any] = {
+        "unit": unit.value,
+        "prepend_bos": prepend_bos,
+        "max_tokens": max_tokens,
+        "chunk_size": chunk_size,
+    }
+    kept = None if folder is None else folder / FINISHED
+    question = (table.prompts, _as_tokens(answers), _as_tokens(against))
     lines = output if folder is None else folder / RESULTS
     try:
-        with _opened(lines) as opened:
-            means = dla_hooks.summarize(_written(results, opened))
+        if engine is Engine.ray:
+            run = on_ray(model, loading, question, where, options, workers or 2, kept)
+            with _opened(lines, whole=True) as opened:
+                means = _merged(run, opened)
+        else:
+            loaded, tokenizer = load(model, loading)
+            results = dla_hooks.attribute_many(
+                loaded, *question, pos=where, tokenizer=tokenizer, resume=kept, **options
+            )
+            with _opened(lines, whole=folder is not None) as opened:
+                means = dla_hooks.summarize(_written(results, opened))
     except KeyboardInterrupt:
         if folder is not None:
             note(f"what is finished is kept in {folder}; the same command goes on from there")
@@ -155,6 +189,25 @@ def many(
         said(means.plot().save(plot))
     if lines not in (None, STDOUT):
         said(lines)
+
+
+def _merged(blocks: Iterable[Any], file: TextIO | None) -> Any:
+    """The summary of blocks, whose lines are written when they come."""
+    means = dla_hooks.Summary.empty()
+    failure = ""
+    for block in blocks:
+        for index, why in block.failures.items():
+            note(f"prompt {index} failed: {' '.join(why.splitlines())}")
+            failure = failure or why
+        if file is not None:
+            file.writelines(f"{line}\n" for line in block.lines)
+        means = means.merge(block.summary)
+    if not means.n:
+        raise InputError(
+            f"there are no results to summarize: all {means.n_failed} prompts failed, the first "
+            f"with {failure}"
+        )
+    return means
 
 
 def _one_of(option: str, given: str | None, column: list[Any] | None) -> Any:
@@ -185,12 +238,19 @@ def _folder_of(output: Path | None) -> Path | None:
 
 
 @contextmanager
-def _opened(path: Path | None) -> Iterator[TextIO | None]:
+def _opened(path: Path | None, *, whole: bool) -> Iterator[TextIO | None]:
+    """A file for lines; where ``whole`` is said it gets its name when all are in it."""
     if path is None or path == STDOUT:
         yield None if path is None else as_file()
         return
-    with path.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-        yield file
+    place = path.with_name(f"{path.name}.unfinished") if whole else path
+    try:
+        with place.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+            yield file
+        place.replace(path)
+    finally:
+        if whole:
+            place.unlink(missing_ok=True)
 
 
 def _written(results: Iterable[Any], file: TextIO | None) -> Iterator[Any]:

@@ -190,7 +190,9 @@ class Runner:
                     results = self._run(batch)
                 except DLAError as error:
                     failure = freed(error)
-                except torch.OutOfMemoryError as error:
+                except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                    if not ran_out_of_memory(error):
+                        raise
                     failure = _out_of_memory(error, n_tokens)
                     if len(batch) > 1:
                         self._max_tokens = max(1, n_tokens // 2)
@@ -277,7 +279,13 @@ def freed(error: DLAError) -> DLAError:
     return error.with_traceback(None)
 
 
-def _out_of_memory(error: torch.OutOfMemoryError, n_tokens: int) -> DLAError:
+def ran_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out, on a GPU or on the CPU."""
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def _out_of_memory(error: Exception, n_tokens: int) -> DLAError:
     first_line = str(error).partition("\n")[0]
     return DLAError(
         f"a prompt of {n_tokens} tokens runs out of memory by itself ({first_line}); give a "

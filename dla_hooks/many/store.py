@@ -1,6 +1,7 @@
 """A folder that keeps the finished results of a run over many prompts.
 
     folder/run.json                              options and model of the run
+    folder/finished.json                         written at its end: how many prompts there were
     folder/000000000-000001023.safetensors       results of prompts among the first 1024
 
 A file is written under another name and then renamed, so a file with its final name is complete.
@@ -30,8 +31,8 @@ from dla_hooks.results.ranked import Result
 
 _FORMAT = "dla_hooks.many"
 _VERSION = 1
-_RUN = "run.json"
-_SHARD = re.compile(r"(\d{9,})-(\d{9,})\.safetensors")
+RUN, FINISHED = "run.json", "finished.json"
+SHARD = re.compile(r"(\d{9,})-(\d{9,})\.safetensors")
 _UNFINISHED = ".unfinished"
 _ABANDONED = 24 * 60 * 60
 """Seconds after which an unfinished file counts as abandoned."""
@@ -54,7 +55,7 @@ class Shards:
 
     def __init__(self, folder: str | Path, stamp: dict[str, Any]) -> None:
         self.folder = Path(folder)
-        run = self.folder / _RUN
+        run = self.folder / RUN
         content: Any = None
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -63,7 +64,7 @@ class Shards:
             others = (path for path in self.folder.iterdir() if path.suffix != _UNFINISHED)
             if self.fresh and any(others):
                 raise InputError(
-                    f"{self.folder} holds other files and no {_RUN}; resume takes a new folder, "
+                    f"{self.folder} holds other files and no {RUN}; resume takes a new folder, "
                     "or one that an earlier call has begun"
                 )
             if not self.fresh:
@@ -74,13 +75,13 @@ class Shards:
             raise CheckpointError(f"{run} is damaged: {error}") from None
         if self.fresh:
             content = {"format": _FORMAT, "version": _VERSION, "run": stamp}
-            self._put(_RUN, lambda path: path.write_text(json.dumps(content, indent=1)))
+            self._put(RUN, lambda path: path.write_text(json.dumps(content, indent=1)))
         else:
             self._compare(content, stamp)
         self._ahead: dict[str, list[Stored]] = {}  # already read, for later windows
         self._ranges = sorted(
             (int(match[1]), int(match[2]), match[0])
-            for match in map(_SHARD.fullmatch, (path.name for path in self.folder.iterdir()))
+            for match in map(SHARD.fullmatch, (path.name for path in self.folder.iterdir()))
             if match
         )
 
@@ -99,7 +100,7 @@ class Shards:
             if start <= last and end >= first:
                 stored = self._ahead.pop(name, None)
                 if stored is None:
-                    stored = self._read(self.folder / name)
+                    stored = _read(self.folder / name)
                 found |= {i: (digest, one) for i, digest, one in stored if first <= i <= last}
                 ahead[name] = [one for one in stored if one[0] > last]
         self._ahead = ahead
@@ -115,6 +116,7 @@ class Shards:
 
         if not done:
             return
+        (self.folder / FINISHED).unlink(missing_ok=True)  # a longer list of prompts goes on
         done = sorted(done, key=lambda one: one[0])
         tensors, rest = pack(done)
         header = {
@@ -126,22 +128,14 @@ class Shards:
         name = f"{done[0][0]:09d}-{done[-1][0]:09d}.safetensors"
         self._put(name, lambda path: save_file(tensors, str(path), metadata=header))
 
-    def _read(self, path: Path) -> list[Stored]:
-        from safetensors import SafetensorError, safe_open
+    def finish(self, n: int, n_failed: int) -> None:
+        """Say that the run came to its end: how many prompts it had, and how many failed.
 
-        try:
-            # Older versions of safetensors read to the caller's default device.
-            with torch.device("cpu"), safe_open(str(path), framework="pt") as file:
-                header = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if header.get("sha256") != _checksum(tensors, header.get("results", "")):
-                raise ValueError("it does not hold what was written")
-            return unpack_all(json.loads(header["results"]), tensors)
-        except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
-            raise CheckpointError(
-                f"{path} is damaged ({type(error).__name__}: {error}); delete this file, and its "
-                "prompts will be run again"
-            ) from None
+        Raises:
+            CheckpointError: when it cannot be written.
+        """
+        said = json.dumps({"prompts": n, "failed": n_failed})
+        self._put(FINISHED, lambda path: path.write_text(said))
 
     def _put(self, name: str, write: Any) -> None:
         """Write a file in full or not at all."""
@@ -168,7 +162,7 @@ class Shards:
 
     def _compare(self, content: Any, stamp: dict[str, Any]) -> None:
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
-            raise InputError(f"{self.folder / _RUN} is not of a run over many prompts")
+            raise InputError(f"{self.folder / RUN} is not of a run over many prompts")
         version = content.get("version")
         if not isinstance(version, int) or version > _VERSION:
             raise InputError(
@@ -178,7 +172,7 @@ class Shards:
         kept = content.get("run")
         if not isinstance(kept, dict):
             raise CheckpointError(
-                f"{self.folder / _RUN} is damaged: its 'run' is no object, but {kept!r:.80}; "
+                f"{self.folder / RUN} is damaged: its 'run' is no object, but {kept!r:.80}; "
                 "take another folder to begin anew"
             )
         given = json.loads(json.dumps(stamp))
@@ -189,6 +183,33 @@ class Shards:
                 f"{self.folder} holds the results of another run: {said}. Give the same arguments "
                 "and model to resume it, or another folder to begin anew."
             )
+
+
+def read_results(path: Path) -> list[Result]:
+    """The results of one file of a folder, in the order of their prompts.
+
+    Raises:
+        CheckpointError: when it is damaged.
+    """
+    return [result for _, _, result in _read(path)]
+
+
+def _read(path: Path) -> list[Stored]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        # Older versions of safetensors read to the caller's default device.
+        with torch.device("cpu"), safe_open(str(path), framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if header.get("sha256") != _checksum(tensors, header.get("results", "")):
+            raise ValueError("it does not hold what was written")
+        return unpack_all(json.loads(header["results"]), tensors)
+    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({type(error).__name__}: {error}); delete this file, and its "
+            "prompts will be run again"
+        ) from None
 
 
 def _checksum(tensors: dict[str, Tensor], about: str) -> str:

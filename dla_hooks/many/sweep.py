@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Generator, Iterator, Sequence
-from itertools import islice
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-from dla_hooks.backends import Backend
-from dla_hooks.bars import bar, check_progress, shown
-from dla_hooks.call import checked
-from dla_hooks.errors import DLAError, InputError, UnsupportedModelError
-from dla_hooks.inputs import positions
-from dla_hooks.inputs.prompts import check_tokenizer
-from dla_hooks.inputs.rows_of_positions import PerRow, Span
-from dla_hooks.many import fingerprint
-from dla_hooks.many.batches import Runner, freed
-from dla_hooks.many.names import Names
-from dla_hooks.many.prompts import Reader
-from dla_hooks.many.rows import Row, Rows
-from dla_hooks.many.store import Shards
-from dla_hooks.modules.user_hooks import callers_hooks
+from dla_hooks.errors import DLAError
+from dla_hooks.many.begin import begin
 from dla_hooks.results.ranked import Result
-from dla_hooks.targets.question import require_answer
-from dla_hooks.units import DEFAULT_UNIT, UnitName, read_units
+from dla_hooks.units import DEFAULT_UNIT, UnitName
 from dla_hooks.units.base import Unit
 
 
@@ -47,6 +32,7 @@ def attribute_many(
     resume: str | Path | None = None,
     chunk_size: int | None = None,
     tag: str | None = None,
+    shard: tuple[int, int] | None = None,
 ) -> Generator[Result | DLAError, None, None]:
     """Attribute many prompts: one result for each, in the order that they come in.
 
@@ -91,6 +77,9 @@ def attribute_many(
             prompts, and the numbers are the same.
         tag: a name of your own for what ``resume`` cannot compare, as what your hooks do. A folder
             that was begun under another tag, or under none, is refused.
+        shard: ``(i, n)`` runs every n-th prompt only, beginning with number i (from 0): the share
+            of the i-th of n jobs over the same prompts. With ``resume`` each job has a folder of
+            its own, ``shard-i-of-n`` in the one that is given; :func:`load_summary` merges them.
 
     Returns:
         A generator of one result per prompt, as of :func:`direct_logit_attribution`: its
@@ -106,174 +95,25 @@ def attribute_many(
         Exception: whatever the prompts' source raises, after the results of what it gave before.
         CheckpointError: when the folder cannot be read or written.
     """
-    units, single = read_units(unit)
-    if not single:
-        raise InputError(f"attribute_many takes one unit, got {len(units)}; call it for each")
-    require_answer(answer_tokens)
-    max_tokens, window = _count("max_tokens", max_tokens), _count("window", window)
-    if chunk_size is not None:
-        chunk_size = _count("chunk_size", chunk_size)
-    folder = None if resume is None else _folder(resume)
-    check_progress(progress)
-    rows = Rows(prompts, {"answer_tokens": answer_tokens, "incorrect_tokens": incorrect_tokens})
-    backend = checked(model)
-    check_tokenizer(tokenizer)
-    if isinstance(pos, PerRow) and rows.total not in (None, len(pos)):
-        raise InputError(
-            f"PerRow holds positions of {len(pos)} prompts, and there are {rows.total}; give one "
-            "int, or one list, for each"
-        )
-    if backend.reads_two:
-        raise UnsupportedModelError(
-            f"attribute_many takes prompts of one text, and {backend.name} is an encoder-decoder; "
-            "call a plan of prepare(...) for each prompt, or for each batch"
-        )
-    conventions = backend.conventions.given(
-        center_unembed=center_unembed, fold_value_biases=fold_value_biases
-    )
-    centred = conventions.center_unembed
-    reader = Reader(backend, *backend.reads_with(tokenizer, prepend_bos), pos, centred)
-    reader.read_for_all(rows)
-
-    width = len(pos) if getattr(pos, "ndim", 0) == 1 else 0  # the width of a mask
-    options = {
-        "unit": unit,
-        "pos": pos if isinstance(pos, PerRow | Span) else positions.parse(pos, width),
-        "center_unembed": conventions.center_unembed,
-        "fold_value_biases": conventions.fold_value_biases,
-        "check": bool(check),
-    }
-    shards = None
-    if folder is not None:
-        _check_tag(backend, tag)
-        stamp = {
-            "model": backend.name,
-            "config": fingerprint.of_config(backend),
-            "adapters": fingerprint.of_adapters(backend),
-            "weights": fingerprint.of_weights(backend),
-            **options,
-            "unit": unit if isinstance(unit, str) else repr(unit),
-            # Positions of each prompt's own are held with the prompt.
-            "pos": "PerRow" if isinstance(pos, PerRow) else repr(options["pos"]),
-            "tag": tag,
-        }
-        shards = Shards(folder, stamp)
-    runner = Runner(backend, {**options, "chunk_size": chunk_size}, max_tokens)
-    if shards is None or shards.fresh:  # a resumed run was tried out when it began
-        runner.try_out(reader.trial(rows))
-    return _results(rows, reader, runner, shards, window, progress)
-
-
-def _results(
-    rows: Rows,
-    reader: Reader,
-    runner: Runner,
-    shards: Shards | None,
-    window: int,
-    progress: bool | None,
-) -> Generator[Result | DLAError, None, None]:
-    names = Names(reader.tokenizer, reader.backend.answer_tokenizer(reader.tokenizer))
-    unread = iter(rows)
-    with bar(rows.total, "prompt", progress=progress) as over:
-        failure: Exception | None = None
-        while failure is None:
-            batch, failure = _read(unread, window)
-            if not batch:
-                break
-            with shown(False):
-                outcomes = _of_window(batch, reader, runner, shards, names, over.update)
-            for index in sorted(outcomes):
-                yield outcomes.pop(index)
-    if failure is not None:
-        raise failure
-    if rows.mismatch is not None:
-        raise rows.mismatch
-
-
-def _read(unread: Iterator[Row], count: int) -> tuple[list[Row], Exception | None]:
-    """Read the next rows. Also return an error of their source; rows before it still run."""
-    batch: list[Row] = []
-    try:
-        for row in islice(unread, count):
-            batch.append(row)
-    except Exception as error:
-        return batch, error
-    return batch, None
-
-
-def _of_window(
-    batch: Sequence[Row],
-    reader: Reader,
-    runner: Runner,
-    shards: Shards | None,
-    names: Names,
-    count: Callable[[int], Any],
-) -> dict[int, Result | DLAError]:
-    """Return the outcome of every prompt of a window, by index, after storing them."""
-    outcomes: dict[int, Result | DLAError] = {}
-    stored = {} if shards is None else shards.load(batch[0].index, batch[-1].index)
-    todo = []
-    for row in batch:
-        kept = stored.pop(row.index, None)
-        try:
-            item = reader.read(row)
-            if kept is None:
-                todo.append(reader.check(item, runner.stream))
-        except DLAError as error:
-            outcomes[row.index] = freed(error)
-        if kept is not None:
-            digest, result = kept
-            if row.index in outcomes or fingerprint.of_item(item) != digest:
-                raise InputError(
-                    f"prompt {row.index} or its answer is not the one whose result is stored in "
-                    "the folder to resume; give the same prompts and answers, or another folder"
-                )
-            outcomes[row.index] = names.put_on(result, reader.settled(item))
-    count(len(outcomes))
-
-    new = []
-    try:
-        for item, outcome in runner.outcomes(todo):
-            if isinstance(outcome, Result):
-                new.append((item, outcome))
-                names.put_on(outcome, item)
-            outcomes[item.index] = outcome
-            count(1)
-    finally:  # finished results are stored, also after an interrupt
-        if shards is not None:
-            shards.write([(item.index, fingerprint.of_item(item), one) for item, one in new])
-    for index, outcome in outcomes.items():
-        if isinstance(outcome, DLAError):
-            outcome.prompt_index = index
-    return outcomes
-
-
-def _count(name: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"{name} must be an int of at least 1, got {value!r}")
-    return value
-
-
-def _check_tag(backend: Backend, tag: Any) -> None:
-    """Refuse a folder for a model that more than its weights and settings makes what it is.
-
-    Raises:
-        InputError: for hooks of the caller's without a tag.
-    """
-    if tag is not None:
-        if not isinstance(tag, str) or not tag:
-            raise InputError(f"tag must be a string that is not empty, or None, got {tag!r:.80}")
-        return
-    path = next(callers_hooks(backend.model), None)
-    if path is not None:
-        raise InputError(
-            f"{path or 'the model'} has a hook of yours, and a folder to resume cannot tell what "
-            "it does: results with other hooks, or with none, would be taken for these. Give "
-            "tag=, a name of your own for what the hooks do, or leave resume out."
-        )
-
-
-def _folder(resume: Any) -> Path:
-    if not isinstance(resume, (str, os.PathLike)) or not os.fspath(resume):
-        raise InputError(f"resume must be the path of a folder, or None, got {resume!r:.80}")
-    return Path(resume)
+    return begin(
+        model,
+        prompts,
+        answer_tokens,
+        incorrect_tokens,
+        options={
+            "unit": unit,
+            "pos": pos,
+            "center_unembed": center_unembed,
+            "fold_value_biases": fold_value_biases,
+            "check": check,
+        },
+        tokenizer=tokenizer,
+        prepend_bos=prepend_bos,
+        max_tokens=max_tokens,
+        window=window,
+        progress=progress,
+        resume=resume,
+        chunk_size=chunk_size,
+        tag=tag,
+        shard=shard,
+    ).results()

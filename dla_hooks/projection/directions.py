@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dla_hooks.modules.autocast import outside_autocast
+from dla_hooks.modules.onto import onto
 from dla_hooks.projection.tiles import Tile
 
 _AT_ONCE = 256
@@ -73,7 +74,7 @@ class Directions:
     def at(self, tile: Tile, device: torch.device) -> Tensor:
         """Return the directions of a tile's targets, on a device."""
         if self._n_targets > 1:
-            return self.of(tile.targets).to(device)
+            return onto(self.of(tile.targets), device)
         return self.on(device)
 
     def on(self, device: torch.device) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dla_hooks.modules.dictionaries import Dictionary
+from dla_hooks.modules.onto import onto
 from dla_hooks.projection.directions import Directions
 from dla_hooks.projection.ledger import Top, TopRows
 from dla_hooks.projection.tiles import Tile, View
@@ -54,7 +55,7 @@ class ProjectedDictionary:
         d_TM = tile.spread(self._directions.at(tile, device))
         f_TF = codes.f_TF.to(x_TM)
         of_features_TF = f_TF * tile.spread(self._folded.at(tile, device))
-        of_bias_T = tile.spread(self._bias_K.to(device)[tile.targets.to(device)])
+        of_bias_T = tile.spread(onto(self._bias_K, device)[onto(tile.targets, device)])
         if codes.scale_T1 is not None:
             scale_T1 = codes.scale_T1.to(x_TM)
             of_features_TF, of_bias_T = of_features_TF * scale_T1, of_bias_T * scale_T1[:, 0]
@@ -64,7 +65,7 @@ class ProjectedDictionary:
         beyond_TR = torch.stack((of_bias_T.expand_as(error_T), error_T), -1)
         values_RT = torch.cat((of_features_TF, beyond_TR), -1).T
         active_RT = torch.cat((f_TF, torch.ones_like(beyond_TR)), -1).T
-        numbers_RT = self._rows_R.to(device)[:, None].expand_as(values_RT)
+        numbers_RT = onto(self._rows_R, device)[:, None].expand_as(values_RT)
         rows.add(values_RT, numbers_RT.masked_fill(active_RT == 0, -1), tile, (active_RT,))
 
 

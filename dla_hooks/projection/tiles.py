@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.inputs.entries import Entries
+from dla_hooks.modules.onto import onto
 
 _TILE_ELEMENTS = {"cpu": 2**19}
 """Elements of an activation in a tile, small enough for a CPU's cache (2 MiB in float32)."""
@@ -152,7 +153,7 @@ class View:
         for row in rows.unique().tolist():
             for here in self.inside[rows == row].split(size):
                 columns = self._entries.cols[here] - self.columns.start
-                yield row, columns.to(device), self._tile(None, here, device)
+                yield row, onto(columns, device), self._tile(None, here, device)
 
     def _cut(self, width: int, device: torch.device) -> list[Tile]:
         elements = _TILE_ELEMENTS.get(device.type, _TILE_ELEMENTS_ELSEWHERE)
@@ -172,13 +173,13 @@ class View:
             if len(distinct) == 1:
                 targets = distinct
             elif 2 * len(distinct) <= len(targets):  # few entries have a target of their own
-                targets, which = distinct, which_T.to(device)
-        return Tile(place, here.to(device) if run is None else run, len(here), targets, which)
+                targets, which = distinct, onto(which_T, device)
+        return Tile(place, onto(here, device) if run is None else run, len(here), targets, which)
 
     def _indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device not in self._on:
             flat, cols = self._on[torch.device("cpu")]
-            self._on[device] = flat.to(device), cols.to(device)
+            self._on[device] = onto(flat, device), onto(cols, device)
         return self._on[device]
 
 

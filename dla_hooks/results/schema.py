@@ -18,7 +18,7 @@ from dla_hooks.results.rows import Row, Words
 from dla_hooks.results.seen import Seen
 
 _BESIDE = "beside."
-_LATER = ("generated", "generated_ids", "reading")
+_LATER = ("generated", "generated_ids", "reading", "contrast")
 """Fields that older versions do not know: they are written only where they say something."""
 _SEEN = "seen."
 _ROW_COLUMNS = tuple(field.name for field in fields(Row) if field.name != "label")

@@ -19,6 +19,7 @@ class Subject:
         words: what the unit says of its rows.
         softcap: of the model, or None.
         compared: whether the numbers are differences of two runs.
+        contrast: which prompts' numbers are subtracted from which, in words; None where none are.
     """
 
     unit: str
@@ -28,6 +29,7 @@ class Subject:
     words: Words
     softcap: float | None
     compared: bool = False
+    contrast: str | None = None
 
 
 def mismatch(given: Subject, first: Subject) -> str:
@@ -42,6 +44,9 @@ def mismatch(given: Subject, first: Subject) -> str:
     if given.compared != first.compared:
         kinds = ("of one run", "the difference of two runs")
         return f"number is {kinds[given.compared]}, where the first's is {kinds[first.compared]}"
+    if given.contrast != first.contrast:
+        kind = [one.contrast or "no difference of two prompts" for one in (given, first)]
+        return f"number is {kind[0]}, where the first's is {kind[1]}"
     if given.difference != first.difference:
         kinds = ("a logit", "a difference of two logits")
         return (

@@ -56,7 +56,7 @@ def summarize(results: Iterable[Result | Comparison | DLAError]) -> Summary:
                 f"results must be attributions (or errors), got {type(result).__name__} "
                 f"at index {index}: {result!r:.80}"
             )
-        subject = _subject(result)
+        subject = subject_of(result)
         if first is None:
             first, model = subject, result.model
         different = mismatch(subject, first)
@@ -79,11 +79,11 @@ def summarize(results: Iterable[Result | Comparison | DLAError]) -> Summary:
     return Summary.of_moments(moments, first, n_failed=n_failed, model=model)
 
 
-def _subject(result: Result) -> Subject:
+def subject_of(result: Result) -> Subject:
     """What a result is about; it keeps none of its numbers alive."""
     rows, words = result.rows, result.words
     if isinstance(result, RankedData):
-        rows = _all_rows(rows, words.remainder)
+        rows = all_rows(rows, words.remainder)
     return Subject(
         unit=result.unit,
         labels=[row.label for row in rows],
@@ -95,7 +95,7 @@ def _subject(result: Result) -> Subject:
     )
 
 
-def _all_rows(rows: Sequence[Row], remainder: str) -> Sequence[Row]:
+def all_rows(rows: Sequence[Row], remainder: str) -> Sequence[Row]:
     """Every row of a ranked result, made once for all results of one model."""
     if isinstance(rows, RowRuns):
         return _made(rows, remainder)

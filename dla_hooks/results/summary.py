@@ -60,6 +60,8 @@ class Summary(Stored):
         compared: whether it is about differences of two runs, as :func:`dla_hooks.compare` gives.
         beside: of comparisons the means of ``written`` and ``read``, and the standard errors of
             these (``written_standard_error``, ``read_standard_error``), each [row].
+        contrast: of :func:`summarize_rows` with pairs: which prompts' numbers are subtracted from
+            which; else None.
     """
 
     labels: list[str]
@@ -81,6 +83,7 @@ class Summary(Stored):
     )
     compared: bool = False
     beside: dict[str, Tensor] = field(default_factory=dict)
+    contrast: str | None = None
 
     def __post_init__(self) -> None:
         self.rows, self.words = filled(self.labels, self.unit, self.rows, self.words)
@@ -97,8 +100,7 @@ class Summary(Stored):
             self.squares = error.square() * self.n * (self.n - 1)
             if self.n == 1:
                 self.squares.zero_()
-        n_squares = len(self.labels) * (1 + len(self._halves())) + 2
-        if len(self.squares) != n_squares:
+        if len(self.squares) != (n_squares := len(self.labels) * (1 + len(self._halves())) + 2):
             raise InputError(
                 f"squares has {len(self.squares)} numbers, where {len(self.labels)} rows"
                 f"{', their halves' * self.compared}, the bias and the logit have {n_squares}"
@@ -222,7 +224,7 @@ class Summary(Stored):
 
     def _subject(self) -> Subject:
         own = self.unit, self.labels, self.difference, self.rows, self.words, self.softcap
-        return Subject(*own, self.compared)
+        return Subject(*own, self.compared, self.contrast)
 
     def _halves(self) -> tuple[str, ...]:
         return HALVES if self.compared else ()
@@ -265,7 +267,9 @@ class Summary(Stored):
 
     def _says(self) -> str:
         failed = f" ({self.n_failed} {'more ' * (self.n > 0)}failed)" if self.n_failed else ""
-        return f"mean over {self.n} prompt{'s' * (self.n != 1)}{failed}"
+        kind = "prompt" if self.contrast is None else "pair"
+        of = "" if self.contrast is None else f", {self.contrast}"
+        return f"mean over {self.n} {kind}{'s' * (self.n != 1)}{of}{failed}"
 
     def _means(self) -> ResultData:
         means = ResultData(
@@ -285,7 +289,8 @@ class Summary(Stored):
         return means
 
     def __repr__(self) -> str:
-        return means_as_text(self._means(), self.standard_error, self.n, self.n_failed)
+        text = means_as_text(self._means(), self.standard_error, self.n, self.n_failed)
+        return text if self.contrast is None else f"paired: {self.contrast}\n{text}"
 
     def _repr_html_(self) -> str:
         return means_as_html(self._means(), self.standard_error, self.n, self.n_failed)

@@ -15,6 +15,7 @@ from dla_hooks.errors import InputError, UnsupportedModelError
 from dla_hooks.inputs.entries import Entries
 from dla_hooks.modules.attention_interface import AttentionCall, AttentionTap
 from dla_hooks.modules.hooks import Call, Place, Tap
+from dla_hooks.modules.onto import onto
 from dla_hooks.modules.user_hooks import is_hooked
 from dla_hooks.projection.attention_reads import Reads, reads
 from dla_hooks.projection.kernels import project_heads
@@ -253,18 +254,18 @@ class SourceRecorder(Recorder):
         numbers_S = numbers_S[max(found.first, 0) : found.first + found.values_HTS.shape[-1]]
         real_S = torch.cat((numbers_S.new_full((max(-found.first, 0),), -1), numbers_S)) >= 0
         if not bool(real_S.all()):
-            real_S = real_S.to(device)
+            kept = onto(real_S.nonzero()[:, 0], device)  # a mask on a GPU would be waited for
             found = Reads(
                 found.row,
                 found.tile,
-                found.values_HTS[..., real_S],
-                found.weights_HTS[..., real_S],
+                found.values_HTS.index_select(-1, kept),
+                found.weights_HTS.index_select(-1, kept),
                 found.first,
             )
             off_T = (sums_HT - found.values_HTS.sum(-1)).sum(0)
             self._off.on(device)[number, index] = off_T
             numbers_S = numbers_S[numbers_S >= 0]
-        ledger.add(found, self._plan.first_run(number), numbers_S.to(device))
+        ledger.add(found, self._plan.first_run(number), onto(numbers_S, device))
 
     def _new_ledger(self, of_encoder: bool) -> ReadLedger:
         plan, n, dtype = self._plan, len(self._entries), self._plan.heads.dtype

@@ -340,7 +340,7 @@ def test_missing_plot_packages_are_named_before_work(monkeypatch, tmp_path, pack
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in bars.BARS if name not in ("offload", "many", "generate")]
+    "name", [name for name in bars.BARS if name not in ("offload", "many", "generate", "ray")]
 )
 def test_bar_lengths_beyond_the_model_are_refused(name):
     done = run("bars", "--only", name, "--model", "tiny-gpt2", code=2)
@@ -420,7 +420,7 @@ def test_unmeasurable_cases_give_reason(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in bars.BARS if name != "gpu"])
+@pytest.mark.parametrize("name", [name for name in bars.BARS if name not in ("gpu", "ray")])
 def test_every_bar_runs_on_a_tiny_model(name, tmp_path):
     """Whether it is met says nothing at this size."""
     pytest.importorskip("accelerate")

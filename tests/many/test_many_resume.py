@@ -37,7 +37,7 @@ def test_stored_results_come_back_without_running_the_model(ran, model, tmp_path
     assert ran == []
     names = sorted(path.name for path in (tmp_path / "run").iterdir())
     assert names == [*(f"00000000{a}-00000000{b}.safetensors" for a, b in ("02", "35", "67")),
-                     "run.json"]  # fmt: skip
+                     "finished.json", "run.json"]  # fmt: skip
     assert json.loads((tmp_path / "run/run.json").read_text())["version"] == 1
 
 
@@ -224,6 +224,7 @@ def test_old_unfinished_files_are_removed(model, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "000000000-000000007.safetensors",
         new.name,  # of another process, which may still be at it
+        "finished.json",
         "run.json",
     ]
 
