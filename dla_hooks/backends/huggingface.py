@@ -40,7 +40,7 @@ from dla_hooks.backends.readouts import (
 from dla_hooks.backends.stand_in import StandIn, switched_off
 from dla_hooks.backends.two_sequences import (
     check_encoder,
-    codebooks,
+    check_writes_tokens,
     decoder_of,
     of_decoder,
     of_decoder_alone,
@@ -79,8 +79,7 @@ class HuggingFaceBackend(Backend):
     @cached_property
     def reads_two(self) -> bool:
         """Whether it is an encoder-decoder; what is attributed is then its decoder's stream."""
-        two: bool = reads_two(self.root)
-        return two
+        return bool(reads_two(self.root))
 
     @cached_property
     def _labels(self) -> LabelHead | None:
@@ -91,8 +90,7 @@ class HuggingFaceBackend(Backend):
         """Refuse models that are no decoders with a linear head.
 
         Raises:
-            InputError: for something that is no decoder at all.
-            UnsupportedModelError: for encoder-decoders and models without a head.
+            InputError, UnsupportedModelError: for no decoder at all; for one without such a head.
         """
         model = self.root
         is_module = isinstance(model, nn.Module)
@@ -109,18 +107,8 @@ class HuggingFaceBackend(Backend):
                 "AutoModelForCausalLM.from_pretrained(folder)"
             )
         name = f"{type(model).__name__} (model type {self.model_type!r})"
-        scores = self.reads_two and self._labels is None
-        if self._config_value("is_encoder_decoder") and not scores:
-            what = "scores labels" if self.reads_two else "takes no decoder_input_ids"
-            raise UnsupportedModelError(
-                f"{name} is an encoder-decoder that {what}, and only those that write tokens can "
-                "be attributed; pass one with an unembedding"
-            )
-        if not has_head and is_module and codebooks(model) > 1:
-            raise UnsupportedModelError(
-                f"{name} has one head for every codebook of its audio ({codebooks(model)}), and no "
-                "single logit of a token; an attribution would need a choice of the codebook"
-            )
+        if self._config_value("is_encoder_decoder"):
+            check_writes_tokens(model, name, has_labels=self._labels is not None)
         if not has_head:
             raise UnsupportedModelError(
                 f"{name} has no unembedding, so there are no logits to attribute; {way_out(model)}"

@@ -67,11 +67,30 @@ def encoder_embedding(model: Any) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
-def codebooks(model: nn.Module) -> int:
-    """How many tokens an encoder-decoder of sound writes at each position; 1 for one of text."""
+def check_writes_tokens(model: nn.Module, name: str, *, has_labels: bool) -> None:
+    """Refuse an encoder-decoder that writes no tokens, or several at each position.
+
+    Args:
+        model: the model, whose config says that it is an encoder-decoder.
+        name: of it, for the message.
+        has_labels: whether it scores labels.
+
+    Raises:
+        UnsupportedModelError: saying what it does instead.
+    """
+    if has_labels or not reads_two(model):
+        what = "scores labels" if reads_two(model) else "takes no decoder_input_ids"
+        raise UnsupportedModelError(
+            f"{name} is an encoder-decoder that {what}, and only those that write tokens can "
+            "be attributed; pass one with an unembedding"
+        )
     config: Any = getattr(model, "config", None)
-    found = getattr(getattr(config, "decoder_config", None), "num_channels", 1)
-    return found if isinstance(found, int) and reads_two(model) else 1
+    n = getattr(getattr(config, "decoder_config", None), "num_channels", 1)
+    if isinstance(n, int) and n > 1:
+        raise UnsupportedModelError(
+            f"{name} has one head for every codebook of its audio ({n}), and no single logit of a "
+            "token; an attribution would need a choice of the codebook"
+        )
 
 
 def reader_of(
