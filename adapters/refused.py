@@ -85,6 +85,7 @@ REFUSALS = (
             "deepseek_v4",
             "gemma3n",
             "gemma3n_text",
+            "glm5_next",
             "hy_v4",
             "qwen4_exp",
             "qwen4_exp_text",
