@@ -25,7 +25,7 @@ FACTORIES = {function.__name__ for function in _device_constructors()}
 WITH_A_DEFAULT_DTYPE = {"empty", "eye", "linspace", "ones", "rand", "randn", "zeros"}
 
 # The training script makes its model on the default device, and its batches beside it.
-ON_THE_DEFAULT_DEVICE = {"dla_hooks/demo/train.py"}
+ON_THE_DEFAULT_DEVICE = {f"dla_hooks/demo/{name}.py" for name in ("batches", "lessons", "train")}
 
 
 def factory_calls() -> Iterator[tuple[str, str, set[str | None]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -703,7 +704,9 @@ def test_text_and_html_show_rows_with_tokens_up_and_down(demo):
     text = repr(demo)
     assert len(text.splitlines()) <= 25
     assert "0_mlp_out" in text
-    assert "↑ ' is' +10.15" in text
+    (shown,) = re.findall(r"^ *3_attn_out .*?↑ ('.+?') ([-+][\d.]+)", text, re.MULTILINE)
+    first = [one for one in demo.records() if one["label"] == "3_attn_out" and one["rank"] == 1]
+    assert shown in [(repr(one["token"]), f"{one['logit']:+.2f}") for one in first]
     assert "one of 10 entries [2, 5]" in text
     html = demo._repr_html_()
     assert html.count("<tr") == len(demo) + 1
