@@ -83,6 +83,8 @@ def _is_of_ray(rows: Any) -> bool:
 def _batches(rows: Any, question: Question) -> Iterator[Mapping[str, Any]]:
     """Batches of columns, of any holder of rows."""
     if isinstance(rows, (str, os.PathLike)):
+        if not os.fspath(rows):
+            raise InputError("the path of the rows is empty; give a folder or a file")
         yield from _of_path(Path(rows), question)
     elif hasattr(rows, "to_batches"):
         yield from _of_arrow(rows, question)

@@ -37,7 +37,7 @@ def reads_of(data: RankedData, at: list[int], budget: int) -> dict[str, Any] | N
     known = index[index >= 0].unique()
     # The page shows the tokens of the prompt, and none of an encoder.
     own = [not data.rows[i].reads_encoder for i in known.tolist()]
-    index = torch.where(torch.isin(index, known[torch.tensor(own)]), index, -1)
+    index = torch.where(torch.isin(index, known[torch.tensor(own, device="cpu")]), index, -1)
     known = index[index >= 0].unique()
     rows = [data.rows[i] for i in known.tolist()]
     if not rows or any(row.index is None or row.source is None for row in rows):

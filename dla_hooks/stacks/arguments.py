@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from dla_hooks.calibration.mid_streams import mid_streams
 from dla_hooks.calibration.sublayers import norm_before
 from dla_hooks.call import Inputs, read_call
 from dla_hooks.errors import DecompositionError, HookError, InputError
+from dla_hooks.inputs.extras import OF_TEXT
 from dla_hooks.modules.faults import as_refusal
 from dla_hooks.modules.user_hooks import refuse_second_run
 from dla_hooks.modules.version import forget
@@ -32,7 +34,18 @@ def inputs_of(model: Any, input: Any, options: dict[str, Any]) -> Inputs:
     given = {**known, **options}
     # Vectors are kept of one whole run, however long the prompt is.
     whole = sys.maxsize if given["cache"] is None else None
-    return read_call(model, input, **given, purpose=None, chunk_size=whole)
+    return _of_what_runs(read_call(model, input, **given, purpose=None, chunk_size=whole))
+
+
+def _of_what_runs(inputs: Inputs) -> Inputs:
+    """Leave blocks with cross-attention out, where a prompt has nothing that they read."""
+    stream, extras = inputs.stream, inputs.source.prompt.extras
+    runs = tuple(block for block in stream.blocks if not block.optional)
+    if len(runs) == len(stream.blocks) or extras.keys() - OF_TEXT:
+        return inputs
+    stream = dataclasses.replace(stream, blocks=runs)
+    model = dataclasses.replace(inputs.model, stream=stream)
+    return dataclasses.replace(inputs, model=model, source=inputs.source.on(stream))
 
 
 def measured(

@@ -93,7 +93,7 @@ class SourcePlan(UnitPlan):
         if self._reading(True):
             raise UnsupportedModelError(
                 "which positions of an encoder are read is known after the run, so rows that read "
-                "them cannot be compared; compare heads (unit='head'), or choose the decoder's own "
+                "them cannot be compared; compare heads as a whole, or choose the decoder's own "
                 "with heads=['L0H0', ...]"
             )
         return RowRuns(self.runs(entries.numbers()[1]))
