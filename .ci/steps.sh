@@ -48,7 +48,7 @@ browser() {
 # engines: what sweeps run on, into the developer's environment, and its tests. Without them they skip.
 engines() {
   pip install -c constraints.txt -e ".[ray,datasets]"
-  suite "engines" pytest -m "slow or not slow" tests/engines
+  suite "engines" pytest -n 0 -m "slow or not slow" tests/engines
 }
 
 # versions NAME PIP-ARGUMENTS…: a fresh environment of other versions, with what the tests need.
