@@ -227,9 +227,9 @@ REFUSALS = (
     Refusal(
         model_types=("bigbird_pegasus", "mbart"),
         place="the decoder",
-        reason="its cross-attention writes what an encoder read",
-        needed="rows for that write",
-        doors=("masked", "question-answering"),
+        reason="the model makes its tokens itself, of the text that its encoder reads",
+        needed="positions in tokens that the caller does not give",
+        doors=("question-answering",),
     ),
     Refusal(
         model_types=("perceiver",),

@@ -20,7 +20,7 @@ from transformers.models.auto import modeling_auto
 from doors import Case, Door
 
 _NAMES: Mapping[str, str] = {
-    **modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    **getattr(modeling_auto, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", {}),
     **modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     **modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
 }

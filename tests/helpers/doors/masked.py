@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from mapping_zoo import example_ids_any
 from transformers import AutoModelForMaskedLM
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -17,7 +18,11 @@ def _cases(
 ) -> tuple[Case, ...]:
     model = build(AutoModelForMaskedLM, model_type, seed, attn, **changes)
     ids = example_ids_any(model)
-    return (Case(model, ids, run(model, ids).logits),)
+    if not model.config.is_encoder_decoder:
+        return (Case(model, ids, run(model, ids).logits),)
+    asked = {"input_ids": ids, "decoder_input_ids": ids.flip(-1)}
+    with torch.no_grad():
+        return (Case(model, asked, model(**asked).logits),)
 
 
 DOORS = (
