@@ -12,7 +12,7 @@ HELPERS = Path(__file__).parents[1] / "helpers"
 
 @pytest.fixture(scope="session")
 def cluster():
-    """Ray on two CPUs; what it was called with is its address."""
+    """Ray on this machine; what it was called with is its address."""
     ray = pytest.importorskip("ray", reason="ray is not installed: pip install dla-hooks[ray]")
     data = pytest.importorskip("ray.data", reason="ray[data] is not installed")
     own = {
@@ -24,7 +24,7 @@ def cluster():
     os.environ |= own
     try:
         ray.init(
-            num_cpus=2,
+            num_cpus=4,  # as Ray counts them: actors hold two, reading and writing take others
             object_store_memory=200 * 2**20,
             include_dashboard=False,
             log_to_driver=False,

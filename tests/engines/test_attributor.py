@@ -276,5 +276,5 @@ def test_adapter_is_put_on(tmp_path):
     expected = direct_logit_attribution(wrapped.eval(), torch.tensor([5, 6, 8]), 7)
     torch.testing.assert_close(torch.tensor(found["attribution"][0]), expected.attribution[:, 0])
     mixed = [{name: own[0] for name, own in rows.items()} for rows in (found, plain)]
-    with pytest.raises(InputError, match=r"some are of model with adapter \(.*others of model \("):
+    with pytest.raises(InputError, match=r"some are of model \(.*others of model with adapter \("):
         summarize_rows(reversed(mixed))

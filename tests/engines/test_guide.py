@@ -52,8 +52,7 @@ def test_ray_examples_run(cluster, tmp_path):
     pq = pytest.importorskip("pyarrow.parquet")
     import pyarrow
 
-    one = ("size=2", "size=1")  # of the two CPUs one is left to read and write
-    run("ray", tmp_path, changes=[one, ("/tmp/sweep", str(tmp_path))], RAY_ADDRESS=cluster)
+    run("ray", tmp_path, changes=[("/tmp/sweep", str(tmp_path))], RAY_ADDRESS=cluster)
     prompts = [f"The {noun}s near the car" for noun in ["dog", "key"] * 50]
     expected = here(prompts, unit="head", answer=" are", incorrect=" is")
     assert_is(load_summary(tmp_path / "found"), expected)
@@ -63,7 +62,7 @@ def test_ray_examples_run(cluster, tmp_path):
     (folder / "prompts").mkdir(parents=True)
     table = pyarrow.table({"id": range(100), "prompt": prompts})
     pq.write_table(table, folder / "prompts/a.parquet")
-    changes = [one, ("/tmp/sweep", str(folder))]
+    changes = [("/tmp/sweep", str(folder))]
     run("checkpoint", folder, changes=changes, RAY_ADDRESS=cluster)
     assert_is(load_summary(folder / "found"), here(prompts, answer=" are"))
     before = sorted(path.name for path in (folder / "found").iterdir())

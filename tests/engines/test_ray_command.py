@@ -83,7 +83,7 @@ def test_lines_and_means_are_those_of_one_process_and_resume(cluster, file, tmp_
 
     for options, said in (
         (("--workers", "9"), "8 workers take one each"),
-        (("--dtype", "float64"), "holds the results of another run: weights was"),
+        (("--dtype", "float64"), "holds the results of another run"),
     ):
         refused = call(
             "many", "demo", file, "--unit", "head", "-o", tmp_path / "there", "--engine", "ray",
