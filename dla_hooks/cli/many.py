@@ -230,6 +230,8 @@ def _folder_of(output: Path | None) -> Path | None:
     """The folder to write to, made where it is not there; None for a file and for nothing."""
     if output is None or output == STDOUT or output.suffix.lower() == ".jsonl":
         return None
+    if output.suffix.lower() in (".csv", ".json", ".txt", ".html"):
+        raise InputError(f"--output is a folder or a .jsonl file; got {str(output)!r}")
     if output.is_file() or not output.parent.is_dir():
         raise InputError(
             f"cannot write {output}: give a .jsonl file, '-', or a folder (in one that is there)"

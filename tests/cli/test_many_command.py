@@ -150,6 +150,13 @@ def test_files_that_cannot_be_read_are_refused_before_loading(tmp_path, text, wo
     assert words in done.stderr
 
 
+def test_a_folder_is_not_named_as_a_file_of_another_kind(file, tmp_path):
+    done = call("many", "never-loaded", file, "-o", tmp_path / "found.csv")
+    assert done.exit_code == 1
+    assert "a folder or a .jsonl file" in done.stderr
+    assert not (tmp_path / "found.csv").exists()
+
+
 def test_columns_of_other_things_are_left_alone(tmp_path):
     from dla_hooks.cli import tables
 
