@@ -15,6 +15,7 @@ from dla_hooks.cli.options import OUTPUT, Loading
 from dla_hooks.cli.running import running
 from dla_hooks.cli.terminal import note, out
 from dla_hooks.errors import InputError
+from dla_hooks.pages.names import check_page
 
 if TYPE_CHECKING:
     from dla_hooks.cli.story import Measured
@@ -40,6 +41,8 @@ def demo(
     """Attribute a few prompts of the small model that is included. Needs no network."""
     if output is not None and not output.parent.is_dir():
         raise InputError(f"cannot write {output}: there is no folder {output.parent}")
+    if output is not None:
+        check_page(output)
     model, tokenizer = load("demo", Loading())
 
     from dla_hooks.cli import story as view

@@ -159,15 +159,16 @@ def many(
         "chunk_size": chunk_size,
     }
     kept = None if folder is None else folder / FINISHED
-    question = (table.prompts, _as_tokens(answers), _as_tokens(against))
     lines = output if folder is None else folder / RESULTS
     try:
         if engine is Engine.ray:
+            question = (table.prompts, _as_tokens(answers), _as_tokens(against))
             run = on_ray(model, loading, question, where, options, workers or 2, kept)
             with _opened(lines, whole=True) as opened:
                 means = _merged(run, opened)
         else:
-            loaded, tokenizer = load(model, loading)
+            loaded, tokenizer = load(model, loading)  # ahead of what imports transformers' models
+            question = (table.prompts, _as_tokens(answers), _as_tokens(against))
             results = dla_hooks.attribute_many(
                 loaded, *question, pos=where, tokenizer=tokenizer, resume=kept, **options
             )
@@ -229,6 +230,8 @@ def _folder_of(output: Path | None) -> Path | None:
     """The folder to write to, made where it is not there; None for a file and for nothing."""
     if output is None or output == STDOUT or output.suffix.lower() == ".jsonl":
         return None
+    if output.suffix.lower() in (".csv", ".json", ".txt", ".html"):
+        raise InputError(f"--output is a folder or a .jsonl file; got {str(output)!r}")
     if output.is_file() or not output.parent.is_dir():
         raise InputError(
             f"cannot write {output}: give a .jsonl file, '-', or a folder (in one that is there)"

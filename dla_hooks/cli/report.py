@@ -17,6 +17,7 @@ from dla_hooks.cli.running import running
 from dla_hooks.cli.terminal import note
 from dla_hooks.cli.words import as_answer, as_pos
 from dla_hooks.errors import InputError
+from dla_hooks.pages.names import check_page
 from dla_hooks.units import unit_names
 
 
@@ -102,6 +103,7 @@ def report(
     """Write a page to look at: who wrote a logit, in one html file that needs no network."""
     where = as_pos(pos)
     check_folder(output)
+    check_page(output)
     answers = _of_each(answer, len(prompts), "--answer")
     wrong = _of_each(incorrect, len(prompts), "--incorrect")
     asked = zip(prompts, zip(answers, wrong, strict=True), strict=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import io
 import json
 import sys
@@ -66,6 +67,7 @@ def read(path: Path) -> Table:
         raise InputError(
             f"{name} has no column 'prompt'; it has {', '.join(map(repr, lines[0][1])) or 'none'}"
         )
+    _check_names(lines, name)
     for (number, _), prompt in zip(lines, prompts, strict=True):
         if not isinstance(prompt, str):
             raise InputError(f"{name}, line {number}: the prompt must be text, got {prompt!r:.60}")
@@ -76,6 +78,23 @@ def read(path: Path) -> Table:
             for (number, _), value in zip(lines, positions, strict=True)
         ]
     return Table(prompts, columns["answer"], columns["incorrect"], positions)
+
+
+def _check_names(lines: list[tuple[int, dict[str, Any]]], name: str) -> None:
+    """Refuse a column that is not read, where it is a known one but for a slip.
+
+    Raises:
+        InputError: it names both.
+    """
+    names = dict.fromkeys(column for _, line in lines for column in line)
+    missing = [column for column in COLUMNS if column not in names]
+    for column in names:
+        meant = difflib.get_close_matches(column.strip().lower(), missing, 1, 0.9)
+        if meant and column not in COLUMNS:
+            raise InputError(
+                f"{name} has a column {column!r}, which would not be read; call it {meant[0]!r} "
+                "if it is that, and otherwise something less alike"
+            )
 
 
 def _of_json(text: str, name: str) -> list[tuple[int, dict[str, Any]]]:

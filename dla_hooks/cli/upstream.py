@@ -30,7 +30,7 @@ _ROW = re.compile(r"L[0-9]+(\.[0-9]+)?H[0-9]+<[0-9]+")
 
 @examples(
     "dla-hooks upstream demo 'The keys near the cabinet' \\",
-    "    --part 'L3H1<1' --answer ' are' --incorrect ' is'",
+    "    --part 'L3H3<1' --answer ' are' --incorrect ' is'",
 )
 def upstream(
     model: Model,

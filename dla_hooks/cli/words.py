@@ -27,6 +27,7 @@ _OPTIONS = {
     "prepend_bos": "--prepend-bos",
     "do_sample": "--sample",
     "trust_remote_code": "--trust-remote-code",
+    "decoder_input": "--decoder-input",
 }
 """Options under the names that the library has for them."""
 _SHORT = ("unit", "pos", "dtype", "device", "parts", "part", "ablation", "against", "stop")
@@ -34,6 +35,9 @@ _SHORT = ("unit", "pos", "dtype", "device", "parts", "part", "ablation", "agains
 _NAMED = re.compile(rf"\b({'|'.join(_OPTIONS)})\b(?:=(True\b)?)?")
 _WITH_VALUE = re.compile(rf"(?<![\w-])({'|'.join(_SHORT)})=")
 _AS_SUBJECT = re.compile(rf"^({'|'.join(_SHORT)}) (?=must |takes |is required)")
+_BY_OBJECT = re.compile(r"unit=(?=dla_hooks\.)")
+"""What cannot be typed: the sentence goes on in Python."""
+_SLICED = re.compile(r"slice\((-?[0-9]+|None), (-?[0-9]+|None)\)")
 _TWICE = re.compile(r" \(on the command line [^)]*\)")
 
 
@@ -87,6 +91,8 @@ def as_typed(message: str) -> str:
         return _OPTIONS[match[1]] + " " * with_value
 
     line = " ".join(message.splitlines())
+    line = _BY_OBJECT.sub("in Python unit\0=", line)
     line = _NAMED.sub(option, _TWICE.sub("", line))
-    line = _WITH_VALUE.sub(r"--\1 ", line)
+    line = _SLICED.sub(lambda ends: ":".join(ends.groups()).replace("None", ""), line)
+    line = _WITH_VALUE.sub(r"--\1 ", line).replace(" )", ")").replace("\0", "")
     return _AS_SUBJECT.sub(r"--\1 ", line)

@@ -28,7 +28,8 @@ def check_axes(data: EntryData) -> None:
     if getattr(data, "several", False) or len(data.shape) > 2:
         raise InputError(
             f"a page shows one answer at a time, and this result's entries are {list(data.shape)}; "
-            "take one of them first: result.each(0)"
+            "take one of them first, result.each(0); or each as a page, "
+            "Report.of(result.each(0), result.each(1))"
         )
     if not data.shape.numel():
         raise InputError("there is nothing to show: the result has no entry (check pos)")

@@ -11,7 +11,9 @@ from dla_hooks._version import __version__
 from dla_hooks.pages.gather import pages_of
 from dla_hooks.pages.grid import plain
 from dla_hooks.pages.html import page
-from dla_hooks.results.files import write_text
+from dla_hooks.pages.names import check_page
+from dla_hooks.results.files import checked, write_text
+from dla_hooks.results.wording import are_ids, without_patches
 
 _TALL = 860
 
@@ -85,9 +87,10 @@ class Report:
             path: of the file to write.
 
         Raises:
-            InputError: for what is no path, or when it cannot be written there.
+            InputError: for what is no path, or ends as other kinds of files do, or cannot be
+                written.
         """
-        return write_text(path, self.html())
+        return write_text(check_page(checked(path)), self.html())
 
     def data(self) -> dict[str, Any]:
         """Everything that the page shows, as nested lists and dictionaries that JSON can hold."""
@@ -109,14 +112,21 @@ class Report:
 
 
 def _title(first: dict[str, Any]) -> str:
-    text = "".join(first["tokens"]).strip()
+    text = _prompt(first).strip()
     return f"{text[:60]}{'…' * (len(text) > 60)} · {first['question']}".lstrip(" ·")
+
+
+def _prompt(one: dict[str, Any]) -> str:
+    """The tokens as one text; ids, where no tokenizer named them, with blanks between."""
+    tokens = without_patches(one["tokens"])
+    ids = are_ids(tokens) and are_ids(one.get("answers", ()), default=True)
+    return (" " if ids else "").join(tokens)
 
 
 def _text(one: dict[str, Any]) -> str:
     """The strongest rows of each unit where the page opens, as plain text."""
     focus = one["focus"]
-    lines = [f"{''.join(one['tokens'])}", f"{one['question']} · {one['model']}"]
+    lines = [_prompt(one), f"{one['question']} · {one['model']}"]
     for unit in one["units"]:
         if not unit["dense"] or unit["cumulative"] or "exact" not in unit:
             continue

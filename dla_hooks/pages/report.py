@@ -17,6 +17,7 @@ from dla_hooks.inputs.prompts import is_text
 from dla_hooks.pages import reproduce
 from dla_hooks.pages.asking import Prompt, ask, promoted_of
 from dla_hooks.pages.document import Report
+from dla_hooks.pages.names import check_page
 from dla_hooks.results.files import checked as checked_path
 from dla_hooks.targets.own import TOP
 from dla_hooks.units import read_units
@@ -99,7 +100,7 @@ def report(
     Report("The keys near the cabinet · ' are' - ' is'", 1 page); save('page.html') writes it
     """
     if path is not None:
-        folder = checked_path(path).parent
+        folder = check_page(checked_path(path)).parent
         if not folder.is_dir():
             raise InputError(f"cannot write {path}: there is no folder {folder}")
     answer_tokens = TOP if answer_tokens is None else answer_tokens

@@ -99,7 +99,7 @@ def upstream(
     >>> import dla_hooks
     >>> model, tokenizer = dla_hooks.demo.load()
     >>> result = dla_hooks.upstream(
-    ...     model, "The keys near the cabinet", " are", " is", part="L3H1<1", tokenizer=tokenizer)
+    ...     model, "The keys near the cabinet", " are", " is", part="L3H3<1", tokenizer=tokenizer)
     >>> bool(abs(result.attribution.sum() + result.bias - result.logit) < 1e-3)
     True
     """

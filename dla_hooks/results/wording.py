@@ -136,6 +136,7 @@ def prompt(data: EntryData, row: int, width: int) -> str:
 
 
 _PATCH = re.compile(r"<(image|video|audio) (?:[0-9]+: )?[0-9,]+>")
+_SHORTENED = ("<image>", "<video>", "<audio>")
 
 
 def without_patches(tokens: Sequence[str]) -> list[str]:
@@ -176,5 +177,11 @@ def quoted(data: EntryData, token: str) -> str:
 
 def ids_only(data: EntryData) -> bool:
     """Whether there was no tokenizer, so that the tokens' names are their ids."""
-    names = [name for row in data.tokens for name in row if not _PATCH.fullmatch(name)]
-    return bool(names) and all(name.isdecimal() for name in [*names, *data.answer])
+    names = [name for row in data.tokens for name in row]
+    return are_ids(names) and are_ids(data.answer, default=True)
+
+
+def are_ids(names: Sequence[str], *, default: bool = False) -> bool:
+    """Whether all names are ids, but for patches of images; the default for no name at all."""
+    known = [name for name in names if not _PATCH.fullmatch(name) and name not in _SHORTENED]
+    return all(name.isdecimal() for name in known) if known else default

@@ -95,11 +95,15 @@ class StreamSum:
 def _refuse_between(kept: Kept) -> None:
     """Refuse prompts with images, for a model that adds their features between its blocks.
 
+    A type that is not declared to do so may only be built alike: there the sum decides.
+
     Raises:
         UnsupportedModelError: with what to call instead.
     """
     stream, extras = kept.stream, kept.inputs.source.prompt.extras
-    if stream.architecture.between is not None and extras.keys() - OF_TEXT:
+    if stream.architecture.between is None or not extras.keys() - OF_TEXT:
+        return
+    if stream.backend.model_type in stream.architecture.model_types or not kept.check:
         raise UnsupportedModelError(
             f"{stream.backend.name} adds features of images to its stream between the blocks "
             f"({stream.architecture.between}), and stacks of vectors have no rows for them; "

@@ -170,6 +170,13 @@ class TestErrorsBeforeLoading:
             "pass trust_remote_code=True (on the command line --trust-remote-code)"
         ) == ("pass --trust-remote-code")
         assert as_typed("give device_map='auto'") == "give --device-map 'auto'"
+        assert as_typed("instead (leave out unit=)") == "instead (leave out --unit)"
+        assert as_typed("(pos=slice(0, -1), pos=-2)") == "(--pos 0:-1, --pos -2)"
+        assert as_typed("give pos=slice(-3, None)") == "give --pos -3:"
+        assert as_typed("decoder_input is empty") == "--decoder-input is empty"
+        assert (
+            as_typed("need: unit=dla_hooks.Features") == "need: in Python unit=dla_hooks.Features"
+        )
         assert as_typed("the unit 'head' has no part") == "the unit 'head' has no part"
 
 

@@ -136,6 +136,9 @@ def test_answers_left_out_are_the_top_tokens_and_are_said(model, tmp_path):
         ('{"text": "a"}\n', "no column 'prompt'; it has 'text'"),
         ('{"prompt": 3}\n', "line 1: the prompt must be text"),
         ('{"prompt": "a", "answer": " b"}\n\n{"prompt": "a"}\n', "line 3 has no 'answer'"),
+        ('{"prompt": "a", "answr": " b"}\n', "call it 'answer'"),
+        ('{"prompt": "a", " answer": " b"}\n', "call it 'answer'"),
+        ('{"prompt": "a", "Position": 1}\n', "call it 'position'"),
         ('{"prompt": "a", "position": "x"}\n', "line 1: a position is an int"),
     ],
 )
@@ -145,6 +148,21 @@ def test_files_that_cannot_be_read_are_refused_before_loading(tmp_path, text, wo
     done = call("many", "never-loaded", path)
     assert done.exit_code == 1
     assert words in done.stderr
+
+
+def test_a_folder_is_not_named_as_a_file_of_another_kind(file, tmp_path):
+    done = call("many", "never-loaded", file, "-o", tmp_path / "found.csv")
+    assert done.exit_code == 1
+    assert "a folder or a .jsonl file" in done.stderr
+    assert not (tmp_path / "found.csv").exists()
+
+
+def test_columns_of_other_things_are_left_alone(tmp_path):
+    from dla_hooks.cli import tables
+
+    path = tmp_path / "p.csv"
+    path.write_text("id,prompt,correct,answer,answers\n1,The key,yes, is,x\n", encoding="utf-8")
+    assert tables.read(path) == tables.Table(["The key"], [" is"], None, None)
 
 
 def test_an_option_and_a_column_that_say_the_same_are_refused(file):

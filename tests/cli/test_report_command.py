@@ -50,6 +50,7 @@ def test_several_prompts_units_and_positions_are_followed(tmp_path):
     ("options", "words"),
     [
         (("-o", "no/such/folder/x.html"), "there is no folder"),
+        (("-o", "page.pdf"), "a page is written as .html"),
         (("--answer", " is", "--answer", " was"), "--answer is given 3 times for 1 prompt"),
         (("--pos", "x"), "none of: an int"),
     ],

@@ -32,6 +32,12 @@ ATTRIBUTE = (
     "sys.argv = ['dla-hooks', 'attribute', 'demo', 'The keys near the cabinet']\n"
     "main()"
 )
+MANY = (
+    "import io, sys; from dla_hooks.cli import main\n"
+    "sys.argv = ['dla-hooks', 'many', 'demo', '-']\n"
+    "sys.stdin = io.StringIO('prompt\\nThe key\\n')\n"
+    "main()"
+)
 SESSION = """
 import dla_hooks
 model, tokenizer = dla_hooks.demo.load()
@@ -71,8 +77,9 @@ def test_help_and_options_load_nothing_heavy(command):
 
 
 @pytest.mark.slow
-def test_attribute_loads_what_it_needs():
-    found = loaded(ATTRIBUTE)
+@pytest.mark.parametrize("code", [ATTRIBUTE, MANY], ids=["attribute", "many"])
+def test_commands_load_what_they_need(code):
+    found = loaded(code)
     assert {"torch", "transformers.modeling_utils"} <= found  # it says when something is loaded
     assert found & UNASKED == set()
 

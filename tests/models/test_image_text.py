@@ -254,6 +254,15 @@ def test_stacks_refuse_features_between_blocks_by_name():
             call(model, inputs)
 
 
+def test_stacks_take_images_of_a_type_that_is_only_built_alike():
+    model = image_text.build("llava")
+    inputs = image_text.pixels("llava", model)
+    found = promoted_tokens(model, inputs)
+    assert found.labels[0] == "embed"
+    with pytest.raises(UnsupportedModelError, match="deepstack"):
+        promoted_tokens(model, inputs, check=False)  # where no sum would tell
+
+
 # Cross-attention of its own
 
 

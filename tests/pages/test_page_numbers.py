@@ -471,3 +471,21 @@ def test_without_an_answer_the_models_own_top_token_is_asked_for(demo):
     assert str(page).count("' are'") >= 1
     assert "--answer" not in page["reproduce"]["command"]
     assert "answer_tokens=dla_hooks.TOP" in page["reproduce"]["call"]
+
+
+def test_titles_of_prompts_without_a_tokenizer_keep_their_ids_apart():
+    model = build("gpt2")
+    found = dla_hooks.report(model, torch.tensor([[5, 12, 7]]), 5, 7, units=["component"])
+    assert found.title == "5 12 7 · token 5 - token 7"
+
+
+def test_page_is_written_as_html_and_as_nothing_else(demo, tmp_path):
+    with pytest.raises(dla_hooks.DLAError, match=r"written as \.html; got .*page\.pdf"):
+        dla_hooks.report(None, PROMPT, path=tmp_path / "page.pdf")  # before the model is looked at
+    found = dla_hooks.report(
+        demo.model, PROMPT, ANSWER, units=["component"], tokenizer=demo.tokenizer
+    )
+    with pytest.raises(dla_hooks.DLAError, match=r"written as \.html"):
+        found.save(tmp_path / "page.json")
+    assert found.save(tmp_path / "page").exists()
+    assert found.save(tmp_path / "page.HTM").exists()
