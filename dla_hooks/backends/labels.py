@@ -198,7 +198,9 @@ def _where_same(output: Any, logits: Tensor, head: LabelHead) -> Tensor | None:
     rounding = 4 * max(torch.finfo(one.dtype).eps for one in (logits, returned))
     ours, theirs = logits.double(), returned.double().to(logits.device)
     if theirs.ndim == 2:
-        return torch.isclose(ours, theirs[:, None], rtol=rounding, atol=1e-30).all(-1)
+        theirs = theirs[:, None].expand_as(ours)
+        near = torch.isclose(ours, theirs, rtol=rounding, atol=1e-30, equal_nan=True)
+        return near.all(-1)
     if theirs.shape != ours.shape:
         return None
     near = torch.isclose(ours, theirs, rtol=rounding, atol=1e-30, equal_nan=True)
