@@ -7,6 +7,7 @@ directions, as the model runs, and their sizes are kept as one number per positi
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +100,11 @@ def _refuse_between(kept: Kept) -> None:
         UnsupportedModelError: with what to call instead.
     """
     stream, extras = kept.stream, kept.inputs.source.prompt.extras
-    if stream.architecture.between is not None and extras.keys() - OF_TEXT:
+    model: Any = stream.backend.root
+    names = {type(model).__name__, getattr(getattr(model, "config", None), "model_type", None)}
+    # Others have the same modules (LLaVA, Qwen2-VL). What they might add fails the check.
+    declared = not names.isdisjoint(stream.architecture.model_types)
+    if declared and stream.architecture.between is not None and extras.keys() - OF_TEXT:
         raise UnsupportedModelError(
             f"{stream.backend.name} adds features of images to its stream between the blocks "
             f"({stream.architecture.between}), and stacks of vectors have no rows for them; "
