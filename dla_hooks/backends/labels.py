@@ -107,7 +107,9 @@ def label_names(model: Any, head: LabelHead) -> LabelNames:
     if head.kind in _NAMES:
         advice = "" if wrapped_in(model) is None else f"; for a token, {way_out(model)}"
         return LabelNames(dict(enumerate(_NAMES[head.kind])), advice)
-    return LabelNames(dict(getattr(model.config, "id2label", None) or {}))
+    named = getattr(model.config, "id2label", None) or {}
+    # JSON knows no keys but strings, and a dictionary that is set by hand may come from there.
+    return LabelNames({int(index): str(name) for index, name in named.items()})
 
 
 def last_real(prompt: Prompt, chunk: range) -> Tensor:
