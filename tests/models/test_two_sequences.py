@@ -327,6 +327,22 @@ def test_output_of_an_encoder_is_left_as_it_was_given():
     assert torch.equal(encoded[0], before)
 
 
+def test_hook_on_an_unembedding_whose_input_is_scaled():
+    model, given = made("t5")  # scales what its head reads, so that the head's output counts whole
+    plan = dla_hooks.prepare(model, ANSWER)
+    without = run(model, given)[:, -1, ANSWER]
+    handle = model.lm_head.register_forward_hook(lambda module, args, out: 1.5 * out + 2)
+    found = plan(given)
+    close(found.logit, 1.5 * without + 2)
+    close(found["logit_hook"], 0.5 * without + 2)
+    other = copy.deepcopy(model)
+    other.lm_head._forward_hooks.clear()
+    difference = dla_hooks.compare(model, other, given, ANSWER)
+    close(difference["logit_hook"], 0.5 * without + 2)
+    handle.remove()
+    close(plan(given).logit, without)
+
+
 def test_effect_of_a_cross_head_is_that_of_its_ablation(t5):
     found = dla_hooks.effects(t5.model, t5.given, ANSWER, INCORRECT, parts=["L1X2"], unit="head")
     linear = t5.oracle.blocks[1].get_submodule("layer.1.EncDecAttention.o")
