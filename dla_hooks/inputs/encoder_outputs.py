@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers.modeling_outputs import BaseModelOutput
-from transformers.utils import ModelOutput
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput, ModelOutput
 
 from dla_hooks.errors import InputError
-from dla_hooks.modules.outputs import tensor_in
 
 ENCODED = "encoder_outputs"
 """The argument that an encoder's output is given as, where the encoder has run before."""
@@ -22,13 +22,22 @@ class Vectors(BaseModelOutput):
             raise AttributeError(name)
 
 
+def vectors_of(value: Any) -> Tensor | None:
+    """The vectors that an encoder's output holds, or None."""
+    if isinstance(value, Mapping):
+        value = value.get("last_hidden_state", next(iter(value.values()), None))
+    elif isinstance(value, Sequence) and value:
+        value = value[0]
+    return value if isinstance(value, Tensor) and value.is_floating_point() else None
+
+
 def encoder_output(value: Any) -> Any:
     """An encoder's output as models read it, from its vectors alone, a tuple or a mapping.
 
     Raises:
         InputError: where it holds no vectors [batch, position, width].
     """
-    vectors = tensor_in(value)
+    vectors = vectors_of(value)
     if vectors is None or vectors.ndim != 3 or not vectors.numel():
         shape = "" if vectors is None else f" with vectors of shape {list(vectors.shape)}"
         raise InputError(

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from dla_hooks.errors import InputError, ShapeMismatchError
-from dla_hooks.inputs.encoder_outputs import ENCODED, encoder_output
+from dla_hooks.inputs.encoder_outputs import ENCODED, encoder_output, vectors_of
 from dla_hooks.inputs.extras import EMBEDS, MASK, NEVER, POSITIONS, embeddings, sized
 from dla_hooks.inputs.forms import as_tensor, check_integers, is_array, pad_right
 from dla_hooks.inputs.plain import check_dense, check_text
 from dla_hooks.inputs.prompts import Prompt, as_batch, check_ids, is_text
-from dla_hooks.modules.outputs import tensor_in
 
 INPUT, DECODER_INPUT = "input", "decoder_input"
 """Keys of a mapping with strings: what the encoder reads, and the decoder's text so far."""
@@ -241,7 +240,7 @@ def _batch_of(encoder: Mapping[str, Any]) -> int | None:
     """The number of inputs that the encoder reads."""
     encoded = encoder.get(ENCODED)
     if encoded is not None:
-        vectors = tensor_in(encoded)
+        vectors = vectors_of(encoded)
         return None if vectors is None else len(vectors)
     for name, value in encoder.items():
         if isinstance(value, Tensor) and value.ndim and name != MASK:
