@@ -18,6 +18,8 @@ from dla_hooks.modules.signature import Arguments, arguments_of, named, takes_an
 
 _OF_TEXT = {EMBEDS, "token_type_ids", "cross_attention_states"}
 """Arguments beside which positions are counted as for ids alone."""
+_OF_ENCODER = {"input_ids", MASK}
+"""What an encoder of text reads: checked before, so that no run fails of it."""
 _OFFSET = "rope_deltas"
 _PLACEHOLDER = re.compile(r"(image|video|audio|vision|speech|media)\w*_token_(id|index)")
 
@@ -115,13 +117,14 @@ def refusing(model: nn.Module, prompt: Prompt) -> Iterator[None]:
     except (DLAError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        if not prompt.extras:
+        encoded = {n: v for n, v in (prompt.encoder or {}).items() if n not in _OF_ENCODER}
+        if not prompt.extras and not encoded:
             if isinstance(error, TypeError) and prompt.padded and takes_any(model):
                 raise no_mask(model) from error
             raise
         raise InputError(
             f"the forward of {type(model).__name__} fails on this input (ids {list(prompt.shape)}, "
-            f"{described(prompt.extras)}): {type(error).__name__}: {error}"
+            f"{described({**prompt.extras, **encoded})}): {type(error).__name__}: {error}"
         ) from error
 
 

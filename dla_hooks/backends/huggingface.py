@@ -218,7 +218,10 @@ class HuggingFaceBackend(Backend):
     def run_chunk(
         self, prompt: Prompt, chunk: range, columns: Tensor | None, past: Any
     ) -> tuple[Tensor, Any]:
-        logits, output = self._run(prompt, chunk, columns, {"use_cache": True, **(past or {})})
+        # Switch hands use_cache on to its encoder, which refuses it; its decoder caches by default.
+        by_default = self.reads_two and self.number("use_cache") is True
+        keep = {} if by_default else {"use_cache": True}
+        logits, output = self._run(prompt, chunk, columns, {**keep, **(past or {})})
         return logits, caches_in(output, self._accepted, type(self.root).__name__)
 
     def _run(

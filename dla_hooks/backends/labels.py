@@ -107,7 +107,9 @@ def label_names(model: Any, head: LabelHead) -> LabelNames:
     if head.kind in _NAMES:
         advice = "" if wrapped_in(model) is None else f"; for a token, {way_out(model)}"
         return LabelNames(dict(enumerate(_NAMES[head.kind])), advice)
-    return LabelNames(dict(getattr(model.config, "id2label", None) or {}))
+    named = getattr(model.config, "id2label", None) or {}
+    # JSON knows no keys but strings, and a dictionary that is set by hand may come from there.
+    return LabelNames({int(index): str(name) for index, name in named.items()})
 
 
 def last_real(prompt: Prompt, chunk: range) -> Tensor:
@@ -198,7 +200,9 @@ def _where_same(output: Any, logits: Tensor, head: LabelHead) -> Tensor | None:
     rounding = 4 * max(torch.finfo(one.dtype).eps for one in (logits, returned))
     ours, theirs = logits.double(), returned.double().to(logits.device)
     if theirs.ndim == 2:
-        return torch.isclose(ours, theirs[:, None], rtol=rounding, atol=1e-30).all(-1)
+        theirs = theirs[:, None].expand_as(ours)
+        near = torch.isclose(ours, theirs, rtol=rounding, atol=1e-30, equal_nan=True)
+        return near.all(-1)
     if theirs.shape != ours.shape:
         return None
     near = torch.isclose(ours, theirs, rtol=rounding, atol=1e-30, equal_nan=True)

@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutput
 
 from dla_hooks.backends.base import Backend
 from dla_hooks.backends.readouts import n_embedded
 from dla_hooks.errors import InputError, UnsupportedModelError
+from dla_hooks.inputs.encoder_outputs import ENCODED, Vectors
 from dla_hooks.inputs.extras import EMBEDS, MASK, NEVER, POSITIONS, moved
 from dla_hooks.inputs.prompts import Prompt
-from dla_hooks.inputs.two_sequences import ENCODED, IDS, Reader, start_of
+from dla_hooks.inputs.two_sequences import IDS, Reader, start_of
 from dla_hooks.modules.outputs import tensor_in, with_tensor
 from dla_hooks.modules.signature import Arguments, arguments_of, named
 
@@ -170,28 +170,20 @@ def prompt_arguments(backend: Backend, prompt: Prompt, device: torch.device) -> 
     return {IDS: ids, **(mask if MASK in arguments_of(backend.root) else {})}
 
 
-def made_up_output(model: Any, batch: int, device: torch.device) -> BaseModelOutput:
+def made_up_output(model: Any, batch: int, device: torch.device) -> Vectors:
     """The output of an encoder on a few made-up positions, the same for every row and each time."""
     generator = torch.Generator().manual_seed(3)
     size = 1, MADE_UP_POSITIONS, _width_of_encoder(model)
     made = torch.randn(size, generator=generator, dtype=torch.float64, device="cpu")
     dtype = next(p.dtype for p in decoder_of(model).parameters() if p.is_floating_point())
     made = made.to(torch.bfloat16).to(device, dtype)
-    return _MadeUp(last_hidden_state=made.expand(batch, -1, -1).contiguous())
+    return Vectors(last_hidden_state=made.expand(batch, -1, -1).contiguous())
 
 
 def _of_its_own(encoded: Any) -> Any:
     """An encoder's output whose vectors a model may write into, as Moonshine's decoder does."""
     vectors = tensor_in(encoded)
     return encoded if vectors is None else with_tensor(encoded, vectors.detach().clone())
-
-
-class _MadeUp(BaseModelOutput):
-    """An encoder's output that has its vectors, and no mask, router's logits or loss."""
-
-    def __getattr__(self, name: str) -> None:
-        if not name.endswith(("_mask", "_logits", "_probs", "_loss")):
-            raise AttributeError(name)
 
 
 def _width_of_encoder(model: Any) -> int:

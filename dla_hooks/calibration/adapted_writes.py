@@ -122,7 +122,9 @@ class _Disturbed:
         for row, (path, module) in enumerate(self._asked[write.label], start=1):
             noise = self._noise.get(module)
             if module in self._scattered:
-                raise _unread(path, module, "it sees the tokens of one expert only")
+                raise _unread(
+                    path, module, "it sees an encoder's positions, or one expert's tokens"
+                )
             if noise is None or not self._affine.get(module, True):
                 continue  # of another width, not run, or a parameter of a hidden layer
             change, size = wrote[row] - wrote[0], wrote[0].norm() + noise.norm()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dla_hooks.errors import InputError, ShapeMismatchError
+from dla_hooks.inputs.encoder_outputs import ENCODED, encoder_output, vectors_of
 from dla_hooks.inputs.extras import EMBEDS, MASK, NEVER, POSITIONS, embeddings, sized
 from dla_hooks.inputs.forms import as_tensor, check_integers, is_array, pad_right
 from dla_hooks.inputs.plain import check_dense, check_text
@@ -22,8 +23,6 @@ from dla_hooks.inputs.prompts import Prompt, as_batch, check_ids, is_text
 INPUT, DECODER_INPUT = "input", "decoder_input"
 """Keys of a mapping with strings: what the encoder reads, and the decoder's text so far."""
 IDS = "input_ids"
-ENCODED = "encoder_outputs"
-"""The argument that an encoder's output is given as, where the encoder has run before."""
 _DECODER_IDS, _DECODER_MASK = "decoder_input_ids", "decoder_attention_mask"
 _OF_DECODER = {"decoder_inputs_embeds": EMBEDS, "decoder_position_ids": POSITIONS}
 
@@ -134,6 +133,8 @@ def _encoder(given: dict[str, Any], reader: Reader) -> dict[str, Any]:
                 "as its processor returns it, and decoder_input_ids"
             )
         given[IDS] = plain
+    if ENCODED in given:
+        given[ENCODED] = encoder_output(given[ENCODED])
     found = {name: _tensor(value, name) for name, value in given.items() if name != IDS}
     ids = given.get(IDS)
     if ids is not None:
@@ -155,12 +156,25 @@ def _encoder_ids(ids: Any, mask: Any, reader: Reader) -> dict[str, Tensor]:
             "input must be a string, a non-empty list of strings, token ids [pos] or [batch, pos], "
             f"or a mapping of the forward's arguments; got {type(ids).__name__}: {ids!r:.80}"
         )
+    given = ids
     ids, real = _padded(ids, mask, "input")
     if reader.n_encoded is not None:
         check_ids(ids, reader.n_encoded)
     if bool(real.all()):
         return {IDS: ids} if mask is None else {IDS: ids, MASK: real.long()}
-    return {IDS: ids.masked_fill(~real, reader.pad), MASK: real.long()}
+    return {IDS: _behind_mask(given, ids, real, mask, reader), MASK: real.long()}
+
+
+def _behind_mask(given: Any, ids: Tensor, real: Tensor, mask: Any, reader: Reader) -> Tensor:
+    """The ids with those the caller masked as they came: some models count positions by ids.
+
+    What no embedding is there for becomes the model's pad token, and so does padding of our own.
+    """
+    filled = ids.masked_fill(~real, reader.pad)
+    if mask is None or reader.n_encoded is None:
+        return filled
+    own = as_tensor(given, "input", "token ids").detach().to(ids).reshape(ids.shape)
+    return torch.where((own >= 0) & (own < reader.n_encoded), own, filled)
 
 
 def _decoder_ids(
@@ -226,7 +240,8 @@ def _batch_of(encoder: Mapping[str, Any]) -> int | None:
     """The number of inputs that the encoder reads."""
     encoded = encoder.get(ENCODED)
     if encoded is not None:
-        return len(encoded[0])
+        vectors = vectors_of(encoded)
+        return None if vectors is None else len(vectors)
     for name, value in encoder.items():
         if isinstance(value, Tensor) and value.ndim and name != MASK:
             return len(value)

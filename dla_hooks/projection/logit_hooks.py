@@ -66,7 +66,7 @@ class LogitHooks:
     def finish(self, device: torch.device) -> Tensor:
         """What hooks add [readouts, N]."""
         rows, n = self._rows.gathered(device), len(self._readouts)
-        scales = rows.new_tensor([readout.scale for readout in self._readouts])
+        scales = rows.new_tensor([readout.scale() for readout in self._readouts])
         return (rows[n:] - rows[:n]) * scales[:, None]
 
     def _write(self, logits_BSV: Tensor, view: View, place: slice) -> None:

@@ -21,14 +21,14 @@ class Readout:
         behind: makes the directions behind the norm: those that read the norm's output.
         of_logits: picks the reading out of the unembedding's own output, for some entries: a
             function of that output at each entry [n, vocabulary] and the targets [n].
-        scale: what the unembedding's output is multiplied by.
+        scale: gives what the unembedding's output is multiplied by.
     """
 
     directions: Directions
     bias_K: Tensor
     behind: Callable[[], Directions] | None = None
     of_logits: Callable[[Tensor, Tensor], Tensor] | None = None
-    scale: float = 1.0
+    scale: Callable[[], float] = lambda: 1.0
 
     @property
     def d_KM(self) -> Tensor:

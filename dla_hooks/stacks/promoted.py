@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dla_hooks.call import Inputs
-from dla_hooks.errors import InputError
+from dla_hooks.errors import InputError, UnsupportedModelError
 from dla_hooks.inputs.prompts import known_ids, to_strings
 from dla_hooks.results.promoted import PromotedTokens
 from dla_hooks.stacks.arguments import measured
@@ -200,6 +200,11 @@ def _counted(inputs: Inputs) -> Tensor | None:
     if tokenizer is not None and not stream.backend.scores_labels:
         counted = known_ids(tokenizer, stream.vocabulary)
     n_tokens = stream.vocabulary if counted is None else int(counted.sum())
+    if n_tokens < 2 and stream.backend.scores_labels:
+        raise UnsupportedModelError(
+            f"{stream.backend.name} scores one label, and ranks need two; direct_logit_attribution "
+            "says what each row writes to it"
+        )
     if n_tokens < 2:
         raise InputError(
             f"{stream.backend.name} scores {n_tokens} of the tokens that can be named, and ranks "

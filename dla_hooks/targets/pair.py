@@ -160,9 +160,10 @@ def _joined(own: Readout, other: Readout, factor: float) -> Readout:
             return _side_by_side(make(), lend(), factor)
 
     if own.of_logits is not None and other.of_logits is not None:
-        picks = ((own.of_logits, own.scale), (other.of_logits, other.scale * factor))
+        first, second = own.of_logits, other.of_logits
 
         def pick(logits_EV: Tensor, target_E: Tensor) -> Tensor:
+            picks = ((first, own.scale()), (second, other.scale() * factor))
             return _picked(logits_EV, target_E, n_own, picks)
 
     bias_K = torch.cat((own.bias_K, factor * other.bias_K.to(own.bias_K)))

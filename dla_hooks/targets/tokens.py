@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dla_hooks.calibration.norm_constants import norm_at
+from dla_hooks.calibration.scale_behind import scale_behind
 from dla_hooks.errors import ShapeMismatchError
 from dla_hooks.inputs.answers import check_answers, over_positions
 from dla_hooks.inputs.entries import Entries
@@ -239,7 +240,7 @@ def read_out(stream: Stream, sets: TokenSets, *, center_unembed: bool) -> Readou
         some_at_once = torch.arange(n_targets, device="cpu").split(_TARGETS_AT_ONCE)
         bias_K = torch.cat([fold(some)[1] for some in some_at_once])
         directions = Directions(lambda some: fold(some)[0], n_targets, dtype)
-    return Readout(directions, bias_K, behind, of_logits, stream.logit_scale)
+    return Readout(directions, bias_K, behind, of_logits, lambda: scale_behind(stream))
 
 
 def _row_source(stream: Stream, sets: TokenSets) -> Callable[[Tensor], tuple[Tensor, Tensor]]:

@@ -48,26 +48,28 @@ def test_page_has_an_example_for_every_engine():
     assert list(EXAMPLES) == ["ray", "checkpoint", "datasets", "accelerate", "shards"]
 
 
-def test_ray_examples_run(cluster, tmp_path):
-    pq = pytest.importorskip("pyarrow.parquet")
-    import pyarrow
-
+def test_ray_example_runs(cluster, tmp_path):
     run("ray", tmp_path, changes=[("/tmp/sweep", str(tmp_path))], RAY_ADDRESS=cluster)
     prompts = [f"The {noun}s near the car" for noun in ["dog", "key"] * 50]
     expected = here(prompts, unit="head", answer=" are", incorrect=" is")
     assert_is(load_summary(tmp_path / "found"), expected)
     assert_is(dla_hooks.load(tmp_path / "summary.safetensors"), expected)
 
-    folder = tmp_path / "second"
-    (folder / "prompts").mkdir(parents=True)
+
+def test_checkpoint_example_runs_and_goes_on(cluster, tmp_path):
+    pq = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    (tmp_path / "prompts").mkdir()
+    prompts = [f"The {noun}s near the car" for noun in ["dog", "key"] * 50]
     table = pyarrow.table({"id": range(100), "prompt": prompts})
-    pq.write_table(table, folder / "prompts/a.parquet")
-    changes = [("/tmp/sweep", str(folder))]
-    run("checkpoint", folder, changes=changes, RAY_ADDRESS=cluster)
-    assert_is(load_summary(folder / "found"), here(prompts, answer=" are"))
-    before = sorted(path.name for path in (folder / "found").iterdir())
-    run("checkpoint", folder, changes=changes, RAY_ADDRESS=cluster)  # nothing is left to do
-    assert sorted(path.name for path in (folder / "found").iterdir()) == before
+    pq.write_table(table, tmp_path / "prompts/a.parquet")
+    changes = [("/tmp/sweep", str(tmp_path))]
+    run("checkpoint", tmp_path, changes=changes, RAY_ADDRESS=cluster)
+    assert_is(load_summary(tmp_path / "found"), here(prompts, answer=" are"))
+    before = sorted(path.name for path in (tmp_path / "found").iterdir())
+    run("checkpoint", tmp_path, changes=changes, RAY_ADDRESS=cluster)  # nothing is left to do
+    assert sorted(path.name for path in (tmp_path / "found").iterdir()) == before
 
 
 def test_datasets_example_runs_in_two_processes(tmp_path):

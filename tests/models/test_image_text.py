@@ -486,3 +486,14 @@ def test_a_captioning_model_reads_its_image_through_cross_attention():
 def test_verify_holds_every_block_of_models_with_images(model_type):
     report = verify(image_text.build(model_type), show=False)
     assert report.ok, report
+
+
+@pytest.mark.parametrize("model_type", ["llava", "qwen2_vl"])
+def test_stacks_of_a_model_with_images_that_adds_nothing_between_its_blocks(model_type):
+    model = image_text.build(model_type)
+    inputs = image_text.pixels(model_type, model)
+    stack, labels = decompose_resid(model, inputs, return_labels=True)
+    language = model.model.language_model
+    stream = captured(model, {"norm": language.norm}, inputs)["norm"][0]
+    torch.testing.assert_close(stack.sum(0), stream)
+    assert not [label for label in labels if "deep" in label]

@@ -428,3 +428,25 @@ def test_label_is_drawn_compared_and_reported(named, tmp_path):
     report = dla_hooks.report(named, IDS[:1], "good", "bad")
     report.save(tmp_path / "page.html")
     assert "good" in (tmp_path / "page.html").read_text()
+
+
+def test_reward_model_has_a_report_without_promoted_tokens():
+    model = _build(AutoModelForSequenceClassification, "llama", 1)
+    page = dla_hooks.report(model, IDS, 0)
+    assert "ranks need two" in page.html()
+    with pytest.raises(UnsupportedModelError, match="scores one label"):
+        dla_hooks.promoted_tokens(model, IDS)
+
+
+def test_labels_may_be_named_by_strings_of_their_numbers():
+    model = _build(AutoModelForSequenceClassification, "llama")
+    model.config.id2label = {"0": "bad", "1": "fair", "2": "good"}
+    assert direct_logit_attribution(model, IDS, "good", 0).answer == ["good"]
+
+
+def test_classifier_that_gives_no_numbers_with_padding_is_refused_for_it():
+    model = _build(AutoModelForSequenceClassification, "bloom")  # NaN on the left, in float64
+    mask = torch.ones_like(IDS)
+    mask[:, :2] = 0
+    with pytest.raises(UnsupportedModelError, match="when it is padded on the left"):
+        direct_logit_attribution(model, IDS, 1, attention_mask=mask)

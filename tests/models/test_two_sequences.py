@@ -272,13 +272,47 @@ def test_generation_by_a_method_of_the_models_own_is_refused():
         )
 
 
-@pytest.mark.parametrize("form", ["output", "tuple"])
-def test_output_of_an_encoder_stands_for_its_input(t5, form):
-    encoded = t5.model.encoder(t5.given["input_ids"])
-    given = {"encoder_outputs": encoded if form == "output" else (encoded[0],),
-             "decoder_input_ids": t5.given["decoder_input_ids"]}  # fmt: skip
-    found = direct_logit_attribution(t5.model, given, ANSWER, INCORRECT, pos=None, unit="head")
-    close(found.attribution, attribute(t5, unit="head").attribution, 1e-9)
+FORMS = {
+    "output": lambda encoded: encoded,
+    "tuple": lambda encoded: (encoded[0],),
+    "mapping": lambda encoded: {"last_hidden_state": encoded[0]},
+    "vectors": lambda encoded: encoded[0],
+}
+
+
+@pytest.mark.parametrize("name", ["t5", "nllb-moe", "switch_transformers", "t5gemma"])
+@pytest.mark.parametrize("form", FORMS)
+def test_output_of_an_encoder_stands_for_its_input(name, form):
+    model, given = made(name)
+    encoded = model.get_encoder()(given["input_ids"], output_router_logits=True)
+    ids = given["decoder_input_ids"]
+    asked = {"encoder_outputs": FORMS[form](encoded), "decoder_input_ids": ids}
+    found, whole = (
+        direct_logit_attribution(model, one, ANSWER, pos=None) for one in (asked, given)
+    )
+    close(found.attribution, whole.attribution, 1e-9)
+
+
+@pytest.mark.parametrize("odd", [(), "text", torch.zeros(2, 5), torch.zeros(1, 9, 3)])
+def test_output_of_an_encoder_without_vectors_is_refused(t5, odd):
+    given = {"encoder_outputs": odd, "decoder_input_ids": t5.given["decoder_input_ids"]}
+    with pytest.raises(InputError, match="encoder"):
+        direct_logit_attribution(t5.model, given, ANSWER)
+
+
+def test_ids_that_an_encoder_masks_are_those_that_were_given():
+    model, given = made("m2m_100")  # counts positions by ids, and not by the mask
+    mask = torch.ones_like(given["input_ids"])
+    mask[0, :2] = mask[1, 3] = 0
+    asked = {**given, "attention_mask": mask}
+    found = direct_logit_attribution(model, asked, ANSWER, pos=None)
+    close(found.logit, run(model, asked)[..., ANSWER])
+
+
+def test_chunks_of_a_decoder_whose_encoder_takes_no_cache():
+    model, given = made("switch_transformers")
+    found = direct_logit_attribution(model, given, ANSWER, pos=None, chunk_size=2)
+    close(found.logit, run(model, given)[..., ANSWER])
 
 
 def test_output_of_an_encoder_is_left_as_it_was_given():
@@ -291,6 +325,22 @@ def test_output_of_an_encoder_is_left_as_it_was_given():
         found = direct_logit_attribution(case.model, given, ANSWER, pos=None)
         close(found.logit, case.logits[..., ANSWER], 1e-9)
     assert torch.equal(encoded[0], before)
+
+
+def test_hook_on_an_unembedding_whose_input_is_scaled():
+    model, given = made("t5")  # scales what its head reads, so that the head's output counts whole
+    plan = dla_hooks.prepare(model, ANSWER)
+    without = run(model, given)[:, -1, ANSWER]
+    handle = model.lm_head.register_forward_hook(lambda module, args, out: 1.5 * out + 2)
+    found = plan(given)
+    close(found.logit, 1.5 * without + 2)
+    close(found["logit_hook"], 0.5 * without + 2)
+    other = copy.deepcopy(model)
+    other.lm_head._forward_hooks.clear()
+    difference = dla_hooks.compare(model, other, given, ANSWER)
+    close(difference["logit_hook"], 0.5 * without + 2)
+    handle.remove()
+    close(plan(given).logit, without)
 
 
 def test_effect_of_a_cross_head_is_that_of_its_ablation(t5):

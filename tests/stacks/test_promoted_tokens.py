@@ -505,7 +505,7 @@ def test_labels_of_a_classifier_are_ranked():
     assert found.n_tokens == 5
     assert set(found.names.values()) <= {f"LABEL_{i}" for i in range(5)}
     config.num_labels = 1
-    with pytest.raises(InputError, match="ranks need two"):
+    with pytest.raises(UnsupportedModelError, match="ranks need two"):
         promoted_tokens(GPT2ForSequenceClassification(config).eval(), torch.tensor([[3, 5, 8]]))
 
 

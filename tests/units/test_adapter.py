@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from doors import seq2seq
 from mapping_zoo import build_any, example_ids_any
 from oracle_families import family_of, final_norm, frozen_norm, module_at
 from zoo import build, example_ids
@@ -545,3 +546,9 @@ def test_directions_that_are_made_while_the_model_runs_leave_adapters_alone(spec
     for unit in ("adapter", other):
         alone = direct_logit_attribution(model, ids, answers, unit=unit, pos=None)
         torch.testing.assert_close(found[unit].attribution, alone.attribution, rtol=0, atol=1e-9)
+
+
+def test_adapters_of_what_cross_attention_reads_are_refused_with_that_reason():
+    model = peft.get_peft_model(seq2seq.build("mbart"), lora("v_proj", "out_proj")).double().eval()
+    with pytest.raises(UnsupportedModelError, match="an encoder's positions"):
+        direct_logit_attribution(model, seq2seq.inputs(), 5, unit="adapter")
