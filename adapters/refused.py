@@ -217,7 +217,7 @@ REFUSALS = (
         needed="a declaration of that map",
     ),
     Refusal(
-        model_types=("bigbird_pegasus", "mbart"),
+        model_types=("bigbird_pegasus", "mbart", "mt5", "t5", "umt5"),
         place="the classifier",
         reason="a dense layer and an activation stand between the stream at the end of the text "
         "and the labels, so that no label's logit is an affine map of the stream",
@@ -225,11 +225,25 @@ REFUSALS = (
         doors=("classification",),
     ),
     Refusal(
-        model_types=("bigbird_pegasus", "mbart"),
+        model_types=("bigbird_pegasus", "mbart", "mt5", "t5", "umt5"),
         place="the decoder",
         reason="the model makes its tokens itself, of the text that its encoder reads",
         needed="positions in tokens that the caller does not give",
         doors=("question-answering",),
+    ),
+    Refusal(
+        model_types=("t5gemma", "t5gemma2"),
+        place="the decoder",
+        reason="the model makes its tokens itself, of the text that its encoder reads",
+        needed="positions in tokens that the caller does not give",
+        doors=("classification", "token-classification"),
+    ),
+    Refusal(
+        model_types=("mt5", "t5", "umt5"),
+        place="the stack",
+        reason="labels are scored on the encoder alone, and only its decoder is declared",
+        needed="a declaration of the encoder",
+        doors=("token-classification",),
     ),
     Refusal(
         model_types=("perceiver",),

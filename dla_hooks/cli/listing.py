@@ -59,7 +59,7 @@ def list_architectures(
             "known shape: dla-hooks verify MODEL says so"
         )
     if json != STDOUT:
-        out().print(_table(found, whole=not part))
+        out().print(_table(found, whole=not part, door=door))
     if json is not None:
         text = json_text.dumps(found, ensure_ascii=False, indent=1) + "\n"
         if json == STDOUT:
@@ -99,7 +99,7 @@ def _lines() -> list[dict[str, Any]]:
     ]
 
 
-def _table(found: list[dict[str, Any]], whole: bool) -> RenderableType:
+def _table(found: list[dict[str, Any]], whole: bool, door: str | None) -> RenderableType:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("model type", no_wrap=True)
     table.add_column("units", no_wrap=True)
@@ -109,6 +109,8 @@ def _table(found: list[dict[str, Any]], whole: bool) -> RenderableType:
     if not whole:
         return table
     end = "Other types are recognised where they have one of these shapes and verify."
+    if door is not None:
+        end += " What became of each type of transformers: docs/architectures.md."
     return Group(table, "", Text(end))
 
 

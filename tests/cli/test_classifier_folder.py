@@ -199,7 +199,7 @@ def test_list_names_the_types_behind_a_door():
     assert classifiers["llama"]["class"] == "LlamaForSequenceClassification"
     assert "megatron-bert" not in classifiers
     assert "megatron-bert" in types("--door", "token-classification")
-    assert set(types("--door", "masked")) == {"eurobert"}
+    assert set(types("--door", "masked")) == {"eurobert", "mbart"}
     assert set(classifiers) <= set(types())
     assert set(types("--door", "classification", "qwen")) < set(classifiers)
 
