@@ -92,7 +92,7 @@ ARCHITECTURES = (
         position_limit="max_position_embeddings",
     ),
     Architecture(
-        model_types=("mbart",),  # positions are normed together with the tokens
+        model_types=("mbart", "pp_formulanet"),  # positions are normed together with the tokens
         layers="model.decoder.layers",
         final_norm="model.decoder.layer_norm",
         writes=_WRITES,

@@ -28,6 +28,7 @@ REFUSALS = (
             "electra",
             "ernie",
             "flaubert",
+            "florence2",
             "fnet",
             "fsmt",
             "funnel",

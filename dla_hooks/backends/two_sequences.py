@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
 
 from dla_hooks.backends.base import Backend
 from dla_hooks.backends.readouts import n_embedded
@@ -33,7 +34,8 @@ _OF_DECODER = {
     POSITIONS: "decoder_position_ids",
 }
 """What an encoder-decoder calls the arguments of its decoder."""
-_WIDTHS = ("hidden_size", "d_model")
+_FOR_DECODER = "decoder_hidden_size"
+_WIDTHS = (_FOR_DECODER, "hidden_size", "d_model")
 
 
 def reads_two(model: Any) -> bool:
@@ -170,14 +172,17 @@ def prompt_arguments(backend: Backend, prompt: Prompt, device: torch.device) -> 
     return {IDS: ids, **(mask if MASK in arguments_of(backend.root) else {})}
 
 
-def made_up_output(model: Any, batch: int, device: torch.device) -> BaseModelOutput:
+def made_up_output(model: Any, batch: int, device: torch.device) -> ModelOutput:
     """The output of an encoder on a few made-up positions, the same for every row and each time."""
     generator = torch.Generator().manual_seed(3)
     size = 1, MADE_UP_POSITIONS, _width_of_encoder(model)
     made = torch.randn(size, generator=generator, dtype=torch.float64, device="cpu")
     dtype = next(p.dtype for p in decoder_of(model).parameters() if p.is_floating_point())
     made = made.to(torch.bfloat16).to(device, dtype)
-    return _MadeUp(last_hidden_state=made.expand(batch, -1, -1).contiguous())
+    made = made.expand(batch, -1, -1).contiguous()
+    if _says_width_of_decoder(model):
+        return BaseModelOutputWithPooling(last_hidden_state=made, pooler_output=made)
+    return _MadeUp(last_hidden_state=made)
 
 
 def _of_its_own(encoded: Any) -> Any:
@@ -194,14 +199,23 @@ class _MadeUp(BaseModelOutput):
             raise AttributeError(name)
 
 
+def _encoder_config(model: Any) -> Any:
+    encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
+    return getattr(encoder, "config", None) or getattr(model, "config", None)
+
+
+def _says_width_of_decoder(model: Any) -> bool:
+    """Whether an encoder widens its output for the decoder, which reads it as ``pooler_output``."""
+    return isinstance(getattr(_encoder_config(model), _FOR_DECODER, None), int)
+
+
 def _width_of_encoder(model: Any) -> int:
-    """The width of what an encoder puts out.
+    """The width of what an encoder puts out for its decoder.
 
     Raises:
         UnsupportedModelError: where its config does not say.
     """
-    encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
-    config: Any = getattr(encoder, "config", None) or getattr(model, "config", None)
+    config = _encoder_config(model)
     for one in (getattr(config, "text_config", None), config):
         for name in _WIDTHS:
             width = getattr(one, name, None)

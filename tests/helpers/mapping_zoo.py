@@ -168,6 +168,8 @@ def _values(config_class: Any, changes: Mapping[str, Any]) -> dict[str, Any]:
     rest = {name: value for name, value in changes.items() if name not in fields}
     for name, part_class in getattr(config_class, "sub_configs", {}).items():
         if part_class is AutoConfig:  # any type may stand here: take the usual one
+            if getattr(default, name) is None:  # a part that is left out
+                continue
             part_class = CONFIG_MAPPING[getattr(default, name).model_type]
         taken: dict[str, Any] = {}
         if name in _LANGUAGE_PARTS:
