@@ -96,7 +96,7 @@ REFUSALS = (
         needed="directions that are carried back through those gates, position by position",
     ),
     Refusal(
-        model_types=("inkling2_loop_text", "inkling2_text"),
+        model_types=("inkling2", "inkling2_loop_text", "inkling2_text"),
         place="between the blocks",
         reason="what a block reads is a softmax over the outputs of all earlier ones",
         needed="directions that are carried back through that softmax, position by position",

@@ -16,6 +16,7 @@ import torch
 import transformers
 from doors import Case
 from mapping_configs import VOCAB
+from mapping_overrides import FLOAT32_ONLY
 from mapping_zoo import CannotBuild
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -64,6 +65,8 @@ def build_class(
 ) -> Any:
     """A tiny model of this type, every parameter drawn anew from `seed`; or CannotBuild."""
     kwargs = {} if attn is None else {"attn_implementation": attn}
+    if model_type in FLOAT32_ONLY:
+        dtype = torch.float32
     try:
         found = config_of(model_type, sizes)
         model_class = getattr(transformers, class_name)

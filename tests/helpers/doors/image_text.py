@@ -192,7 +192,13 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     },
     "pix2struct": {
         "text_config": {"d_kv": 8, "d_ff": 40},
-        "vision_config": {"hidden_size": WIDTH, "patch_embed_hidden_size": 48, "d_kv": 16, "d_ff": 40, "seq_len": 64},
+        "vision_config": {
+            "hidden_size": WIDTH,
+            "patch_embed_hidden_size": 48,
+            "d_kv": 16,
+            "d_ff": 40,
+            "seq_len": 64,
+        },
     },
     "pp_formulanet": {
         "vision_config": {
@@ -349,6 +355,12 @@ def pixels(model_type: str, model: Any, seed: int = 0) -> dict[str, Any]:
     if given is None:
         raise CannotBuild(f"{model_type}: its forward takes no pixels")
     n_features = given.pop("n_features", None)
+    given = {
+        name: value.to(model.dtype)
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+        else value
+        for name, value in given.items()
+    }
     if n_features is None:
         n_features = asked(model, given)
     ids = with_placeholders(zoo.example_ids_any(model, seed=seed), n_features)
@@ -514,6 +526,7 @@ def _radio(model: Any, generator: torch.Generator) -> dict[str, Any]:
     return {
         "pixel_values": noise(generator, 32, 48),
         "image_grid_hw": torch.tensor([[4, 4]] * 2),
+        "n_features": 4,
     }
 
 
@@ -556,7 +569,10 @@ def _with_decoder(model: Any, generator: torch.Generator) -> dict[str, Any]:
     arguments = inspect.signature(type(model).forward).parameters
     found: dict[str, Any] = {"decoder_input_ids": torch.tensor([[2, 11, 12, 13], [2, 14, 15, 16]])}
     if "flattened_patches" in arguments:
-        return found | {"flattened_patches": _placed(generator), "attention_mask": torch.ones(2, 16)}
+        return found | {
+            "flattened_patches": _placed(generator),
+            "attention_mask": torch.ones(2, 16),
+        }
     if model.config.model_type == "florence2":
         ids = with_placeholders(zoo.example_ids_any(model), 17)
         return found | {"input_ids": ids, "pixel_values": noise(generator, 2, 3, 16, 16)}
