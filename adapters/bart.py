@@ -109,7 +109,7 @@ ARCHITECTURES = (
         positions="model.embed_positions",
     ),
     Architecture(
-        model_types=("kosmos-2.5",),
+        model_types=("kosmos-2", "kosmos-2.5"),
         layers="text_model.model.layers",
         final_norm="text_model.model.layer_norm",
         writes=(

@@ -122,10 +122,17 @@ REFUSALS = (
         needed="a sound",
     ),
     Refusal(
-        model_types=("idefics", "kosmos-2"),
+        model_types=("idefics",),
         place="the forward",
         reason="it does not run without an image, so that it cannot be measured on made-up tokens",
         needed="an image, and a declaration of the blocks that read it",
+    ),
+    Refusal(
+        model_types=("kyutai_speech_to_text",),
+        place="the prompt",
+        reason="each of its positions holds a token of text and one of every codebook of its "
+        "audio, ids [batch, pos, 1 + n_codebooks], and a prompt of one token a position is none",
+        needed="prompts of several tokens a position",
     ),
     Refusal(
         model_types=("diffusion_gemma",),

@@ -344,7 +344,14 @@ def build(
 
 def text(model_type: str, model: Any, seed: int = 0) -> dict[str, Any]:
     """Token ids alone, and what the type's forward cannot do without."""
-    return {"input_ids": zoo.example_ids_any(model, seed=seed)}
+    ids = zoo.example_ids_any(model, seed=seed)
+    if model_type != "kosmos-2":
+        return {"input_ids": ids}
+    return {  # which runs on no text alone
+        "input_ids": ids,
+        "image_embeds": torch.zeros(len(ids), 0, WIDTH, dtype=model.dtype),
+        "image_embeds_position_mask": torch.zeros_like(ids),
+    }
 
 
 def pixels(model_type: str, model: Any, seed: int = 0) -> dict[str, Any]:
