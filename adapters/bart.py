@@ -109,7 +109,14 @@ ARCHITECTURES = (
         positions="model.embed_positions",
     ),
     Architecture(
-        model_types=("kosmos-2", "kosmos-2.5"),
+        model_types=("kosmos-2",),  # a norm centres all its heads together, ahead of out_proj
+        layers="text_model.model.layers",
+        final_norm="text_model.model.layer_norm",
+        writes=(Write("attn_out", "self_attn"), Write("mlp_out", "ffn")),
+        positions="text_model.model.embed_positions",
+    ),
+    Architecture(
+        model_types=("kosmos-2.5",),
         layers="text_model.model.layers",
         final_norm="text_model.model.layer_norm",
         writes=(
