@@ -176,6 +176,19 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
         }
     },
     "vision-encoder-decoder": {"encoder": _VIT, "decoder": _GPT2},
+    "fast_vlm": {"vision_config": {"architecture": "resnet10t", "hidden_size": 512}},
+    "perception_lm": {
+        "vision_config": {
+            "architecture": "vit_tiny_patch16_224",
+            "model_args": {
+                "embed_dim": 24,
+                "img_size": [16, 16],
+                "patch_size": 4,
+                "depth": 2,
+                "num_heads": 2,
+            },
+        }
+    },
     "florence2": {
         "vision_config": {
             "depths": [1, 1],
@@ -612,6 +625,7 @@ FORMS: Mapping[str, Any] = {
     "evolla": _nothing,
     "mistral4": _nothing,
     "internvl": _square,
+    "fast_vlm": _large_square,
     "fuyu": _fuyu,
     "gemma4": _placed_patches,
     "gemma4_unified": _placed_patches,
@@ -639,6 +653,7 @@ FORMS: Mapping[str, Any] = {
     "molmo2": _molmo,
     "nemotron_h_omni": _radio,
     "paddleocr_vl": _cubes,
+    "perception_lm": _tiles(1),
     "smolvlm": _tiles(1),
     "unlimited_ocr": _large_square,
     "video_llama_3": _merged_grid,
@@ -654,6 +669,8 @@ def _cases(
     if model_type in ENCODER_DECODERS:
         given = _with_decoder(model, torch.Generator().manual_seed(seed))
         return both_cases(model, ("an encoder-decoder", lambda: given))
+    if model_type == "pi0":  # it has no logits that an attribution could be held against
+        return (Case(model, text(model_type, model, seed), torch.zeros(2, 7, VOCAB)),)
     return both_cases(
         model,
         ("text alone", lambda: text(model_type, model, seed)),
