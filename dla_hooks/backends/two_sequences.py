@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from dla_hooks.backends.base import Backend
 from dla_hooks.backends.readouts import n_embedded

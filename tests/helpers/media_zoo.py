@@ -74,7 +74,7 @@ def build_class(
         with torch.random.fork_rng(devices=[]):
             model = model_class._from_config(found, dtype=dtype, **kwargs)
     except Exception as error:
-        raise CannotBuild(f"{model_type}: {type(error).__name__}: {error}") from error
+        raise CannotBuild(f"{model_type}: {zoo.why(error)}") from error
     model.eval()
     generator = torch.Generator().manual_seed(seed)
     zoo._randomise(model, generator, zoo._shaped_any)
