@@ -84,7 +84,7 @@ def extra_arguments(
     if _PLACES in accepted and _PIXELS in accepted and not found.keys() & {_PIXELS, _IMAGE}:
         # Kosmos-2 does not run on text alone: an image of no positions stands nowhere.
         batch = len(prompt.input_ids)
-        found[_IMAGE] = torch.zeros(batch, 0, 1, device=device)
+        found[_IMAGE] = torch.zeros(batch, 0, 1, dtype=torch.float32, device=device)
         found[_PLACES] = torch.zeros(batch, len(chunk), dtype=torch.long, device=device)
     return found
 

@@ -35,7 +35,7 @@ _OF_DECODER = {
 }
 """What an encoder-decoder calls the arguments of its decoder."""
 _FOR_DECODER = "decoder_hidden_size"
-_WIDTHS = (_FOR_DECODER, "hidden_size", "d_model")
+_WIDTHS = ("hidden_size", "d_model")
 
 
 def reads_two(model: Any) -> bool:
@@ -180,7 +180,7 @@ def made_up_output(model: Any, batch: int, device: torch.device) -> ModelOutput:
     dtype = next(p.dtype for p in decoder_of(model).parameters() if p.is_floating_point())
     made = made.to(torch.bfloat16).to(device, dtype)
     made = made.expand(batch, -1, -1).contiguous()
-    if _says_width_of_decoder(model):
+    if _projects(_encoder_of(model)):
         return BaseModelOutputWithPooling(last_hidden_state=made, pooler_output=made)
     return _MadeUp(last_hidden_state=made)
 
@@ -199,14 +199,13 @@ class _MadeUp(BaseModelOutput):
             raise AttributeError(name)
 
 
-def _encoder_config(model: Any) -> Any:
-    encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
-    return getattr(encoder, "config", None) or getattr(model, "config", None)
+def _encoder_of(model: Any) -> Any:
+    return model.get_encoder() if hasattr(model, "get_encoder") else None
 
 
-def _says_width_of_decoder(model: Any) -> bool:
-    """Whether an encoder widens its output for the decoder, which reads it as ``pooler_output``."""
-    return isinstance(getattr(_encoder_config(model), _FOR_DECODER, None), int)
+def _projects(encoder: Any) -> bool:
+    """Whether an encoder fits its output to the decoder, as PP-FormulaNet's ``pooler_output``."""
+    return hasattr(encoder, "multi_modal_projector") and hasattr(encoder.config, _FOR_DECODER)
 
 
 def _width_of_encoder(model: Any) -> int:
@@ -215,9 +214,11 @@ def _width_of_encoder(model: Any) -> int:
     Raises:
         UnsupportedModelError: where its config does not say.
     """
-    config = _encoder_config(model)
+    encoder = _encoder_of(model)
+    config: Any = getattr(encoder, "config", None) or getattr(model, "config", None)
+    names = (_FOR_DECODER,) if _projects(encoder) else _WIDTHS
     for one in (getattr(config, "text_config", None), config):
-        for name in _WIDTHS:
+        for name in names:
             width = getattr(one, name, None)
             if isinstance(width, int):
                 return width
