@@ -92,7 +92,7 @@ ARCHITECTURES = (
         position_limit="max_position_embeddings",
     ),
     Architecture(
-        model_types=("mbart",),  # positions are normed together with the tokens
+        model_types=("mbart", "pp_formulanet"),  # positions are normed together with the tokens
         layers="model.decoder.layers",
         final_norm="model.decoder.layer_norm",
         writes=_WRITES,
@@ -107,6 +107,13 @@ ARCHITECTURES = (
             Write("mlp_out", "fc2"),
         ),
         positions="model.embed_positions",
+    ),
+    Architecture(
+        model_types=("kosmos-2",),  # a norm centres all its heads together, ahead of out_proj
+        layers="text_model.model.layers",
+        final_norm="text_model.model.layer_norm",
+        writes=(Write("attn_out", "self_attn"), Write("mlp_out", "ffn")),
+        positions="text_model.model.embed_positions",
     ),
     Architecture(
         model_types=("kosmos-2.5",),

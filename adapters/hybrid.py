@@ -7,6 +7,7 @@ write.
 from dla_hooks.residual.architecture import Architecture, Heads, Write
 
 _ATTENTION = Write("attn_out", "self_attn", heads=Heads("self_attn.o_proj"))
+_MIXER = (Write("mixer_out", "mixer", heads=Heads("mixer.o_proj")),)
 
 ARCHITECTURES = (
     Architecture(
@@ -67,7 +68,19 @@ ARCHITECTURES = (
         model_types=("nemotron_h",),  # one mixer a block: Mamba, attention, MLP or experts
         layers="model.layers",
         final_norm="model.norm_f",
-        writes=(Write("mixer_out", "mixer", heads=Heads("mixer.o_proj")),),
+        writes=_MIXER,
+    ),
+    Architecture(
+        model_types=("nemotron_h_omni",),
+        layers="language_model.model.layers",
+        final_norm="language_model.model.norm_f",
+        writes=_MIXER,
+    ),
+    Architecture(
+        model_types=("nemo_speechlm",),
+        layers="model.language_model.layers",
+        final_norm="model.language_model.norm_f",
+        writes=_MIXER,
     ),
     Architecture(
         model_types=("olmo_hybrid",),  # only its full-attention blocks have post-norms

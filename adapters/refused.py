@@ -28,6 +28,7 @@ REFUSALS = (
             "electra",
             "ernie",
             "flaubert",
+            "florence2",
             "fnet",
             "fsmt",
             "funnel",
@@ -95,7 +96,7 @@ REFUSALS = (
         needed="directions that are carried back through those gates, position by position",
     ),
     Refusal(
-        model_types=("inkling2_loop_text", "inkling2_text"),
+        model_types=("inkling2", "inkling2_loop_text", "inkling2_text"),
         place="between the blocks",
         reason="what a block reads is a softmax over the outputs of all earlier ones",
         needed="directions that are carried back through that softmax, position by position",
@@ -121,10 +122,17 @@ REFUSALS = (
         needed="a sound",
     ),
     Refusal(
-        model_types=("idefics", "kosmos-2"),
+        model_types=("idefics",),
         place="the forward",
         reason="it does not run without an image, so that it cannot be measured on made-up tokens",
         needed="an image, and a declaration of the blocks that read it",
+    ),
+    Refusal(
+        model_types=("kyutai_speech_to_text",),
+        place="the prompt",
+        reason="each of its positions holds a token of text and one of every codebook of its "
+        "audio, ids [batch, pos, 1 + n_codebooks], and a prompt of one token a position is none",
+        needed="prompts of several tokens a position",
     ),
     Refusal(
         model_types=("diffusion_gemma",),

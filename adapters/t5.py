@@ -24,4 +24,22 @@ ARCHITECTURES = (
         final_norm="decoder.final_layer_norm",
         writes=(_SELF, _CROSS, Write("mlp_out", "layer.2.mlp")),
     ),
+    Architecture(
+        model_types=("pix2struct",),
+        layers="decoder.layer",
+        final_norm="decoder.final_layer_norm",
+        writes=(
+            Write(
+                "attn_out",
+                "self_attention.attention",
+                heads=Heads("self_attention.attention.output", "num_heads"),
+            ),
+            Write(
+                "cross_attn_out",
+                "encoder_decoder_attention.attention",
+                heads=Heads("encoder_decoder_attention.attention.output", "num_heads", cross=True),
+            ),
+            Write("mlp_out", "mlp.DenseReluDense"),
+        ),
+    ),
 )

@@ -20,6 +20,7 @@ _OF_TEXT = {EMBEDS, "token_type_ids", "cross_attention_states"}
 """Arguments beside which positions are counted as for ids alone."""
 _OF_ENCODER = {"input_ids", MASK}
 """What an encoder of text reads: checked before, so that no run fails of it."""
+_PIXELS, _IMAGE, _PLACES = "pixel_values", "image_embeds", "image_embeds_position_mask"
 _OFFSET = "rope_deltas"
 _PLACEHOLDER = re.compile(r"(image|video|audio|vision|speech|media)\w*_token_(id|index)")
 
@@ -82,6 +83,11 @@ def extra_arguments(
             found[POSITIONS] = prompt.position_ids()[:, here].to(device)
     for name, value in prompt.extras.items():
         found[name] = moved(value[:, here] if name == EMBEDS else value, device)
+    if _PLACES in accepted and _PIXELS in accepted and not found.keys() & {_PIXELS, _IMAGE}:
+        # Kosmos-2 does not run on text alone: an image of no positions stands nowhere.
+        batch = len(prompt.input_ids)
+        found[_IMAGE] = torch.zeros(batch, 0, 1, dtype=torch.float32, device=device)
+        found[_PLACES] = torch.zeros(batch, len(chunk), dtype=torch.long, device=device)
     return found
 
 

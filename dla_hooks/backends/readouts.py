@@ -28,6 +28,9 @@ def unembedding(model: Any) -> nn.Module | None:
         return found
     if isinstance(model, PreTrainedModel):
         found = getattr(model, "lm_head", None)
+        inside = getattr(model, "language_model", None)
+        if found is None and isinstance(inside, PreTrainedModel) and model.can_generate():
+            return unembedding(inside)  # of one that writes tokens, and scores no labels
         return found if isinstance(found, nn.Module) else None
     if not isinstance(model, nn.Module) or wrapped_in(model) is not None:
         return None

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils.generic import ModelOutput
 
 from dla_hooks.backends.base import Backend
 from dla_hooks.backends.readouts import n_embedded
@@ -33,6 +35,7 @@ _OF_DECODER = {
     POSITIONS: "decoder_position_ids",
 }
 """What an encoder-decoder calls the arguments of its decoder."""
+_FOR_DECODER = "decoder_hidden_size"
 _WIDTHS = ("hidden_size", "d_model")
 
 
@@ -170,14 +173,17 @@ def prompt_arguments(backend: Backend, prompt: Prompt, device: torch.device) -> 
     return {IDS: ids, **(mask if MASK in arguments_of(backend.root) else {})}
 
 
-def made_up_output(model: Any, batch: int, device: torch.device) -> Vectors:
+def made_up_output(model: Any, batch: int, device: torch.device) -> ModelOutput:
     """The output of an encoder on a few made-up positions, the same for every row and each time."""
     generator = torch.Generator().manual_seed(3)
     size = 1, MADE_UP_POSITIONS, _width_of_encoder(model)
     made = torch.randn(size, generator=generator, dtype=torch.float64, device="cpu")
     dtype = next(p.dtype for p in decoder_of(model).parameters() if p.is_floating_point())
     made = made.to(torch.bfloat16).to(device, dtype)
-    return Vectors(last_hidden_state=made.expand(batch, -1, -1).contiguous())
+    made = made.expand(batch, -1, -1).contiguous()
+    if _projects(_encoder_of(model)):
+        return BaseModelOutputWithPooling(last_hidden_state=made, pooler_output=made)
+    return Vectors(last_hidden_state=made)
 
 
 def _of_its_own(encoded: Any) -> Any:
@@ -186,16 +192,26 @@ def _of_its_own(encoded: Any) -> Any:
     return encoded if vectors is None else with_tensor(encoded, vectors.detach().clone())
 
 
+def _encoder_of(model: Any) -> Any:
+    return model.get_encoder() if hasattr(model, "get_encoder") else None
+
+
+def _projects(encoder: Any) -> bool:
+    """Whether an encoder fits its output to the decoder, as PP-FormulaNet's ``pooler_output``."""
+    return hasattr(encoder, "multi_modal_projector") and hasattr(encoder.config, _FOR_DECODER)
+
+
 def _width_of_encoder(model: Any) -> int:
-    """The width of what an encoder puts out.
+    """The width of what an encoder puts out for its decoder.
 
     Raises:
         UnsupportedModelError: where its config does not say.
     """
-    encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
+    encoder = _encoder_of(model)
     config: Any = getattr(encoder, "config", None) or getattr(model, "config", None)
+    names = (_FOR_DECODER,) if _projects(encoder) else _WIDTHS
     for one in (getattr(config, "text_config", None), config):
-        for name in _WIDTHS:
+        for name in names:
             width = getattr(one, name, None)
             if isinstance(width, int):
                 return width

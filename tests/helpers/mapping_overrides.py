@@ -266,7 +266,9 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 )
 
 # What these compute partly in float32, or mask with its smallest value, breaks in float64.
-FLOAT32_ONLY: frozenset[str] = frozenset({"canine", "inkling2_text", "mra", "xglm", "xlnet"})
+FLOAT32_ONLY: frozenset[str] = frozenset(
+    {"canine", "inkling2", "inkling2_text", "kosmos-2", "mra", "xglm", "xlnet"}
+)
 
 # What takes more than ids to run
 NEEDS_MORE: Mapping[str, str] = MappingProxyType(

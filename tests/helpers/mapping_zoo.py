@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import re
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -101,7 +102,7 @@ def build_any(
                     setattr(part, name, value)
             model = model_class._from_config(own, dtype=dtype, **kwargs)
     except Exception as error:
-        raise CannotBuild(f"{model_type}: {type(error).__name__}: {error}") from error
+        raise CannotBuild(f"{model_type}: {why(error)}") from error
     model.eval()
     generator = torch.Generator().manual_seed(seed)
     _randomise(model, generator, _shaped_any)
@@ -110,6 +111,14 @@ def build_any(
         model.config.use_cache = False
     model.config.architectures = [type(model).__name__]
     return model
+
+
+def why(error: Exception) -> str:
+    """What kept a type from being built: a package that is not installed, or the error."""
+    found = re.findall(r"requires the (\w+) library|No module named '(\w+)'", str(error))
+    if isinstance(error, ImportError) and found:
+        return f"it needs the package {''.join(found[-1])}, which is not installed here"
+    return f"{type(error).__name__}: {error}"
 
 
 def tiny_config(model_type: str, **changes: Any) -> Any:
@@ -168,6 +177,8 @@ def _values(config_class: Any, changes: Mapping[str, Any]) -> dict[str, Any]:
     rest = {name: value for name, value in changes.items() if name not in fields}
     for name, part_class in getattr(config_class, "sub_configs", {}).items():
         if part_class is AutoConfig:  # any type may stand here: take the usual one
+            if getattr(default, name) is None:  # a part that is left out
+                continue
             part_class = CONFIG_MAPPING[getattr(default, name).model_type]
         taken: dict[str, Any] = {}
         if name in _LANGUAGE_PARTS:

@@ -16,6 +16,7 @@ import torch
 import transformers
 from doors import Case
 from mapping_configs import VOCAB
+from mapping_overrides import FLOAT32_ONLY
 from mapping_zoo import CannotBuild
 from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -64,6 +65,8 @@ def build_class(
 ) -> Any:
     """A tiny model of this type, every parameter drawn anew from `seed`; or CannotBuild."""
     kwargs = {} if attn is None else {"attn_implementation": attn}
+    if model_type in FLOAT32_ONLY:
+        dtype = torch.float32
     try:
         found = config_of(model_type, sizes)
         model_class = getattr(transformers, class_name)
@@ -71,7 +74,7 @@ def build_class(
         with torch.random.fork_rng(devices=[]):
             model = model_class._from_config(found, dtype=dtype, **kwargs)
     except Exception as error:
-        raise CannotBuild(f"{model_type}: {type(error).__name__}: {error}") from error
+        raise CannotBuild(f"{model_type}: {zoo.why(error)}") from error
     model.eval()
     generator = torch.Generator().manual_seed(seed)
     zoo._randomise(model, generator, zoo._shaped_any)

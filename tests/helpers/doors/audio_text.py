@@ -88,7 +88,38 @@ _CONVOLUTIONS = {
 OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "fun_asr_nano": {"adaptor_config": {"hidden_size": WIDTH, "intermediate_size": 8}},
     "gemma4": {"audio_config": {"output_proj_dims": WIDTH}},
-    "kyutai_speech_to_text": {"pad_token_id": 2, "audio_pad_token_id": 3},
+    "kyutai_speech_to_text": {
+        "num_codebooks": 3,
+        "codebook_vocab_size": 6,
+        "audio_bos_token_id": 5,
+        "pad_token_id": 2,
+        "audio_pad_token_id": 3,
+        "codec_config": {
+            "num_filters": 4,
+            "upsampling_ratios": [2, 2],
+            "codebook_size": 4,
+            "codebook_dim": 8,
+            "num_quantizers": 3,
+            "vector_quantization_hidden_dimension": 8,
+            "upsample_groups": 24,
+        },
+    },
+    "nemo_speechlm": {
+        "audio_config": {
+            "asr_config": {"subsampling_factor": 4},
+            "diarization_config": {
+                "audio_config": {"subsampling_factor": 4},
+                "head_config": {
+                    "hidden_size": 8,
+                    "num_speakers": 3,
+                    "audio_hidden_size": 24,
+                    "subsampling_factor": 4,
+                },
+                "streaming_config": {"num_speakers": 3, "subsampling_factor": 4},
+            },
+        },
+        "word_timestamp_config": {"vocab_size": 9, "blank_token_id": 8},
+    },
     "phi4_multimodal": {
         "audio_config": {
             "audio_token_id": AUDIO,
@@ -117,7 +148,15 @@ def build(
 
 def text(model_type: str, model: Any, seed: int = 0) -> dict[str, Any]:
     """Token ids alone."""
-    return {"input_ids": zoo.example_ids_any(model, seed=seed)}
+    ids = zoo.example_ids_any(model, seed=seed)
+    if model.config.model_type == "kyutai_speech_to_text":  # a token of each codebook at each
+        generator = torch.Generator().manual_seed(seed)
+        n = model.config.num_codebooks
+        sounds = torch.randint(
+            model.config.codebook_vocab_size, (*ids.shape, n), generator=generator
+        )
+        return {"input_ids": torch.cat((ids[..., None], sounds), dim=-1)}
+    return {"input_ids": ids}
 
 
 def sounds(model_type: str, model: Any, seed: int = 0) -> dict[str, Any]:
@@ -188,6 +227,7 @@ FORMS: Mapping[str, Any] = {
     "gemma4_unified": _frames(),
     "granite_speech": _granite,
     "granite_speech_plus": _granite,
+    "nemo_speechlm": _frames(),
     "phi4_multimodal": _phi4,
 }
 

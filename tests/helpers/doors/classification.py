@@ -64,6 +64,9 @@ def asked_of(model: Any) -> Any:
         ids[:, -1] = config.eos_token_id  # classifiers of such types read it
     if config.model_type == "longformer":
         ids[:, 2:5] = config.sep_token_id  # which divide a question from its text
+    if config.model_type == "lxmert":
+        seen = torch.ones(len(ids), 4, config.visual_feat_dim).double()
+        return {"input_ids": ids, "visual_feats": seen, "visual_pos": seen[..., :4]}
     if config.model_type == "bros":
         return {"input_ids": ids, "bbox": torch.zeros(*ids.shape, 8)}
     return ids
@@ -94,6 +97,8 @@ def _span(model_type: str, seed: int = 0, attn: str | None = None, **changes: An
     model = build(AutoModelForQuestionAnswering, model_type, seed, attn, **changes)
     ids = asked_of(model)
     found = run(model, ids)
+    if model_type == "lxmert":  # it chooses among whole answers, and has no logits of a span
+        return (Case(model, ids, found.question_answering_score),)
     if getattr(found, "start_logits", None) is None:
         raise CannotBuild(f"{model_type}: it returns no start_logits without its training labels")
     logits = torch.stack((found.start_logits, found.end_logits), -1)

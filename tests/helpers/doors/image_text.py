@@ -176,6 +176,55 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
         }
     },
     "vision-encoder-decoder": {"encoder": _VIT, "decoder": _GPT2},
+    "fast_vlm": {"vision_config": {"architecture": "resnet10t", "hidden_size": 512}},
+    "perception_lm": {
+        "vision_config": {
+            "architecture": "vit_tiny_patch16_224",
+            "model_args": {
+                "embed_dim": 24,
+                "img_size": [16, 16],
+                "patch_size": 4,
+                "depth": 2,
+                "num_heads": 2,
+            },
+        }
+    },
+    "florence2": {
+        "vision_config": {
+            "depths": [1, 1],
+            "patch_size": [7, 3],
+            "patch_stride": [2, 2],
+            "patch_padding": [3, 1],
+            "patch_prenorm": [False, True],
+            "embed_dim": [12, 24],
+            "num_heads": [2, 2],
+            "num_groups": [2, 2],
+            "window_size": 4,
+            "projection_dim": WIDTH,
+        }
+    },
+    "pix2struct": {
+        "text_config": {"d_kv": 8, "d_ff": 40},
+        "vision_config": {
+            "hidden_size": WIDTH,
+            "patch_embed_hidden_size": 48,
+            "d_kv": 16,
+            "d_ff": 40,
+            "seq_len": 64,
+        },
+    },
+    "pp_formulanet": {
+        "vision_config": {
+            "output_channels": 8,
+            "global_attn_indexes": [1],
+            "window_size": 2,
+            "mlp_dim": 40,
+            "post_conv_in_channels": 8,
+            "post_conv_mid_channels": 12,
+            "post_conv_out_channels": 20,
+            "decoder_hidden_size": WIDTH,
+        }
+    },
     "kosmos-2": {"latent_query_num": 4, "text_config": _KOSMOS},
     "kosmos-2.5": {"latent_query_num": 4, "text_config": _KOSMOS},
     "cosmos3_edge": _mrope(2, 2, 2),
@@ -216,7 +265,22 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "glm4v": _GLM,
     "glm4v_moe": _GLM,
     "glm5_next": {"text_config": {**_FULL_HEADS, "index_kpool": 2, "qk_rope_head_dim": 0}},
-    "inkling2": {"vision_config": {"posemb_grid_size": 8}},
+    "inkling2": {
+        "text_config": {
+            "unpadded_vocab_size": VOCAB - 2,
+            "swa_num_attention_heads": HEADS,
+            "swa_num_key_value_heads": 2,
+            "swa_head_dim": 12,
+            "d_rel": 4,
+            "rel_extent": 8,
+            "n_layers_per_attn_res_block": 1,
+        },
+        "vision_config": {"posemb_grid_size": 8, "projection_hidden_dim": 40},
+    },
+    "nemotron_h_omni": {
+        "vision_hidden_size": 24,
+        "vision_config": {"video_temporal_patch_size": 2, "max_img_size": 32, "image_size": 16},
+    },
     "kimi_k25": {"projection_hidden_size": 24},
     "llama4": {
         "vision_config": {
@@ -293,7 +357,14 @@ def build(
 
 def text(model_type: str, model: Any, seed: int = 0) -> dict[str, Any]:
     """Token ids alone, and what the type's forward cannot do without."""
-    return {"input_ids": zoo.example_ids_any(model, seed=seed)}
+    ids = zoo.example_ids_any(model, seed=seed)
+    if model_type != "kosmos-2":
+        return {"input_ids": ids}
+    return {  # which runs on no text alone
+        "input_ids": ids,
+        "image_embeds": torch.zeros(len(ids), 0, WIDTH, dtype=model.dtype),
+        "image_embeds_position_mask": torch.zeros_like(ids),
+    }
 
 
 def pixels(model_type: str, model: Any, seed: int = 0) -> dict[str, Any]:
@@ -304,6 +375,12 @@ def pixels(model_type: str, model: Any, seed: int = 0) -> dict[str, Any]:
     if given is None:
         raise CannotBuild(f"{model_type}: its forward takes no pixels")
     n_features = given.pop("n_features", None)
+    given = {
+        name: value.to(model.dtype)
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+        else value
+        for name, value in given.items()
+    }
     if n_features is None:
         n_features = asked(model, given)
     ids = with_placeholders(zoo.example_ids_any(model, seed=seed), n_features)
@@ -403,6 +480,14 @@ def _flat_grid(model: Any, generator: torch.Generator) -> dict[str, Any]:
     }
 
 
+def _merged_patches(model: Any, generator: torch.Generator) -> dict[str, Any]:
+    """Squares of two by two patches, channels last, with a grid of squares for each image."""
+    return {
+        "pixel_values": noise(generator, 8, 8, 8, 3),
+        "image_grid_thw": torch.tensor([[1, 2, 2]] * 2),
+    }
+
+
 def _merged_grid(model: Any, generator: torch.Generator) -> dict[str, Any]:
     return {**_flat_grid(model, generator), "image_merge_sizes": torch.tensor([2, 2])}
 
@@ -461,6 +546,7 @@ def _radio(model: Any, generator: torch.Generator) -> dict[str, Any]:
     return {
         "pixel_values": noise(generator, 32, 48),
         "image_grid_hw": torch.tensor([[4, 4]] * 2),
+        "n_features": 4,
     }
 
 
@@ -489,19 +575,28 @@ def _kosmos(model: Any, generator: torch.Generator) -> dict[str, Any]:
 
 def _flat_with_places(model: Any, generator: torch.Generator) -> dict[str, Any]:
     """Patches with their row and column ahead of their pixels."""
+    return {"flattened_patches": _placed(generator), "n_features": 4}
+
+
+def _placed(generator: torch.Generator) -> torch.Tensor:
+    """Patches [image, patch, 2 + channels] of two images of four by four."""
     places = torch.cartesian_prod(torch.arange(1, 5), torch.arange(1, 5)).double()
-    places = places.expand(2, -1, -1)
-    return {
-        "flattened_patches": torch.cat((places, noise(generator, 2, 16, 48)), dim=-1),
-        "n_features": 4,
-    }
+    return torch.cat((places.expand(2, -1, -1), noise(generator, 2, 16, 48)), dim=-1)
 
 
 def _with_decoder(model: Any, generator: torch.Generator) -> dict[str, Any]:
     """What the encoder reads, and the decoder's tokens so far."""
     arguments = inspect.signature(type(model).forward).parameters
     found: dict[str, Any] = {"decoder_input_ids": torch.tensor([[2, 11, 12, 13], [2, 14, 15, 16]])}
-    if "input_ids" in arguments:
+    if "flattened_patches" in arguments:
+        return found | {
+            "flattened_patches": _placed(generator),
+            "attention_mask": torch.ones(2, 16),
+        }
+    if model.config.model_type == "florence2":
+        ids = with_placeholders(zoo.example_ids_any(model), 17)
+        return found | {"input_ids": ids, "pixel_values": noise(generator, 2, 3, 16, 16)}
+    if "input_ids" in arguments and model.config.model_type != "pp_formulanet":
         found["input_ids"] = torch.randint(5, VOCAB - 8, (2, 6), generator=generator)
     else:
         found["pixel_values"] = noise(generator, 2, 3, 16, 16)
@@ -530,6 +625,7 @@ FORMS: Mapping[str, Any] = {
     "evolla": _nothing,
     "mistral4": _nothing,
     "internvl": _square,
+    "fast_vlm": _large_square,
     "fuyu": _fuyu,
     "gemma4": _placed_patches,
     "gemma4_unified": _placed_patches,
@@ -539,7 +635,7 @@ FORMS: Mapping[str, Any] = {
     "idefics": _idefics,
     "idefics2": _tiles(1),
     "idefics3": _tiles(1),
-    "inkling2": _flat_grid,
+    "inkling2": _merged_patches,
     "instructblip": _with_query,
     "instructblipvideo": _with_query_of_frames,
     "kosmos-2": _kosmos,
@@ -557,6 +653,7 @@ FORMS: Mapping[str, Any] = {
     "molmo2": _molmo,
     "nemotron_h_omni": _radio,
     "paddleocr_vl": _cubes,
+    "perception_lm": _tiles(1),
     "smolvlm": _tiles(1),
     "unlimited_ocr": _large_square,
     "video_llama_3": _merged_grid,
@@ -572,6 +669,8 @@ def _cases(
     if model_type in ENCODER_DECODERS:
         given = _with_decoder(model, torch.Generator().manual_seed(seed))
         return both_cases(model, ("an encoder-decoder", lambda: given))
+    if model_type == "pi0":  # it has no logits that an attribution could be held against
+        return (Case(model, text(model_type, model, seed), torch.zeros(2, 7, VOCAB)),)
     return both_cases(
         model,
         ("text alone", lambda: text(model_type, model, seed)),
