@@ -15,6 +15,7 @@ from transformers import GenerationMixin
 from dla_hooks.backends import Backend
 from dla_hooks.backends.huggingface import HuggingFaceBackend
 from dla_hooks.errors import InputError, UnsupportedModelError
+from dla_hooks.residual.stream import Stream
 
 _ONE_RUN = "each new token must come from one forward pass of one row"
 _OWN = "it is an argument of attribute_generation itself"
@@ -84,16 +85,23 @@ def check_model(backend: Backend) -> None:
         raise UnsupportedModelError(f"{name} scores labels, and generates no text")
 
 
-def check_ending(backend: Backend) -> None:
-    """Refuse a located model whose last stream is read by a module of ours.
+def check_stream(stream: Stream) -> None:
+    """Refuse a located model that a new token does not run as the finished text does.
 
     Raises:
         UnsupportedModelError: saying what can be done instead.
     """
-    if backend.stands_in:
+    name = stream.backend.name
+    if stream.backend.stands_in:
         raise UnsupportedModelError(
-            f"{backend.name} was made without a final norm, and its last stream is seen in runs of "
-            "a finished text only: direct_logit_attribution"
+            f"{name} was made without a final norm, and its last stream is seen in runs of a "
+            "finished text only: direct_logit_attribution"
+        )
+    idle = next((block for block in stream.blocks if block.optional), None)
+    if idle is not None:
+        raise UnsupportedModelError(
+            f"{name} runs some blocks only beside an image ({idle.name}), which is not followed "
+            "while it generates; attribute the finished text with direct_logit_attribution"
         )
 
 

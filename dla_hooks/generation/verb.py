@@ -11,7 +11,7 @@ import torch
 from dla_hooks.bars import bar, check_progress, shown
 from dla_hooks.call import ReadModel, check_given, checked, model_of
 from dla_hooks.errors import InputError
-from dla_hooks.generation.options import check_ending, check_model, check_options, ends_of_text
+from dla_hooks.generation.options import check_model, check_options, check_stream, ends_of_text
 from dla_hooks.generation.pieces import Pieces
 from dla_hooks.generation.run import RUNNER_UP, Asked, Generation
 from dla_hooks.generation.stops import at_tokens, read_stop
@@ -122,7 +122,7 @@ def attribute_generation(
     options = {**generate_options, "do_sample": do_sample}
     check_options(backend.model, options)
     read = model_of(backend, tokenizer=tokenizer, prepend_bos=prepend_bos)
-    check_ending(read.backend)
+    check_stream(read.stream)
     prompt = prompt_for(
         read.stream, read.tokenizer, read.prepend_bos, input, attention_mask=attention_mask
     )

@@ -603,3 +603,10 @@ def test_stacks_of_a_model_with_images_that_adds_nothing_between_its_blocks(mode
     stream = captured(model, {"norm": language.norm}, inputs)["norm"][0]
     torch.testing.assert_close(stack.sum(0), stream)
     assert not [label for label in labels if "deep" in label]
+
+
+def test_generation_beside_blocks_that_an_image_runs_is_refused_by_name():
+    model = image_text.build("mllama")
+    ids = image_text.text("mllama", model)["input_ids"]
+    with pytest.raises(UnsupportedModelError, match=r"only beside an image \(.*layers"):
+        next(iter(attribute_generation(model, ids, max_new_tokens=2)))
