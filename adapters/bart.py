@@ -50,7 +50,7 @@ ARCHITECTURES = (
         positions="model.decoder.embed_positions",
     ),
     Architecture(
-        model_types=("speech_to_text",),
+        model_types=("speech_to_text", "whisper"),
         layers="model.decoder.layers",
         final_norm="model.decoder.layer_norm",
         writes=_WRITES,
@@ -63,14 +63,6 @@ ARCHITECTURES = (
         final_norm="text_decoder.layer_norm",
         writes=_OTHER_NAMES,
         positions="text_decoder.embed_positions",
-    ),
-    Architecture(
-        model_types=("whisper",),
-        layers="model.decoder.layers",
-        final_norm="model.decoder.layer_norm",
-        writes=_WRITES,
-        positions="model.decoder.embed_positions",
-        position_limit="max_target_positions",
     ),
     Architecture(
         model_types=("bigbird_pegasus",),

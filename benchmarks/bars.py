@@ -16,6 +16,7 @@ from benchmarks import (
     gpu,
     many,
     offload,
+    page,
     peers,
     prepared,
     questions,
@@ -212,6 +213,7 @@ BARS = {
     "early": Case(questions.early, "gpt2-small", (512,)),
     "compare": Case(questions.compare, "gpt2-small", (512,)),
     "effects": Case(questions.effects, "gpt2-small", (512,)),
+    "report": Case(page.measured, "gpt2-small", (512,)),
     "offload": Case(offload.measured, "llama-250m", (256,)),
     "many": Case(many.measured, "gpt2-small", (64,)),  # as long as its longest
     "ray": Case(sweep.measured, "gpt2-4x96", (16,)),  # the demo model, which has its own size
