@@ -7,8 +7,16 @@ nothing of argument forms, padding or ragged rows.
 
 from __future__ import annotations
 
+from copy import copy
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from dla_hooks.inputs.masks import is_whole
+
+
+_FEW = 64
 
 
 class Entries:
@@ -31,10 +39,13 @@ class Entries:
         target: target of each entry [N].
         target_of_entry: the same [*shape], padding included.
         mask: True at the real tokens of the prompt [batch, pos]; None where all are.
-        encoder_mask: likewise of what an encoder reads, which is set once the entries are made.
+        encoder_mask: likewise of what an encoder reads, see :meth:`beside_encoder`.
+        few: whether they, and what is derived from them, may be kept for the next prompt.
+        view: what is derived from them (:class:`dla_hooks.projection.tiles.View`).
     """
 
     encoder_mask: Tensor | None = None
+    view: Any = None
 
     def __init__(
         self,
@@ -48,7 +59,7 @@ class Entries:
         several: bool = False,
     ) -> None:
         self.several = several
-        self.mask = None if mask is None or bool(mask.all()) else mask
+        self.mask = None if mask is None or is_whole(mask) else mask
         self.shape = tuple(valid.shape)
         self.prompt_shape = prompt_shape
         self.batched = batched
@@ -61,6 +72,16 @@ class Entries:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def few(self) -> bool:
+        return len(self) <= _FEW
+
+    def beside_encoder(self, mask: Tensor) -> Entries:
+        """The same, of a decoder beside an encoder with this mask [batch, position]."""
+        found = copy(self)
+        found.encoder_mask, found.view = mask, None
+        return found
 
     def at(self, columns: Tensor) -> Entries:
         """The same entries at other columns [N], each with a target of its own, in order."""
@@ -113,7 +134,7 @@ class Entries:
         Args:
             mask: True at the real tokens of the prompt [batch, pos].
         """
-        if self._valid is None and bool(mask.all()):
+        if self._valid is None and is_whole(mask):
             return self.unfold(self.cols)
         counted = (mask.cumsum(-1) - 1)[self.rows, self.cols]
         if self._valid is None:
@@ -122,7 +143,7 @@ class Entries:
 
 
 def _counted(mask: Tensor | None, width: int) -> tuple[Tensor, int]:
-    if mask is None or bool(mask.all()):
+    if mask is None or is_whole(mask):
         return torch.arange(width, device="cpu")[None], width
     counted = mask.cumsum(-1)
     return (counted - 1).masked_fill(~mask, -1), int(counted.max())

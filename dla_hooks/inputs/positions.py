@@ -10,12 +10,14 @@ import operator
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dla_hooks.errors import ArgumentTypeError, InputError, PositionError, ShapeMismatchError
+from dla_hooks.inputs.masks import is_kept, is_whole, whole_mask
 from dla_hooks.inputs.plain import check_dense
 from dla_hooks.inputs.rows_of_positions import PerRow, Span
 
@@ -97,7 +99,9 @@ def select(pos: Any, mask: Tensor) -> Selection:
             *(torch.arange(n, device="cpu") for n in mask.shape), indexing="ij"
         )
         return Selection(rows, cols, mask, mask)
-    full = bool(mask.all())  # then all rows are alike, and one is looked at for all
+    if isinstance(spec, int) and is_kept(mask):
+        return _one_of_each(spec, *mask.shape)
+    full = is_whole(mask)  # then all rows are alike, and one is looked at for all
     every = torch.arange(mask.shape[1], device="cpu")
     if isinstance(spec, int):
         if full:
@@ -113,6 +117,14 @@ def select(pos: Any, mask: Tensor) -> Selection:
         return Selection(rows, cols, _all_true(cols), mask)
     picked = [_pick(spec, row, real.nonzero()[:, 0]) for row, real in enumerate(mask)]
     return _side_by_side(picked, mask)
+
+
+@lru_cache(maxsize=256)
+def _one_of_each(position: int, batch: int, width: int) -> Selection:
+    """One position of each row, where there is no padding: one object for each shape."""
+    cols = _pick(position, 0, torch.arange(width, device="cpu")).expand(batch)
+    rows = torch.arange(batch, device="cpu")
+    return Selection(rows, cols, _all_true(cols), whole_mask(batch, width))
 
 
 def select_each(

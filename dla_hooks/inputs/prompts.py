@@ -16,6 +16,7 @@ from torch import Tensor
 from dla_hooks.errors import InputError, ShapeMismatchError, TokenError, TokenizerMissingError
 from dla_hooks.inputs.extras import EMBEDS, MASK, embeddings, is_whole_mask, sized, split_mapping
 from dla_hooks.inputs.forms import as_ids, check_integers, is_array, pad_left
+from dla_hooks.inputs.masks import is_whole, whole_mask
 from dla_hooks.inputs.plain import check_dense, check_text
 
 
@@ -45,7 +46,7 @@ class Prompt:
     @cached_property
     def padded(self) -> bool:
         """True if some row is shorter than the batch is wide."""
-        return not bool(self.mask.all())
+        return not is_whole(self.mask)
 
     @property
     def embedded(self) -> bool:
@@ -237,7 +238,7 @@ def as_batch(ids: Tensor, attention_mask: Any) -> tuple[Tensor, Tensor]:
         raise InputError("the prompt is empty: there is no position to attribute")
     ids = ids.detach().to("cpu", torch.long).reshape(-1, ids.shape[-1])
     if attention_mask is None:
-        return ids, torch.ones_like(ids, dtype=torch.bool)
+        return ids, whole_mask(*ids.shape)
     try:
         mask = torch.as_tensor(attention_mask, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError):

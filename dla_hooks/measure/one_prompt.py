@@ -49,7 +49,8 @@ def measure(
     """Let a source show its activations to a plan's taps, and check what they wrote."""
     plan, prompt = plan.in_prompt(source, selection), source.prompt
     entries = plan.target.align(selection, prompt.shape, source.batched)
-    entries.encoder_mask = prompt.encoder_mask
+    if prompt.encoder_mask is not None:
+        entries = entries.beside_encoder(prompt.encoder_mask)
     if not entries.batched and entries.shape[0] > 1:
         raise ShapeMismatchError(
             f"{entries.shape[0]} answers do not fit the one prompt of a cache without its batch "

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from types import CodeType, FunctionType
 from typing import Any, ClassVar, Generic, TypeVar
 from weakref import WeakKeyDictionary
@@ -84,40 +85,36 @@ def state_of(model: nn.Module, *others: nn.Module) -> State:
     configs: dict[int, Any] = {}
     for root in (model, *others):
         for module in modules_of(root):
-            # `getattr` for a missing name goes through `nn.Module.__getattr__`, which is slow;
-            # `vars(module)` is fast.
-            kept, kind = vars(module), type(module)
+            # This is run for every module in every call, so it looks into `vars(module)`: what
+            # `getattr` does goes through `nn.Module.__getattr__`, and is slow.
+            kept, kind = module.__dict__, module.__class__
             if kind not in adapted:  # a model has many modules, and few classes of them
                 adapted[kind] = hasattr(kind, "_disable_adapters")
                 compiled = compiled or class_has_compiled(kind)
-            if module._modules:  # with a module that is there twice, twice
-                seen += map(id, module._modules.values())
-            names = [*kept]
-            for name in names[_OF_TORCH:] if names[_OF_TORCH - 1 : _OF_TORCH] == _LAST else names:
-                value = kept[name]
+            if kept["_modules"]:  # with a module that is there twice, twice
+                seen += map(id, kept["_modules"].values())
+            own = [*kept.values()]
+            if [*islice(kept, _OF_TORCH - 1, _OF_TORCH)] == _LAST:
+                own = own[_OF_TORCH:]
+            for value in own:
                 what = type(value)
                 if what is float:  # an epsilon, a multiplier
                     seen.append(value)
-                elif name == "config":
-                    configs[id(value)] = value
-                elif what is FunctionType or name == "forward":
+                elif what is FunctionType:
                     compiled = compiled or is_compiled_function(value)
-                    if name == "forward":
-                        seen.append(id(value))
-                elif name == COMPILED_CALL:
-                    compiled = compiled or value is not None
-            tensors: list[Tensor | None] = [*module._parameters.values()]
-            if module._buffers:
+            if "config" in kept:
+                configs[id(kept["config"])] = kept["config"]
+            if "forward" in kept:
+                seen.append(id(kept["forward"]))
+                compiled = compiled or is_compiled_function(kept["forward"])
+            if kept.get(COMPILED_CALL) is not None:
+                compiled = True
+            if kept["_parameters"]:
+                seen += _stamps(kept["_parameters"].values())
+            if kept["_buffers"]:
                 # Tables that a model makes anew as it runs (rotary frequencies) are no weights.
-                passing = module._non_persistent_buffers_set
-                tensors += [t for name, t in module._buffers.items() if name not in passing]
-            for tensor in tensors:
-                if tensor is not None and not tensor.is_meta:
-                    version = 0 if tensor.is_inference() else tensor._version
-                    try:
-                        seen += tensor.data_ptr(), version
-                    except RuntimeError:  # a sparse weight has no storage of its own
-                        seen += id(tensor), version
+                passing = kept["_non_persistent_buffers_set"]
+                seen += _stamps(t for name, t in kept["_buffers"].items() if name not in passing)
             # The caller's hooks are no part of the model: synthetic runs go past them.
             if kept["_forward_hooks"] or kept["_forward_pre_hooks"]:
                 seen += library_hooks(module)
@@ -126,13 +123,26 @@ def state_of(model: nn.Module, *others: nn.Module) -> State:
                 off = bool(layer.disable_adapters)
                 seen += str(layer.active_adapters), off
                 adapters_off.append(off)
-            if module.training and not training:
+            if kept["training"] and not training:
                 training = is_training(module)
         config = vars(root).get("cfg")  # as TransformerLens has it
         configs[id(config)] = config
     for config in configs.values():
         seen += _plain_values(config)
     return State(hash((compiled, *seen)), training, compiled, tuple(adapters_off))
+
+
+def _stamps(tensors: Iterable[Tensor | None]) -> list[int]:
+    """Where each weight lies, and how often it was written to in place."""
+    found = []
+    for tensor in tensors:
+        if tensor is None or tensor.is_meta:
+            continue
+        try:
+            found += tensor.data_ptr(), tensor._version
+        except RuntimeError:  # a sparse weight has no storage; inference keeps no count
+            found += id(tensor), 0 if tensor.is_inference() else tensor._version
+    return found
 
 
 def _plain_values(config: Any) -> list[Any]:

@@ -75,11 +75,22 @@ class View:
         # Neighbours can be read as a slice of the activation, without gathering.
         self._cols_run = _run_of(cols)
         self._flat_run = _run_of(flat) if batch > 1 else self._cols_run
+        self._n = len(self.inside)
         self._on: dict[torch.device, tuple[Tensor, Tensor]] = {torch.device("cpu"): (flat, cols)}
         self._tiles: dict[tuple[int, torch.device], list[Tile]] = {}
 
+    @classmethod
+    def whole(cls, entries: Entries) -> View:
+        """The view of all columns; made once for entries that may be kept."""
+        found: View | None = entries.view
+        if found is None:
+            found = cls(entries)
+            if entries.few:
+                entries.view = found
+        return found
+
     def __len__(self) -> int:
-        return len(self.inside)
+        return self._n
 
     @property
     def n_prompts(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -56,6 +56,8 @@ def hook_label(block: Block) -> str:
 
 def hooked_places(stream: Stream) -> Iterator[Hooked]:
     """Find the caller's hooks at and in the blocks, in stream order."""
+    if not _any_hooked(stream.hookable):  # nearly every call ends here
+        return
     n_whole = len(stream.blocks) - (stream.ending is not None and stream.ending.within)
     for number, block in enumerate(stream.blocks):
         if is_hooked(block.input):
@@ -69,6 +71,10 @@ def hooked_places(stream: Stream) -> Iterator[Hooked]:
     for place in stream.behind_blocks:
         if not place.first and is_hooked(place):
             yield Hooked(len(stream.blocks), None, True, place)
+
+
+def _any_hooked(modules: Iterable[nn.Module]) -> bool:
+    return any(one._forward_hooks or one._forward_pre_hooks for one in modules)
 
 
 def hook_factor(hooked: Hooked, factors: Mapping[str, Tensor | None]) -> Tensor | None:
@@ -104,6 +110,8 @@ def places_hooked(stream: Stream) -> str:
         a block. Empty where there is none.
     """
     around = (stream.model, stream.backend.root, *decoders(stream))
+    if not _any_hooked((*around, *stream.hookable)):
+        return ""
     found = {stream.embedding.name or "the embeddings": is_hooked(stream.embedding)}
     found |= {"the model": any(has_callers(one._forward_pre_hooks) for one in around)}
     found |= {block.name: is_hooked(block.input) for block in stream.blocks}

@@ -246,6 +246,13 @@ class Stream:
         return tuple(write for block in self.blocks for write in block.writes)
 
     @cached_property
+    def hookable(self) -> tuple[nn.Module, ...]:
+        """The modules at which hooks may write to the stream, at, in and behind its blocks."""
+        carriers = [carrier.place for block in self.blocks for carrier in block.carriers]
+        places = [self.embedding, *(block.input for block in self.blocks), *carriers]
+        return tuple(dict.fromkeys(place.module for place in (*places, *self.behind_blocks)))
+
+    @cached_property
     def dtype(self) -> torch.dtype:
         """The dtype that the model's unembedding runs in."""
         return dtype_of(self.unembed)

@@ -56,6 +56,7 @@ class TokenTarget(Target):
         self._vocabulary, self._softcap = stream.vocabulary, stream.softcap
         self._named_with = stream.backend.answer_tokenizer
         self._asked, self._has_outside = sets, False
+        self._laid: tuple[Selection, tuple[int, int], bool, Entries] | None = None
         outside = (sets.ids < 0) | (sets.ids >= stream.vocabulary)
         if bool(outside.any()):  # :meth:`align` refuses these
             self._has_outside = True
@@ -82,10 +83,21 @@ class TokenTarget(Target):
             ShapeMismatchError: when they do not broadcast; it names both shapes.
             TokenError: for an id outside the vocabulary, unless it stands at padding.
         """
+        last = self._laid
+        if last is not None and last[0] is selection and last[1:3] == (prompt_shape, batched):
+            return last[3]
+        entries = self._lay(selection, prompt_shape, batched)
+        if entries.few:
+            self._laid = selection, prompt_shape, batched, entries
+        return entries
+
+    def _lay(
+        self, selection: Selection, prompt_shape: tuple[int, int], batched: bool
+    ) -> Entries:
         selected = tuple(selection.cols.shape)
         each = (selection.rows, selection.cols, selection.valid)
         index = numbered(self._asked, selected)
-        shape = torch.broadcast_shapes(index.shape, selected)
+        shape = torch.broadcast_shapes(index.shape, selected) if index.ndim else selected
         if self._asked.several:
             n = self._asked.shape[-1]
             which = self._which.reshape(-1, n)[index].expand(*shape, n)

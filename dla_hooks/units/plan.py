@@ -111,7 +111,7 @@ class Recording:
 
     def __init__(self, plan: Plan, entries: Entries, missing: Missing) -> None:
         self._plan, self._entries = plan, entries
-        self.view = view = View(entries)
+        self.view = view = View.whole(entries)
         target = plan.target
         self._point = PointRecorder(target.point, target.readouts, entries)
         self._parts = PartsRecorder(plan.parts, entries, missing)
