@@ -274,9 +274,6 @@ class Plan:
             self._last = kept
         return kept
 
-    def _is_hooked(self) -> bool:
-        return bool(hooked_modules(self._read.backend.hookable()))  # they may act in one run only
-
     def _attribute(self, source: Source, asked: Asked) -> Any:
         # Weights may have changed in a way that leaves no trace, since this was measured.
         may_be_stale = self._asked or self._data.stream.remembered
@@ -284,7 +281,8 @@ class Plan:
         failed: DecompositionError | HookError | None = None
         try:
             found, outcome = measure(self._data, source, asked.selection, self._check)
-            if self._check or seems_current(found, outcome) or self._is_hooked():
+            hookable = self._read.backend.hookable  # hooks may act in the first run only
+            if self._check or seems_current(found, outcome) or hooked_modules(hookable()):
                 may_be_stale = False
         except (DecompositionError, HookError) as error:
             if not may_be_stale:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from dla_hooks.backends.base import Backend
 from dla_hooks.backends.huggingface import HuggingFaceBackend
@@ -41,6 +42,10 @@ _INSIDE = {
 """Wrappers that change nothing about a forward pass, and the attribute with the model inside."""
 
 
+_NAMES: WeakKeyDictionary[type, list[str]] = WeakKeyDictionary()
+"""The names of each class that was met and of its bases, with their packages."""
+
+
 def backend_of(model: Any) -> Backend:
     """The backend of a model, or of the model in a wrapper; nothing about it is checked yet.
 
@@ -63,7 +68,13 @@ def backend_of(model: Any) -> Backend:
 
 
 def _class_names(model: Any) -> list[str]:
-    return [f"{base.__module__.partition('.')[0]}.{base.__name__}" for base in type(model).__mro__]
+    kind = type(model)
+    found = _NAMES.get(kind)
+    if found is None:
+        bases = kind.__mro__
+        found = [f"{base.__module__.partition('.')[0]}.{base.__name__}" for base in bases]
+        _NAMES[kind] = found
+    return found
 
 
 __all__ = ["Backend", "Conventions", "Wrapper", "backend_of"]

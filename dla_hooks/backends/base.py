@@ -80,7 +80,7 @@ class Backend:
         """The name that a declaration is found by."""
         raise NotImplementedError
 
-    @property
+    @cached_property
     def name(self) -> str:
         """The model's class and type, for messages and results."""
         return f"{type(self.root).__name__} ({self.model_type})"

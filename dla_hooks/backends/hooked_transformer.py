@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dla_hooks.backends.base import Backend
 from dla_hooks.errors import InputError, UnsupportedModelError
 from dla_hooks.inputs.prompts import Prompt, encode
-from dla_hooks.modules.hooks import Edit, edited
+from dla_hooks.modules.edits import Edit, edited
 from dla_hooks.modules.weights import run_device
 
 

@@ -27,7 +27,8 @@ from dla_hooks.modules.adapters import (
     state_of_adapters,
     with_parameter,
 )
-from dla_hooks.modules.hooks import Call, Edit, Place, Tap, Use, edited, tapped
+from dla_hooks.modules.edits import Edit, edited
+from dla_hooks.modules.hooks import Call, Place, Tap, Use, tapped
 from dla_hooks.modules.version import Remembered
 from dla_hooks.residual.stream import Stream, WriteSite
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from dla_hooks.calibration.prompt import short_prompt
 from dla_hooks.modules.attention_interface import AttentionCall, Look, watching
 from dla_hooks.modules.attention_rows import attention_weights, head_blocks
-from dla_hooks.modules.hooks import Call, Edit, Place, Tap, Use, edited, tapped
+from dla_hooks.modules.edits import Edit, edited
+from dla_hooks.modules.hooks import Call, Place, Tap, Use, tapped
 from dla_hooks.modules.version import Remembered
 from dla_hooks.residual.head_site import HeadSite
 from dla_hooks.residual.stream import Stream

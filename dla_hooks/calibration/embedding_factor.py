@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from dla_hooks.calibration.prompt import short_prompt
-from dla_hooks.modules.hooks import Call, Edit, Tap, edited, tapped
+from dla_hooks.modules.edits import Edit, edited
+from dla_hooks.modules.hooks import Call, Tap, tapped
 from dla_hooks.modules.version import Remembered
 from dla_hooks.residual.stream import Stream
 

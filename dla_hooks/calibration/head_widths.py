@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from dla_hooks.calibration.prompt import short_prompt
 from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.modules.attention import AttentionCalls, Change, disturbed_heads, scaled_heads
-from dla_hooks.modules.hooks import Call, Edit, Place, Tap, Use, edited, tapped
+from dla_hooks.modules.edits import Edit, edited
+from dla_hooks.modules.hooks import Call, Place, Tap, Use, tapped
 from dla_hooks.modules.version import Remembered
 from dla_hooks.residual.head_site import HeadSite
 from dla_hooks.residual.stream import Stream, WriteSite

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from dla_hooks.calibration.prompt import short_prompt
-from dla_hooks.modules.hooks import Call, Edit, Place, Tap, edited, tapped
+from dla_hooks.modules.edits import Edit, edited
+from dla_hooks.modules.hooks import Call, Place, Tap, tapped
 from dla_hooks.modules.version import Remembered
 from dla_hooks.residual.stream import Block, Stream, WriteSite
 

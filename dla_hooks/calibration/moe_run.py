@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from dla_hooks.calibration.block_run import ANY_NUMBER, EveryCall, flat, is_activation
 from dla_hooks.calibration.prompt import short_prompt
+from dla_hooks.modules.edits import Edit, edited
 from dla_hooks.modules.experts import ExpertsCall, count_of, slots_to_ask
-from dla_hooks.modules.hooks import Call, Edit, Place, Tap, Use, edited, tapped
+from dla_hooks.modules.hooks import Call, Place, Tap, Use, tapped
 from dla_hooks.residual.stream import Stream
 
 

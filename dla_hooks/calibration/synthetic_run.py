@@ -1,8 +1,7 @@
 """One run of a model on synthetic activations, and the scales that it shows.
 
-Known vectors replace each block's input, the outputs of its writes, and the input of the
-unembedding. Each has its own row of the batch. The results are for
-:mod:`dla_hooks.calibration.scales`.
+Known vectors replace each block's input, its writes' outputs and the unembedding's input, each in a
+row of its own. The results are for :mod:`dla_hooks.calibration.scales`.
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ from torch import Tensor, nn
 from dla_hooks.calibration.logits import finest_that_holds
 from dla_hooks.calibration.prompt import short_prompt
 from dla_hooks.errors import UnsupportedModelError
-from dla_hooks.modules.hooks import Call, Edit, Place, Tap, Use, edited, tapped
+from dla_hooks.modules.edits import Edit, edited
+from dla_hooks.modules.hooks import Call, Place, Tap, Use, tapped
 from dla_hooks.modules.vjp import dtype_of
 from dla_hooks.residual.stream import Block, Stream, coarsest
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from dla_hooks.calibration.prompt import short_prompt
 from dla_hooks.errors import UnsupportedModelError
-from dla_hooks.modules.hooks import Call, Edit, Tap, edited, tapped
+from dla_hooks.modules.edits import Edit, edited
+from dla_hooks.modules.hooks import Call, Tap, tapped
 from dla_hooks.residual.head_site import HeadSite
 from dla_hooks.residual.stream import Stream
 

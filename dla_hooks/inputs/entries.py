@@ -15,7 +15,6 @@ from torch import Tensor
 
 from dla_hooks.inputs.masks import is_whole
 
-
 _FEW = 64
 
 

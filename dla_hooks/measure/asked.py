@@ -28,10 +28,10 @@ from dla_hooks.residual.stream import Stream
 from dla_hooks.results.seen import Seen
 from dla_hooks.sources.base import Source
 from dla_hooks.targets.base import Target
+from dla_hooks.targets.laid import numbered
 from dla_hooks.targets.own import NEXT, Own
 from dla_hooks.targets.question import Question
 from dla_hooks.targets.token_sets import TokenSets
-from dla_hooks.targets.tokens import numbered
 
 _MOST_LOGITS = 2**23
 """Logits of the model's that are held at once (32 MiB in float32)."""

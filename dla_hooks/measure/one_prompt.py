@@ -35,7 +35,9 @@ def columns_to_check(entries: Entries, prompt: Prompt, vocabulary: int) -> Tenso
     """A few of the selected columns, the first and the last among them; None if there are none."""
     if not len(entries):
         return None
-    columns: Tensor = entries.cols.unique() if len(entries) > 1 else entries.cols
+    if len(entries) == 1:
+        return entries.cols
+    columns: Tensor = entries.cols.unique()
     per_column = len(prompt.input_ids) * vocabulary
     most = max(1, min(_MOST_COLUMNS, _MOST_LOGITS // per_column))
     if most == 1 or len(columns) == 1:

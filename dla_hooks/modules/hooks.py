@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dla_hooks.errors import HookError
 from dla_hooks.modules.asides import in_aside
 from dla_hooks.modules.autocast import outside_autocast
-from dla_hooks.modules.outputs import tensor_in, with_tensor
+from dla_hooks.modules.outputs import tensor_in
 from dla_hooks.modules.weights import whole_activation
 
 
@@ -130,28 +130,39 @@ class Tap:
         """Count one run of the module, and read it if it is the wanted one."""
         self.fired += 1
         if self.fired == self.place.use.nth + 1:
-            autocast = torch.is_autocast_enabled(call.activation.device.type)
-            look = outside_autocast(self.on_activation) if autocast else self.on_activation
+            look = self.on_activation
+            if torch.is_autocast_enabled(call.activation.device.type):
+                look = outside_autocast(look)
             look(call)
 
     def put_on(self, thread: int) -> Any:
         """Watch the place, in one thread, until ``remove()`` is called on what this returns."""
+        place, hook = self.place, _Hook(self, thread)
+        if place.before:
+            put_on: Any = place.module.register_forward_pre_hook
+        else:
+            put_on = place.module.register_forward_hook
+        return put_on(hook, with_kwargs=True, prepend=place.first)
 
-        # `rest` is (kwargs,) or (kwargs, output). While one thread removes its tap, another may
-        # call it without the kwargs. So check the thread before unpacking anything.
-        def before(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
-            if threading.get_ident() == thread and not in_aside():
-                self.count(Call(args, rest[0]))
 
-        def after(module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
-            if threading.get_ident() == thread and not in_aside():
-                self.count(Call(args, rest[0], rest[1], before=False))
+class _Hook:
+    """A tap on its module, for the runs of one thread."""
 
-        mark(before, after)
-        module, first = self.place.module, self.place.first
-        if self.place.before:
-            return module.register_forward_pre_hook(before, with_kwargs=True, prepend=first)
-        return module.register_forward_hook(after, with_kwargs=True, prepend=first)
+    __slots__ = ("_tap", "_thread")
+    _dla_hooks = True
+
+    def __init__(self, tap: Tap, thread: int) -> None:
+        self._tap, self._thread = tap, thread
+
+    # `rest` is (kwargs,) or (kwargs, output). While one thread removes its tap, another may call it
+    # without the kwargs. So check the thread before unpacking anything.
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
+        if threading.get_ident() != self._thread or in_aside():
+            return
+        if self._tap.place.before:
+            self._tap.count(Call(args, rest[0]))
+        else:
+            self._tap.count(Call(args, rest[0], rest[1], before=False))
 
 
 def hidden_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -210,11 +221,11 @@ def tapped(taps: Sequence[Tap]) -> Iterator[Run]:
     Raises:
         HookError: when a tap's module did not run, or ran another number of times.
     """
-    handles, run = list[Any](), Run()
+    handles, run, thread = list[Any](), Run(), threading.get_ident()
     try:
         for tap in taps:
             tap.fired = 0
-            handles.append(tap.put_on(threading.get_ident()))
+            handles.append(tap.put_on(thread))
         with torch.no_grad():
             yield run
     finally:
@@ -231,59 +242,6 @@ def tapped(taps: Sequence[Tap]) -> Iterator[Run]:
                 f"{tap.place.name} ran {tap.fired} times in one forward pass, not "
                 f"{tap.place.use.of} as expected. Gradient checkpointing and shared modules do it."
             )
-
-
-@dataclass(frozen=True)
-class Edit:
-    """A change to one module's hidden states, for synthetic runs that measure a model.
-
-    Attributes:
-        module: the module to change.
-        change: a function from the hidden states to their replacement.
-        at_input: True to change the input, False to change the output.
-        optional: whether a call without hidden states is passed by.
-    """
-
-    module: nn.Module
-    change: Callable[[Tensor], Tensor]
-    at_input: bool = False
-    optional: bool = False
-
-
-@contextmanager
-def edited(edits: Sequence[Edit]) -> Iterator[None]:
-    """Change activations within a ``with`` block; in this thread only."""
-    handles = []
-    try:
-        for edit in edits:
-            handles.append(_put_in(edit, threading.get_ident()))
-        with torch.no_grad():
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _put_in(edit: Edit, thread: int) -> torch.utils.hooks.RemovableHandle:
-    def before(
-        module: nn.Module, args: tuple[Any, ...], *rest: Any
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if threading.get_ident() != thread:
-            return None
-        (kwargs,) = rest
-        if edit.optional and not any(isinstance(x, Tensor) for x in (*args, *kwargs.values())):
-            return None
-        return with_hidden(args, kwargs, edit.change(hidden_in(args, kwargs)))
-
-    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if threading.get_ident() != thread or (edit.optional and tensor_in(output) is None):
-            return None
-        return with_tensor(output, edit.change(hidden_out(output)))
-
-    mark(before, after)
-    if edit.at_input:
-        return edit.module.register_forward_pre_hook(before, with_kwargs=True)
-    return edit.module.register_forward_hook(after)
 
 
 def is_ours(hook: Any) -> bool:

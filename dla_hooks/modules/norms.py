@@ -169,13 +169,13 @@ def frozen_scale(norm: Norm, x_NM: Tensor, y_NM: Tensor) -> tuple[Tensor, Tensor
     """
     a = norm.at_scale_one(x_NM)
     y = y_NM - norm.beta.to(y_NM)
-    size = torch.linalg.vector_norm(a, dim=-1).square()
-    s = torch.where(size == 0, norm.at_zero, size / torch.linalg.vecdot(a, y))
-    if not len(s):
+    size = torch.linalg.vecdot(a, a)
+    s = (size / torch.linalg.vecdot(a, y)).masked_fill_(size == 0, norm.at_zero)
+    if not s.shape[0]:
         return s, s.new_zeros(())
     most = partial(torch.linalg.vector_norm, ord=torch.inf, dim=-1)
     unexplained = most(y.addcdiv_(a, s[:, None], value=-1))
-    return s, (unexplained / most(y_NM).clamp_(min=torch.finfo(s.dtype).tiny)).max()
+    return s, (unexplained / most(y_NM).clamp_(min=torch.finfo(s.dtype).tiny)).amax()
 
 
 def largest(misfits: list[Tensor]) -> float:

@@ -85,14 +85,14 @@ def state_of(model: nn.Module, *others: nn.Module) -> State:
     configs: dict[int, Any] = {}
     for root in (model, *others):
         for module in modules_of(root):
-            # This is run for every module in every call, so it looks into `vars(module)`: what
-            # `getattr` does goes through `nn.Module.__getattr__`, and is slow.
+            # `getattr` for a missing name goes through `nn.Module.__getattr__`, which is slow;
+            # `vars(module)` is fast.
             kept, kind = module.__dict__, module.__class__
             if kind not in adapted:  # a model has many modules, and few classes of them
                 adapted[kind] = hasattr(kind, "_disable_adapters")
                 compiled = compiled or class_has_compiled(kind)
-            if kept["_modules"]:  # with a module that is there twice, twice
-                seen += map(id, kept["_modules"].values())
+            if module._modules:  # with a module that is there twice, twice
+                seen += map(id, module._modules.values())
             own = [*kept.values()]
             if [*islice(kept, _OF_TORCH - 1, _OF_TORCH)] == _LAST:
                 own = own[_OF_TORCH:]
@@ -109,12 +109,12 @@ def state_of(model: nn.Module, *others: nn.Module) -> State:
                 compiled = compiled or is_compiled_function(kept["forward"])
             if kept.get(COMPILED_CALL) is not None:
                 compiled = True
-            if kept["_parameters"]:
-                seen += _stamps(kept["_parameters"].values())
-            if kept["_buffers"]:
+            if module._parameters:
+                seen += _stamps(module._parameters.values())
+            if module._buffers:
                 # Tables that a model makes anew as it runs (rotary frequencies) are no weights.
-                passing = kept["_non_persistent_buffers_set"]
-                seen += _stamps(t for name, t in kept["_buffers"].items() if name not in passing)
+                passing = module._non_persistent_buffers_set
+                seen += _stamps(t for name, t in module._buffers.items() if name not in passing)
             # The caller's hooks are no part of the model: synthetic runs go past them.
             if kept["_forward_hooks"] or kept["_forward_pre_hooks"]:
                 seen += library_hooks(module)
@@ -123,7 +123,7 @@ def state_of(model: nn.Module, *others: nn.Module) -> State:
                 off = bool(layer.disable_adapters)
                 seen += str(layer.active_adapters), off
                 adapters_off.append(off)
-            if kept["training"] and not training:
+            if module.training and not training:
                 training = is_training(module)
         config = vars(root).get("cfg")  # as TransformerLens has it
         configs[id(config)] = config
@@ -134,7 +134,7 @@ def state_of(model: nn.Module, *others: nn.Module) -> State:
 
 def _stamps(tensors: Iterable[Tensor | None]) -> list[int]:
     """Where each weight lies, and how often it was written to in place."""
-    found = []
+    found = list[int]()
     for tensor in tensors:
         if tensor is None or tensor.is_meta:
             continue

@@ -165,8 +165,9 @@ class PointRecorder:
         scale_N, total_RN = rows[0], rows[1 : 1 + len(self._readouts)]
         if self._point.norm_place is None:
             scale_N.fill_(1)
-        target_N = self._entries.target.to(rows.device)
-        biases = [one.bias_K.to(rows.device).index_select(0, target_N) for one in self._readouts]
+        n = rows.shape[-1]
+        of_target = (self._entries.of_target(one.bias_K.to(rows.device)) for one in self._readouts)
+        biases = [bias_N.expand(n) for bias_N in of_target]
         hooks = dict[str, Tensor]()
         if self._behind is not None:
             hooks[FINAL_HOOK] = self._behind.finish(rows.device)

@@ -201,7 +201,7 @@ class Stream:
         """The model itself."""
         return self.backend.model
 
-    @property
+    @cached_property
     def embedding(self) -> Place:
         """The token embeddings, before positions and scales."""
         return Place(self.backend.embedding(), self.backend.embedding_name)

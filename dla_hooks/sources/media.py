@@ -34,6 +34,8 @@ def texts_of(prompt: Prompt, tokenizer: Any, config: Any = None) -> list[list[st
     """
     if prompt.embedded:
         return [["?"] * int(real.sum()) for real in prompt.mask]
+    if not (prompt.padded or prompt.extras):
+        return [to_strings(ids, tokenizer) for ids in prompt.input_ids.tolist()]
     names = media_names(prompt, config) if prompt.extras.keys() - OF_TEXT else {}
     found = []
     for row, (ids, real) in enumerate(zip(prompt.input_ids, prompt.mask, strict=True)):

@@ -12,7 +12,7 @@ from dla_hooks.measure.one_prompt import columns_to_check
 from dla_hooks.modules.autocast import outside_autocast
 from dla_hooks.stacks.checks import failure
 from dla_hooks.stacks.kept import Kept
-from dla_hooks.targets.base import spread_of
+from dla_hooks.targets.spread import spread_of
 from dla_hooks.targets.token_sets import TokenSets
 from dla_hooks.targets.tokens import read_out
 from dla_hooks.tolerance import tolerance

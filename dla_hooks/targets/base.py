@@ -7,7 +7,6 @@ or a :class:`Request` for any other target. A new target is one file with both.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,11 +22,7 @@ from dla_hooks.projection.directions import Directions
 from dla_hooks.projection.reading_point import Reading, ReadingPoint
 from dla_hooks.projection.readout import Readout
 from dla_hooks.residual.stream import Stream
-
-_GAP = 100
-"""How many times further down than all other logits a mask is told from them."""
-_KINDS_OF_MASKS = 4
-_SAMPLE = 4096
+from dla_hooks.targets.spread import spread_of
 
 
 @dataclass(frozen=True)
@@ -51,8 +46,10 @@ class Observed:
     @classmethod
     def at(cls, entries: Entries, columns: Tensor, logits_BSV: Tensor) -> Observed:
         """The entries whose columns the model's logits were kept for."""
-        hit = entries.cols[:, None] == columns  # in each row once at most
-        entries_E, column_E = hit.nonzero().unbind(-1)
+        if columns is entries.cols and columns.numel() == 1:
+            entries_E = column_E = torch.zeros(1, dtype=torch.long, device="cpu")
+        else:  # in each row once at most
+            entries_E, column_E = (entries.cols[:, None] == columns).nonzero().unbind(-1)
         # `index_select` costs a fifth of what indexing costs.
         row_E, target_E = (of.index_select(0, entries_E) for of in (entries.rows, entries.target))
         device = logits_BSV.device
@@ -92,87 +89,6 @@ class Observed:
         if spread_BS.numel() == 1:  # of the only column that there is
             return spread_BS.item()
         return float(spread_BS.take(self.place_E.cpu()).mean())
-
-
-def spread_of(logits_BSV: Tensor) -> Tensor:
-    """Largest less smallest logit over the vocabulary, masked tokens left out [batch, columns].
-
-    The few numbers are compared on the CPU: there each costs a hundredth of a tensor operation.
-
-    Args:
-        logits_BSV: logits [batch, columns, vocabulary].
-
-    Returns:
-        A tensor on the CPU, in float64.
-    """
-    # Apart: `aminmax` along an axis is ten times slower than both.
-    low_N, high_N = _listed(logits_BSV.amin(-1)), _listed(logits_BSV.amax(-1))
-    spread_N = [high - low for low, high in zip(low_N, high_N, strict=True)]
-    if not math.isfinite(sum(spread_N)):
-        # Some models mask the end of their vocabulary with -inf.
-        finite = torch.isfinite(logits_BSV)
-        high_N = _listed(logits_BSV.masked_fill(~finite, -torch.inf).amax(-1))
-        low_N = _listed(logits_BSV.masked_fill(~finite, torch.inf).amin(-1))
-        spread_N = [high - low for low, high in zip(low_N, high_N, strict=True)]
-    step = max(1, logits_BSV.shape[-1] // _SAMPLE)
-    if not all(_lies_between(logits_BSV[..., ::step], high_N, spread_N)):  # hardly ever
-        spread_N = _without_masks(logits_BSV.double(), low_N, high_N, spread_N)
-    return torch.tensor(spread_N, dtype=torch.float64, device="cpu").view(logits_BSV.shape[:-1])
-
-
-def _without_masks(
-    logits_BSV: Tensor, low_N: list[float], high_N: list[float], spread_N: list[float]
-) -> list[float]:
-    """The spread of the logits that no large finite mask holds down.
-
-    A mask shows as a gap: some logits lie far down, the others within a hundredth of that below the
-    largest one, and none between.
-
-    Args:
-        logits_BSV: logits [batch, columns, vocabulary], in float64.
-        low_N: the smallest of each column.
-        high_N: the largest.
-        spread_N: the one less the other.
-    """
-    shape = (*logits_BSV.shape[:-1], 1)
-    low_N, spread_N = list(low_N), list(spread_N)
-    for _ in range(_KINDS_OF_MASKS):
-        whole_N = [high - low for low, high in zip(low_N, high_N, strict=True)]
-        gaps = [not close for close in _lies_between(logits_BSV, high_N, whole_N)]
-        if not any(gaps):
-            break
-        least_N = [high - whole / _GAP for high, whole in zip(high_N, whole_N, strict=True)]
-        top_BSV = logits_BSV >= logits_BSV.new_tensor(least_N).view(shape)
-        lowest_N = _listed(logits_BSV.masked_fill(~top_BSV, torch.inf).amin(-1))
-        for n in (n for n, gap in enumerate(gaps) if gap):
-            low_N[n] = lowest_N[n]
-            # Few tokens may be left, and alike: then their own size says how finely they are
-            # rounded.
-            spread_N[n] = max(high_N[n] - low_N[n], abs(high_N[n]), abs(low_N[n]))
-        gap_BS1 = torch.tensor(gaps, device=logits_BSV.device).view(shape)
-        logits_BSV = logits_BSV.masked_fill(gap_BS1 & ~top_BSV, torch.inf)
-    return spread_N
-
-
-def _lies_between(logits_BSV: Tensor, high_N: list[float], spread_N: list[float]) -> list[bool]:
-    """Whether some logit lies between the largest ones and the lower half, for each column."""
-    dtype = torch.promote_types(logits_BSV.dtype, torch.float32)
-    middle_N = [
-        high - spread * (1 / 2 + 1 / _GAP) / 2
-        for high, spread in zip(high_N, spread_N, strict=True)
-    ]
-    middle_BS1 = torch.tensor(middle_N, dtype=dtype, device=logits_BSV.device)
-    middle_BS1 = middle_BS1.view(*logits_BSV.shape[:-1], 1)
-    nearest_N = _listed((logits_BSV.to(dtype) - middle_BS1).abs_().amin(-1))
-    return [
-        nearest < spread * (1 / 2 - 1 / _GAP) / 2 or spread <= 0
-        for nearest, spread in zip(nearest_N, spread_N, strict=True)
-    ]
-
-
-def _listed(numbers: Tensor) -> list[float]:
-    found: list[float] = numbers.reshape(-1).tolist()
-    return found
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,7 @@ from torch import Tensor
 
 from dla_hooks.calibration.norm_constants import norm_at
 from dla_hooks.calibration.scale_behind import scale_behind
-from dla_hooks.errors import ShapeMismatchError
-from dla_hooks.inputs.answers import check_answers, over_positions
+from dla_hooks.inputs.answers import check_answers
 from dla_hooks.inputs.entries import Entries
 from dla_hooks.inputs.positions import Selection
 from dla_hooks.inputs.prompts import to_strings
@@ -36,6 +35,7 @@ from dla_hooks.projection.readout import Readout
 from dla_hooks.residual.hooked import decoders
 from dla_hooks.residual.stream import Stream, coarsest
 from dla_hooks.targets.base import Observed, Target
+from dla_hooks.targets.laid import numbered
 from dla_hooks.targets.token_sets import TokenSets
 from dla_hooks.tolerance import is_coarse
 
@@ -56,6 +56,7 @@ class TokenTarget(Target):
         self._vocabulary, self._softcap = stream.vocabulary, stream.softcap
         self._named_with = stream.backend.answer_tokenizer
         self._asked, self._has_outside = sets, False
+        self._names: tuple[Any, list[str], list[str] | None] | None = None
         self._laid: tuple[Selection, tuple[int, int], bool, Entries] | None = None
         outside = (sets.ids < 0) | (sets.ids >= stream.vocabulary)
         if bool(outside.any()):  # :meth:`align` refuses these
@@ -91,9 +92,7 @@ class TokenTarget(Target):
             self._laid = selection, prompt_shape, batched, entries
         return entries
 
-    def _lay(
-        self, selection: Selection, prompt_shape: tuple[int, int], batched: bool
-    ) -> Entries:
+    def _lay(self, selection: Selection, prompt_shape: tuple[int, int], batched: bool) -> Entries:
         selected = tuple(selection.cols.shape)
         each = (selection.rows, selection.cols, selection.valid)
         index = numbered(self._asked, selected)
@@ -156,7 +155,10 @@ class TokenTarget(Target):
     def names(self, entries: Entries, tokenizer: Any) -> tuple[list[str], list[str] | None]:
         """The text of the one answer, or of every entry's answer; likewise of the incorrect."""
         named_with = self._named_with(tokenizer)
-        right, wrong = self._sets.names(lambda ids: to_strings(ids.tolist(), named_with))
+        if self._names is None or self._names[0] is not named_with:
+            found = self._sets.names(lambda ids: to_strings(ids.tolist(), named_with))
+            self._names = named_with, *found
+        _, right, wrong = self._names
         if len(right) > 1:
             places = entries.target_of_entry.reshape(-1).tolist()
             right = [right[place] for place in places]
@@ -169,27 +171,6 @@ class TokenTarget(Target):
         for name, side in sides.items():
             for one in side.unbind(-1):
                 check_answers(one.expand(valid.shape), valid, name, self._vocabulary)
-
-
-def numbered(sets: TokenSets, selected: tuple[int, ...]) -> Tensor:
-    """The number of the set (or of the row of several) for each position; it broadcasts.
-
-    Args:
-        sets: as they were given.
-        selected: the shape of the selected positions.
-
-    Raises:
-        ShapeMismatchError: when they do not broadcast; it names both shapes.
-    """
-    shape = sets.shape[:-1] if sets.several else sets.shape
-    index = torch.arange(shape.numel(), device="cpu").reshape(shape)
-    laid = over_positions(index, selected)
-    if sets.several and laid.ndim and laid.shape[0] not in (1, selected[0]):
-        raise ShapeMismatchError(
-            f"Each has {laid.shape[0]} lines for {selected[0]} prompts; give one line for each "
-            "prompt, or one for all"
-        )
-    return laid
 
 
 def final_point(stream: Stream) -> ReadingPoint:

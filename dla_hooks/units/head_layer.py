@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from dla_hooks.calibration.norm_constants import norm_at
 from dla_hooks.modules import norms
 from dla_hooks.modules.hooks import Place
-from dla_hooks.modules.linear import bias_of, check_readable, pull_back
-from dla_hooks.modules.weights import in_memory
+from dla_hooks.modules.linear import at_hand, bias_of, check_readable, pull_back
+from dla_hooks.modules.weights import in_memory, run_device
 from dla_hooks.projection.directions import Directions
 from dla_hooks.residual.stream import WriteSite
 from dla_hooks.results.rows import Row
@@ -49,7 +49,7 @@ class HeadLayer:
         check_readable(linear, self.site.name)
         self.bias_M = bias_of(linear)
         self.folded = self.at_output.then(lambda d_KM: pull_back(linear, d_KM))
-        if in_memory(linear):
+        if in_memory(linear) and not _is_queued(linear):
             # Fold before the run: between the model's own matrix products this is several times
             # slower (cold caches). An offloaded weight is at hand when the model has just read it.
             self.folded.prepare()
@@ -69,6 +69,14 @@ class HeadLayer:
         if site.post_norm_place is not None:
             found.append((site.post_norm_place, self.in_stream))
         return found
+
+
+def _is_queued(linear: nn.Module) -> bool:
+    """Whether the fold is best put in line behind the model's own work, from within the run.
+
+    A GPU would wait while one small operation after the other is prepared for it.
+    """
+    return at_hand(linear) and run_device(linear).type == "cuda"
 
 
 def with_heads(writes: Iterable[WriteSite]) -> Iterator[tuple[int, WriteSite]]:

@@ -108,8 +108,9 @@ class HeadsRecorder(Recorder):
     def finish(self, parts: Parts) -> Split:
         reading, layers = parts.reading, self._plan.layers
         values_CN = self._values.gathered(reading.scale_N.device)
-        heads_CN, rest_N = values_CN.split([len(values_CN) - 1, 1])
-        beside_LN, scale_LN = self._aside.gathered(values_CN.device).split(len(layers))
+        heads_CN, rest_N = values_CN[:-1], values_CN[-1]
+        aside_LN = self._aside.gathered(values_CN.device)
+        beside_LN, scale_LN = aside_LN[: len(layers)], aside_LN[len(layers) :]
         self.post_scales_LN = scale_LN
         (biases_LK, betas_LK), of_target = self._plan.constants, parts.entries.of_target
         if biases_LK is not None:
@@ -126,7 +127,7 @@ class HeadsRecorder(Recorder):
         for number, written_N in hooks.items():
             beside_LN[number] += written_N
         whole_N = reading.value_N() - reading.bias_N
-        torch.sub(whole_N, heads_CN.sum(0), out=rest_N[0])
+        torch.sub(whole_N, heads_CN.sum(0), out=rest_N)
         seen = [(name, norms.largest(misfits)) for name, misfits in self._misfits.items()]
         claims = self._claims(values_CN, beside_LN, parts)
         return Split(*self._with_hooks(values_CN, hooks), claims, seen)
@@ -185,8 +186,13 @@ class HeadsRecorder(Recorder):
     def _claims(self, values_CN: Tensor, beside_LN: Tensor, parts: Parts) -> list[Claim]:
         """Each layer's heads, with the biases, make up what that layer's attention wrote."""
         layers = self._plan.layers
-        each_HN = values_CN.split([layer.n_heads for layer in layers] + [1])[:-1]
-        wrote_LN = beside_LN + torch.stack([heads_HN.sum(0) for heads_HN in each_HN])
+        most = layers[0].n_heads
+        if all(layer.n_heads == most for layer in layers):
+            of_heads_LN = values_CN[:-1].unflatten(0, (-1, most)).sum(1)
+        else:
+            each_HN = values_CN.split([layer.n_heads for layer in layers] + [1])[:-1]
+            of_heads_LN = torch.stack([heads_HN.sum(0) for heads_HN in each_HN])
+        wrote_LN = beside_LN + of_heads_LN
         writes = [
             (layer.label, f"the heads in {layer.site.name}", layer.post_norm is not None)
             for layer in layers

@@ -212,7 +212,7 @@ class Parts:
 
     def of(self, labels: Sequence[str]) -> Tensor:
         """What some writes contributed [labels, N]."""
-        return self.raw_CN[[self.plan.row_of[label] for label in labels]]
+        return self.raw_CN.index_select(0, self.plan.rows_of(tuple(labels), self.raw_CN.device))
 
     def _labelled(self) -> Sequence[tuple[Row, Tensor]]:
         """Every row with its values: what hooks wrote around a block is one row behind it."""

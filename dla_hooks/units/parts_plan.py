@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from dla_hooks.calibration.embedding_factor import embeddings_enter
@@ -38,6 +39,7 @@ class PartsPlan:
             if block.constant is not None:
                 self.rows.append(Row(constant_label(block), "constant", block.layer))
         self.row_of = {row.label: index for index, row in enumerate(self.rows)}
+        self._rows_of: dict[tuple[tuple[str, ...], torch.device], Tensor] = {}
         self._factors = path_factors(stream)
         self._target = directions
         directions.prepare()
@@ -48,6 +50,15 @@ class PartsPlan:
             for label, block in ((constant_label(block), block) for block in stream.blocks)
             if block.constant is not None
         }
+
+    def rows_of(self, labels: tuple[str, ...], device: torch.device) -> Tensor:
+        """The numbers of some parts' rows, for indexing on a device; each made once."""
+        key = labels, device
+        found = self._rows_of.get(key)
+        if found is None:
+            rows = [self.row_of[label] for label in labels]
+            found = self._rows_of[key] = torch.tensor(rows, device=device)
+        return found
 
     def directions(self, label: str) -> Directions:
         """What one part is projected on: the target's directions, through all later gains."""

@@ -98,6 +98,7 @@ def _read_on_host(monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
 @pytest.mark.parametrize("unit", unit_names())
 def test_hooks_do_not_synchronise_on_cuda(unit, monkeypatch):
     from dla_hooks.modules.hooks import Tap
@@ -111,8 +112,8 @@ def test_hooks_do_not_synchronise_on_cuda(unit, monkeypatch):
     count = Tap.count
 
     def strictly(tap, call):
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            torch.cuda.set_sync_debug_mode("error")
             count(tap, call)
         finally:
             torch.cuda.set_sync_debug_mode("default")
