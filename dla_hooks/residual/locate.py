@@ -64,6 +64,7 @@ class _Finder:
         self.backend = backend
         self.model = backend.root
         self.architecture = architecture
+        self._numbers: dict[str, Any] = {}
 
     def refusal(self, what: str) -> UnsupportedModelError:
         types = self.architecture.model_types
@@ -243,7 +244,9 @@ class _Finder:
         # The layer knows best: layers of one model may differ, and then the config has no answer.
         said: Any = getattr(attention, "num_heads", None)
         if isinstance(said, bool) or not isinstance(said, int):
-            said = self.backend.number(field)
+            if field not in self._numbers:  # configs take long to read
+                self._numbers[field] = self.backend.number(field)
+            said = self._numbers[field]
         return said if isinstance(said, int) and not isinstance(said, bool) and said > 0 else 0
 
 

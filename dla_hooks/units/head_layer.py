@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from dla_hooks.calibration.norm_constants import norm_at
 from dla_hooks.modules import norms
 from dla_hooks.modules.hooks import Place
-from dla_hooks.modules.linear import at_hand, bias_of, check_readable, pull_back
-from dla_hooks.modules.weights import in_memory, run_device
+from dla_hooks.modules.linear import bias_of, check_readable, pull_back
+from dla_hooks.modules.weights import in_memory
 from dla_hooks.projection.directions import Directions
 from dla_hooks.residual.stream import WriteSite
 from dla_hooks.results.rows import Row
@@ -49,7 +50,7 @@ class HeadLayer:
         check_readable(linear, self.site.name)
         self.bias_M = bias_of(linear)
         self.folded = self.at_output.then(lambda d_KM: pull_back(linear, d_KM))
-        if in_memory(linear) and not _is_queued(linear):
+        if in_memory(linear):
             # Fold before the run: between the model's own matrix products this is several times
             # slower (cold caches). An offloaded weight is at hand when the model has just read it.
             self.folded.prepare()
@@ -71,14 +72,6 @@ class HeadLayer:
         return found
 
 
-def _is_queued(linear: nn.Module) -> bool:
-    """Whether the fold is best put in line behind the model's own work, from within the run.
-
-    A GPU would wait while one small operation after the other is prepared for it.
-    """
-    return at_hand(linear) and run_device(linear).type == "cuda"
-
-
 def with_heads(writes: Iterable[WriteSite]) -> Iterator[tuple[int, WriteSite]]:
     """The writes of one block that have heads, each with its number among those of its kind."""
     count = Counter[bool]()
@@ -88,16 +81,18 @@ def with_heads(writes: Iterable[WriteSite]) -> Iterator[tuple[int, WriteSite]]:
             count[write.heads.cross] += 1
 
 
-def rows_of(write: WriteSite, sub: int) -> list[Row]:
+def rows_of(write: WriteSite, sub: int) -> Sequence[Row]:
     """The heads of one attention: L0H0, L0H1, …; those that read an encoder are L0X0, L0X1, ….
 
     Args:
         write: what the attention writes.
         sub: which of several of its kind in the block; those of a second one are L0.1H0, ….
     """
-    site = write.heads
-    assert site is not None
-    layer = f"L{write.layer}.{sub}" if sub else f"L{write.layer}"
-    return [
-        Row(f"{layer}{site.letter}{h}", site.kind, write.layer, sub, h) for h in range(site.n_heads)
-    ]
+    assert write.heads is not None
+    return _rows(write.layer, sub, write.heads.letter, write.heads.kind, write.heads.n_heads)
+
+
+@lru_cache(maxsize=1024)
+def _rows(layer: int, sub: int, letter: str, kind: str, n: int) -> Sequence[Row]:
+    start = f"L{layer}.{sub}" if sub else f"L{layer}"
+    return tuple(Row(f"{start}{letter}{h}", kind, layer, sub, h) for h in range(n))
