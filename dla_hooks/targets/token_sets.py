@@ -185,13 +185,14 @@ class TokenSets:
         ids = self.ids[some]
         if self.plain:
             return fetch(ids[:, 0])
-        weights, k = self.weights_of(some), max(1, len(ids))
+        weights, step = self.weights_of(some), max(1, _ROWS_AT_ONCE // max(1, len(ids)))
         sums: tuple[Tensor, Tensor] | None = None
-        for part in torch.arange(self.m, device="cpu").split(max(1, _ROWS_AT_ONCE // k)):
-            W, b = fetch(ids[:, part].reshape(-1))
-            w = weights[:, part].to(W)
-            W = (W.reshape(len(ids), len(part), W.shape[-1]) * w[..., None]).sum(1)
-            b = (b.reshape(len(ids), len(part)) * w.to(b)).sum(1)
+        for start in range(0, self.m, step):
+            some_ids, w = ids[:, start : start + step], weights[:, start : start + step]
+            W, b = fetch(some_ids.reshape(-1))
+            w = w.to(W)
+            W = (W.reshape(*some_ids.shape, W.shape[-1]) * w[..., None]).sum(1)
+            b = (b.reshape(some_ids.shape) * w.to(b)).sum(1)
             sums = (W, b) if sums is None else (sums[0] + W, sums[1] + b)
         assert sums is not None
         return sums
@@ -214,6 +215,8 @@ class TokenSets:
         if not asked:
             return torch.full((len(self),), -1, device="cpu")
         one = self.weights[..., 0] == 1
+        if one.ndim == 0 and bool(one):  # of all sets
+            return self.ids[:, 0]
         return torch.where(one, self.ids[:, 0], -1)
 
     def names(self, texts: Callable[[Tensor], list[str]]) -> tuple[list[str], list[str] | None]:

@@ -58,9 +58,10 @@ class TokenTarget(Target):
         self._asked, self._has_outside = sets, False
         self._names: tuple[Any, list[str], list[str] | None] | None = None
         self._laid: tuple[Selection, tuple[int, int], bool, Entries] | None = None
-        outside = (sets.ids < 0) | (sets.ids >= stream.vocabulary)
-        if bool(outside.any()):  # :meth:`align` refuses these
+        low, high = (int(end) for end in sets.ids.aminmax())
+        if low < 0 or high >= stream.vocabulary:  # :meth:`align` refuses these
             self._has_outside = True
+            outside = (sets.ids < 0) | (sets.ids >= stream.vocabulary)
             sets = replace(sets, ids=sets.ids.masked_fill(outside, 0))
         self._sets, self._which = sets.distinct()
         centred = center_unembed and stream.softcap is None and bool(self._sets.totals.any())
