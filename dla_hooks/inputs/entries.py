@@ -134,7 +134,7 @@ class Entries:
             mask: True at the real tokens of the prompt [batch, pos].
         """
         if self._valid is None and is_whole(mask):
-            return self.unfold(self.cols)
+            return self.unfold(self.cols).clone()  # the caller's to write to
         counted = (mask.cumsum(-1) - 1)[self.rows, self.cols]
         if self._valid is None:
             return self.unfold(counted)

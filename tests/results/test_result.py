@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from math import inf, nan
 
@@ -18,6 +19,7 @@ from dla_hooks import (
     Summary,
     direct_logit_attribution,
     load,
+    prepare,
     summarize,
 )
 from dla_hooks.results.chart import save_plot
@@ -298,6 +300,28 @@ def test_total_and_bias_are_the_logit(model):
     for unit in UNIT_NAMES:
         result = direct_logit_attribution(model, IDS, 5, unit=unit, pos=None)
         torch.testing.assert_close(result.total() + result.bias, result.logit, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("unit", ["component", "head", "neuron"])
+def test_tensors_of_one_result_are_not_those_of_the_next(model, unit, prepared):
+    ids = torch.tensor([[5, 6, 7, 8]])
+    plan = prepare(model, 3, 4, unit=unit)
+    ask = plan if prepared else lambda ids: direct_logit_attribution(model, ids, 3, 4, unit=unit)
+    first, again = ask(ids), ask(ids)
+    for one in dataclasses.fields(first):
+        value = getattr(first, one.name)
+        if isinstance(value, torch.Tensor):
+            value.fill_(1) if value.dtype == torch.bool else value.sub_(99)
+        if isinstance(value, list):
+            value.clear()
+    for later in (again, ask(ids)):
+        assert later.positions.tolist() == [3]
+        assert len(later.rows) > 0
+        total = later.attribution.sum(0) + later.bias
+        if unit == "neuron":
+            total = total + later.rest + later.remainder
+        torch.testing.assert_close(total, later.logit, rtol=0, atol=1e-6)
 
 
 def test_a_dataframe_has_a_line_per_real_entry(model):
