@@ -17,6 +17,7 @@ import contextlib
 import copy
 import functools
 import io
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -173,10 +174,15 @@ def _tokenizer(folder: Path) -> Any:
 
 @contextlib.contextmanager
 def _quietly():
-    """Without the reference's progress bars and prints, which would bury the tests' own output."""
+    """Without the reference's progress bars and prints, which would bury the tests' own output.
+
+    TransformerLens 3.9 says that its HookedTransformer goes, whichever test makes the first one.
+    """
     logging.disable_progress_bar()
+    out, err = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
     try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with out, err, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "HookedTransformer is deprecated")
             yield
     finally:
         logging.enable_progress_bar()
