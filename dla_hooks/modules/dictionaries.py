@@ -99,6 +99,12 @@ class Dictionary:
         """Directions [K, width] of what is read, as directions [K, n_features] of the features."""
         return pull_back(self._decoder, d_KM)
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        found: torch.device = next(self._decoder.parameters()).device
+        return found
+
     def bias(self) -> Tensor:
         """What is rebuilt of no feature [width]."""
         return value_at(self._decoder, torch.zeros(self.n_features, dtype=self.dtype, device="cpu"))
@@ -136,7 +142,6 @@ class OfObject(Dictionary):
         if like is None:
             like = torch.empty(0, dtype=dtype, device="cpu")
         decoder = _Decode(made, like)
-        self._device = like.device
         super().__init__(decoder, width, 0, dtype, settings)
         generator = torch.Generator("cpu").manual_seed(5)
         noise = torch.randn(3, width, generator=generator, dtype=torch.float32, device="cpu")
@@ -191,7 +196,7 @@ class OfObject(Dictionary):
             )
 
     def encode(self, x_TM: Tensor) -> Codes:
-        x_TM = x_TM.to(self._device, self.dtype)
+        x_TM = x_TM.to(self.device, self.dtype)
         given = x_TM if self._on_heads is None else x_TM.unflatten(-1, (self._on_heads, -1))
         f_TF = self._made.encode(given)
         is_tensor = isinstance(f_TF, Tensor) and not f_TF.is_complex()

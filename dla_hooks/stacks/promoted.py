@@ -20,11 +20,12 @@ from dla_hooks.results.promoted import PromotedTokens
 from dla_hooks.stacks.arguments import measured
 from dla_hooks.stacks.checks import StreamSum
 from dla_hooks.stacks.every_logit import EveryLogit
+from dla_hooks.stacks.feature_vectors import feature_vectors
 from dla_hooks.stacks.final_norm import FinalNorm
 from dla_hooks.stacks.kept import Kept
-from dla_hooks.stacks.neuron_vectors import NeuronVectors
+from dla_hooks.stacks.neuron_vectors import neuron_vectors
 from dla_hooks.stacks.row_vectors import ComponentVectors, HeadVectors, LayerVectors, RowVectors
-from dla_hooks.stacks.token_ranks import rank_tokens
+from dla_hooks.stacks.token_ranks import TokenRanks, rank_tokens
 from dla_hooks.units import DEFAULT_UNIT, UnitName, read_units
 from dla_hooks.units.base import Unit
 
@@ -40,7 +41,16 @@ def _neurons(unit: Any, inputs: Inputs, kept: Kept, final: FinalNorm) -> RowVect
             f"promoted_tokens ranks tokens for the strongest neurons of each position, and "
             f"{unit!r} keeps all. Give how many: top=16"
         )
-    return NeuronVectors(kept, final, unit.top, unit.layers)
+    return neuron_vectors(kept, final, unit.top, unit.layers)
+
+
+def _features(unit: Any, inputs: Inputs, kept: Kept, final: FinalNorm) -> RowVectors:
+    if unit.top is None:
+        raise InputError(
+            "promoted_tokens ranks tokens for the strongest features of each position, and the "
+            "unit keeps all. Give how many: top=16"
+        )
+    return feature_vectors(kept, final, unit.read(kept.stream), unit.top)
 
 
 _VECTORS: dict[str, Callable[[Any, Inputs, Kept, FinalNorm], RowVectors]] = {
@@ -48,6 +58,7 @@ _VECTORS: dict[str, Callable[[Any, Inputs, Kept, FinalNorm], RowVectors]] = {
     "layer": lambda unit, inputs, kept, final: LayerVectors(kept, final),
     "head": _heads,
     "neuron": _neurons,
+    "feature": _features,
 }
 """What makes the rows of a unit as vectors, by the unit's name."""
 
@@ -132,6 +143,9 @@ def promoted_tokens(
             rows.hold()
         every.see(logits)
         ranks = rank_tokens(kept, final, rows, every, counted, count)
+        index = rows.index()
+        if index is not None:
+            ranks = _without_nobody(ranks, index)
         named = kept.stream.backend.answer_tokenizer(inputs.tokenizer)
         ids = torch.cat((ranks.up_ids.flatten(), ranks.down_ids.flatten())).unique().tolist()
         ids = [i for i in ids if i >= 0]  # -1 stands at padding
@@ -151,7 +165,7 @@ def promoted_tokens(
             model=kept.stream.backend.name,
             softcap=kept.stream.softcap,
             words=chosen.words,
-            index=rows.index(),
+            index=index,
             rows=rows.rows,
         )
 
@@ -162,6 +176,21 @@ def promoted_tokens(
         "prepend_bos": prepend_bos,
     }
     return measured(model, input, options, measure)
+
+
+def _without_nobody(ranks: TokenRanks, index: Tensor) -> TokenRanks:
+    """Nothing where an entry has fewer rows than places, as at padding."""
+    nobody = index < 0
+    nobody[-2:] = False  # the rest, and the remainder
+    by_token = nobody[..., None]
+    return TokenRanks(
+        up=ranks.up.masked_fill(by_token, torch.nan),
+        up_ids=ranks.up_ids.masked_fill(by_token, -1),
+        down=ranks.down.masked_fill(by_token, torch.nan),
+        down_ids=ranks.down_ids.masked_fill(by_token, -1),
+        mean=ranks.mean.masked_fill(nobody, torch.nan),
+        n_tokens=ranks.n_tokens,
+    )
 
 
 def _with_vectors(unit: Any) -> Unit:
