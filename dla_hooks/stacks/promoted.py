@@ -20,6 +20,7 @@ from dla_hooks.results.promoted import PromotedTokens
 from dla_hooks.stacks.arguments import measured
 from dla_hooks.stacks.checks import StreamSum
 from dla_hooks.stacks.every_logit import EveryLogit
+from dla_hooks.stacks.expert_vectors import expert_vectors
 from dla_hooks.stacks.feature_vectors import feature_vectors
 from dla_hooks.stacks.final_norm import FinalNorm
 from dla_hooks.stacks.kept import Kept
@@ -58,6 +59,7 @@ _VECTORS: dict[str, Callable[[Any, Inputs, Kept, FinalNorm], RowVectors]] = {
     "layer": lambda unit, inputs, kept, final: LayerVectors(kept, final),
     "head": _heads,
     "neuron": _neurons,
+    "expert": lambda unit, inputs, kept, final: expert_vectors(kept, final, unit.top, unit.layers),
     "feature": _features,
 }
 """What makes the rows of a unit as vectors, by the unit's name."""
@@ -85,8 +87,9 @@ def promoted_tokens(
 
     Nothing of the size rows x vocabulary is built. Kept are the activations that the rows are made
     of, at the selected positions: [position, d_model] for every component, z of every layer's
-    heads, or the activations of every layer's neurons. The vectors of the rows are made for a few
-    positions at a time; of neurons, those of the strongest alone. An adapted or quantised
+    heads, the activations of every layer's neurons, what stands at the places of dictionaries, or
+    what each chosen expert put out. The vectors of the rows are made for a few positions at a
+    time; of neurons and features, those of the strongest alone. An adapted or quantised
     unembedding that computes in 16 bits is read exactly, but its time grows with the square of
     the vocabulary.
 
@@ -94,10 +97,12 @@ def promoted_tokens(
         model: of any kind that :func:`direct_logit_attribution` takes.
         input: as there; None with a ``cache``.
         unit: into which rows: "component", "layer" (running sums) or "head", which ends with the
-            ``remainder`` that no head wrote; or an object of such a unit's class. Of neurons, as
-            with ``Neurons(top=5)``, the ``top`` strongest at each position: those whose vectors are
-            the largest behind the final norm, its gain included. ``#1``, ``#2``, … are followed by
-            the ``rest`` of the neurons and the ``remainder``.
+            ``remainder`` that no head wrote; or an object of such a unit's class. Of neurons,
+            experts and features, as with ``Neurons(top=5)``, ``Experts(top=5)`` and
+            ``Features({place: dictionary}, top=5)``, the ``top`` strongest at each position: those
+            whose vectors are the largest behind the final norm, its gain included. ``#1``, ``#2``,
+            … are followed by the ``rest`` of the unit's rows and the ``remainder``. ``"expert"``
+            lists all that a position went to. Where a position has fewer rows, the last are empty.
         pos: which positions, as there; an int drops the axis.
         k: how many tokens each way; at most as many as there are.
         tokenizer: for strings, and for the tokens' names. Rows of the unembedding that it has no
