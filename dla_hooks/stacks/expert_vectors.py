@@ -26,6 +26,7 @@ from dla_hooks.stacks.checks import WriteSum
 from dla_hooks.stacks.final_norm import FinalNorm
 from dla_hooks.stacks.kept import Kept
 from dla_hooks.stacks.strongest_rows import Offer, Rows, StrongestVectors
+from dla_hooks.units.expert import runs_of
 
 
 def expert_vectors(
@@ -48,12 +49,7 @@ def expert_vectors(
     places, runs, first = list[Rows](), list[Run](), 0
     for number, site in enumerate(sites):
         sub = sum(before.block == site.block for before in sites[:number])
-        layer = stream.blocks[site.block].layer
-        at = f"L{layer}.{sub}" if sub else f"L{layer}"
-        runs += [
-            Run(f"{at}E{{}}", "expert", layer, sub, n=site.n),
-            Run(f"{at}S{{}}", "shared", layer, sub, n=len(site.shared)),
-        ]
+        runs += runs_of(site, stream.blocks[site.block].layer, sub)
         places.append(_Layer(kept, final, site, factors, first))
         first += places[-1].n_rows
     return StrongestVectors(kept, final, places, RowRuns(runs), top)
