@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dla_hooks.errors import DLAError, InputError
+from dla_hooks.modules.autocast import outside_autocast
 from dla_hooks.modules.dictionary_settings import Settings, settings_of
 from dla_hooks.modules.faults import described_error
 from dla_hooks.modules.linear import pull_back, value_at
@@ -105,6 +106,7 @@ class Dictionary:
         found: torch.device = next(self._decoder.parameters()).device
         return found
 
+    @outside_autocast
     def bias(self) -> Tensor:
         """What is rebuilt of no feature [width]."""
         return value_at(self._decoder, torch.zeros(self.n_features, dtype=self.dtype, device="cpu"))
@@ -221,7 +223,7 @@ class _Decode(nn.Module):
 
     def forward(self, f: Tensor) -> Tensor:
         out: Tensor = self.made.decode(f.reshape(-1, f.shape[-1]))
-        return out.reshape(*f.shape[:-1], -1)
+        return out.reshape(*f.shape[:-1], out.shape[1:].numel())
 
 
 _PER_TOKEN = ("layer_norm", "constant_norm_rescale")

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dla_hooks.errors import InputError, warn
+from dla_hooks.modules.autocast import outside_autocast
 from dla_hooks.modules.dictionaries import Codes, Dictionary, OfObject, Spot
 from dla_hooks.modules.dictionary_settings import Settings
 
@@ -31,6 +32,7 @@ _WEIGHTS = {
 _ALWAYS = {"W_enc", "W_dec", "b_dec"}
 
 
+@outside_autocast
 def read_dictionary(made: Any, spot: Spot) -> Dictionary:
     """Read an object that encodes and decodes, or a folder.
 

@@ -85,8 +85,8 @@ class Adapters(Unit):
         adapted = list(adapted_modules(stream.model))
         if not adapted:
             raise UnsupportedModelError(
-                f"{stream.backend.name} has no PEFT adapters, so no write of it has an adapter's "
-                "part; attribute components instead (leave out unit=)"
+                f"{stream.backend.name} has no PEFT adapters on its modules, so no write of it has "
+                "an adapter's part; attribute components instead (leave out unit=)"
             )
         taken = {_BASE, _HOOK} & {name for _, module in adapted for name in at_work(module)}
         if taken:

@@ -685,6 +685,24 @@ def test_modules_in_another_dtype_are_exact_and_left_as_found():
         torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("place", ["1_mlp_out", "1_z"])
+def test_dictionaries_are_read_outside_of_autocast(place):
+    model = build("llama", dtype=torch.float32)
+    unit = Features({place: Made(40, dtype=torch.float32)}, top=5)
+    ids = example_ids("llama")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plan = prepare(model, ANSWER, INCORRECT, unit=unit)
+    expected = attribute(model, ids, unit)
+    torch.testing.assert_close(plan(ids, pos=None).attribution, expected.attribution)
+
+
+def test_no_position_at_all_has_no_feature():
+    model, ids = build("llama"), example_ids("llama")
+    unit = Features({"1_mlp_out": Made(40)}, top=5)
+    assert attribute(model, ids, unit, pos=[]).records() == []
+    assert dla_hooks.promoted_tokens(model, ids, unit=unit, pos=[], k=2).records() == []
+
+
 def test_a_dictionary_that_changes_after_it_was_read_is_read_again():
     model, ids, made = build("llama"), example_ids("llama"), Made(40)
     unit = Features({"2_mlp_out": made})
