@@ -26,6 +26,7 @@ _NORMS = ("none", "layer_norm", "constant_norm_rescale")
 _WEIGHTS = {
     "standard": {"b_enc"},
     "topk": {"b_enc"},
+    "abstopk": {"b_enc"},
     "jumprelu": {"b_enc", "threshold"},
     "gated": {"b_gate", "r_mag", "b_mag"},
 }
@@ -80,7 +81,7 @@ class Folder(Dictionary):
             W_dec = W_dec / norm_F[:, None]
             self._w["W_enc"] = W_enc * norm_F
             self._w["b_enc"] = self._w["b_enc"] * norm_F
-        self._k = self._top(cfg) if kind == "topk" else None
+        self._k = self._top(cfg) if kind in ("topk", "abstopk") else None
         self._norm = cfg.norm
         # SAELens did so before it had the setting.
         self._shifted = cfg.get("apply_b_dec_to_input", True)
@@ -99,12 +100,14 @@ class Folder(Dictionary):
             size_TF = (x_TM @ (w["W_enc"] * w["r_mag"].exp()) + w["b_mag"]).relu()
             return Codes(size_TF * (pre_TF + w["b_gate"] > 0), scale, offset)
         pre_TF = pre_TF + w["b_enc"]
-        f_TF = pre_TF.relu()
+        signed = self._kind == "abstopk"
+        f_TF = pre_TF if signed else pre_TF.relu()
         if self._kind == "jumprelu":
             f_TF = f_TF * (pre_TF > w["threshold"])
         elif self._k is not None:
-            values, index = pre_TF.topk(min(self._k, pre_TF.shape[-1]), dim=-1)
-            f_TF = torch.zeros_like(pre_TF).scatter_(-1, index, values.relu())
+            strength_TF = pre_TF.abs() if signed else pre_TF
+            index = strength_TF.topk(min(self._k, pre_TF.shape[-1]), dim=-1).indices
+            f_TF = torch.zeros_like(pre_TF).scatter_(-1, index, f_TF.gather(-1, index))
         return Codes(f_TF, scale, offset)
 
     def _normed(self, x_TM: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -466,6 +466,17 @@ def test_broken_folders_are_refused(tmp_path):
     refused("36 wide, and the place is 40 wide")
 
 
+def test_features_that_are_the_largest_either_way_keep_their_signs(tmp_path):
+    made, model, ids = Made(40), build("llama"), example_ids("llama")
+    path = folder(tmp_path, made, "abstopk", k=9)
+    _, activations = dense(attribute(model, ids, Features({"1_mlp_out": path}, top=None)))
+    pre = (Run(model, ids).at("1_mlp_out") - made.b_dec) @ made.W_enc + made.b_enc
+    least = pre.abs().sort(-1, descending=True).values[..., 8:9]
+    expected = pre * (pre.abs() >= least)
+    torch.testing.assert_close(activations[:-2], expected.movedim(-1, 0))
+    assert bool((expected < 0).any())
+
+
 def test_folders_of_the_first_saelens_take_b_dec_off_what_they_read(tmp_path):
     made, model, ids = Made(40), build("llama"), example_ids("llama")
     path = folder(tmp_path, made)
