@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dla_hooks.calibration.expert_sites import expert_sites
+from dla_hooks.calibration.expert_sites import expert_rows, expert_sites
 from dla_hooks.calibration.expert_way import ExpertSite, SharedSite
 from dla_hooks.errors import HookError, UnsupportedModelError
 from dla_hooks.modules.experts import ExpertsCall, ExpertsTap
@@ -26,7 +26,6 @@ from dla_hooks.stacks.checks import WriteSum
 from dla_hooks.stacks.final_norm import FinalNorm
 from dla_hooks.stacks.kept import Kept
 from dla_hooks.stacks.strongest_rows import Offer, Rows, StrongestVectors
-from dla_hooks.units.expert import runs_of
 
 
 def expert_vectors(
@@ -49,7 +48,7 @@ def expert_vectors(
     places, runs, first = list[Rows](), list[Run](), 0
     for number, site in enumerate(sites):
         sub = sum(before.block == site.block for before in sites[:number])
-        runs += runs_of(site, stream.blocks[site.block].layer, sub)
+        runs += expert_rows(site, stream.blocks[site.block].layer, sub)
         places.append(_Layer(kept, final, site, factors, first))
         first += places[-1].n_rows
     return StrongestVectors(kept, final, places, RowRuns(runs), top)

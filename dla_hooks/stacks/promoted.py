@@ -101,8 +101,9 @@ def promoted_tokens(
             experts and features, as with ``Neurons(top=5)``, ``Experts(top=5)`` and
             ``Features({place: dictionary}, top=5)``, the ``top`` strongest at each position: those
             whose vectors are the largest behind the final norm, its gain included. ``#1``, ``#2``,
-            … are followed by the ``rest`` of the unit's rows and the ``remainder``. ``"expert"``
-            lists all that a position went to. Where a position has fewer rows, the last are empty.
+            … are followed by the ``rest`` of the unit's rows and the ``remainder``. A unit that
+            keeps all by default lists all that a position went to. Where a position has fewer rows,
+            the last are empty.
         pos: which positions, as there; an int drops the axis.
         k: how many tokens each way; at most as many as there are.
         tokenizer: for strings, and for the tokens' names. Rows of the unembedding that it has no

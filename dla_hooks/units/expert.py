@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dla_hooks.backends import Conventions
-from dla_hooks.calibration.expert_sites import expert_sites
+from dla_hooks.calibration.expert_sites import expert_rows, expert_sites
 from dla_hooks.calibration.expert_way import ExpertSite
 from dla_hooks.calibration.norm_constants import norm_at
 from dla_hooks.inputs.options import some_layers, whole_number
@@ -102,7 +102,7 @@ class _ExpertsPlan(UnitPlan):
         for number, site in enumerate(sites):
             sub = sum(before.block == site.block for before in sites[:number])
             self.layers.append(_Layer(parts, site, first=sum(run.n for run in runs)))
-            runs += runs_of(site, stream.blocks[site.block].layer, sub)
+            runs += expert_rows(site, stream.blocks[site.block].layer, sub)
         self.experts = RowRuns(runs)
         self.rows = [*self.experts, Row(unit.words.remainder, unit.words.remainder)]
         self.dtype = stream.work_dtype
@@ -290,10 +290,3 @@ def _step(stream: Stream, place: Place) -> Step:
 
 def _prefix(layer: int | None, sub: int | None) -> str:
     return f"L{layer}.{sub}" if sub else f"L{layer}"
-
-
-def runs_of(site: ExpertSite, layer: int, sub: int) -> list[Run]:
-    """The rows of one sublayer; those of a second one in a block are L0.1E0, L0.1E1, …"""
-    at = _prefix(layer, sub)
-    routed = Run(f"{at}E{{}}", "expert", layer, sub, n=site.n)
-    return [routed, Run(f"{at}S{{}}", "shared", layer, sub, n=len(site.shared))]
