@@ -17,6 +17,7 @@ from dla_hooks.errors import InputError, UnsupportedModelError
 from dla_hooks.modules.experts import count_of, is_spread
 from dla_hooks.modules.version import Remembered
 from dla_hooks.residual.stream import Block, Stream
+from dla_hooks.results.row_runs import Run
 
 _HOLDS_EXPERTS = re.compile(r"(MoE|Moe|MOE|Experts)$")
 
@@ -49,6 +50,13 @@ def expert_sites(stream: Stream, layers: Collection[int] | None = None) -> tuple
             f"layers names {lacking[0]}, but the layers with experts are {sorted(have)}"
         )
     return tuple(s for s in found if not layers or stream.blocks[s.block].layer in layers)
+
+
+def expert_rows(site: ExpertSite, layer: int, sub: int) -> list[Run]:
+    """The rows of one sublayer; those of a second one in a block are L0.1E0, L0.1E1, …"""
+    at = f"L{layer}.{sub}" if sub else f"L{layer}"
+    routed = Run(f"{at}E{{}}", "expert", layer, sub, n=site.n)
+    return [routed, Run(f"{at}S{{}}", "shared", layer, sub, n=len(site.shared))]
 
 
 def _find(stream: Stream) -> tuple[ExpertSite, ...]:

@@ -23,6 +23,7 @@ class PromoteUnit(StrEnum):
     layer = "layer"
     head = "head"
     neuron = "neuron"
+    expert = "expert"
 
 
 @examples(

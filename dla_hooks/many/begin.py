@@ -103,7 +103,7 @@ def begin(
             "adapters": fingerprint.of_adapters(backend),
             "weights": fingerprint.of_weights(backend),
             **settled,
-            "unit": unit if isinstance(unit, str) else repr(unit),
+            "unit": fingerprint.of_unit(unit),
             # Positions of each prompt's own are held with the prompt.
             "pos": "PerRow" if isinstance(pos, PerRow) else repr(settled["pos"]),
             "tag": tag,

@@ -7,8 +7,10 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import is_dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -74,6 +76,45 @@ def of_weights(backend: Backend) -> str:
     return whole.hexdigest()[:32]
 
 
+def of_unit(unit: Any) -> str:
+    """A unit with its options: of objects and folders among them what they hold.
+
+    Their own words for themselves may name a place in memory, and a folder's path says nothing of
+    what is in it.
+    """
+    options = {} if isinstance(unit, str) else vars(unit)
+    held = {name for name, value in options.items() if isinstance(value, Mapping) and value}
+    if not held:
+        return unit if isinstance(unit, str) else repr(unit)
+    words = {
+        name: {place: _of_made(made) for place, made in value.items()} if name in held else value
+        for name, value in options.items()
+    }
+    inside = ", ".join(f"{name}={value!r}" for name, value in words.items())
+    return f"{type(unit).__name__}({inside})"
+
+
+def _of_made(made: Any) -> str:
+    """A digest of a folder's files, or of what an object holds."""
+    whole, keys = hashlib.sha256(), _Keys()
+    if isinstance(made, (str, Path)):
+        for file in sorted(path for path in Path(made).rglob("*") if path.is_file()):
+            whole.update(f"{file.relative_to(made)}\n".encode())
+            with file.open("rb") as opened:
+                whole.update(hashlib.file_digest(opened, "sha256").digest())
+        return whole.hexdigest()[:32]
+    whole.update(type(made).__qualname__.encode())
+    parts = dict(made.named_modules()) if isinstance(made, nn.Module) else {"": made}
+    for path, part in parts.items():
+        values = (
+            {} if not isinstance(part, nn.Module) else {n: stored(part, n) for n in _saved(part)}
+        )
+        values |= {n: v for n, v in getattr(part, "__dict__", {}).items() if not n.startswith("_")}
+        for form in _forms(path, dict(sorted(values.items())), keys):
+            whole.update(f"{form}\n".encode())
+    return whole.hexdigest()[:32]
+
+
 def of_item(item: Item) -> bytes:
     """A digest of one prompt and its answers, as they were given: 16 bytes."""
     item = item.given or item
@@ -132,6 +173,8 @@ def _holds_tensors(value: Any, depth: int = _DEPTH) -> bool:
 def _forms(path: str, values: dict[str, Any], keys: _Keys, depth: int = _DEPTH) -> Iterator[str]:
     """A line for every tensor and number among some values and within them."""
     for name, value in values.items():
+        if isinstance(value, np.ndarray):
+            value = torch.from_numpy(value)
         if isinstance(value, Tensor):
             flatten = getattr(value, "__tensor_flatten__", None)
             if flatten is not None:

@@ -138,6 +138,20 @@ def terms(module: nn.Module) -> list[Added]:
     return found
 
 
+def product_of(module: nn.Module, name: str) -> tuple[Tensor, Tensor] | None:
+    """What AdaLoRA adds is x @ A^T @ B^T with parameters; None for adapters made of modules.
+
+    Returns:
+        A [rank, d_in], with the singular values and the scaling in it, and B [d_out, rank].
+    """
+    kept: Any = module
+    A = kept.lora_A[name]
+    if isinstance(A, nn.Module):
+        return None
+    scaling = kept.scaling[name] / (kept.ranknum[name].detach() + 1e-5)  # as PEFT divides
+    return (A * kept.lora_E[name]).detach() * scaling, kept.lora_B[name].detach()
+
+
 def with_parameter(module: nn.Module, name: str, value: Tensor) -> nn.Module:
     """A module that computes the same with another value of one parameter.
 

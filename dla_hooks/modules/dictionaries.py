@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from dla_hooks.errors import DLAError, InputError
+from dla_hooks.modules.autocast import outside_autocast
+from dla_hooks.modules.dictionary_settings import Settings, settings_of
 from dla_hooks.modules.faults import described_error
 from dla_hooks.modules.linear import pull_back, value_at
 from dla_hooks.modules.vjp import past_hooks
@@ -43,6 +45,7 @@ class Spot(NamedTuple):
         n_heads: the number of heads there, if it is what they put out; or None.
         dtype: in which a dictionary computes that says no other.
         device: where it does.
+        n_blocks: of the model.
     """
 
     label: str
@@ -50,6 +53,7 @@ class Spot(NamedTuple):
     n_heads: int | None
     dtype: torch.dtype
     device: torch.device
+    n_blocks: int
 
 
 class Dictionary:
@@ -60,13 +64,14 @@ class Dictionary:
         width: of what is read.
         n_features: how many there are.
         dtype: in which it computes.
-        centred: whether it reads streams less their mean, as TransformerLens makes them.
+        settings: what it says of itself.
 
     Attributes:
         width: the same.
         n_features: the same.
         dtype: the same.
-        centred: the same.
+        settings: the same.
+        centred: whether it reads streams less their mean, as TransformerLens makes them.
     """
 
     def __init__(
@@ -75,10 +80,10 @@ class Dictionary:
         width: int,
         n_features: int,
         dtype: torch.dtype,
-        centred: bool = False,
+        settings: Settings,
     ) -> None:
-        self._decoder = decoder
-        self.width, self.n_features, self.dtype, self.centred = width, n_features, dtype, centred
+        self._decoder, self.settings, self.centred = decoder, settings, False
+        self.width, self.n_features, self.dtype = width, n_features, dtype
 
     def encode(self, x_TM: Tensor) -> Codes:
         """The features' activations [T, n_features]."""
@@ -95,6 +100,13 @@ class Dictionary:
         """Directions [K, width] of what is read, as directions [K, n_features] of the features."""
         return pull_back(self._decoder, d_KM)
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        found: torch.device = next(self._decoder.parameters()).device
+        return found
+
+    @outside_autocast
     def bias(self) -> Tensor:
         """What is rebuilt of no feature [width]."""
         return value_at(self._decoder, torch.zeros(self.n_features, dtype=self.dtype, device="cpu"))
@@ -119,7 +131,8 @@ class OfObject(Dictionary):
                 f"the dictionary at {what} is {made!r:.60}, which has no encode and decode; give "
                 "an object that has both, or the path of a folder with its weights"
             )
-        _check_config(made, what)
+        settings = settings_of(made)
+        _check_settings(made, settings, spot)
         like = _tensor_of(made)
         dtype = dtype if like is None else like.dtype
         if dtype.itemsize < 4:
@@ -131,8 +144,7 @@ class OfObject(Dictionary):
         if like is None:
             like = torch.empty(0, dtype=dtype, device="cpu")
         decoder = _Decode(made, like)
-        self._device = like.device
-        super().__init__(decoder, width, 0, dtype)
+        super().__init__(decoder, width, 0, dtype, settings)
         generator = torch.Generator("cpu").manual_seed(5)
         noise = torch.randn(3, width, generator=generator, dtype=torch.float32, device="cpu")
         x_TM = noise.to(dtype)
@@ -140,10 +152,13 @@ class OfObject(Dictionary):
             with torch.no_grad():
                 codes = self.encode(x_TM)
                 self.n_features = decoder.in_features = codes.f_TF.shape[-1]
-                alone = self.encode(x_TM[:1])
-                self._check_sizes(codes.f_TF, self.decode(codes), x_TM, what)
+                rebuilt = self.decode(codes)
+                self._check_sizes(codes.f_TF, rebuilt, x_TM, what)
+                d_M = x_TM[0].to(rebuilt)
                 with past_hooks(decoder):
-                    pull_back(decoder, torch.zeros(0, width, dtype=dtype, device=self._device))
+                    folded_F = self.pull_back(d_M[None])[0]
+                by_rows_T = codes.f_TF @ folded_F + self.bias().to(d_M) @ d_M
+                alone = self.encode(x_TM[:1])
         except InputError:
             raise
         except DLAError as error:  # what the probe of linear maps says
@@ -155,6 +170,13 @@ class OfObject(Dictionary):
                 f"the dictionary at {what} ({kind}) cannot encode and decode [3, {width}] "
                 f"activations ({described_error(error)}); the place is {width} wide"
             ) from error
+        whole_T = rebuilt @ d_M
+        if not torch.allclose(by_rows_T, whole_T, rtol=1e-3, atol=1e-3 * float(whole_T.norm())):
+            raise InputError(
+                f"the decode of the dictionary at {what} ({kind}) makes something else of several "
+                "features than their sum: it goes by what was encoded last, as one that norms its "
+                "input does, or has hooks of its own; give an object without these"
+            )
         if not torch.allclose(codes.f_TF[:1], alone.f_TF, rtol=1e-3, atol=1e-5):
             raise InputError(
                 f"the encode of the dictionary at {what} ({kind}) makes other features of a "
@@ -176,10 +198,11 @@ class OfObject(Dictionary):
             )
 
     def encode(self, x_TM: Tensor) -> Codes:
-        x_TM = x_TM.to(self._device, self.dtype)
+        x_TM = x_TM.to(self.device, self.dtype)
         given = x_TM if self._on_heads is None else x_TM.unflatten(-1, (self._on_heads, -1))
         f_TF = self._made.encode(given)
-        if not isinstance(f_TF, Tensor) or f_TF.ndim != 2 or len(f_TF) != len(x_TM):
+        is_tensor = isinstance(f_TF, Tensor) and not f_TF.is_complex()
+        if not is_tensor or f_TF.ndim != 2 or len(f_TF) != len(x_TM):
             shape = f" of shape {list(f_TF.shape)}" if isinstance(f_TF, Tensor) else ""
             raise InputError(
                 f"encode of {type(self._made).__name__} returned a {type(f_TF).__name__}{shape} "
@@ -200,17 +223,29 @@ class _Decode(nn.Module):
 
     def forward(self, f: Tensor) -> Tensor:
         out: Tensor = self.made.decode(f.reshape(-1, f.shape[-1]))
-        return out.reshape(*f.shape[:-1], -1)
+        return out.reshape(*f.shape[:-1], out.shape[1:].numel())
 
 
 _PER_TOKEN = ("layer_norm", "constant_norm_rescale")
 
 
-def _check_config(made: Any, what: str) -> None:
-    """Refuse what SAELens keeps beside encode and decode."""
-    cfg = getattr(made, "cfg", None)
-    norm = getattr(cfg, "normalize_activations", "none")
-    if norm in (None, "none", False):
+def _check_settings(made: Any, settings: Settings, spot: Spot) -> None:
+    """Refuse what SAELens keeps beside encode and decode, and what writes where it does not read.
+
+    Raises:
+        InputError: naming it.
+    """
+    what, norm = spot.label, settings.norm
+    unread = settings.unread(at_z=spot.n_heads is not None)
+    kind = type(made).__name__
+    if unread is None and ("transcoder" in kind.lower() or hasattr(made, "W_skip")):
+        unread = (
+            f"it is a transcoder ({kind}): it reads one place and writes another, and features are "
+            "read where they are written"
+        )
+    if unread is not None:
+        raise InputError(f"the dictionary at {what} cannot be read: {unread}")
+    if norm == "none":
         return
     way = (
         "save it and give the folder's path, where that is read"

@@ -15,8 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dla_hooks.errors import InputError
+from dla_hooks.errors import InputError, warn
+from dla_hooks.modules.autocast import outside_autocast
 from dla_hooks.modules.dictionaries import Codes, Dictionary, OfObject, Spot
+from dla_hooks.modules.dictionary_settings import Settings
 
 _EPS = 1e-5
 """Of SAELens's layer norm."""
@@ -24,12 +26,14 @@ _NORMS = ("none", "layer_norm", "constant_norm_rescale")
 _WEIGHTS = {
     "standard": {"b_enc"},
     "topk": {"b_enc"},
+    "abstopk": {"b_enc"},
     "jumprelu": {"b_enc", "threshold"},
     "gated": {"b_gate", "r_mag", "b_mag"},
 }
 _ALWAYS = {"W_enc", "W_dec", "b_dec"}
 
 
+@outside_autocast
 def read_dictionary(made: Any, spot: Spot) -> Dictionary:
     """Read an object that encodes and decodes, or a folder.
 
@@ -42,6 +46,12 @@ def read_dictionary(made: Any, spot: Spot) -> Dictionary:
         raise InputError(
             f"the dictionary at {spot.label} is {found.width} wide, and the place is {spot.width} "
             "wide; it belongs to another place or model"
+        )
+    trained_at = found.settings.trained_at(spot.n_blocks)
+    if trained_at not in (None, spot.label):
+        warn(
+            f"the dictionary at {spot.label} says that it was trained at {trained_at} "
+            f"({found.settings.get('hook_name')}): elsewhere its features may mean nothing"
         )
     return found
 
@@ -61,7 +71,7 @@ class Folder(Dictionary):
     def __init__(self, path: Path, spot: Spot) -> None:
         self._what = f"the dictionary at {spot.label} ({path})"
         dtype, device, at_z = spot.dtype, spot.device, spot.n_heads is not None
-        weights, cfg = self._weights(path), self._config(path)
+        weights, cfg = self._weights(path), Settings(self._config(path))
         self._kind = kind = self._architecture(weights, cfg)
         self._check(weights, cfg, at_z)
         self._w = {name: tensor.to(device, dtype) for name, tensor in weights.items()}
@@ -71,15 +81,14 @@ class Folder(Dictionary):
             W_dec = W_dec / norm_F[:, None]
             self._w["W_enc"] = W_enc * norm_F
             self._w["b_enc"] = self._w["b_enc"] * norm_F
-        self._k = self._top(cfg) if kind == "topk" else None
-        self._norm = cfg.get("normalize_activations") or "none"
-        self._shifted = cfg["apply_b_dec_to_input"]
+        self._k = self._top(cfg) if kind in ("topk", "abstopk") else None
+        self._norm = cfg.norm
+        # SAELens did so before it had the setting.
+        self._shifted = cfg.get("apply_b_dec_to_input", True)
         decoder = nn.utils.skip_init(nn.Linear, *W_dec.shape, dtype=dtype, device=device)
         decoder.weight = nn.Parameter(W_dec.T, requires_grad=False)
         decoder.bias = nn.Parameter(self._w["b_dec"], requires_grad=False)
-        made = self._nested(cfg, "model_from_pretrained_kwargs") or {}
-        centred = bool(made.get("center_writing_weights")) and not at_z
-        super().__init__(decoder, W_dec.shape[1], W_dec.shape[0], dtype, centred)
+        super().__init__(decoder, W_dec.shape[1], W_dec.shape[0], dtype, cfg)
 
     def encode(self, x_TM: Tensor) -> Codes:
         x_TM, scale, offset = self._normed(x_TM.to(self.dtype).to(self._w["W_enc"].device))
@@ -91,12 +100,14 @@ class Folder(Dictionary):
             size_TF = (x_TM @ (w["W_enc"] * w["r_mag"].exp()) + w["b_mag"]).relu()
             return Codes(size_TF * (pre_TF + w["b_gate"] > 0), scale, offset)
         pre_TF = pre_TF + w["b_enc"]
-        f_TF = pre_TF.relu()
+        signed = self._kind == "abstopk"
+        f_TF = pre_TF if signed else pre_TF.relu()
         if self._kind == "jumprelu":
             f_TF = f_TF * (pre_TF > w["threshold"])
         elif self._k is not None:
-            values, index = pre_TF.topk(min(self._k, pre_TF.shape[-1]), dim=-1)
-            f_TF = torch.zeros_like(pre_TF).scatter_(-1, index, values.relu())
+            strength_TF = pre_TF.abs() if signed else pre_TF
+            index = strength_TF.topk(min(self._k, pre_TF.shape[-1]), dim=-1).indices
+            f_TF = torch.zeros_like(pre_TF).scatter_(-1, index, f_TF.gather(-1, index))
         return Codes(f_TF, scale, offset)
 
     def _normed(self, x_TM: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -111,19 +122,22 @@ class Folder(Dictionary):
         return x_TM, None, None
 
     def _weights(self, path: Path) -> dict[str, Tensor]:
+        if path.is_file():
+            raise self._refused("it is a file; give the folder that holds it and its cfg.json")
         if not path.is_dir():
-            raise InputError(f"{self._what}: there is no such folder")
+            raise self._refused("there is no such folder")
         found = sorted(path.glob("*.safetensors"))
         named = [one for one in found if one.name == "sae_weights.safetensors"] or found
         if len(named) != 1:
-            raise InputError(
-                f"{self._what}: one file of weights is expected, sae_weights.safetensors, and "
-                f"there are {[one.name for one in found]}"
+            given = [one.name for one in found or sorted(path.iterdir())[:8]]
+            raise self._refused(
+                "one file of weights is expected, sae_weights.safetensors with W_enc [width, "
+                f"features], W_dec, b_enc and b_dec, and there are {given}"
             )
         try:
             return load_file(named[0])
         except (OSError, SafetensorError) as error:
-            raise InputError(f"{self._what}: {named[0].name} cannot be read: {error}") from error
+            raise self._refused(f"{named[0].name} cannot be read: {error}") from error
 
     def _config(self, path: Path) -> Mapping[str, Any]:
         file = path / "cfg.json"
@@ -140,7 +154,7 @@ class Folder(Dictionary):
             raise self._refused("cfg.json does not hold a mapping")
         return found
 
-    def _architecture(self, weights: Mapping[str, Tensor], cfg: Mapping[str, Any]) -> str:
+    def _architecture(self, weights: Mapping[str, Tensor], cfg: Settings) -> str:
         kind = cfg.get("architecture") or ("jumprelu" if "threshold" in weights else "standard")
         function = cfg.get("activation_fn_str") or cfg.get("activation_fn") or "relu"
         if kind == "standard" and function == "topk":
@@ -149,12 +163,14 @@ class Folder(Dictionary):
             raise self._refused(f"its activation function {function!r} is not read")
         if kind == "batchtopk" and "threshold" in weights:
             kind = "jumprelu"  # as it is used, once trained
-        if kind not in _WEIGHTS:
+        if not isinstance(kind, str) or kind not in _WEIGHTS:
             more = " without the threshold that it has for inference" if kind == "batchtopk" else ""
+            if "transcoder" in str(kind):
+                more = " (it reads one place and writes another)"
             raise self._refused(f"its architecture {kind!r}{more} is not read")
-        return str(kind)
+        return kind
 
-    def _check(self, weights: Mapping[str, Tensor], cfg: Mapping[str, Any], at_z: bool) -> None:
+    def _check(self, weights: Mapping[str, Tensor], cfg: Settings, at_z: bool) -> None:
         needed = _ALWAYS | _WEIGHTS[self._kind]
         given = set(weights)
         if "scaling_factor" in given and bool((weights["scaling_factor"] == 1).all()):
@@ -162,42 +178,40 @@ class Folder(Dictionary):
         if given != needed:
             lacks, more = sorted(needed - given), sorted(given - needed)
             raise self._refused(f"of the weights of {self._kind!r}, {lacks} lack; unread: {more}")
-        width, n = weights["W_enc"].shape
         shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        if len(shapes["W_enc"]) != 2:
+            raise self._refused(f"W_enc is of the shape {list(shapes['W_enc'])}, and no matrix")
+        width, n = shapes["W_enc"]
         right = {name: (n,) for name in given} | {"W_enc": (width, n), "W_dec": (n, width)}
         right["b_dec"] = (width,)
         wrong = {name: shapes[name] for name in needed if shapes[name] != right[name]}
         if wrong:
             raise self._refused(f"these weights do not fit W_enc {[width, n]}: {wrong}")
-        norm = cfg.get("normalize_activations") or "none"
-        if norm not in _NORMS:
+        broken = [name for name in needed if not bool(weights[name].isfinite().all())]
+        if broken:
+            raise self._refused(f"these weights are NaN or infinite in part: {sorted(broken)}")
+        if cfg.norm not in _NORMS:
             way = ""
-            if norm == "expected_average_only_in":
+            if cfg.norm == "expected_average_only_in":
                 way = "; fold the factor into the weights (fold_activation_norm_scaling_factor)"
-            raise self._refused(f"normalize_activations={norm!r} is not read{way}")
-        if not isinstance(cfg.get("apply_b_dec_to_input"), bool):
+            raise self._refused(f"normalize_activations={cfg.norm!r} is not read{way}")
+        shifted = cfg.get("apply_b_dec_to_input")
+        if not isinstance(shifted, bool) and (shifted is not None or not cfg.of_saelens):
             raise self._refused("cfg.json must say apply_b_dec_to_input, true or false")
         reshaped = cfg.get("reshape_activations") or "none"
         if reshaped != "none" and not (reshaped == "hook_z" and at_z):
             raise self._refused(f"reshape_activations={reshaped!r} is not read at this place")
-        if self._nested(cfg, "hook_head_index") is not None:
-            raise self._refused("it reads one head alone (hook_head_index)")
-        made = self._nested(cfg, "model_from_pretrained_kwargs") or {}
-        if at_z and made.get("fold_value_biases"):
-            raise self._refused("it was trained on z without the value biases (fold_value_biases)")
+        unread = cfg.unread(at_z=at_z)
+        if unread is not None:
+            raise self._refused(unread)
         if cfg.get("rescale_acts_by_decoder_norm") and "b_enc" not in given:
             raise self._refused(f"rescale_acts_by_decoder_norm is not read of {self._kind!r}")
 
-    def _top(self, cfg: Mapping[str, Any]) -> int:
-        k = cfg.get("k") or (cfg.get("activation_fn_kwargs") or {}).get("k")
-        if not isinstance(k, int) or k < 1:
+    def _top(self, cfg: Settings) -> int:
+        k = cfg.get("k") or cfg.within("activation_fn_kwargs", "k")
+        if not isinstance(k, int) or isinstance(k, bool) or k < 1:
             raise self._refused(f"of a topk dictionary cfg.json must say k, and says {k!r}")
         return k
-
-    def _nested(self, cfg: Mapping[str, Any], name: str) -> Any:
-        """A setting that newer versions of SAELens keep under ``metadata``."""
-        found = cfg.get(name)
-        return (cfg.get("metadata") or {}).get(name) if found is None else found
 
     def _refused(self, why: str) -> InputError:
         return InputError(f"{self._what}: {why}")

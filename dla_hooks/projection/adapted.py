@@ -15,6 +15,7 @@ from dla_hooks.modules.adapters import (
     inside,
     is_of_parameter,
     plain_parameter,
+    product_of,
     terms,
     with_parameter,
 )
@@ -85,13 +86,18 @@ class AdaptedModule:
         d = self._d if factor is None else self._d.then(lambda d_KM: d_KM * factor.to(d_KM))
         if name is None:
             return self._project(base, d, view, row)
+        product, before = product_of(kept, name), Place(kept, self._path, self._use, before=True)
+        if product is not None:
+            A_RM, B_MR = product
+            u = d.then(lambda d_KM: d_KM @ B_MR.to(d_KM) @ A_RM.to(d_KM))
+            return self._project(before, u, view, row)
         A, B, scaling = module.lora_A[name], module.lora_B[name], module.scaling[name]
         if factor is None:
             place = Place(B, f"{self._path}.lora_B.{name}", self._use)
             return self._project(place, d.then(lambda d_KM: d_KM * scaling), view, row)
         # DoRA runs its matrices to norm them, too: read the module's input instead.
         u = d.then(lambda d_KM: pull_back(A, pull_back(B, d_KM)) * scaling)
-        return self._project(Place(kept, self._path, self._use, before=True), u, view, row)
+        return self._project(before, u, view, row)
 
     def _project(self, place: Place, directions: Directions, view: View, row: Row) -> Tap:
         def see(call: Call) -> None:

@@ -93,7 +93,7 @@ class ExpertRows:
             votes_KN: divided by all scales.
         """
         weights_KN = weights_KN.to(votes_KN)
-        rows_KN, weights_KN = _once(rows_KN, weights_KN)
+        rows_KN, weights_KN = once(rows_KN, weights_KN)
         values_KN = weights_KN * votes_KN
         if self.top is not None:
             self.top.add(values_KN, rows_KN, self._tile, (weights_KN, votes_KN))
@@ -105,7 +105,7 @@ class ExpertRows:
         return values_KN.sum(0)
 
 
-def _once(rows_KN: Tensor, weights_KN: Tensor) -> tuple[Tensor, Tensor]:
+def once(rows_KN: Tensor, weights_KN: Tensor) -> tuple[Tensor, Tensor]:
     """Rows that come twice for an entry, as one with the sum of the weights: the vote is one."""
     if len(rows_KN) == 1:
         return rows_KN, weights_KN

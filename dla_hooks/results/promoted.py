@@ -200,7 +200,8 @@ class PromotedTokens(PromotedData, Exported):
                 "own tokens; take one first, with prompt(i) and position(j)"
             )
         numbers, ids = getattr(one, way).flatten().tolist(), getattr(one, f"{way}_ids").flatten()
-        found = [(self.names[i], value) for i, value in zip(ids.tolist(), numbers, strict=True)]
+        pairs = zip(ids.tolist(), numbers, strict=True)
+        found = [(self.names[i], value) for i, value in pairs if i >= 0]
         return found[: None if k is None else checked_count(k)]
 
     def _wherever(self, label: str) -> PromotedTokens:

@@ -35,6 +35,8 @@ def records(data: PromotedData) -> list[dict[str, Any]]:
             for sign, ids, numbers in ways:
                 pairs = zip(ids[number][flat], numbers[number][flat], strict=True)
                 for rank, (i, logit) in enumerate(pairs, start=1):
+                    if i < 0:  # nothing stands there
+                        continue
                     line = (label, row, position, sign * rank, i, data.names[i], logit)
                     found.append(dict(zip(COLUMNS, line, strict=True)))
     return found
@@ -98,7 +100,8 @@ def _entries(data: PromotedData) -> list[tuple[int, int, int | None]]:
     n = data.shape.numel()
     located = data.positions.shape == data.shape
     positions = data.positions.flatten().tolist() if located else [None] * n
-    ids = data.up_ids.reshape(len(data.labels), n, data.k)[0, :, :1].flatten().tolist()
+    first = data.up_ids.reshape(len(data.labels), n, data.k)[:, :, :1]
+    ids = (first.amax(0) if len(first) else first[:0].new_full((n, 1), -1)).flatten().tolist()
     per_row = n // data.shape[0] if data.shape and data.shape[0] and len(data.tokens) > 1 else n
     return [(flat, flat // max(1, per_row), positions[flat]) for flat in range(n) if ids[flat] >= 0]
 
@@ -115,7 +118,8 @@ def shown_rows(data: PromotedData, entry: int, most: int) -> list[int]:
     both = (data.up, data.down)
     first = [each.reshape(len(data.labels), n, data.k)[:, entry, 0].abs() for each in both]
     strength = torch.maximum(*first).nan_to_num(nan=-1.0)
-    kept: list[int] = strength.topk(min(most, len(strength))).indices.sort().values.tolist()
+    there = int((strength >= 0).sum())
+    kept: list[int] = strength.topk(min(most, there)).indices.sort().values.tolist()
     return kept
 
 
@@ -126,9 +130,8 @@ def tokens_of(
     shape = len(data.labels), data.shape.numel(), data.k
     ids = getattr(data, f"{way}_ids").reshape(shape)[row, entry, :most].tolist()
     values = getattr(data, way).reshape(shape)[row, entry, :most].tolist()
-    names = ((i, data.names[i]) for i in ids)
-    quoted = (name if name == str(i) else printable(repr(name)) for i, name in names)
-    return list(zip(quoted, values, strict=True))
+    listed = [(i, data.names[i], value) for i, value in zip(ids, values, strict=True) if i >= 0]
+    return [(name if name == str(i) else printable(repr(name)), value) for i, name, value in listed]
 
 
 def _tokens(data: PromotedData, way: str, row: int, entry: int, most: int) -> list[tuple[str, str]]:

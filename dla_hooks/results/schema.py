@@ -42,7 +42,7 @@ def pack(data: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 plain["seen_names"] = own.pop("names")
                 tensors |= {f"{_SEEN}{name}": tensor for name, tensor in own.items()}
         elif field.name == "rows" and value is not None:
-            plain["rows"] = row_columns(value)
+            plain["rows"] = row_columns(value if hasattr(data, "labels") else _runs(value))
         else:
             plain[field.name] = words_as_json(value) if isinstance(value, Words) else value
     return tensors, plain
@@ -101,6 +101,13 @@ def row_columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
     reads = any(row.source is not None for row in rows)  # a column that older versions do not know
     names = [name for name in _ROW_COLUMNS if name != "source" or reads]
     return {name: [getattr(row, name) for row in rows] for name in names}
+
+
+def _runs(rows: Sequence[Row]) -> RowRuns:
+    """Rows whose labels stand nowhere else, with these."""
+    if isinstance(rows, RowRuns):
+        return rows
+    return RowRuns(Run(row.label, row.kind, row.layer, row.sub, row.index) for row in rows)
 
 
 def rows_from(labels: Sequence[str] | None, columns: dict[str, list[Any]]) -> Sequence[Row]:

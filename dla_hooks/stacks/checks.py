@@ -171,9 +171,37 @@ class WriteSum:
             parts = parts + _along(hooks_NM.to(self._along.dtype), self._along).to(parts)
         _hold(self._kept, self._what, parts, whole, size, through_norm=after is not None)
 
+    @outside_autocast
+    def hold_vectors(self, wrote_NM: Tensor, *, through_norm: bool) -> None:
+        """Compare what rows and constants make up with what was written, after the run.
+
+        Args:
+            wrote_NM: their sum.
+            through_norm: whether a norm stands between.
+
+        Raises:
+            DecompositionError: when they differ by more than rounding.
+        """
+        if not self._watched:
+            return
+        parts = _along(wrote_NM.to(self._along.dtype), self._along).to(self._whole)
+        size = self._size + _norm(wrote_NM).to(self._size)
+        _hold(self._kept, self._what, parts, self._whole, size, through_norm=through_norm)
+
     def _see(self, call: Call) -> None:
         x = self._kept.take(call.activation).to(self._along.dtype)
         self._whole, self._size = _along(x, self._along), _norm(x)
+
+
+def hold_alike(kept: Kept, what: str, parts_NI: Tensor, whole_NI: Tensor) -> None:
+    """Compare vectors that were made in two ways.
+
+    Raises:
+        DecompositionError: when they differ by more than rounding.
+    """
+    if kept.check:
+        size_N = _norm(parts_NI) + _norm(whole_NI)
+        _hold(kept, what, parts_NI, whole_NI, size_N, through_norm=True)
 
 
 def _directions(stream: Stream) -> Tensor:

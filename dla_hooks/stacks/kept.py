@@ -168,6 +168,10 @@ class Kept:
         """Keep the activations that enter a down projection."""
         return self._keep(place)
 
+    def at(self, place: Place) -> Any:
+        """Keep what is seen at a place."""
+        return self._keep(place)
+
     def norm(self, key: Any) -> norms.Norm:
         """The norm whose scale is kept under a key."""
         return self._norms[key]

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from dla_hooks.calibration.chosen_neurons import chosen_neurons
 from dla_hooks.calibration.last_maps import NeuronSite
-from dla_hooks.modules.autocast import outside_autocast
 from dla_hooks.modules.hooks import Place
 from dla_hooks.modules.linear import check_readable, input_width, matrix
 from dla_hooks.modules.user_hooks import is_hooked
@@ -24,12 +23,14 @@ from dla_hooks.results.row_runs import RowRuns, Run
 from dla_hooks.stacks.checks import WriteSum
 from dla_hooks.stacks.final_norm import FinalNorm
 from dla_hooks.stacks.kept import Kept
-from dla_hooks.stacks.row_vectors import RowVectors
+from dla_hooks.stacks.strongest_rows import Offer, Rows, StrongestVectors
 
 _COLUMNS_AT_ONCE = 1024
 
 
-class NeuronVectors(RowVectors):
+def neuron_vectors(
+    kept: Kept, final: FinalNorm, top: int, layers: tuple[int, ...] | None
+) -> StrongestVectors:
     """The strongest neurons, the rest of them, and what no neuron wrote.
 
     Args:
@@ -38,106 +39,38 @@ class NeuronVectors(RowVectors):
         top: how many neurons of each entry.
         layers: of which layers; None for all that have neurons.
 
-    Attributes:
-        rows: a record of every neuron.
-
     Raises:
         InputError: for a layer that the model does not have.
         UnsupportedModelError: for a model, or a layer that was asked for, without neurons.
     """
-
-    rows: RowRuns
-
-    def __init__(
-        self, kept: Kept, final: FinalNorm, top: int, layers: tuple[int, ...] | None
-    ) -> None:
-        self._kept, self._final = kept, final
-        factors = path_factors(kept.stream)
-        self._mlps: list[_Mlp] = []
-        runs, first = list[Run](), 0
-        for write, site, sub in chosen_neurons(kept.stream, layers):
-            mlp = _Mlp(kept, write, site, factors[write.label], first)
-            layer = f"L{write.layer}.{sub}" if sub else f"L{write.layer}"
-            runs.append(Run(f"{layer}N{{}}", "neuron", write.layer, sub, n=mlp.width))
-            self._mlps.append(mlp)
-            first += mlp.width
-        self.rows = RowRuns(runs)
-        self._top = min(top, first)
-        self._index_NK = torch.full((len(kept.entries), self._top), -1, device="cpu")
-        self.labels = [*(f"#{place}" for place in range(1, self._top + 1)), "rest", "remainder"]
-        self._sizes: list[Tensor] | None = None
-
-    def index(self) -> Tensor:
-        """Which neurons the rows are [row, *batch_and_pos]; -1 for no neuron, and at padding."""
-        no_neuron = self._index_NK.new_full((len(self._index_NK), 2), -1)
-        return self._kept.entries.unfold(torch.cat((self._index_NK, no_neuron), -1).T, padding=-1)
-
-    @outside_autocast
-    def hold(self) -> None:
-        """Hold the neurons of every MLP against what it wrote.
-
-        Raises:
-            DecompositionError: when they do not make it up.
-        """
-        for mlp in self._mlps:
-            mlp.hold()
-
-    def at(self, place: slice) -> Tensor:
-        """The rows at some entries [row, entries, d_model]."""
-        whole_NM = self._final.whole(place)
-        device, every_NM = whole_NM.device, torch.zeros_like(whole_NM)
-        found = list[tuple[Tensor, ...]]()
-        for mlp, size_I in zip(self._mlps, self._column_sizes(), strict=True):
-            acts_NI = mlp.acts(place)
-            every_NM += mlp.wrote(acts_NI @ mlp.columns().T.to(acts_NI)).to(device)
-            sizes_NI = acts_NI.abs() * size_I.to(acts_NI)
-            sizes, own = sizes_NI.topk(min(self._top, mlp.width))
-            acts = acts_NI.gather(-1, own)
-            found.append((sizes.to(device), (own + mlp.first).to(device), acts.to(device)))
-        sizes_NC, index_NC, acts_NC = (torch.cat(each, -1) for each in zip(*found, strict=True))
-        strongest = sizes_NC.topk(self._top).indices
-        index_NK, acts_NK = index_NC.gather(-1, strongest), acts_NC.gather(-1, strongest)
-        self._index_NK[place] = index_NK.to(self._index_NK)
-        wrote_NKM = whole_NM.new_zeros(*index_NK.shape, whole_NM.shape[-1])
-        for mlp in self._mlps:
-            here = (index_NK >= mlp.first) & (index_NK < mlp.first + mlp.width)
-            columns = mlp.columns()
-            own = (index_NK[here] - mlp.first).to(columns.device)
-            W_CM = columns.T[own].to(wrote_NKM)
-            wrote_NKM[here] = mlp.wrote(acts_NK[here][:, None] * W_CM).to(wrote_NKM)
-        wrote_KNM = wrote_NKM.transpose(0, 1)
-        rest_NM = every_NM - wrote_KNM.sum(0)
-        if self._top == len(self.rows):
-            rest_NM.zero_()  # of rounding
-        read = self._final.read(torch.cat((wrote_KNM, rest_NM[None])), place)
-        return torch.cat((read, (whole_NM - read.sum(0))[None]))
-
-    def _column_sizes(self) -> list[Tensor]:
-        """For each MLP the size [neuron] of what a neuron writes at an activation of one."""
-        if self._sizes is None:
-            self._sizes = []
-            for mlp in self._mlps:
-                tiles = mlp.columns().T.split(_COLUMNS_AT_ONCE)
-                dtype = self._kept.stream.work_dtype
-                sizes = [self._final.size(mlp.wrote(tile.to(dtype))) for tile in tiles]
-                self._sizes.append(torch.cat(sizes))
-        return self._sizes
+    factors = path_factors(kept.stream)
+    mlps, runs, first = list[_Mlp](), list[Run](), 0
+    for write, site, sub in chosen_neurons(kept.stream, layers):
+        mlp = _Mlp(kept, final, write, site, factors[write.label], first)
+        layer = f"L{write.layer}.{sub}" if sub else f"L{write.layer}"
+        runs.append(Run(f"{layer}N{{}}", "neuron", write.layer, sub, n=mlp.n_rows))
+        mlps.append(mlp)
+        first += mlp.n_rows
+    return StrongestVectors(kept, final, mlps, RowRuns(runs), top)
 
 
-class _Mlp:
-    """The neurons of one MLP, and their way to the last stream.
-
-    Attributes:
-        first: the number of its first neuron among all.
-        width: how many there are.
-    """
+class _Mlp(Rows):
+    """The neurons of one MLP, and their way to the last stream."""
 
     def __init__(
-        self, kept: Kept, write: WriteSite, site: NeuronSite, factor: Tensor | None, first: int
+        self,
+        kept: Kept,
+        final: FinalNorm,
+        write: WriteSite,
+        site: NeuronSite,
+        factor: Tensor | None,
+        first: int,
     ) -> None:
-        self._kept, self._site, self._factor = kept, site, factor
+        self._kept, self._final, self._site, self._factor = kept, final, site, factor
         check_readable(site.linear, site.name)
-        self.first, self.width = first, input_width(site.linear)
+        self.first = first
+        self.n_rows = self.most = input_width(site.linear)
+        self._sizes: Tensor | None = None
         self._acts = kept.neurons(site.place)
         self._after = None if site.norm is None else kept.scale(site.norm.ahead)
         self._whole = WriteSum(kept, write, "the neurons")
@@ -146,6 +79,31 @@ class _Mlp:
             before.append((site.norm.entered, 1.0))
             behind.append((site.norm, site.norm_factor))
         self._before, self._behind = self._hooks(before), self._hooks(behind)
+
+    def offer(self, place: slice, top: int) -> Offer:
+        """The neurons that wrote most at some entries."""
+        acts_NI = self.acts(place)
+        every_NM = self.wrote(acts_NI @ self.columns().T.to(acts_NI))
+        sizes_NI = acts_NI.abs() * self._column_sizes().to(acts_NI)
+        sizes_NC, index_NC = sizes_NI.topk(min(top, self.n_rows))
+        acts_NC = acts_NI.gather(-1, index_NC)
+
+        def wrote(entries_J: Tensor, columns_J: Tensor) -> Tensor:
+            columns = self.columns()
+            W_JM = columns.T[index_NC[entries_J, columns_J].to(columns.device)].to(acts_NC)
+            return self.wrote(acts_NC[entries_J, columns_J][:, None] * W_JM)
+
+        count = torch.tensor(self.n_rows, device="cpu")
+        return Offer(sizes_NC, index_NC, count, every_NM, wrote)
+
+    def _column_sizes(self) -> Tensor:
+        """The size [neuron] of what a neuron writes at an activation of one."""
+        if self._sizes is None:
+            dtype = self._kept.stream.work_dtype
+            tiles = self.columns().T.split(_COLUMNS_AT_ONCE)
+            sizes = [self._final.size(self.wrote(tile.to(dtype))) for tile in tiles]
+            self._sizes = torch.cat(sizes)
+        return self._sizes
 
     def columns(self) -> Tensor:
         """The last map's matrix [d_model, neuron]."""

@@ -20,11 +20,13 @@ from dla_hooks.results.promoted import PromotedTokens
 from dla_hooks.stacks.arguments import measured
 from dla_hooks.stacks.checks import StreamSum
 from dla_hooks.stacks.every_logit import EveryLogit
+from dla_hooks.stacks.expert_vectors import expert_vectors
+from dla_hooks.stacks.feature_vectors import feature_vectors
 from dla_hooks.stacks.final_norm import FinalNorm
 from dla_hooks.stacks.kept import Kept
-from dla_hooks.stacks.neuron_vectors import NeuronVectors
+from dla_hooks.stacks.neuron_vectors import neuron_vectors
 from dla_hooks.stacks.row_vectors import ComponentVectors, HeadVectors, LayerVectors, RowVectors
-from dla_hooks.stacks.token_ranks import rank_tokens
+from dla_hooks.stacks.token_ranks import TokenRanks, rank_tokens
 from dla_hooks.units import DEFAULT_UNIT, UnitName, read_units
 from dla_hooks.units.base import Unit
 
@@ -40,7 +42,16 @@ def _neurons(unit: Any, inputs: Inputs, kept: Kept, final: FinalNorm) -> RowVect
             f"promoted_tokens ranks tokens for the strongest neurons of each position, and "
             f"{unit!r} keeps all. Give how many: top=16"
         )
-    return NeuronVectors(kept, final, unit.top, unit.layers)
+    return neuron_vectors(kept, final, unit.top, unit.layers)
+
+
+def _features(unit: Any, inputs: Inputs, kept: Kept, final: FinalNorm) -> RowVectors:
+    if unit.top is None:
+        raise InputError(
+            "promoted_tokens ranks tokens for the strongest features of each position, and the "
+            "unit keeps all. Give how many: top=16"
+        )
+    return feature_vectors(kept, final, unit.read(kept.stream), unit.top)
 
 
 _VECTORS: dict[str, Callable[[Any, Inputs, Kept, FinalNorm], RowVectors]] = {
@@ -48,6 +59,8 @@ _VECTORS: dict[str, Callable[[Any, Inputs, Kept, FinalNorm], RowVectors]] = {
     "layer": lambda unit, inputs, kept, final: LayerVectors(kept, final),
     "head": _heads,
     "neuron": _neurons,
+    "expert": lambda unit, inputs, kept, final: expert_vectors(kept, final, unit.top, unit.layers),
+    "feature": _features,
 }
 """What makes the rows of a unit as vectors, by the unit's name."""
 
@@ -74,8 +87,9 @@ def promoted_tokens(
 
     Nothing of the size rows x vocabulary is built. Kept are the activations that the rows are made
     of, at the selected positions: [position, d_model] for every component, z of every layer's
-    heads, or the activations of every layer's neurons. The vectors of the rows are made for a few
-    positions at a time; of neurons, those of the strongest alone. An adapted or quantised
+    heads, the activations of every layer's neurons, what stands at the places of dictionaries, or
+    what each chosen expert put out. The vectors of the rows are made for a few positions at a
+    time; of neurons and features, those of the strongest alone. An adapted or quantised
     unembedding that computes in 16 bits is read exactly, but its time grows with the square of
     the vocabulary.
 
@@ -83,10 +97,13 @@ def promoted_tokens(
         model: of any kind that :func:`direct_logit_attribution` takes.
         input: as there; None with a ``cache``.
         unit: into which rows: "component", "layer" (running sums) or "head", which ends with the
-            ``remainder`` that no head wrote; or an object of such a unit's class. Of neurons, as
-            with ``Neurons(top=5)``, the ``top`` strongest at each position: those whose vectors are
-            the largest behind the final norm, its gain included. ``#1``, ``#2``, … are followed by
-            the ``rest`` of the neurons and the ``remainder``.
+            ``remainder`` that no head wrote; or an object of such a unit's class. Of neurons,
+            experts and features, as with ``Neurons(top=5)``, ``Experts(top=5)`` and
+            ``Features({place: dictionary}, top=5)``, the ``top`` strongest at each position: those
+            whose vectors are the largest behind the final norm, its gain included. ``#1``, ``#2``,
+            … are followed by the ``rest`` of the unit's rows and the ``remainder``. A unit that
+            keeps all by default lists all that a position went to. Where a position has fewer rows,
+            the last are empty.
         pos: which positions, as there; an int drops the axis.
         k: how many tokens each way; at most as many as there are.
         tokenizer: for strings, and for the tokens' names. Rows of the unembedding that it has no
@@ -132,6 +149,9 @@ def promoted_tokens(
             rows.hold()
         every.see(logits)
         ranks = rank_tokens(kept, final, rows, every, counted, count)
+        index = rows.index()
+        if index is not None:
+            ranks = _without_nobody(ranks, index)
         named = kept.stream.backend.answer_tokenizer(inputs.tokenizer)
         ids = torch.cat((ranks.up_ids.flatten(), ranks.down_ids.flatten())).unique().tolist()
         ids = [i for i in ids if i >= 0]  # -1 stands at padding
@@ -151,7 +171,7 @@ def promoted_tokens(
             model=kept.stream.backend.name,
             softcap=kept.stream.softcap,
             words=chosen.words,
-            index=rows.index(),
+            index=index,
             rows=rows.rows,
         )
 
@@ -162,6 +182,21 @@ def promoted_tokens(
         "prepend_bos": prepend_bos,
     }
     return measured(model, input, options, measure)
+
+
+def _without_nobody(ranks: TokenRanks, index: Tensor) -> TokenRanks:
+    """Nothing where an entry has fewer rows than places, as at padding."""
+    nobody = index < 0
+    nobody[-2:] = False  # the rest, and the remainder
+    by_token = nobody[..., None]
+    return TokenRanks(
+        up=ranks.up.masked_fill(by_token, torch.nan),
+        up_ids=ranks.up_ids.masked_fill(by_token, -1),
+        down=ranks.down.masked_fill(by_token, torch.nan),
+        down_ids=ranks.down_ids.masked_fill(by_token, -1),
+        mean=ranks.mean.masked_fill(nobody, torch.nan),
+        n_tokens=ranks.n_tokens,
+    )
 
 
 def _with_vectors(unit: Any) -> Unit:

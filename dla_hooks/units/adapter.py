@@ -45,8 +45,8 @@ _INSTEAD = "Attribute components instead (leave out unit=)"
 class Adapters(Unit):
     """``embed``, ``0_attn_out[base]``, ``0_attn_out[NAME]``, ``0_mlp_out``, …: by adapter.
 
-    For models with PEFT adapters: LoRA, rsLoRA and DoRA, several at once, on linear maps, on
-    embeddings, and on parameters of experts. Writes that no adapter ends keep the labels of the
+    For models with PEFT adapters: LoRA, rsLoRA, AdaLoRA and DoRA, several at once, on linear maps,
+    on embeddings, and on parameters of experts. Writes that no adapter ends keep the labels of the
     components; so do all, where the adapters are merged or switched off. What a copy of a module
     writes (``modules_to_save``) is the adapter's alone.
 
@@ -85,8 +85,8 @@ class Adapters(Unit):
         adapted = list(adapted_modules(stream.model))
         if not adapted:
             raise UnsupportedModelError(
-                f"{stream.backend.name} has no PEFT adapters, so no write of it has an adapter's "
-                "part; attribute components instead (leave out unit=)"
+                f"{stream.backend.name} has no PEFT adapters on its modules, so no write of it has "
+                "an adapter's part; attribute components instead (leave out unit=)"
             )
         taken = {_BASE, _HOOK} & {name for _, module in adapted for name in at_work(module)}
         if taken:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dla_hooks.backends import Conventions
-from dla_hooks.calibration.expert_sites import expert_sites
+from dla_hooks.calibration.expert_sites import expert_rows, expert_sites
 from dla_hooks.calibration.expert_way import ExpertSite
 from dla_hooks.calibration.norm_constants import norm_at
 from dla_hooks.inputs.options import some_layers, whole_number
@@ -28,6 +28,7 @@ from dla_hooks.projection.votes import SharedExpert, SharedVotes, Voters
 from dla_hooks.projection.ways import NormScales, Step, Way, WayHooks
 from dla_hooks.residual.gains import times
 from dla_hooks.residual.stream import Stream
+from dla_hooks.results.row_runs import RowRuns, Run
 from dla_hooks.results.rows import Row, Words
 from dla_hooks.units.base import Claim, RankedSplit, Recorder, Split, Unit, UnitPlan
 from dla_hooks.units.parts import Parts
@@ -97,14 +98,13 @@ class _ExpertsPlan(UnitPlan):
         super().__init__(unit)
         stream, self.top = parts.stream, unit.top
         sites = expert_sites(stream, unit.layers)
-        self.layers: list[_Layer] = []
-        self.rows: list[Row] = []
+        self.layers, runs = list[_Layer](), list[Run]()
         for number, site in enumerate(sites):
             sub = sum(before.block == site.block for before in sites[:number])
-            layer = _Layer(parts, site, first=len(self.rows))
-            self.layers.append(layer)
-            self.rows += _rows_of(site, stream.blocks[site.block].layer, sub)
-        self.rows.append(Row(unit.words.remainder, unit.words.remainder))
+            self.layers.append(_Layer(parts, site, first=sum(run.n for run in runs)))
+            runs += expert_rows(site, stream.blocks[site.block].layer, sub)
+        self.experts = RowRuns(runs)
+        self.rows = [*self.experts, Row(unit.words.remainder, unit.words.remainder)]
         self.dtype = stream.work_dtype
         self.ways = [layer.way for layer in self.layers]
         # What the sublayers write besides experts: biases, betas, with the step ahead of which.
@@ -239,7 +239,7 @@ class _ExpertsRecorder(Recorder):
             return Split([*rows, self._plan.rows[-1]], numbers[0], claims, norms, beside)
         top = kept.top.gathered(torch.ones_like(whole_N), parts.entries)
         return RankedSplit(
-            rows=rows[:-1],
+            rows=self._plan.experts,
             values_KN=top.values_KN,
             index_KN=top.index_KN,
             rest_N=top.rest_N,
@@ -290,10 +290,3 @@ def _step(stream: Stream, place: Place) -> Step:
 
 def _prefix(layer: int | None, sub: int | None) -> str:
     return f"L{layer}.{sub}" if sub else f"L{layer}"
-
-
-def _rows_of(site: ExpertSite, layer: int, sub: int) -> list[Row]:
-    """The rows of one sublayer; those of a second one in a block are L0.1E0, L0.1E1, …"""
-    at = _prefix(layer, sub)
-    rows = [Row(f"{at}E{n}", "expert", layer, sub, n) for n in range(site.n)]
-    return rows + [Row(f"{at}S{n}", "shared", layer, sub, n) for n in range(len(site.shared))]

@@ -50,7 +50,7 @@ class Features(Unit):
         top: how many rows to keep at each position; None keeps all.
         centred: whether the dictionaries of streams and writes were trained on those of
             TransformerLens, which take each vector's mean off it. Then they are given that, and
-            the mean, which a LayerNorm does not read, counts in the error. A folder that says
+            the mean, which a LayerNorm does not read, counts in the error. One whose ``cfg`` says
             ``center_writing_weights`` needs no word of it.
 
     A feature's activation stands beside it (``activation``; that of b_dec and error is 1). Features
@@ -59,7 +59,7 @@ class Features(Unit):
 
     Raises:
         InputError: for a place that is not there, twice in one sum, or of another width than its
-            dictionary; for an object or a folder that is no such dictionary.
+            dictionary; for what is no such dictionary (a transcoder reads elsewhere).
 
     >>> import torch
     >>> import dla_hooks
@@ -149,12 +149,13 @@ class Features(Unit):
 
     def _read(self, stream: Stream, at: NamedPlace) -> Dictionary:
         n_heads = None if at.heads is None else at.heads.n_heads
-        found = read_dictionary(
-            self.dictionaries[at.label],
-            Spot(at.label, at.width, n_heads, stream.work_dtype, run_device(at.place.module)),
-        )
-        found.centred = (found.centred or self.centred) and at.heads is None
-        if found.centred and not norm_at(stream, stream.final_norm).centred:
+        device, n = run_device(at.place.module), len(stream.whole.blocks)
+        spot = Spot(at.label, at.width, n_heads, stream.work_dtype, device, n)
+        found = read_dictionary(self.dictionaries[at.label], spot)
+        centres = norm_at(stream, stream.final_norm).centred
+        # TransformerLens leaves other models as they are, also where it is told to centre them.
+        found.centred = at.heads is None and (self.centred or (centres and found.settings.centred))
+        if found.centred and not centres:
             raise InputError(
                 f"the dictionary at {at.label} reads centred streams, and TransformerLens "
                 f"centres those of models with LayerNorms only; {stream.final_norm.name} "
@@ -165,13 +166,12 @@ class Features(Unit):
 
 def _way(parts: PartsPlan, at: NamedPlace) -> WayOut:
     """From a place to the stream."""
-    stream, write = parts.stream, at.write
+    stream, write, site = parts.stream, at.write, at.heads
     if write is None:
         block = None if at.layer is None else stream.blocks[at.block]
         # A mid stream is one of a block without a gain: nothing tells it from the block's end.
         hooked = Hooked(at.block, block, at.name == "pre", at.place)
         return WayOut(parts.of_hooks(hooked), [])
-    site = at.heads
     if site is None:
         return WayOut(parts.directions(write.label), [])
     modules = [Place(write.module, write.name, write.use)]

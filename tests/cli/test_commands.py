@@ -185,13 +185,18 @@ def never(*_, **__):
 
 
 class TestPromote:
-    @pytest.mark.parametrize("unit", list(PromoteUnit))
+    @pytest.mark.parametrize("unit", [unit for unit in PromoteUnit if unit != "expert"])
     def test_logits_match_the_library(self, model, unit):
         net, tokenizer = model
         found = data_of("promote", "demo", PROMPT, "--unit", unit, "-k", "3")
         expected = dla_hooks.promoted_tokens(net, PROMPT, unit=unit.value, k=3, tokenizer=tokenizer)
         same(found["up"], expected.up)
         assert found["up_ids"] == expected.up_ids.tolist()
+
+    def test_experts_that_a_model_lacks_are_refused(self):
+        done = call("promote", "demo", PROMPT, "--unit", "expert")
+        assert done.exit_code == 1
+        assert "GPT2LMHeadModel has no experts" in done.stderr
 
     def test_rows_are_shown(self):
         done = call("promote", "demo", PROMPT)

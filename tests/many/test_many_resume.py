@@ -139,6 +139,78 @@ def test_the_folder_of_another_run_is_refused_at_the_call(tmp_path, change, said
     assert len(list(attribute_many(**{**usual, "model": made("gpt2")}, resume=tmp_path))) == 8
 
 
+class Dictionary:
+    """A dictionary that computes in numpy, in tensors, or is a module."""
+
+    def __init__(self, width, seed=0, threshold=0.0):
+        self.threshold = threshold
+        self.W = torch.randn(40, width, generator=torch.Generator().manual_seed(seed))
+
+    def encode(self, x):
+        f = x @ self.W.T
+        return f * (f > self.threshold)
+
+    def decode(self, f):
+        return f @ self.W
+
+
+class InArrays(Dictionary):
+    def __init__(self, width, seed=0):
+        super().__init__(width, seed)
+        self.W = self.W.numpy()
+
+    def encode(self, x):
+        return (x @ torch.from_numpy(self.W).to(x).T).relu()
+
+    def decode(self, f):
+        return f @ torch.from_numpy(self.W).to(f)
+
+
+class AsModule(torch.nn.Module):
+    def __init__(self, width, seed=0):
+        super().__init__()
+        self.map = torch.nn.Linear(width, 40, bias=False)
+        self.map.weight.data = Dictionary(width, seed).W
+
+    def encode(self, x):
+        return self.map(x).relu()
+
+    def decode(self, f):
+        return f @ self.map.weight
+
+
+def as_folder(path, seed):
+    path.mkdir(exist_ok=True)
+    made = Dictionary(36, seed)
+    W = made.W.contiguous()
+    weights = {"W_enc": W.T.contiguous(), "W_dec": W, "b_enc": W[:, 0].clone()}
+    save_file({**weights, "b_dec": torch.zeros(36)}, path / "sae_weights.safetensors")
+    (path / "cfg.json").write_text('{"architecture": "standard", "apply_b_dec_to_input": false}')
+    return path
+
+
+@pytest.mark.parametrize("kind", ["object", "threshold", "arrays", "module", "folder"])
+def test_the_folder_of_other_dictionaries_is_refused(kind, tmp_path):
+    def unit(seed):
+        made = {
+            "object": lambda: Dictionary(36, seed),
+            "threshold": lambda: Dictionary(36, 0, threshold=0.1 * seed),
+            "arrays": lambda: InArrays(36, seed),
+            "module": lambda: AsModule(36, seed),
+            "folder": lambda: as_folder(tmp_path / "sae", seed),
+        }[kind]()
+        return dla_hooks.Features({"1_mlp_out": made}, top=5)
+
+    model, folder = made("gpt2"), tmp_path / "found"
+    prompts = random_prompts()[:2]
+    first = list(attribute_many(model, prompts, 5, unit=unit(0), resume=folder))
+    kept = [unit(0), unit(0)]  # at other places in memory
+    again = list(attribute_many(model, prompts, 5, unit=kept[1], resume=folder))
+    assert [one.records() for one in again] == [one.records() for one in first]
+    with pytest.raises(InputError, match="unit was"):
+        attribute_many(model, prompts, 5, unit=unit(1), resume=folder)
+
+
 @pytest.mark.parametrize("what", ["prompt", "answer", "incorrect", "bad prompt"])
 def test_other_prompts_are_refused(model, tmp_path, what):
     prompts = random_prompts()

@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from mapping_zoo import build_any, example_ids_any
 
 import dla_hooks
 from dla_hooks import ArgumentTypeError, InputError, LabelError, RankedAttribution, summarize
@@ -143,6 +145,34 @@ def test_files_hold_everything(tmp_path):
         assert back.to_json() == result.to_json()
     data = json.loads(result.to_json())
     assert data["labels"][0][0][0] == ROWS[int(result.index[0, 0, 0])].label
+
+
+def test_files_hold_rows_that_are_a_list(tmp_path):
+    """Units may give their rows one by one; nothing else in the file names them."""
+    runs, _ = made()
+    result = replace(runs, rows=list(runs.rows))
+    back = dla_hooks.load(result.save(tmp_path / "ranked.safetensors"))
+    assert list(back.rows) == list(result.rows)
+    assert back.to_json() == result.to_json()
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [
+        *(dla_hooks.Neurons(top=4), dla_hooks.Experts(top=4), dla_hooks.Experts()),
+        *(dla_hooks.SourceTokens(top=4), dla_hooks.SourceTokens(sum="heads")),
+    ],
+    ids=repr,
+)
+def test_results_of_every_unit_are_read_back(unit, tmp_path):
+    model = build_any("qwen2_moe")  # has them all
+    ids = example_ids_any(model)
+    result = dla_hooks.direct_logit_attribution(model, ids, 5, 7, unit=unit, pos=None)
+    back = dla_hooks.load(result.save(tmp_path / "found.safetensors"))
+    assert json.loads(back.to_json()) == json.loads(result.to_json())
+    assert back.records() == result.records()
+    label = result.records()[0]["label"]
+    torch.testing.assert_close(back[label], result[label], rtol=0, atol=0, equal_nan=True)
 
 
 def test_summaries_average_every_row():

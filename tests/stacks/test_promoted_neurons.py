@@ -326,7 +326,7 @@ def test_wrong_units_are_refused_before_the_model_runs():
     for unit, says in (
         (Neurons(top=None), "keeps all. Give how many"),
         (Neurons(layers=9), "layers=9 is not there"),
-        ("expert", "no vectors for the rows of unit 'expert'"),
+        ("adapter", "no vectors for the rows of unit 'adapter'"),
         ("source", "no vectors for the rows of unit 'source'"),
     ):
         with pytest.raises(InputError, match=says):

@@ -133,11 +133,8 @@ def by_hand(model, ids, maps):
         for name in module.active_adapters:
             if name not in module.lora_A:
                 continue
-            A, B = module.lora_A[name].weight, module.lora_B[name].weight
-            rank = A.shape[0]
-            alpha = module.lora_alpha[name]
-            by = alpha / rank**0.5 if module.use_rslora[name] else alpha / rank
-            wrote = (seen[key][0] @ A.T @ B.T * by).reshape(*ids.shape, -1)
+            wrote = seen[key][0] @ delta_of(module, name).T
+            wrote = wrote.reshape(*ids.shape, -1)
             if key in norms:
                 scale = own_scale(family.norm, norms[key], *(t.double() for t in normed[key]))
                 zero = frozen_norm(family.norm, norms[key], torch.zeros_like(wrote), scale)
@@ -145,6 +142,16 @@ def by_hand(model, ids, maps):
             wrote = wrote * family.write_scale(config)
             found[f"{key[0]}_{key[1]}[{name}]"] = in_logits(inner, ids, wrote)
     return found
+
+
+def delta_of(module, name):
+    """The matrix that an adapter adds [d_out, d_in]."""
+    A, B, alpha = module.lora_A[name], module.lora_B[name], module.lora_alpha[name]
+    if isinstance(A, torch.nn.Parameter):  # AdaLoRA
+        return B @ torch.diag(module.lora_E[name][:, 0]) @ A * alpha / (module.ranknum[name] + 1e-5)
+    rank = A.weight.shape[0]
+    by = alpha / rank**0.5 if module.use_rslora[name] else alpha / rank
+    return B.weight @ A.weight * by
 
 
 def check(result, model, ids, maps, atol):
@@ -187,6 +194,19 @@ def test_rank_stabilised_and_biased_adapters_are_exact():
                 parameter += 1.0
     shifted = attribute(biased, ids)
     assert (shifted["2_attn_out[default]"] - plain["2_attn_out[default]"]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("spec", ["llama-bias", "gemma2"])
+@pytest.mark.parametrize("seed", [0, 1])
+@torch.no_grad()
+def test_adapters_with_singular_values_are_exact(spec, seed):
+    """AdaLoRA keeps its matrices as parameters, and divides by the rank that is left."""
+    config = peft.AdaLoraConfig(
+        target_modules=["o_proj", "down_proj", "v_proj"], init_r=4, target_r=2, total_step=9
+    )
+    model, ids = adapted(spec, config, seed), example_ids(spec, seed=seed)
+    maps = {"attn_out": "self_attn.o_proj", "mlp_out": "mlp.down_proj"}
+    check(attribute(model, ids), model, ids, maps, atol=1e-6)
 
 
 @pytest.mark.parametrize("seed", [0, 1])

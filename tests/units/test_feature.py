@@ -426,6 +426,13 @@ BAD = {
     "one head": ({"metadata": {"hook_head_index": 3}}, {}, "hook_head_index"),
     "scaled": ({}, {"scaling_factor": torch.full((N,), 2.0)}, "scaling_factor"),
     "shape": ({}, {"b_enc": torch.ones(3)}, "do not fit"),
+    "no matrix": ({}, {"W_enc": torch.ones(40)}, "no matrix"),
+    "nan": ({}, {"b_enc": torch.full((N,), torch.nan)}, "NaN or infinite in part: .'b_enc'"),
+    "named by a list": ({"architecture": ["standard"]}, {}, "is not read"),
+    "k in a list": ({"architecture": "topk", "activation_fn_kwargs": [9]}, {}, "must say k"),
+    "k is true": ({"architecture": "topk", "k": True}, {}, "must say k"),
+    "old norm": ({"normalize_activations": True}, {}, "fold the factor"),
+    "old head": ({"hook_point_head_index": 3}, {}, "hook_head_index"),
 }
 
 
@@ -453,8 +460,83 @@ def test_broken_folders_are_refused(tmp_path):
     refused("cannot be read")
     (path / "sae_weights.safetensors").unlink()
     refused("one file of weights")
+    (path / "params.npz").write_bytes(b"")
+    refused("params.npz")
     folder(tmp_path / "sae", Made(36))
     refused("36 wide, and the place is 40 wide")
+
+
+def test_features_that_are_the_largest_either_way_keep_their_signs(tmp_path):
+    made, model, ids = Made(40), build("llama"), example_ids("llama")
+    path = folder(tmp_path, made, "abstopk", k=9)
+    _, activations = dense(attribute(model, ids, Features({"1_mlp_out": path}, top=None)))
+    pre = (Run(model, ids).at("1_mlp_out") - made.b_dec) @ made.W_enc + made.b_enc
+    least = pre.abs().sort(-1, descending=True).values[..., 8:9]
+    expected = pre * (pre.abs() >= least)
+    torch.testing.assert_close(activations[:-2], expected.movedim(-1, 0))
+    assert bool((expected < 0).any())
+
+
+def test_folders_of_the_first_saelens_take_b_dec_off_what_they_read(tmp_path):
+    made, model, ids = Made(40), build("llama"), example_ids("llama")
+    path = folder(tmp_path, made)
+    old = {"hook_point": "blocks.1.hook_mlp_out", "hook_point_head_index": None, "d_sae": N}
+    (path / "cfg.json").write_text(json.dumps(old))
+    found = attribute(model, ids, Features({"1_mlp_out": path}, top=8))
+    expected = attribute(model, ids, Features({"1_mlp_out": made}, top=8))
+    torch.testing.assert_close(found.attribution, expected.attribution)
+    (path / "cfg.json").write_text("{}")  # nobody's
+    with pytest.raises(InputError, match="apply_b_dec_to_input"):
+        attribute(model, ids, Features({"1_mlp_out": path}))
+
+
+def test_settings_that_are_no_mappings_say_nothing(tmp_path):
+    made, model, ids = Made(40), build("llama"), example_ids("llama")
+    path = folder(tmp_path, made, metadata=[1], model_from_pretrained_kwargs=["x"])
+    found = attribute(model, ids, Features({"1_mlp_out": path}, top=8))
+    expected = attribute(model, ids, Features({"1_mlp_out": made}, top=8))
+    torch.testing.assert_close(found.attribution, expected.attribution)
+
+
+@pytest.mark.parametrize(
+    ("hook", "place", "here"),
+    [
+        ("blocks.1.hook_resid_post", "1_pre", "2_pre"),
+        ("blocks.2.hook_resid_post", "2_pre", "final_post"),
+        ("blocks.1.hook_resid_pre", "2_pre", "1_pre"),
+        ("blocks.0.hook_mlp_out", "1_mlp_out", "0_mlp_out"),
+        ("blocks.1.attn.hook_z", "1_attn_out", "1_z"),
+        ("blocks.1.hook_resid_post", "2_pre", None),
+        ("blocks.2.hook_resid_post", "final_post", None),
+        ("blocks.1.hook_mlp_out", "1_mlp_out", None),
+        ("model.layers.0", "1_mlp_out", None),
+    ],
+)
+def test_dictionaries_of_another_place_are_warned_of(hook, place, here, tmp_path):
+    model, made = build("llama"), Made(40)
+    made.cfg = SimpleNamespace(metadata=SimpleNamespace(hook_name=hook))
+    for given in (made, folder(tmp_path, made, metadata={"hook_name": hook})):
+        if here is None:
+            prepare(model, ANSWER, unit=Features({place: given}))
+            continue
+        with pytest.warns(dla_hooks.DLAWarning, match=f"trained at {here} .{hook}"):
+            prepare(model, ANSWER, unit=Features({place: given}))
+
+
+def test_objects_that_say_they_are_centred_are_given_centred_streams():
+    made, model, ids = Made(36), build("gpt2"), example_ids("gpt2")
+    expected = attribute(model, ids, Features({"1_pre": made}, top=8, centred=True))
+    kwargs = {"center_writing_weights": True}
+    made.cfg = SimpleNamespace(metadata={"model_from_pretrained_kwargs": kwargs})
+    found = attribute(model, ids, Features({"1_pre": made}, top=8))
+    torch.testing.assert_close(found.attribution, expected.attribution)
+    # TransformerLens centres no model of RMSNorms, whatever it is told.
+    other, plain = Made(40), Made(40)
+    other.cfg = made.cfg
+    model, ids = build("llama"), example_ids("llama")
+    found = attribute(model, ids, Features({"1_pre": other}, top=8))
+    expected = attribute(model, ids, Features({"1_pre": plain}, top=8))
+    torch.testing.assert_close(found.attribution, expected.attribution)
 
 
 # What is no dictionary, and no place
@@ -486,9 +568,41 @@ class Tuples(Made):
         return super().encode(x), None
 
 
+class OfTwoPlaces(Made):
+    cfg = SimpleNamespace(normalize_activations="none", d_out=40)
+
+
+class SkipTranscoder(Made):
+    pass
+
+
+class Normed(Made):
+    cfg = {"normalize_activations": "layer_norm"}  # noqa: RUF012
+
+
+class Remembering(Made):
+    def encode(self, x):
+        self.size = x.norm(dim=-1, keepdim=True)
+        return super().encode(x / self.size)
+
+    def decode(self, f):
+        return super().decode(f) * (self.size if len(self.size) == len(f) else self.size[:1])
+
+
+class Complex(Made):
+    def encode(self, x):
+        return super().encode(x).to(torch.complex128)
+
+
 @pytest.mark.parametrize(
     ("places", "what"),
     [
+        ({"1_mlp_out": OfTwoPlaces(40)}, "transcoder"),
+        ({"1_mlp_out": SkipTranscoder(40)}, "transcoder"),
+        ({"1_mlp_out": Normed(40)}, "norms what it reads"),
+        ({"1_mlp_out": Remembering(40)}, "encoded last"),
+        ({"1_mlp_out": Complex(40)}, "one tensor"),
+        ({"1_mlp_out": __file__}, "it is a file"),
         ({"1_mlp_out": Made(36)}, "the place is 40 wide"),
         ({"1_mlp_out": object()}, "no encode and decode"),
         ({"1_mlp_out": Bent(40)}, "not affine"),
@@ -582,6 +696,24 @@ def test_modules_in_another_dtype_are_exact_and_left_as_found():
         torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("place", ["1_mlp_out", "1_z"])
+def test_dictionaries_are_read_outside_of_autocast(place):
+    model = build("llama", dtype=torch.float32)
+    unit = Features({place: Made(40, dtype=torch.float32)}, top=5)
+    ids = example_ids("llama")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plan = prepare(model, ANSWER, INCORRECT, unit=unit)
+    expected = attribute(model, ids, unit)
+    torch.testing.assert_close(plan(ids, pos=None).attribution, expected.attribution)
+
+
+def test_no_position_at_all_has_no_feature():
+    model, ids = build("llama"), example_ids("llama")
+    unit = Features({"1_mlp_out": Made(40)}, top=5)
+    assert attribute(model, ids, unit, pos=[]).records() == []
+    assert dla_hooks.promoted_tokens(model, ids, unit=unit, pos=[], k=2).records() == []
+
+
 def test_a_dictionary_that_changes_after_it_was_read_is_read_again():
     model, ids, made = build("llama"), example_ids("llama"), Made(40)
     unit = Features({"2_mlp_out": made})
@@ -594,11 +726,16 @@ def test_a_dictionary_that_changes_after_it_was_read_is_read_again():
 
 
 def test_directions_that_are_not_the_decoders_are_seen(monkeypatch):
-    from dla_hooks.modules.dictionaries import Dictionary
+    from dla_hooks.projection.features import ProjectedDictionary
 
     model, ids = build("llama"), example_ids("llama")
-    own = Dictionary.pull_back
-    monkeypatch.setattr(Dictionary, "pull_back", lambda self, d: 1.01 * own(self, d))
+    own = ProjectedDictionary.__init__
+
+    def wrong(self, *args):
+        own(self, *args)
+        self._folded = self._folded.then(lambda d_KF: 1.01 * d_KF)
+
+    monkeypatch.setattr(ProjectedDictionary, "__init__", wrong)
     with pytest.raises(dla_hooks.DecompositionError, match="features, b_dec and error at 2_mlp"):
         attribute(model, ids, Features({"2_mlp_out": Made(40)}))
 

@@ -46,6 +46,9 @@ def plot(
         chosen = [labels.index(label) for label in rows]
     else:
         chosen = shown_rows(data, entry, n if rows is None else int(rows))
+    chosen = [number for number in chosen if tokens_of(data, "up", number, entry, 1)]
+    if not chosen:
+        raise InputError("there is nothing to draw: none of these rows is there at this entry")
     values, texts, names = [], [], []
     for number in chosen:
         # The largest at the left, then those pushed down, the most negative at the right.
