@@ -11,13 +11,20 @@ from dla_hooks.calibration.prompt import short_prompt
 from dla_hooks.inputs.positions import spread_over
 from dla_hooks.inputs.prompts import Prompt
 from dla_hooks.modules.autocast import outside_autocast
+from dla_hooks.modules.length_dependence import Limits
 from dla_hooks.modules.version import Remembered
 from dla_hooks.residual.stream import Stream
 
 _padding: Remembered[bool] = Remembered()
 _chunks: Remembered[bool] = Remembered()
 _holes: Remembered[bool] = Remembered()
+_limits: Remembered[Limits] = Remembered()
 _MOST_COLUMNS = 64
+
+
+def length_limits(stream: Stream) -> Limits:
+    """The lengths from which on a model computes otherwise. Looked up once per model."""
+    return _limits.of(stream.model, stream.version, lambda: Limits.of(stream.model))
 
 
 def padding_is_ignored(stream: Stream, *, left: bool) -> bool:

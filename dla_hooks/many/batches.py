@@ -16,11 +16,12 @@ from torch import Tensor
 
 from dla_hooks.attribution import Plan, prepare
 from dla_hooks.backends import Backend
-from dla_hooks.calibration.invariance import padding_is_ignored
+from dla_hooks.calibration.invariance import length_limits, padding_is_ignored
 from dla_hooks.calibration.prompt import short_prompt
 from dla_hooks.errors import DecompositionError, DLAError, InputError, UnsupportedModelError
 from dla_hooks.inputs.forms import pad_left
 from dla_hooks.inputs.rows_of_positions import PerRow
+from dla_hooks.many.order import batches_of
 from dla_hooks.many.questions import Asking, OneForAll, together
 from dla_hooks.modules.user_hooks import hooked_modules
 from dla_hooks.residual.stream import Stream
@@ -55,31 +56,6 @@ class Item:
     question: Asking | None = None
     columns: Sequence[int] | None = None
     given: Item | None = None
-
-
-def batches_of(
-    lengths: Sequence[int], max_tokens: int, *, same_length: bool = False
-) -> list[list[int]]:
-    """Sort prompts by length and fill batches with them.
-
-    Args:
-        lengths: tokens of each prompt.
-        max_tokens: the most that a batch may hold, padding counted: its rows times its longest. A
-            prompt that is longer is a batch of its own.
-        same_length: put prompts of one length together only, so that nothing is padded.
-
-    Returns:
-        Indices into ``lengths``, a list for each batch; every index once, longest prompts first.
-    """
-    batches: list[list[int]] = []
-    # Longest first, so that running out of memory shows at once.
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        longest = lengths[batches[-1][0]] if batches else 0
-        full = not batches or (len(batches[-1]) + 1) * longest > max_tokens
-        if full or (same_length and lengths[index] != longest):
-            batches.append([])
-        batches[-1].append(index)
-    return batches
 
 
 def side_by_side(answers: Sequence[Tensor], items: Sequence[Item], *, one_position: bool) -> Tensor:
@@ -179,7 +155,12 @@ class Runner:
         """Yield every prompt with its result (still without texts) or its error, by batches."""
         lengths = [len(item.ids) for item in items]
         same_length = len(set(lengths)) > 1 and not self._may_pad()
-        order = batches_of(lengths, self._max_tokens, same_length=same_length)
+        limits = length_limits(self.stream)
+        order = batches_of(
+            lengths, self._max_tokens, same_length=same_length, longest_padded=limits.longest_padded
+        )
+        if limits.grows:
+            order.reverse()
         pending = [[items[i] for i in batch] for batch in reversed(order)]
         while pending:
             batch = pending.pop()

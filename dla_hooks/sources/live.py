@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dla_hooks.backends import Backend
 from dla_hooks.bars import over_pieces
-from dla_hooks.calibration.invariance import chunks_are_ignored, has_hole
+from dla_hooks.calibration.invariance import chunks_are_ignored, has_hole, length_limits
 from dla_hooks.errors import InputError, UnsupportedModelError, warn
 from dla_hooks.inputs.extras import EMBEDS
 from dla_hooks.inputs.prompts import Prompt
@@ -238,7 +238,7 @@ def why_not_in_chunks(stream: Stream, prompt: Prompt) -> str | None:
     uncut = sorted(set(prompt.extras) - {EMBEDS})
     if uncut:
         return f"its input holds {', '.join(uncut)}, which cannot be cut into chunks"
-    rotary = _length_dependent(stream.model, prompt.shape[1])
+    rotary = length_limits(stream).rotary_beyond(prompt.shape[1])
     if rotary is not None:
         return (
             f"its rotary positions ({rotary}) depend on how long a prompt is, and this one is "
@@ -276,25 +276,3 @@ def _is_hooked(model: torch.nn.Module) -> str | None:
         f"{path or 'the model'} has a hook of yours, which would see each chunk by itself; pass "
         f"chunk_size={AUTOMATIC_CHUNK} where it may"
     )
-
-
-def _length_dependent(model: torch.nn.Module, width: int) -> str | None:
-    """The kind of rotary positions that a prompt of this width would change, or None."""
-    for module in model.modules():
-        kinds = getattr(module, "rope_type", None)
-        config = getattr(module, "config", None)
-        # The second is its name in transformers 4.
-        settings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
-        named = kinds if isinstance(kinds, dict) else {None: kinds}
-        for layer_type, kind in named.items():
-            if not isinstance(kind, str) or not ("dynamic" in kind or kind == "longrope"):
-                continue
-            own = (settings if layer_type is None else (settings or {}).get(layer_type)) or {}
-            limit: Any = (
-                own.get("original_max_position_embeddings")
-                or getattr(config, "original_max_position_embeddings", None)
-                or getattr(module, "original_max_seq_len", 0)
-            )
-            if width > limit:
-                return kind
-    return None
