@@ -45,6 +45,7 @@ class BlockScales:
         constant: the vector that is added besides [d_model].
         carriers: what carries the stream on: its number, how many writes run before it, and its
             factor.
+        behind: the factor between the block's output and what reads the stream next.
     """
 
     index: int
@@ -53,6 +54,7 @@ class BlockScales:
     responses: tuple[Tensor | None, ...]
     constant: Tensor | None
     carriers: tuple[tuple[int, int, Tensor | None], ...] = ()
+    behind: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -112,14 +114,19 @@ def _apply(stream: Stream, scales: Scales) -> Stream:
         )
         # This runs in every call. Most blocks are plain sums and stay as they are.
         plain = found.gain is None and found.constant is None and len(writes) == len(block.writes)
-        plain = plain and not block.carriers
+        plain = plain and found.behind is None and not block.carriers
         if not plain or any(a is not b for a, b in zip(writes, block.writes, strict=True)):
             carriers = tuple(
                 replace(block.carriers[number], after=after, response=response)
                 for number, after, response in found.carriers
             )
             block = replace(
-                block, writes=writes, gain=found.gain, constant=found.constant, carriers=carriers
+                block,
+                writes=writes,
+                gain=found.gain,
+                constant=found.constant,
+                carriers=carriers,
+                behind=found.behind,
             )
         blocks.append(block)
     return replace(
@@ -154,7 +161,8 @@ def _measure(stream: Stream) -> Scales:
         constant = synthetic.constant(position)
         kept = constant if bool(constant.any()) else None
         carriers = tuple(synthetic.carriers(position, block))
-        blocks.append(BlockScales(index, writes, gain, tuple(responses), kept, carriers))
+        behind = synthetic.behind(position)
+        blocks.append(BlockScales(index, writes, gain, tuple(responses), kept, carriers, behind))
     scale, cap, bias = readout(synthetic, logits)
     has_positions, response = synthetic.positions() if stream.positions else (False, None)
     return Scales(

@@ -101,6 +101,8 @@ class Block:
         constant: the vector that it adds besides its writes [d_model]; None is nothing.
         carriers: modules in it that carry the stream on; before they are measured, those that may.
         optional: whether it runs only where there is something for its cross-attention to read.
+        behind: the factor between its output and what reads the stream next, [] or [d_model]; None
+            is one. RWKV halves its stream behind some blocks.
     """
 
     layer: int
@@ -112,11 +114,17 @@ class Block:
     constant: Tensor | None = None
     carriers: tuple[Carrier, ...] = ()
     optional: bool = False
+    behind: Tensor | None = None
 
     @property
     def input(self) -> Place:
         """The stream before the block."""
         return Place(self.module, self.name, self.use, before=True)
+
+    @property
+    def output(self) -> Place:
+        """What the block returns."""
+        return Place(self.module, self.name, self.use)
 
 
 @dataclass(frozen=True)
