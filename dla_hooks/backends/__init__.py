@@ -37,6 +37,7 @@ _INSIDE = {
     "torch.OptimizedModule": "_orig_mod",
     "torch.DataParallel": "module",
     "torch.DistributedDataParallel": "module",
+    "repeng.ControlModel": "model",
 }
 """Wrappers that change nothing about a forward pass, and the attribute with the model inside."""
 

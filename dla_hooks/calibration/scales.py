@@ -88,6 +88,8 @@ def with_scales(stream: Stream) -> Stream:
         UnsupportedModelError: when a block is no sum, or the logits no affine map of the stream.
     """
     version = stream.backend.state.version
+    inner = {block.module: block.inner.module for block in stream.blocks if block.inner is not None}
+    stream.backend.wrappers = inner
     scales = _known.find(stream.model, version, stream.architecture)
     remembered = scales is not None
     if scales is None:

@@ -189,9 +189,9 @@ class Runner:
     def _may_pad(self) -> bool:
         """Whether prompts of different lengths may run together.
 
-        Hooks of the caller's may count positions from the left, or read padding.
+        Hooks and wrappers of the caller's may count positions from the left, or read padding.
         """
-        if hooked_modules(self._backend.hookable()):
+        if hooked_modules(self._backend.hookable()) or self.stream.backend.wrappers:
             return False
         try:
             return padding_is_ignored(self.stream, left=True)

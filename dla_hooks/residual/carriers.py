@@ -58,5 +58,6 @@ def _candidates(block: Block) -> list[Place]:
         Place(module, path, before=before)
         for module, path in found.items()
         if module not in written
+        if block.inner is None or module is not block.inner.module
         for before in (True, False)
     ]

@@ -16,6 +16,7 @@ from dla_hooks.backends import Backend
 from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.modules.hooks import Place, Use
 from dla_hooks.modules.linear import input_width, output_width
+from dla_hooks.modules.user_hooks import is_wrapper
 from dla_hooks.residual.architecture import Architecture, Write
 from dla_hooks.residual.carriers import with_carriers
 from dla_hooks.residual.head_site import HeadSite
@@ -147,8 +148,15 @@ class _Finder:
             optional = self.architecture.reads is not None and any(
                 write.heads is not None and write.heads.cross for write in writes
             )
-            blocks.append(Block(layer, module, name, use, writes, optional=optional))
+            block = Block(layer, module, name, use, writes, optional=optional)
+            if inner is not module and self.goes_past(module):
+                block = replace(block, inner=Place(inner, inside, use))
+            blocks.append(block)
         return with_carriers(self.with_uses(tuple(blocks)))
+
+    def goes_past(self, wrapper: nn.Module) -> bool:
+        """Whether made-up runs go past a wrapper, and a real one shows what it writes."""
+        return not self.backend.keeps_wrappers and is_wrapper(wrapper, self.model)
 
     def first_names(self) -> list[str]:
         """What at least one of the writes of each block is found by."""

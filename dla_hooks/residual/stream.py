@@ -101,6 +101,7 @@ class Block:
         constant: the vector that it adds besides its writes [d_model]; None is nothing.
         carriers: modules in it that carry the stream on; before they are measured, those that may.
         optional: whether it runs only where there is something for its cross-attention to read.
+        inner: the block itself, where the module is a wrapper of the caller's around it.
         behind: the factor between its output and what reads the stream next, [] or [d_model]; None
             is one. RWKV halves its stream behind some blocks.
     """
@@ -114,6 +115,7 @@ class Block:
     constant: Tensor | None = None
     carriers: tuple[Carrier, ...] = ()
     optional: bool = False
+    inner: Place | None = None
     behind: Tensor | None = None
 
     @property

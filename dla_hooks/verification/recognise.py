@@ -22,6 +22,7 @@ from dla_hooks.verification.trace import Verification, trace_report
 
 _TAKEN = "taken for"
 _matched: Remembered[Architecture] = Remembered()
+_keeps_wrappers: Remembered[bool] = Remembered()
 
 
 def stream_of(model: Any) -> Stream:
@@ -60,7 +61,8 @@ def located(backend: Backend) -> Stream:
 
     A model type without a declaration is compared with every known shape, and the first one that
     verifies on a few tokens is taken. That is done once per version of a model. The model is
-    measured without its caller's hooks; with them, where it does not run without.
+    measured without its caller's hooks; with them, where it does not run without. So it is with
+    wrappers of the caller's around blocks.
 
     A model of a declared type whose modules are elsewhere, as in a vision-language class, is
     compared with every known shape, too.
@@ -68,6 +70,21 @@ def located(backend: Backend) -> Stream:
     Raises:
         UnsupportedModelError: when no declaration is true of the model.
     """
+    keeps = bool(_keeps_wrappers.find(backend.model, backend.state.version))
+    backend.keeps_wrappers = keeps
+    try:
+        return _located_or_with_hooks(backend)
+    except UnsupportedModelError:
+        if not backend.wrappers:
+            raise
+        # It may be a wrapper that the model needs, as one that casts.
+        backend.keeps_wrappers, backend.wrappers = True, {}
+        found = _located_or_with_hooks(backend)
+        _keeps_wrappers.keep(backend.model, backend.state.version, True)
+        return found
+
+
+def _located_or_with_hooks(backend: Backend) -> Stream:
     try:
         return _located(backend)
     except SyntheticRunError as error:
