@@ -81,3 +81,107 @@ def test_hook_ahead_of_a_stream_that_starts_in_its_first_block_is_within_embed()
     logits = model(ids, use_cache=False).logits[..., TOKEN]
     torch.testing.assert_close(found.logit, logits, rtol=0, atol=1e-5)
     torch.testing.assert_close(found.total() + found.bias, found.logit, rtol=0, atol=1e-8)
+
+
+BETWEEN = [
+    ("gpt2", "transformer.h.1.attn.resid_dropout"),
+    ("gpt_bigcode", "transformer.h.1.attn.resid_dropout"),
+    ("gptj", "transformer.h.1.attn.resid_dropout"),
+    ("gpt_neo", "transformer.h.1.attn.attention.resid_dropout"),
+]
+"""Modules between the projection of z and what attention writes: it is in no row of a head."""
+
+
+def held(model: nn.Module, ids: Tensor, unit: str):
+    """A result, held against the model's own logits."""
+    found = direct_logit_attribution(model, ids, TOKEN, unit=unit, pos=None)
+    logits = model(ids, use_cache=False).logits[..., TOKEN]
+    torch.testing.assert_close(found.logit, logits.to(found.logit), rtol=0, atol=1e-5)
+    own = found.total() + found.bias
+    torch.testing.assert_close(own, found.logit, rtol=0, atol=1e-8)
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("at_input", [True, False])
+@pytest.mark.parametrize(("model_type", "path"), [*BETWEEN, ("gpt_neo", "transformer.h.1.attn")])
+def test_hook_between_z_and_the_write_is_a_row_beside_the_heads(model_type, path, at_input, seed):
+    model = build_any(model_type, seed=seed)
+    ids, vector = example_ids_any(model), noise(model.config.hidden_size, seed)
+    module = model.get_submodule(path)
+    if path.endswith("attn"):
+        module, at_input = module.attention, False
+    if at_input:
+        module.register_forward_pre_hook(adds_at_input(vector))
+    else:
+        module.register_forward_hook(adds(vector))
+    found = held(model, ids, "head")
+    due = layer_norm_readout(model, model.transformer.ln_f, ids, vector)
+    due[:, :3] = 0
+    row = found.attribution[found.labels.index("L1hook")]
+    torch.testing.assert_close(row, due, rtol=0, atol=1e-5)
+
+
+class Steers(nn.Module):
+    """A wrapper around attention, which adds a vector from one position on."""
+
+    def __init__(self, inner: nn.Module, vector: Tensor, start: int = 3) -> None:
+        super().__init__()
+        self.inner, self.vector, self.start = inner, vector, start
+
+    def forward(self, *args, **kwargs):
+        out = self.inner(*args, **kwargs)
+        x = out[0].clone()
+        x[:, self.start :] += self.vector.to(x)
+        return (x, *out[1:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "gemma2", "granite", "mixtral"])
+def test_wrapper_around_attention_that_steers_is_a_row_beside_the_heads(model_type, seed):
+    model = build_any(model_type, seed=seed)
+    ids, vector = example_ids_any(model), noise(model.config.hidden_size, seed)
+    block, name = (
+        (model.transformer.h[1], "attn")
+        if model_type == "gpt2"
+        else (model.model.layers[1], "self_attn")
+    )
+    setattr(block, name, Steers(getattr(block, name), 0 * vector).eval())
+    plain = direct_logit_attribution(model, ids, TOKEN, unit="head", pos=None)
+    assert "L1hook" not in plain.labels
+    getattr(block, name).vector = vector
+    found = direct_logit_attribution(model, ids, TOKEN, unit="head", pos=None)
+    logits = model(ids, use_cache=False).logits[..., TOKEN]
+    if found.softcap is not None:
+        logits = found.softcap * torch.atanh(logits / found.softcap)
+    torch.testing.assert_close(found.logit, logits.to(found.logit), rtol=0, atol=1e-5)
+    row = found.attribution[found.labels.index("L1hook")]
+    assert row[:, 3:].abs().min() > 0
+    assert not row[:, :3].any()
+    if model_type == "gpt2":
+        due = layer_norm_readout(model, model.transformer.ln_f, ids, vector)
+        torch.testing.assert_close(row[:, 3:], due[:, 3:], rtol=0, atol=1e-5)
+
+
+BEHIND_NEURONS = [
+    ("gpt2", "transformer.h.1.mlp.dropout"),
+    ("gptj", "transformer.h.1.mlp.dropout"),
+    ("stablelm", "model.layers.1.dropout"),
+    ("phi3", "model.layers.1.resid_mlp_dropout"),
+]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("at_input", [True, False])
+@pytest.mark.parametrize(("model_type", "path"), BEHIND_NEURONS)
+def test_hook_between_neurons_and_the_stream_is_in_the_remainder(model_type, path, at_input):
+    model = build_any(model_type)
+    ids, vector = example_ids_any(model), noise(model.config.hidden_size, 0)
+    module = model.get_submodule(path)
+    if at_input:
+        module.register_forward_pre_hook(adds_at_input(vector))
+    else:
+        module.register_forward_hook(adds(vector))
+    held(model, ids, "neuron")
