@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dla_hooks.backends import Backend
+from dla_hooks.calibration.logits import masked_tokens
 from dla_hooks.calibration.prompt import short_prompt
 from dla_hooks.calibration.readout import readout
 from dla_hooks.calibration.synthetic_run import SyntheticRun, refusal
@@ -71,6 +72,7 @@ class Scales:
     logit_scale: float
     logit_bias: Tensor | None
     softcap: float | None
+    masked: Tensor | None
     vocabulary: int
     ahead: int
     under_autocast: bool
@@ -143,6 +145,7 @@ def _apply(stream: Stream, scales: Scales) -> Stream:
         logit_scale=scales.logit_scale,
         logit_bias=scales.logit_bias,
         softcap=scales.softcap,
+        masked=scales.masked,
         vocabulary=scales.vocabulary,
         ahead=scales.ahead,
     )
@@ -178,6 +181,7 @@ def _measure(stream: Stream) -> Scales:
         logit_scale=scale,
         logit_bias=bias,
         softcap=cap,
+        masked=masked_tokens(logits),
         vocabulary=logits.shape[-1],
         ahead=synthetic.ahead,
         under_autocast=stream.backend.under_autocast,

@@ -167,6 +167,7 @@ class Stream:
         logit_bias: what each logit has besides the unembedding's own output, before that factor
             [vocabulary], float64; None is nothing.
         softcap: the cap on the logits, or None.
+        masked: tokens that the model masks with -inf [n], or None.
         stream_dtype: in which the blocks are added up.
         write_dtype: the coarsest in which a write leaves its module.
         read_dtype: the coarsest of the final norm's output, the unembedding and the logits.
@@ -195,6 +196,7 @@ class Stream:
     logit_scale: float = 1.0
     logit_bias: Tensor | None = None
     softcap: float | None = None
+    masked: Tensor | None = None
     positions_response: Tensor | None = None
     ahead: int = 0
     version: int = 0
