@@ -6,8 +6,8 @@ Decided here: which prompts run together, and what happens when a batch fails or
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
@@ -44,6 +44,7 @@ class Item:
         question: what is asked, where that is no plain token; ``correct`` then says nothing.
         columns: the selected positions, where prompts have their own; else None.
         given: the same before its question was put to the prompt, or None.
+        extras: further arguments of the model's forward that it runs with, by itself.
     """
 
     index: int
@@ -56,6 +57,7 @@ class Item:
     question: Asking | None = None
     columns: Sequence[int] | None = None
     given: Item | None = None
+    extras: Mapping[str, Any] = field(default_factory=dict)
 
 
 def side_by_side(answers: Sequence[Tensor], items: Sequence[Item], *, one_position: bool) -> Tensor:
@@ -161,7 +163,7 @@ class Runner:
         )
         if limits.grows:
             order.reverse()
-        pending = [[items[i] for i in batch] for batch in reversed(order)]
+        pending = [part for one in order for part in _by_extras([items[i] for i in one])][::-1]
         while pending:
             batch = pending.pop()
             n_tokens = len(batch) * max(len(item.ids) for item in batch)
@@ -199,13 +201,17 @@ class Runner:
             return False
 
     def _run(self, batch: Sequence[Item]) -> list[Result]:
-        ids, mask = pad_left([item.ids for item in batch])
+        ids, padded = pad_left([item.ids for item in batch])
+        given: Any = ids
+        mask: Tensor | None = padded
+        if batch[0].extras:  # it runs by itself, without padding
+            given, mask = {"input_ids": ids, **batch[0].extras}, None
         pos = self._pos
         if batch[0].columns is not None:
             pos = self._own_positions(batch)
         if batch[0].question is not None:
             plan = self._asking(self._together(batch))
-            result = plan(ids, pos=pos, attention_mask=mask, chunk_size=self._chunk_size)
+            result = plan(given, pos=pos, attention_mask=mask, chunk_size=self._chunk_size)
             return list(split(result))
         lay = partial(side_by_side, items=batch, one_position=self._one_position)
         correct = lay([item.correct for item in batch])
@@ -214,7 +220,7 @@ class Runner:
         if wrong:
             correct, incorrect = torch.broadcast_tensors(correct, lay(wrong))
         plan = self._plan(correct, incorrect)
-        result = plan(ids, pos=pos, attention_mask=mask, chunk_size=self._chunk_size)
+        result = plan(given, pos=pos, attention_mask=mask, chunk_size=self._chunk_size)
         return list(split(result))
 
     def _one_each(self, batch: Sequence[Item]) -> bool:
@@ -252,6 +258,14 @@ class Runner:
         if self._kept is None or self._kept[0] != question:
             self._kept = question, self._prepare(*question)
         return self._kept[1]
+
+
+def _by_extras(batch: Sequence[Item]) -> Iterator[list[Item]]:
+    """A batch without the prompts that have arguments of their own, and each of these alone."""
+    together = [item for item in batch if not item.extras]
+    if together:
+        yield together
+    yield from ([item] for item in batch if item.extras)
 
 
 def freed(error: DLAError) -> DLAError:
