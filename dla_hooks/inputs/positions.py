@@ -66,7 +66,10 @@ def parse(pos: Any, width: int) -> PositionSpec:
         return parse(slice(*pos), width)
     if hasattr(pos, "tolist") and hasattr(pos, "ndim"):  # a tensor, an array or a numpy scalar
         if pos.ndim > 1:
-            raise InputError(f"pos takes at most one axis, got shape {tuple(pos.shape)}")
+            raise InputError(
+                f"pos takes at most one axis, got shape {tuple(pos.shape)}; positions of each "
+                "prompt's own go in dla_hooks.PerRow([...])"
+            )
         is_mask = str(pos.dtype).removeprefix("torch.") == "bool"
         pos = pos.tolist()
         if is_mask and isinstance(pos, list):

@@ -70,6 +70,16 @@ class KeepsItsSize(Around):
         )
 
 
+class HandsOn(KeepsItsSize):
+    """As wrappers do that must pass for the block: attributes are those of what is in it."""
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("block"), name)
+
+
 class ChangesItsInput(Around):
     def forward(self, x, *args, **kwargs):
         x = x.clone()
@@ -112,7 +122,7 @@ def holds(model, ids, result, token=5):
 
 @torch.no_grad()
 @pytest.mark.parametrize("unit", UNIT_NAMES)
-@pytest.mark.parametrize("make", [KeepsItsSize, ChangesItsInput, Around])
+@pytest.mark.parametrize("make", [KeepsItsSize, HandsOn, ChangesItsInput, Around])
 @pytest.mark.parametrize("spec", SPECS)
 def test_wrapper_around_a_block_is_attributed(spec, make, unit):
     model, ids = build(spec), example_ids(spec)
