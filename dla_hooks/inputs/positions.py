@@ -224,7 +224,8 @@ def _as_int(item: Any, pos: Any) -> int:
     except TypeError:
         raise InputError(
             f"pos must be an int, None, a tuple (meaning slice(*pos)), a slice, a list of ints or "
-            f"a 1-d tensor or array of ints or bools; got {type(pos).__name__}: {pos!r}"
+            f"a 1-d tensor or array of ints or bools, or dla_hooks.PerRow([...]) for positions of "
+            f"each prompt's own; got {type(pos).__name__}: {pos!r}"
         ) from None
 
 
