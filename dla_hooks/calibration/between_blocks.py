@@ -1,4 +1,4 @@
-"""What a model multiplies its stream by between two blocks, as RWKV halves it behind some."""
+"""What a model multiplies its stream by between two blocks: RWKV halves it, and BLT doubles it."""
 
 from __future__ import annotations
 

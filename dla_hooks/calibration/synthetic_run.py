@@ -158,7 +158,9 @@ class SyntheticRun:
 
     def behind(self, position: int) -> Tensor | None:
         """The factor between what a block puts out and what reads the stream next; None for one."""
-        return factor_between(self._left[position], self.outputs[position], self._tolerance())
+        carried = slice(0, 3)  # nothing, and two rows that the block's input alone has
+        left, read = self._left[position][carried], self.outputs[position][carried]
+        return factor_between(left, read, self._tolerance())
 
     def _seen(self, position: int, slot: int) -> tuple[Tensor, float]:
         """The factor [d_model] that the rows of a slot show, and how far that is from linear."""

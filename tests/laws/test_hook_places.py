@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mapping_zoo import build_any, example_ids_any
+from mapping_zoo import MODEL_TYPES, build_any, example_ids_any
 from torch import Tensor, nn
 
 import dla_hooks
@@ -67,6 +67,27 @@ def test_hook_on_a_block_whose_output_the_model_halves_is_halved(layer, factor, 
     stack, labels = dla_hooks.decompose_resid(model, ids, pos_slice=-1, return_labels=True)
     written = stack[labels.index(f"{layer}_hook"), 0].double()
     torch.testing.assert_close(written, factor * vector, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.skipif("blt" not in MODEL_TYPES, reason="this transformers lacks it")
+@pytest.mark.parametrize("seed", [0, 1])
+def test_hook_on_a_block_whose_output_the_model_doubles_is_doubled(seed):
+    """BLT's cross-attention returns its input with what it wrote, and is added to that input."""
+    model = build_any("blt", seed=seed)
+    ids, layers = example_ids_any(model), model.model.local_decoder.layers
+    assert model.config.decoder_config.cross_attn_all_layers
+    for layer in range(len(layers)):
+        vector = noise(model.config.decoder_config.hidden_size, seed)
+        handle = layers[layer].register_forward_hook(adds(vector))
+        found = direct_logit_attribution(model, ids, TOKEN, pos=None)
+        logits = model(ids, use_cache=False).logits[..., TOKEN]
+        torch.testing.assert_close(found.logit, logits.to(found.logit), rtol=0, atol=1e-5)
+        stack, labels = dla_hooks.decompose_resid(model, ids, pos_slice=-1, return_labels=True)
+        written = stack[labels.index(f"{layer}_hook"), 0].double()
+        doubled = vector * 2 ** (len(layers) - 1 - layer)
+        torch.testing.assert_close(written, doubled, rtol=0, atol=1e-5)
+        handle.remove()
 
 
 @torch.no_grad()
