@@ -15,7 +15,7 @@ from dla_hooks.inputs.prompts import Prompt, encode
 from dla_hooks.modules.autocast import outside_autocast
 from dla_hooks.modules.compiled import eagerly
 from dla_hooks.modules.faults import synthetic_run
-from dla_hooks.modules.past_wrappers import past_wrappers
+from dla_hooks.modules.past_wrappers import BLOCKS, past_wrappers
 from dla_hooks.modules.user_hooks import needed_hooks, silenced
 from dla_hooks.modules.version import State, is_training, modules_of, state_of
 
@@ -34,8 +34,8 @@ class Backend:
         serves: classes whose models it runs, and their descendants, by library and name.
         advice: a sentence for refusals, about another way to pass the model; or nothing.
         under_autocast: whether it runs under a caller's autocast only, as of several dtypes.
-        keeps_wrappers: whether wrappers of the caller's around blocks run in made-up runs, too.
-        wrappers: those that such runs go past, each with the block in it.
+        past: which wrappers of the caller's made-up runs go past.
+        wrappers: these, each with the module in it.
         embedding_name: the path of the token embeddings, where a cache names them.
     """
 
@@ -49,7 +49,7 @@ class Backend:
         self.model = model
         self.conventions = conventions or Conventions()
         self._tokenizer = tokenizer
-        self.under_autocast = self.keeps_wrappers = False
+        self.under_autocast, self.past = False, BLOCKS
         self.wrappers: Mapping[nn.Module, nn.Module] = {}
 
     @property

@@ -28,6 +28,7 @@ from dla_hooks.modules.autocast import autocast_is_on
 from dla_hooks.modules.compiled import eagerly
 from dla_hooks.modules.faults import SyntheticRunError
 from dla_hooks.modules.hooks import ONLY_USE, Use
+from dla_hooks.modules.past_wrappers import EVERY, every_wrapper
 from dla_hooks.modules.runs import count_firings
 from dla_hooks.modules.version import Remembered
 from dla_hooks.modules.weights import made_of
@@ -90,8 +91,10 @@ def with_scales(stream: Stream) -> Stream:
         UnsupportedModelError: when a block is no sum, or the logits no affine map of the stream.
     """
     version = stream.backend.state.version
-    inner = {block.module: block.inner.module for block in stream.blocks if block.inner is not None}
-    stream.backend.wrappers = inner
+    around = {one.module: one.inner.module for one in stream.blocks if one.inner is not None}
+    if stream.backend.past == EVERY:
+        around = {**every_wrapper(stream.backend.root), **around}
+    stream.backend.wrappers = around
     scales = _known.find(stream.model, version, stream.architecture)
     remembered = scales is not None
     if scales is None:

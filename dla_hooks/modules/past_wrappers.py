@@ -1,7 +1,7 @@
-"""Made-up runs that go past the caller's wrappers around blocks.
+"""Made-up runs that go past the caller's wrappers.
 
 A wrapper is like a hook: it may steer at some positions of the caller's prompt, or take nothing but
-its shape. A made-up run calls the block in it instead, in its own thread only.
+its shape. A made-up run calls what is in it instead, in its own thread only.
 """
 
 from __future__ import annotations
@@ -14,7 +14,23 @@ from typing import Any
 
 from torch import nn
 
+from dla_hooks.modules.user_hooks import is_foreign, is_wrapper
+
+BLOCKS, EVERY, NONE = "wrappers of blocks", "every wrapper", "no wrapper"
+"""What made-up runs go past, in the order in which it is tried."""
+
 _lock = threading.RLock()
+
+
+def every_wrapper(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Every wrapper of the caller's, each with the only module in it, which is the model's own."""
+    found = {}
+    for module in model.modules():
+        if len(module._modules) == 1 and is_wrapper(module, model):
+            inner = next(iter(module._modules.values()))
+            if inner is not None and not is_foreign(inner, model):
+                found[module] = inner
+    return found
 
 
 class _Past:

@@ -16,6 +16,7 @@ from dla_hooks.backends import Backend
 from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.modules.hooks import Place, Use
 from dla_hooks.modules.linear import input_width, output_width
+from dla_hooks.modules.past_wrappers import NONE
 from dla_hooks.modules.user_hooks import is_wrapper
 from dla_hooks.residual.architecture import Architecture, Write
 from dla_hooks.residual.carriers import with_carriers
@@ -156,7 +157,7 @@ class _Finder:
 
     def goes_past(self, wrapper: nn.Module) -> bool:
         """Whether made-up runs go past a wrapper, and a real one shows what it writes."""
-        return not self.backend.keeps_wrappers and is_wrapper(wrapper, self.model)
+        return self.backend.past != NONE and is_wrapper(wrapper, self.model)
 
     def first_names(self) -> list[str]:
         """What at least one of the writes of each block is found by."""

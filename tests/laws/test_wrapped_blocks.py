@@ -10,6 +10,7 @@ import threading
 
 import pytest
 import torch
+from doors import by_name
 from oracle_families import family_of, final_norm, frozen_norm, norm_scale
 from torch import Tensor, nn
 from units import UNIT_NAMES
@@ -269,3 +270,60 @@ def test_folder_to_resume_with_a_wrapper_or_a_forward_of_the_callers_asks_for_a_
     mlp.forward = lambda x: 2 * plain(x)
     with pytest.raises(InputError, match=r"layers\.0\.mlp has a forward of yours"):
         list(attribute_many(model, prompts, 5, resume=tmp_path / "b"))
+
+
+class AtPosition(nn.Module):
+    """Around a sublayer: adds a vector at one position, which a short prompt does not have."""
+
+    def __init__(self, inner: nn.Module, vector: Tensor) -> None:
+        super().__init__()
+        self.inner, self.vector = inner, vector
+
+    def forward(self, *args, **kwargs):
+        out = self.inner(*args, **kwargs)
+        y = hidden(out).clone()
+        y[:, 4] = y[:, 4] + self.vector.to(y)
+        if y.shape[1] < 5:
+            raise IndexError("there is no position 4")
+        return with_hidden(out, y)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("unit", UNIT_NAMES)
+@pytest.mark.parametrize("which", [0, -1], ids=["attention", "mlp"])
+@pytest.mark.parametrize("spec", ["llama-bias", "gpt2", "gemma2", "granite", "mixtral"])
+def test_wrapper_around_a_sublayer_that_names_a_position_is_attributed(spec, which, unit):
+    model, ids = build(spec), example_ids(spec)
+    write = stream_of(model).blocks[LAYER].writes[which]
+    path = next(path for path, module in model.named_modules() if module is write.module)
+    holder, _, name = path.rpartition(".")
+    vector = torch.linspace(-1, 1, stream_of(model).d_model)
+    setattr(model.get_submodule(holder), name, AtPosition(write.module, vector).eval())
+    found = direct_logit_attribution(model, ids, 5, unit=unit, pos=None)
+    holds(model, ids, found)
+    if unit == "head" and which == 0:
+        row = found.attribution[found.labels.index(f"L{LAYER}hook")]
+        assert row[:, 4].abs().min() > 0
+        assert not row[:, :4].any()
+
+
+@torch.no_grad()
+def test_wrapper_in_an_encoder_that_takes_one_shape_only_leaves_the_decoder_to_be_attributed():
+    case = next(iter(by_name("seq2seq").cases("t5", seed=0)))
+    model = case.model
+    block = model.encoder.block[0]
+
+    class OneShape(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = block
+
+        def forward(self, x, *args, **kwargs):
+            if x.shape[:2] != case.asked["input_ids"].shape:
+                raise RuntimeError("not the prompt's shape")
+            return self.block(x, *args, **kwargs)
+
+    model.encoder.block[0] = OneShape().eval()
+    found = direct_logit_attribution(model, case.asked, case.answer, case.incorrect, **case.options)
+    due = case.logits[..., case.columns[0]] - case.logits[..., case.columns[1]]
+    torch.testing.assert_close(found.logit, due.to(found.logit), rtol=0, atol=1e-5)
