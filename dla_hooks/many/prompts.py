@@ -13,7 +13,7 @@ from dla_hooks.backends import Backend
 from dla_hooks.errors import InputError, ShapeMismatchError, TokenError
 from dla_hooks.inputs import positions
 from dla_hooks.inputs.answers import check_answers, read_ids
-from dla_hooks.inputs.extras import EMBEDS
+from dla_hooks.inputs.extras import EMBEDS, MASK, OF_TEXT
 from dla_hooks.inputs.forms import as_tensor
 from dla_hooks.inputs.positions import Selection
 from dla_hooks.inputs.prompts import Prompt, read_prompt, tokenizer_for
@@ -27,6 +27,7 @@ from dla_hooks.sources.prompt import check_length
 from dla_hooks.targets.base import Request
 from dla_hooks.targets.question import Question, read_question
 
+_TAKEN = OF_TEXT - {EMBEDS, MASK}
 _NOTHING = torch.zeros((), dtype=torch.long, device="cpu")
 _REAL = torch.ones((), dtype=torch.bool, device="cpu")  # a prompt alone has no padding
 
@@ -87,11 +88,11 @@ class Reader:
         )
         if isinstance(row.prompt, str):
             warn_of_unknown(read.input_ids, tokenizer, row.prompt)
-        if EMBEDS in read.extras or (read.extras and not bool(read.mask.all())):
+        if read.extras and (read.extras.keys() - _TAKEN or not bool(read.mask.all())):
             raise InputError(
-                f"a prompt holds {', '.join(read.extras)}, and attribute_many takes further "
-                "arguments beside token ids without padding only; call a plan of prepare(...) for "
-                "each such prompt"
+                f"a prompt holds {', '.join(read.extras)}, and beside token ids without padding "
+                f"attribute_many takes {' and '.join(sorted(_TAKEN))} only; call a plan of "
+                "prepare(...) for each such prompt"
             )
         if len(read.input_ids) != 1:
             raise InputError(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from dla_hooks.backends.two_sequences import reader_of
+from dla_hooks.calibration.encoder_padding import check_encoder_padding
 from dla_hooks.calibration.invariance import holes_are_ignored, length_limits, padding_is_ignored
 from dla_hooks.errors import DLAError, InputError, UnsupportedModelError
 from dla_hooks.inputs.extras import POSITIONS
@@ -90,7 +91,8 @@ def _pair_for(
         return encode_target(text, reads)
 
     prompt = read_two(input, reader_of(backend, encode, encode_decoder), attention_mask)
-    return runnable(stream, prompt)
+    check_encoder_padding(stream, runnable(stream, prompt))
+    return prompt
 
 
 def runnable(stream: Stream, prompt: Prompt) -> Prompt:
