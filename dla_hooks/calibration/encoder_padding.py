@@ -68,7 +68,7 @@ def _is_ignored(stream: Stream, where: str, fill: int | None) -> bool:
     n_tokens = n_embedded(encoder_embedding(stream.backend.root)) or stream.backend.n_tokens()
     made_up = short_prompt(stream, length=4)
     alone = made_up.input_ids % n_tokens
-    under = torch.full((1, 2), int(alone[0, 1]) if fill is None else fill)
+    under = torch.full((1, 2), int(alone[0, 1]) if fill is None else fill, device="cpu")
     ahead = _AHEAD[where]
     padded = torch.cat((alone[:, :ahead], under, alone[:, ahead:]), 1)
     real = torch.ones_like(padded)
