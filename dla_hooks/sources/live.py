@@ -193,7 +193,7 @@ def chunk_size_for(stream: Stream, prompt: Prompt, chunk_size: Any) -> int | Non
     if chunk_size is None:
         if width <= LONG_PROMPT:
             return None
-        reason = _is_hooked(stream.model) or why_not_in_chunks(stream, prompt)
+        reason = _is_hooked(stream) or why_not_in_chunks(stream, prompt)
         if reason is None:
             return AUTOMATIC_CHUNK
         warn(
@@ -211,9 +211,10 @@ def chunk_size_for(stream: Stream, prompt: Prompt, chunk_size: Any) -> int | Non
             f"{stream.backend.name} cannot be run in chunks of a prompt: {reason}. Leave "
             "chunk_size out, or give one that is no smaller than the prompt, to run it all at once."
         )
-    if _is_hooked(stream.model) is not None:
+    if _is_hooked(stream) is not None:
         warn(
-            "with chunk_size a hook of yours sees each chunk by itself: a position that it names "
+            "with chunk_size a hook of yours sees each chunk by itself, as a wrapper of yours "
+            "does: a position that it names "
             "is counted anew in each one. The numbers are those of the model as it then runs. "
             "Leave chunk_size out for a hook that names a position."
         )
@@ -263,16 +264,23 @@ def why_not_in_chunks(stream: Stream, prompt: Prompt) -> str | None:
     return None
 
 
-def _is_hooked(model: torch.nn.Module) -> str | None:
+def _is_hooked(stream: Stream) -> str | None:
     """The reason why the caller's hooks rule out chunks that nobody asked for, or None.
 
-    Hooks may not expect a prompt in pieces. Those of libraries are part of the model: a short run
-    in chunks checks them together with it.
+    Hooks and wrappers may not expect a prompt in pieces. Those of libraries are part of the model:
+    a short run in chunks checks them together with it.
     """
-    path = next(callers_hooks(model), None)
-    if path is None:
+    path, wrapper = (
+        next(callers_hooks(stream.model), None),
+        next(iter(stream.backend.wrappers), None),
+    )
+    if path is None and wrapper is None:
         return None
+    if path is not None:
+        what = f"{path or 'the model'} has a hook of yours"
+    else:
+        what = f"{type(wrapper).__name__} is a wrapper of yours"
     return (
-        f"{path or 'the model'} has a hook of yours, which would see each chunk by itself; pass "
-        f"chunk_size={AUTOMATIC_CHUNK} where it may"
+        f"{what}, which would see each chunk by itself; pass chunk_size={AUTOMATIC_CHUNK} where it "
+        "may"
     )

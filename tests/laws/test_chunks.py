@@ -276,3 +276,27 @@ def test_long_prompt_with_callers_hooks_is_not_chunked(monkeypatch):
         found = direct_logit_attribution(model, ids, 5)
     handle.remove()
     torch.testing.assert_close(found.logit, truth, rtol=0, atol=1e-6)
+
+
+def test_long_prompt_with_a_wrapper_of_the_callers_is_not_chunked(monkeypatch):
+    class Around(torch.nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.block = block
+
+        def forward(self, x, **kwargs):
+            out = self.block(x, **kwargs).clone()
+            out[:, 5:6] += 1
+            return out
+
+    monkeypatch.setattr(chunks_module, "LONG_PROMPT", 16)
+    monkeypatch.setattr(chunks_module, "AUTOMATIC_CHUNK", 8)
+    model, ids = build("llama"), example_ids("llama", length=20)
+    model.model.layers[0] = Around(model.model.layers[0]).eval()
+    with torch.no_grad():
+        truth = model(ids).logits[:, -1, 5]
+    with pytest.warns(DLAWarning, match="Around is a wrapper of yours"):
+        found = direct_logit_attribution(model, ids, 5)
+    torch.testing.assert_close(found.logit, truth, rtol=0, atol=1e-6)
+    with pytest.warns(DLAWarning, match="as a wrapper of yours does"):
+        direct_logit_attribution(model, ids, 5, chunk_size=8)
