@@ -168,10 +168,11 @@ class _Finder:
     def unwrapped(self, block: nn.Module, name: str) -> tuple[nn.Module, str]:
         """The module that has a block's parts: the block, or the one that it is a wrapper of."""
         names = self.first_names()
-        # A wrapper may hand on attributes of what it wraps, and has none of the modules itself.
-        inside = descend(block, lambda one: not one._modules.keys().isdisjoint(names))
-        if inside is None:
-            inside = descend(block, lambda one: any(child(one, first) for first in names))
+        inside = descend(block, lambda one: any(child(one, first) for first in names))
+        if is_wrapper(block, self.model):
+            # It may hand on attributes of what it wraps, and has none of the modules itself.
+            own = descend(block, lambda one: not one._modules.keys().isdisjoint(names))
+            inside = own or inside
         return (block, name) if inside is None else (inside[0], ".".join((name, *inside[1])))
 
     def with_uses(self, blocks: tuple[Block, ...]) -> tuple[Block, ...]:
