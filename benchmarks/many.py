@@ -14,7 +14,8 @@ from benchmarks.contenders import Bench
 from benchmarks.models import ANSWER, INCORRECT, MODELS, Setting
 from benchmarks.timing import Spread, interleaved, ratios
 from dla_hooks import attribute_many, direct_logit_attribution
-from dla_hooks.many.batches import batches_of, pad_left
+from dla_hooks.many.batches import pad_left
+from dla_hooks.many.order import batches_of
 
 _PROMPTS, _SHORTEST, _LONGEST = 256, 8, 64
 _MAX_TOKENS = 4096

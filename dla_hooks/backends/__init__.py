@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 from dla_hooks.backends.base import Backend
 from dla_hooks.backends.huggingface import HuggingFaceBackend
 from dla_hooks.backends.wrapped import Conventions, Wrapper
+from dla_hooks.errors import InputError
 from dla_hooks.inputs.prompts import check_tokenizer
 
 
@@ -38,8 +39,11 @@ _INSIDE = {
     "torch.OptimizedModule": "_orig_mod",
     "torch.DataParallel": "module",
     "torch.DistributedDataParallel": "module",
+    "repeng.ControlModel": "model",
 }
 """Wrappers that change nothing about a forward pass, and the attribute with the model inside."""
+_RUN_OTHERWISE = {"pyvene.IntervenableModel": "model"}
+"""Wrappers that act in calls of their own only, and the attribute with the model inside."""
 
 
 _NAMES: WeakKeyDictionary[type, list[str]] = WeakKeyDictionary()
@@ -53,7 +57,7 @@ def backend_of(model: Any) -> Backend:
         model: a model of any backend, compiled or not, or what :func:`dla_hooks.wrap` made of one.
 
     Raises:
-        InputError: for a wrapper whose tokenizer is none.
+        InputError: for a wrapper whose tokenizer is none, or that acts in calls of its own only.
     """
     conventions, tokenizer = Conventions(), None
     if isinstance(model, Wrapper):
@@ -63,6 +67,13 @@ def backend_of(model: Any) -> Backend:
     while (inside := next((_INSIDE[name] for name in names if name in _INSIDE), None)) is not None:
         model = getattr(model, inside)
         names = _class_names(model)
+    for name in names:
+        if name in _RUN_OTHERWISE:
+            raise InputError(
+                f"a {type(model).__name__} runs a model by calls of its own, in which alone it "
+                f"intervenes; pass the model in it, .{_RUN_OTHERWISE[name]}, and put what it does "
+                "into a hook (register_forward_hook)"
+            )
     kind = next((_BY_CLASS[name] for name in names if name in _BY_CLASS), HuggingFaceBackend)
     return kind(model, conventions, tokenizer)
 

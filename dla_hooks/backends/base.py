@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -15,6 +15,7 @@ from dla_hooks.inputs.prompts import Prompt, encode
 from dla_hooks.modules.autocast import outside_autocast
 from dla_hooks.modules.compiled import eagerly
 from dla_hooks.modules.faults import synthetic_run
+from dla_hooks.modules.past_wrappers import BLOCKS, past_wrappers
 from dla_hooks.modules.user_hooks import needed_hooks, silenced
 from dla_hooks.modules.version import State, is_training, modules_of, state_of
 
@@ -30,10 +31,11 @@ class Backend:
     Attributes:
         model: the model.
         conventions: the values of keywords that a call leaves out.
-        serves: classes whose models it runs, each as its library and its own name; a model is
-            known by the classes that its own class descends from.
+        serves: classes whose models it runs, and their descendants, by library and name.
         advice: a sentence for refusals, about another way to pass the model; or nothing.
         under_autocast: whether it runs under a caller's autocast only, as of several dtypes.
+        past: which wrappers of the caller's made-up runs go past.
+        wrappers: these, each with the module in it.
         embedding_name: the path of the token embeddings, where a cache names them.
     """
 
@@ -47,7 +49,8 @@ class Backend:
         self.model = model
         self.conventions = conventions or Conventions()
         self._tokenizer = tokenizer
-        self.under_autocast = False
+        self.under_autocast, self.past = False, BLOCKS
+        self.wrappers: Mapping[nn.Module, nn.Module] = {}
 
     @property
     def tokenizer(self) -> Any:
@@ -72,7 +75,7 @@ class Backend:
 
     @property
     def compiled(self) -> bool:
-        """True if a part of the model is compiled: hooks see it only when it runs eagerly."""
+        """True if a part of the model is compiled; hooks see it only when it runs eagerly."""
         return self.state.compiled
 
     @property
@@ -228,12 +231,13 @@ class Backend:
 
     @contextmanager
     def without_user_hooks(self) -> Iterator[None]:
-        """Run eagerly, and without the caller's hooks: they belong to the caller's prompt.
+        """Run eagerly, and without the caller's hooks and wrappers: they belong to the prompt.
 
         Where a model was found to run with some of them only, these stay on.
         """
         needed = needed_hooks(self.model)
-        with eagerly(self.compiled), silenced(one for one in self.hookable() if one not in needed):
+        off = silenced(one for one in self.hookable() if one not in needed)
+        with eagerly(self.compiled), off, past_wrappers(self.wrappers):
             yield
 
     def hookable(self) -> Iterable[nn.Module]:

@@ -30,6 +30,7 @@ from dla_hooks.backends.labels import (
 )
 from dla_hooks.backends.readouts import (
     at_columns,
+    instead_of,
     n_embedded,
     taken,
     token_embedding,
@@ -103,8 +104,7 @@ class HuggingFaceBackend(Backend):
         if not is_module or not (has_head or hasattr(model, "config")):
             raise InputError(
                 "model must be a Hugging Face causal language model, a HookedTransformer or a "
-                f"TransformerBridge, got {type(model).__name__}; load one with "
-                "AutoModelForCausalLM.from_pretrained(folder)"
+                f"TransformerBridge, got {type(model).__name__}; {instead_of(model)}"
             )
         name = f"{type(model).__name__} (model type {self.model_type!r})"
         if self._config_value("is_encoder_decoder"):

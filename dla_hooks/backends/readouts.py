@@ -116,3 +116,18 @@ def way_out(model: Any) -> str:
         "was saved without a head has none: loaded as a causal language model it would get a "
         "random one"
     )
+
+
+def instead_of(given: Any) -> str:
+    """Advice about what is no model at all: the model that it holds, as nnsight's have one."""
+    held = [name for name, one in getattr(given, "__dict__", {}).items() if _is_model(one)]
+    if not held:
+        return "load one with AutoModelForCausalLM.from_pretrained(folder)"
+    return (
+        f"pass the model in it, .{held[0]}: its own hooks act there, and what a library does "
+        f"around it, as edits of nnsight's, does not"
+    )
+
+
+def _is_model(value: Any) -> bool:
+    return isinstance(value, nn.Module) and hasattr(value, "config")

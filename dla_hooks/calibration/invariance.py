@@ -11,13 +11,20 @@ from dla_hooks.calibration.prompt import short_prompt
 from dla_hooks.inputs.positions import spread_over
 from dla_hooks.inputs.prompts import Prompt
 from dla_hooks.modules.autocast import outside_autocast
+from dla_hooks.modules.length_dependence import Limits
 from dla_hooks.modules.version import Remembered
 from dla_hooks.residual.stream import Stream
 
 _padding: Remembered[bool] = Remembered()
 _chunks: Remembered[bool] = Remembered()
 _holes: Remembered[bool] = Remembered()
+_limits: Remembered[Limits] = Remembered()
 _MOST_COLUMNS = 64
+
+
+def length_limits(stream: Stream) -> Limits:
+    """The lengths from which on a model computes otherwise. Looked up once per model."""
+    return _limits.of(stream.model, stream.version, lambda: Limits.of(stream.model))
 
 
 def padding_is_ignored(stream: Stream, *, left: bool) -> bool:
@@ -68,7 +75,7 @@ def _try_hole(stream: Stream, row: Tensor) -> bool:
     with torch.no_grad():
         expected = stream.backend.run_synthetic(alone, seen).double()
         found = stream.backend.run_synthetic(holed, columns[seen]).double()
-    return _alike(stream, expected, found)
+    return alike(stream, expected, found)
 
 
 def _try_padding(stream: Stream, left: bool) -> bool:
@@ -79,7 +86,7 @@ def _try_padding(stream: Stream, left: bool) -> bool:
         expected = stream.backend.run_synthetic(alone, torch.tensor([2], device="cpu")).double()
         last = torch.tensor([4 if left else 2], device="cpu")
         found = stream.backend.run_synthetic(padded, last).double()
-    return _alike(stream, expected, found)
+    return alike(stream, expected, found)
 
 
 def _padded(prompt: Prompt, left: bool) -> Prompt:
@@ -134,10 +141,11 @@ def _try_chunks(stream: Stream, left: bool | None) -> bool:
         finally:  # the last run, for models that keep a state of their own until the next
             expected = stream.backend.forward(prompt, torch.tensor([last], device="cpu")).double()
     assert found is not None
-    return _alike(stream, expected, found)
+    return alike(stream, expected, found)
 
 
-def _alike(stream: Stream, expected: Tensor, found: Tensor) -> bool:
+def alike(stream: Stream, expected: Tensor, found: Tensor) -> bool:
+    """Whether two runs have the same logits, but for rounding."""
     finite = torch.isfinite(expected) & torch.isfinite(found)
     if not bool(torch.equal(torch.isfinite(expected), finite)):
         return False

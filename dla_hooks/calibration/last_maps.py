@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -62,15 +63,29 @@ class NeuronSite:
     behind: tuple[tuple[Place, float], ...] = ()
 
 
+class _Passed(NamedTuple):
+    """An end of a module that holds what an MLP writes, or a multiple of it.
+
+    Attributes:
+        path: of the module in its block.
+        factor: the constant that remains.
+        before: whether it is the input.
+    """
+
+    path: str
+    factor: float
+    before: bool
+
+
 @dataclass(frozen=True)
 class _Found:
     """The same by paths in the block: a measurement must hold no part of its model."""
 
     path: str | None
-    before: tuple[tuple[str, float], ...]
+    before: tuple[_Passed, ...]
     norm: str | None = None
     norm_factor: float = 1.0
-    behind: tuple[tuple[str, float], ...] = ()
+    behind: tuple[_Passed, ...] = ()
 
 
 _known: Remembered[dict[str, _Found]] = Remembered()
@@ -88,8 +103,8 @@ def _site(stream: Stream, block: Block, write: WriteSite, found: _Found) -> Neur
     def place(path: str) -> Place:
         return Place(block.module.get_submodule(path), f"{block.name}.{path}", write.use)
 
-    def places(pairs: tuple[tuple[str, float], ...]) -> tuple[tuple[Place, float], ...]:
-        return tuple((place(path), factor) for path, factor in pairs)
+    def places(found: tuple[_Passed, ...]) -> tuple[tuple[Place, float], ...]:
+        return tuple((place(e.path)._replace(before=e.before), e.factor) for e in found)
 
     norm = None if found.norm is None else place(found.norm)
     if write.post_norm is not None:
@@ -100,9 +115,9 @@ def _site(stream: Stream, block: Block, write: WriteSite, found: _Found) -> Neur
         assert named is not None
         hook_point, path, linear = named
         at = Place(hook_point, f"{block.name}.{path}", write.use)
-        return NeuronSite(at, linear, at.name, found.before[0][1], *way)
+        return NeuronSite(at, linear, at.name, found.before[0].factor, *way)
     at = place(found.path).entered
-    return NeuronSite(at, at.module, at.name, found.before[0][1], *way)
+    return NeuronSite(at, at.module, at.name, found.before[0].factor, *way)
 
 
 class _Seen:
@@ -178,6 +193,9 @@ def _way(
     wrote: Tensor,
 ) -> _Found | None:
     """How the neurons of one write reach it; None where no single linear map makes it."""
+    # What runs behind the write hands it on, too, and is the stream's own.
+    own = [n for n, call in enumerate(calls) if call.module is write.written_by]
+    calls = calls[: own[-1] + 1] if own else calls
     named = stream.backend.neurons(block.module)
     # The module whose parameter the map is, where the backend names it.
     inner = None if named is None else block.module.get_submodule(named[1].rpartition(".")[0])
@@ -194,14 +212,14 @@ def _way(
         map_path, before = _to_map(paths, calls, call.entered, inner)
         if before and _is_norm(stream, call):
             outer = _handed_on(paths, calls, wrote)
-            outer = tuple(one for one in outer if one[0] != paths[call.module])
+            outer = tuple(one for one in outer if one.path != paths[call.module])
             return _Found(map_path, before, paths[call.module], behind, outer)
     return None
 
 
 def _to_map(
     paths: dict[nn.Module, str], calls: list[SeenCall], wrote: Tensor, inner: nn.Module | None
-) -> tuple[str | None, tuple[tuple[str, float], ...]]:
+) -> tuple[str | None, tuple[_Passed, ...]]:
     """The linear map that makes an activation, and all that hands it on; or nothing.
 
     Args:
@@ -222,9 +240,16 @@ def _to_map(
 
 def _handed_on(
     paths: dict[nn.Module, str], calls: list[SeenCall], wrote: Tensor
-) -> tuple[tuple[str, float], ...]:
-    pairs = ((paths[one.module], _ratio(one.left, wrote)) for one in calls if one.module in paths)
-    return tuple((path, ratio) for path, ratio in pairs if ratio is not None and path)
+) -> tuple[_Passed, ...]:
+    found = []
+    for call in calls:
+        path, behind = paths.get(call.module), _ratio(call.left, wrote)
+        if not path or behind is None:
+            continue
+        ahead = _ratio(call.entered, wrote)
+        found += [] if ahead is None else [_Passed(path, ahead, True)]
+        found.append(_Passed(path, behind, False))
+    return tuple(found)
 
 
 def _ratio(one: Tensor, other: Tensor) -> float | None:

@@ -33,3 +33,13 @@ def that_move(logits: Tensor) -> Tensor:
     apart = (nothing - nothing[finite].median()).abs()
     ordinary = moves & ((noise - nothing).abs() > 1e-3 * apart)
     return ordinary if bool(ordinary.any()) else moves
+
+
+def masked_tokens(logits: Tensor) -> Tensor | None:
+    """The tokens that the model itself masks with -inf, whatever it reads [n]; None for none.
+
+    Args:
+        logits: [rows, vocabulary].
+    """
+    masked = (logits == -torch.inf).all(0)
+    return masked.nonzero()[:, 0] if bool(masked.any()) else None

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dla_hooks.backends import Backend
+from dla_hooks.calibration.logits import masked_tokens
 from dla_hooks.calibration.prompt import short_prompt
 from dla_hooks.calibration.readout import readout
 from dla_hooks.calibration.synthetic_run import SyntheticRun, refusal
@@ -27,6 +28,7 @@ from dla_hooks.modules.autocast import autocast_is_on
 from dla_hooks.modules.compiled import eagerly
 from dla_hooks.modules.faults import SyntheticRunError
 from dla_hooks.modules.hooks import ONLY_USE, Use
+from dla_hooks.modules.past_wrappers import EVERY, every_wrapper
 from dla_hooks.modules.runs import count_firings
 from dla_hooks.modules.version import Remembered
 from dla_hooks.modules.weights import made_of
@@ -45,6 +47,7 @@ class BlockScales:
         constant: the vector that is added besides [d_model].
         carriers: what carries the stream on: its number, how many writes run before it, and its
             factor.
+        behind: the factor between the block's output and what reads the stream next.
     """
 
     index: int
@@ -53,6 +56,7 @@ class BlockScales:
     responses: tuple[Tensor | None, ...]
     constant: Tensor | None
     carriers: tuple[tuple[int, int, Tensor | None], ...] = ()
+    behind: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class Scales:
     logit_scale: float
     logit_bias: Tensor | None
     softcap: float | None
+    masked: Tensor | None
     vocabulary: int
     ahead: int
     under_autocast: bool
@@ -86,6 +91,10 @@ def with_scales(stream: Stream) -> Stream:
         UnsupportedModelError: when a block is no sum, or the logits no affine map of the stream.
     """
     version = stream.backend.state.version
+    around = {one.module: one.inner.module for one in stream.blocks if one.inner is not None}
+    if stream.backend.past == EVERY:
+        around = {**every_wrapper(stream.backend.root), **around}
+    stream.backend.wrappers = around
     scales = _known.find(stream.model, version, stream.architecture)
     remembered = scales is not None
     if scales is None:
@@ -112,14 +121,19 @@ def _apply(stream: Stream, scales: Scales) -> Stream:
         )
         # This runs in every call. Most blocks are plain sums and stay as they are.
         plain = found.gain is None and found.constant is None and len(writes) == len(block.writes)
-        plain = plain and not block.carriers
+        plain = plain and found.behind is None and not block.carriers
         if not plain or any(a is not b for a, b in zip(writes, block.writes, strict=True)):
             carriers = tuple(
                 replace(block.carriers[number], after=after, response=response)
                 for number, after, response in found.carriers
             )
             block = replace(
-                block, writes=writes, gain=found.gain, constant=found.constant, carriers=carriers
+                block,
+                writes=writes,
+                gain=found.gain,
+                constant=found.constant,
+                carriers=carriers,
+                behind=found.behind,
             )
         blocks.append(block)
     return replace(
@@ -134,6 +148,7 @@ def _apply(stream: Stream, scales: Scales) -> Stream:
         logit_scale=scales.logit_scale,
         logit_bias=scales.logit_bias,
         softcap=scales.softcap,
+        masked=scales.masked,
         vocabulary=scales.vocabulary,
         ahead=scales.ahead,
     )
@@ -154,7 +169,8 @@ def _measure(stream: Stream) -> Scales:
         constant = synthetic.constant(position)
         kept = constant if bool(constant.any()) else None
         carriers = tuple(synthetic.carriers(position, block))
-        blocks.append(BlockScales(index, writes, gain, tuple(responses), kept, carriers))
+        behind = synthetic.behind(position)
+        blocks.append(BlockScales(index, writes, gain, tuple(responses), kept, carriers, behind))
     scale, cap, bias = readout(synthetic, logits)
     has_positions, response = synthetic.positions() if stream.positions else (False, None)
     return Scales(
@@ -168,6 +184,7 @@ def _measure(stream: Stream) -> Scales:
         logit_scale=scale,
         logit_bias=bias,
         softcap=cap,
+        masked=masked_tokens(logits),
         vocabulary=logits.shape[-1],
         ahead=synthetic.ahead,
         under_autocast=stream.backend.under_autocast,

@@ -7,18 +7,19 @@ row of its own. The results are for :mod:`dla_hooks.calibration.scales`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from dla_hooks.calibration.between_blocks import factor_between
+from dla_hooks.calibration.dtypes import Dtypes
 from dla_hooks.calibration.logits import finest_that_holds
 from dla_hooks.calibration.prompt import short_prompt
 from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.modules.edits import Edit, edited
 from dla_hooks.modules.hooks import Call, Place, Tap, Use, tapped
 from dla_hooks.modules.vjp import dtype_of
-from dla_hooks.residual.stream import Block, Stream, coarsest
+from dla_hooks.residual.stream import Block, Stream
 
 _LENGTH = 2
 
@@ -29,25 +30,6 @@ def refusal(stream: Stream, what: str) -> UnsupportedModelError:
         f"{type(stream.backend.root).__name__} (model type {stream.backend.model_type!r}) cannot "
         f"be attributed: {what}{instead}"
     )
-
-
-@dataclass(frozen=True)
-class Dtypes:
-    """The dtypes that were seen in a made-up run.
-
-    Attributes:
-        stream: of what enters the blocks and the final norm.
-        writes: of what the writes put out.
-        read: of the final norm's output, the unembedding and the logits.
-    """
-
-    stream: set[torch.dtype] = field(default_factory=set)
-    writes: set[torch.dtype] = field(default_factory=set)
-    read: set[torch.dtype] = field(default_factory=set)
-
-    def rounding(self) -> float:
-        """The rounding of the coarsest dtype in which the blocks are added up."""
-        return float(torch.finfo(coarsest(self.stream | self.writes)).eps)
 
 
 class SyntheticRun:
@@ -84,6 +66,7 @@ class SyntheticRun:
         )
         self.together = together.to(torch.bfloat16).double()
         self.outputs: dict[int, Tensor] = {}
+        self._left: dict[int, Tensor] = {}  # the same as the blocks put it out
         self.ahead = 0  # positions that the model puts before those of the prompt
         self.dtypes = Dtypes()
         self._calls: list[tuple[nn.Module, bool]] = []  # of all places that are changed, in order
@@ -98,6 +81,8 @@ class SyntheticRun:
         taps = [Tap(block.input, self._keep(i - 1)) for i, block in enumerate(blocks) if i]
         norm = self.stream.final_norm._replace(use=self.norm_use)
         taps.append(Tap(norm.entered, self._keep(len(blocks) - 1)))
+        for i, block in enumerate(blocks):
+            taps.append(Tap(block.output, self._keep_left(i)))
         edits = [self._edit(norm, self.normed(), self.dtypes.read)]
         if self.stream.positions is not None:
             # The input of block 0 for positions alone.
@@ -170,6 +155,12 @@ class SyntheticRun:
                     for write in writes
                 )
                 yield number, after, self._simplest(factor, position, slot)
+
+    def behind(self, position: int) -> Tensor | None:
+        """The factor between what a block puts out and what reads the stream next; None for one."""
+        carried = slice(0, 3)  # nothing, and two rows that the block's input alone has
+        left, read = self._left[position][carried], self.outputs[position][carried]
+        return factor_between(left, read, self._tolerance())
 
     def _seen(self, position: int, slot: int) -> tuple[Tensor, float]:
         """The factor [d_model] that the rows of a slot show, and how far that is from linear."""
@@ -289,12 +280,21 @@ class SyntheticRun:
 
         return keep
 
+    def _keep_left(self, position: int) -> Callable[[Call], None]:
+        def keep(call: Call) -> None:
+            self._left[position] = self._rows(call.activation)[:, 0].clone()
+
+        return keep
+
     def _keep(self, position: int) -> Callable[[Call], None]:
         def keep(call: Call) -> None:
             x = call.activation
             self.dtypes.stream.add(x.dtype)
-            rows = x.detach().double().cpu().reshape(self.n_rows, -1, x.shape[-1])
+            rows = self._rows(x)
             self.outputs[position] = rows[:, 0].clone()
             self.ahead = rows.shape[1] - _LENGTH
 
         return keep
+
+    def _rows(self, x: Tensor) -> Tensor:
+        return x.detach().double().cpu().reshape(self.n_rows, -1, x.shape[-1])

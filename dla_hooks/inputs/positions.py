@@ -68,7 +68,10 @@ def parse(pos: Any, width: int) -> PositionSpec:
         return parse(slice(*pos), width)
     if hasattr(pos, "tolist") and hasattr(pos, "ndim"):  # a tensor, an array or a numpy scalar
         if pos.ndim > 1:
-            raise InputError(f"pos takes at most one axis, got shape {tuple(pos.shape)}")
+            raise InputError(
+                f"pos takes at most one axis, got shape {tuple(pos.shape)}; positions of each "
+                "prompt's own go in dla_hooks.PerRow([...])"
+            )
         is_mask = str(pos.dtype).removeprefix("torch.") == "bool"
         pos = pos.tolist()
         if is_mask and isinstance(pos, list):
@@ -233,7 +236,8 @@ def _as_int(item: Any, pos: Any) -> int:
     except TypeError:
         raise InputError(
             f"pos must be an int, None, a tuple (meaning slice(*pos)), a slice, a list of ints or "
-            f"a 1-d tensor or array of ints or bools; got {type(pos).__name__}: {pos!r}"
+            f"a 1-d tensor or array of ints or bools, or dla_hooks.PerRow([...]) for positions of "
+            f"each prompt's own; got {type(pos).__name__}: {pos!r}"
         ) from None
 
 

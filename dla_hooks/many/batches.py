@@ -6,8 +6,8 @@ Decided here: which prompts run together, and what happens when a batch fails or
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
@@ -16,11 +16,12 @@ from torch import Tensor
 
 from dla_hooks.attribution import Plan, prepare
 from dla_hooks.backends import Backend
-from dla_hooks.calibration.invariance import padding_is_ignored
+from dla_hooks.calibration.invariance import length_limits, padding_is_ignored
 from dla_hooks.calibration.prompt import short_prompt
 from dla_hooks.errors import DecompositionError, DLAError, InputError, UnsupportedModelError
 from dla_hooks.inputs.forms import pad_left
 from dla_hooks.inputs.rows_of_positions import PerRow
+from dla_hooks.many.order import batches_of
 from dla_hooks.many.questions import Asking, OneForAll, together
 from dla_hooks.modules.user_hooks import hooked_modules
 from dla_hooks.residual.stream import Stream
@@ -43,6 +44,7 @@ class Item:
         question: what is asked, where that is no plain token; ``correct`` then says nothing.
         columns: the selected positions, where prompts have their own; else None.
         given: the same before its question was put to the prompt, or None.
+        extras: further arguments of the model's forward that it runs with, by itself.
     """
 
     index: int
@@ -55,31 +57,7 @@ class Item:
     question: Asking | None = None
     columns: Sequence[int] | None = None
     given: Item | None = None
-
-
-def batches_of(
-    lengths: Sequence[int], max_tokens: int, *, same_length: bool = False
-) -> list[list[int]]:
-    """Sort prompts by length and fill batches with them.
-
-    Args:
-        lengths: tokens of each prompt.
-        max_tokens: the most that a batch may hold, padding counted: its rows times its longest. A
-            prompt that is longer is a batch of its own.
-        same_length: put prompts of one length together only, so that nothing is padded.
-
-    Returns:
-        Indices into ``lengths``, a list for each batch; every index once, longest prompts first.
-    """
-    batches: list[list[int]] = []
-    # Longest first, so that running out of memory shows at once.
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        longest = lengths[batches[-1][0]] if batches else 0
-        full = not batches or (len(batches[-1]) + 1) * longest > max_tokens
-        if full or (same_length and lengths[index] != longest):
-            batches.append([])
-        batches[-1].append(index)
-    return batches
+    extras: Mapping[str, Any] = field(default_factory=dict)
 
 
 def side_by_side(answers: Sequence[Tensor], items: Sequence[Item], *, one_position: bool) -> Tensor:
@@ -179,8 +157,13 @@ class Runner:
         """Yield every prompt with its result (still without texts) or its error, by batches."""
         lengths = [len(item.ids) for item in items]
         same_length = len(set(lengths)) > 1 and not self._may_pad()
-        order = batches_of(lengths, self._max_tokens, same_length=same_length)
-        pending = [[items[i] for i in batch] for batch in reversed(order)]
+        limits = length_limits(self.stream)
+        order = batches_of(
+            lengths, self._max_tokens, same_length=same_length, longest_padded=limits.longest_padded
+        )
+        if limits.grows:
+            order.reverse()
+        pending = [part for one in order for part in _by_extras([items[i] for i in one])][::-1]
         while pending:
             batch = pending.pop()
             n_tokens = len(batch) * max(len(item.ids) for item in batch)
@@ -208,9 +191,9 @@ class Runner:
     def _may_pad(self) -> bool:
         """Whether prompts of different lengths may run together.
 
-        Hooks of the caller's may count positions from the left, or read padding.
+        Hooks and wrappers of the caller's may count positions from the left, or read padding.
         """
-        if hooked_modules(self._backend.hookable()):
+        if hooked_modules(self._backend.hookable()) or self.stream.backend.wrappers:
             return False
         try:
             return padding_is_ignored(self.stream, left=True)
@@ -218,13 +201,17 @@ class Runner:
             return False
 
     def _run(self, batch: Sequence[Item]) -> list[Result]:
-        ids, mask = pad_left([item.ids for item in batch])
+        ids, padded = pad_left([item.ids for item in batch])
+        given: Any = ids
+        mask: Tensor | None = padded
+        if batch[0].extras:  # it runs by itself, without padding
+            given, mask = {"input_ids": ids, **batch[0].extras}, None
         pos = self._pos
         if batch[0].columns is not None:
             pos = self._own_positions(batch)
         if batch[0].question is not None:
             plan = self._asking(self._together(batch))
-            result = plan(ids, pos=pos, attention_mask=mask, chunk_size=self._chunk_size)
+            result = plan(given, pos=pos, attention_mask=mask, chunk_size=self._chunk_size)
             return list(split(result))
         lay = partial(side_by_side, items=batch, one_position=self._one_position)
         correct = lay([item.correct for item in batch])
@@ -233,7 +220,7 @@ class Runner:
         if wrong:
             correct, incorrect = torch.broadcast_tensors(correct, lay(wrong))
         plan = self._plan(correct, incorrect)
-        result = plan(ids, pos=pos, attention_mask=mask, chunk_size=self._chunk_size)
+        result = plan(given, pos=pos, attention_mask=mask, chunk_size=self._chunk_size)
         return list(split(result))
 
     def _one_each(self, batch: Sequence[Item]) -> bool:
@@ -271,6 +258,14 @@ class Runner:
         if self._kept is None or self._kept[0] != question:
             self._kept = question, self._prepare(*question)
         return self._kept[1]
+
+
+def _by_extras(batch: Sequence[Item]) -> Iterator[list[Item]]:
+    """A batch without the prompts that have arguments of their own, and each of these alone."""
+    together = [item for item in batch if not item.extras]
+    if together:
+        yield together
+    yield from ([item] for item in batch if item.extras)
 
 
 def freed(error: DLAError) -> DLAError:

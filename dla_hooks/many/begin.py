@@ -20,7 +20,7 @@ from dla_hooks.many.prompts import Reader
 from dla_hooks.many.rows import Rows
 from dla_hooks.many.store import Shards
 from dla_hooks.many.work import Share, Work
-from dla_hooks.modules.user_hooks import callers_hooks
+from dla_hooks.modules.user_hooks import callers_changes
 from dla_hooks.targets.question import require_answer
 from dla_hooks.units import read_units
 
@@ -127,18 +127,18 @@ def _check_tag(backend: Backend, tag: Any) -> None:
     """Refuse a folder for a model that more than its weights and settings makes what it is.
 
     Raises:
-        InputError: for hooks of the caller's without a tag.
+        InputError: for hooks, wrappers and the like of the caller's without a tag.
     """
     if tag is not None:
         if not isinstance(tag, str) or not tag:
             raise InputError(f"tag must be a string that is not empty, or None, got {tag!r:.80}")
         return
-    path = next(callers_hooks(backend.model), None)
-    if path is not None:
+    for path, what in callers_changes(backend.model):
+        one = what.split()[-3]
         raise InputError(
-            f"{path or 'the model'} has a hook of yours, and a folder to resume cannot tell what "
-            "it does: results with other hooks, or with none, would be taken for these. Give "
-            "tag=, a name of your own for what the hooks do, or leave resume out."
+            f"{path or 'the model'} {what}, and a folder to resume cannot tell what it does: "
+            f"results with another {one}, or with none, would be taken for these. Give tag=, a "
+            "name of your own for what it does, or leave resume out."
         )
 
 

@@ -119,12 +119,18 @@ def of_item(item: Item) -> bytes:
     """A digest of one prompt and its answers, as they were given: 16 bytes."""
     item = item.given or item
     wrong = None if item.incorrect is None else item.incorrect.tolist()
-    parts = [item.ids.tolist(), item.correct.tolist(), wrong]
+    parts: list[Any] = [item.ids.tolist(), item.correct.tolist(), wrong]
     if item.question is not None:
         parts.append(as_plain(item.question))
     if item.columns is not None:
         parts.append(list(item.columns))
+    if item.extras:
+        parts.append({name: _as_list(value) for name, value in sorted(item.extras.items())})
     return bytes.fromhex(_digest(json.dumps(parts).encode()))
+
+
+def _as_list(value: Any) -> Any:
+    return value.tolist() if isinstance(value, Tensor) else repr(value)
 
 
 def _saved(module: nn.Module) -> list[str]:

@@ -13,6 +13,7 @@ from dla_hooks.backends import Backend
 from dla_hooks.errors import InputError, ShapeMismatchError, TokenError
 from dla_hooks.inputs import positions
 from dla_hooks.inputs.answers import check_answers, read_ids
+from dla_hooks.inputs.extras import EMBEDS, MASK, OF_TEXT
 from dla_hooks.inputs.forms import as_tensor
 from dla_hooks.inputs.positions import Selection
 from dla_hooks.inputs.prompts import Prompt, read_prompt, tokenizer_for
@@ -26,6 +27,7 @@ from dla_hooks.sources.prompt import check_length
 from dla_hooks.targets.base import Request
 from dla_hooks.targets.question import Question, read_question
 
+_TAKEN = OF_TEXT - {EMBEDS, MASK}
 _NOTHING = torch.zeros((), dtype=torch.long, device="cpu")
 _REAL = torch.ones((), dtype=torch.bool, device="cpu")  # a prompt alone has no padding
 
@@ -86,10 +88,11 @@ class Reader:
         )
         if isinstance(row.prompt, str):
             warn_of_unknown(read.input_ids, tokenizer, row.prompt)
-        if read.extras:
+        if read.extras and (read.extras.keys() - _TAKEN or not bool(read.mask.all())):
             raise InputError(
-                f"a prompt holds {', '.join(read.extras)}, and attribute_many takes texts and "
-                "token ids only; leave it out, or call a plan of prepare(...) for each prompt"
+                f"a prompt holds {', '.join(read.extras)}, and beside token ids without padding "
+                f"attribute_many takes {' and '.join(sorted(_TAKEN))} only; call a plan of "
+                "prepare(...) for each such prompt"
             )
         if len(read.input_ids) != 1:
             raise InputError(
@@ -129,6 +132,7 @@ class Reader:
             given_as_ids=given_as_ids,
             question=question,
             columns=columns,
+            extras=read.extras,
         )
 
     def read_question(self, answers: Mapping[str, Any]) -> Asking:
@@ -160,7 +164,7 @@ class Reader:
             InputError: for a prompt that is too long, or answers that do not fit it.
             PositionError: when it lacks a position.
         """
-        prompt = _alone(item.ids)
+        prompt = replace(_alone(item.ids), extras=item.extras)
         check_length(stream, prompt)
         self.backend.check_prompt(prompt)
         if item.given_as_ids:

@@ -48,7 +48,9 @@ def attribute_many(
 
     Args:
         model: as for :func:`direct_logit_attribution`.
-        prompts: any iterable of strings, or of token ids [pos] (lists, arrays, tensors).
+        prompts: any iterable of strings, or of token ids [pos] (lists, arrays, tensors). Or of
+            mappings with ``input_ids`` and ``position_ids`` or ``token_type_ids`` for that prompt:
+            it then runs by itself.
         answer_tokens: one token for all prompts (a string or an id), or an iterable with one
             answer for each prompt: a string, an id, or with several positions a list or tensor
             of one id for each selected position. Or one of the other questions that

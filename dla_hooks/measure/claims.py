@@ -95,6 +95,12 @@ def check_finite(measurement: Measurement) -> None:
     measured = (parts.raw_CN, measurement.reading.total_N, *(one.values_CN for one in splits))
     if all(map(all_finite, measured)):
         return
+    for label, added_RN in measurement.reading.hooks_RN.items():
+        if all_finite(parts.raw_CN) and not all_finite(added_RN):
+            raise NonFiniteError(
+                f"a hook of yours makes a logit that is asked about infinite ({label}), as a mask "
+                "of -inf does; ask about tokens that it leaves as they are"
+            )
     check_weights(stream.backend)
     finite = [True] * len(parts.plan.rows) if parts.finite_C is None else parts.finite_C.tolist()
     pairs = zip(parts.plan.rows, finite, strict=True)

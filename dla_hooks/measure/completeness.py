@@ -31,6 +31,7 @@ from dla_hooks.measure.rounding import rounding_of
 from dla_hooks.modules.autocast import AUTOCAST
 from dla_hooks.modules.user_hooks import has_callers
 from dla_hooks.projection.ledger import all_finite
+from dla_hooks.residual.stream import Stream
 from dla_hooks.targets.base import Observed
 from dla_hooks.tolerance import is_coarse, misfit_tolerance, of_stream, tolerance
 from dla_hooks.units.plan import Measurement
@@ -138,8 +139,23 @@ def _failure(
             "and no row can show it. Put it on the unembedding"
         )
     else:
-        why = trace_report(stream, prompt).diagnosis()
+        why = trace_report(stream, prompt).diagnosis() + _of_inputs(stream)
     return DecompositionError(
         f"{stream.backend.name}: {what} miss by {gap:.3g}, which is {relative:.1e} of the logits' "
         f"spread ({spread:.3g}); {allowed:.0e} is allowed in {dtype}. {why}"
     )
+
+
+def _of_inputs(stream: Stream) -> str:
+    """A sentence about hooks on what modules in blocks read, which may write in place; or nothing.
+
+    The tensor that a norm reads is the stream itself.
+    """
+    blocks = {block.module for block in stream.blocks}
+    for path, module in stream.model.named_modules():
+        if module not in blocks and has_callers(module._forward_pre_hooks):
+            return (
+                f" A hook on the input of {path or 'the model'} that writes in place there changes "
+                "the stream, too: let it return a changed copy, or put it on the block"
+            )
+    return ""

@@ -47,6 +47,7 @@ class Place(NamedTuple):
         use: which of the module's runs, where it runs several times.
         before: what enters the module; otherwise what leaves it.
         first: ahead of all hooks that are on the module; otherwise behind them.
+        since: the place that is looked at for what was there before, where that is another.
     """
 
     module: nn.Module
@@ -54,11 +55,12 @@ class Place(NamedTuple):
     use: Use = ONLY_USE
     before: bool = False
     first: bool = False
+    since: Place | None = None
 
     @property
     def ahead(self) -> Place:
-        """The same, ahead of all hooks that are on the module."""
-        return self._replace(first=True)
+        """The same, ahead of all hooks that are on the module, or of what else writes there."""
+        return self.since or self._replace(first=True)
 
     @property
     def entered(self) -> Place:

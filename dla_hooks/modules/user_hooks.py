@@ -207,6 +207,21 @@ def callers_hooks(model: nn.Module) -> Iterator[str]:
             yield path
 
 
+def callers_changes(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """What of the caller's may change a run, beside weights and settings.
+
+    Yields:
+        The path of each module, and what it is or has: a hook, a ``forward``, a wrapper.
+    """
+    for path, module in model.named_modules():
+        if has_callers(module._forward_hooks) or has_callers(module._forward_pre_hooks):
+            yield path, "has a hook of yours"
+        elif is_replaced(module) and is_callers(vars(module)["forward"]):
+            yield path, "has a forward of yours"
+        elif len(module._modules) == 1 and is_foreign(module, model):
+            yield path, "is a wrapper of yours"
+
+
 @contextmanager
 def silenced(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Run without the caller's hooks on some modules, in this thread only."""

@@ -38,4 +38,4 @@ def places_between(stream: Stream) -> Iterator[Between]:
     for number, block in enumerate(stream.blocks[:n_blocks]):
         last = number + 1 == len(whole.blocks)
         reader = whole.final_norm.entered if last else whole.blocks[number + 1].input
-        yield Between(number, block, block.input._replace(before=False), reader.ahead)
+        yield Between(number, block, block.output, reader.ahead)

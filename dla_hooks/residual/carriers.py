@@ -15,7 +15,7 @@ from torch import nn
 from dla_hooks.modules.hooks import Place, Use
 from dla_hooks.residual.stream import Block, Carrier
 
-_PASS_ON = (nn.Dropout, nn.Identity)
+PASS_ON = (nn.Dropout, nn.Identity)
 
 
 def with_carriers(blocks: tuple[Block, ...]) -> tuple[Block, ...]:
@@ -52,11 +52,12 @@ def _candidates(block: Block) -> list[Place]:
     found = dict(held)
     for module, path in ((block.module, block.name), *held.items()):
         for name, child in module._modules.items():
-            if isinstance(child, _PASS_ON):
+            if isinstance(child, PASS_ON):
                 found.setdefault(child, f"{path}.{name}")
     return [
         Place(module, path, before=before)
         for module, path in found.items()
         if module not in written
+        if block.inner is None or module is not block.inner.module
         for before in (True, False)
     ]

@@ -30,7 +30,8 @@ class Hooked(NamedTuple):
         at_input: whether the place is the block's input, or the last stream.
         place: where the hooks are.
         after: how many of the block's writes stand before it.
-        response: inside of a block, what its output multiplies a change there by; None is one.
+        response: what the stream behind the block multiplies a change there by; None is one.
+        by_wrapper: whether it is a wrapper's, which may write nothing.
     """
 
     number: int
@@ -39,6 +40,7 @@ class Hooked(NamedTuple):
     place: Place
     after: int = 0
     response: Tensor | None = None
+    by_wrapper: bool = False
 
     @property
     def label(self) -> str:
@@ -59,15 +61,24 @@ def hooked_places(stream: Stream) -> Iterator[Hooked]:
     if not _any_hooked(stream.hookable):  # nearly every call ends here
         return
     n_whole = len(stream.blocks) - (stream.ending is not None and stream.ending.within)
+    start = stream.declared_start
     for number, block in enumerate(stream.blocks):
-        if is_hooked(block.input):
+        # A stream that starts within its first block (RWKV) holds what hooks do ahead of that.
+        ahead = not number and start is not None and start.name.startswith(f"{block.name}.")
+        if not ahead and is_hooked(block.input):
             yield Hooked(number, block, True, block.input)
+        inner = block.inner
+        if inner is not None:
+            read = inner.entered._replace(since=block.input)
+            yield Hooked(number, block, False, read, 0, block.gain, True)
         for one in sorted(block.carriers, key=lambda carrier: carrier.after):
             if is_hooked(one.place):
                 yield Hooked(number, block, False, one.place, one.after, one.response)
-        output = block.input._replace(before=False)
-        if number < n_whole and is_hooked(output):
-            yield Hooked(number, block, False, output, len(block.writes))
+        if number < n_whole and inner is not None:
+            left = block.output.ahead._replace(since=inner.ahead)
+            yield Hooked(number, block, False, left, len(block.writes), block.behind, True)
+        if number < n_whole and is_hooked(block.output):
+            yield Hooked(number, block, False, block.output, len(block.writes), block.behind)
     for place in stream.behind_blocks:
         if not place.first and is_hooked(place):
             yield Hooked(len(stream.blocks), None, True, place)

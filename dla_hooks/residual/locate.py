@@ -16,6 +16,8 @@ from dla_hooks.backends import Backend
 from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.modules.hooks import Place, Use
 from dla_hooks.modules.linear import input_width, output_width
+from dla_hooks.modules.past_wrappers import NONE
+from dla_hooks.modules.user_hooks import is_wrapper
 from dla_hooks.residual.architecture import Architecture, Write
 from dla_hooks.residual.carriers import with_carriers
 from dla_hooks.residual.head_site import HeadSite
@@ -148,8 +150,15 @@ class _Finder:
             optional = self.architecture.reads is not None and any(
                 write.heads is not None and write.heads.cross for write in writes
             )
-            blocks.append(Block(layer, module, name, use, writes, optional=optional))
+            block = Block(layer, module, name, use, writes, optional=optional)
+            if inner is not module and self.goes_past(module):
+                block = replace(block, inner=Place(inner, inside, use))
+            blocks.append(block)
         return with_carriers(self.with_uses(tuple(blocks)))
+
+    def goes_past(self, wrapper: nn.Module) -> bool:
+        """Whether made-up runs go past a wrapper, and a real one shows what it writes."""
+        return self.backend.past != NONE and is_wrapper(wrapper, self.model)
 
     def first_names(self) -> list[str]:
         """What at least one of the writes of each block is found by."""
@@ -161,6 +170,10 @@ class _Finder:
         """The module that has a block's parts: the block, or the one that it is a wrapper of."""
         names = self.first_names()
         inside = descend(block, lambda one: any(child(one, first) for first in names))
+        if is_wrapper(block, self.model):
+            # It may hand on attributes of what it wraps, and has none of the modules itself.
+            own = descend(block, lambda one: not one._modules.keys().isdisjoint(names))
+            inside = own or inside
         return (block, name) if inside is None else (inside[0], ".".join((name, *inside[1])))
 
     def with_uses(self, blocks: tuple[Block, ...]) -> tuple[Block, ...]:

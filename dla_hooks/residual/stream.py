@@ -101,6 +101,9 @@ class Block:
         constant: the vector that it adds besides its writes [d_model]; None is nothing.
         carriers: modules in it that carry the stream on; before they are measured, those that may.
         optional: whether it runs only where there is something for its cross-attention to read.
+        inner: the block itself, where the module is a wrapper of the caller's around it.
+        behind: the factor between its output and what reads the stream next, [] or [d_model]; None
+            is one. RWKV halves its stream behind some blocks.
     """
 
     layer: int
@@ -112,11 +115,18 @@ class Block:
     constant: Tensor | None = None
     carriers: tuple[Carrier, ...] = ()
     optional: bool = False
+    inner: Place | None = None
+    behind: Tensor | None = None
 
     @property
     def input(self) -> Place:
         """The stream before the block."""
         return Place(self.module, self.name, self.use, before=True)
+
+    @property
+    def output(self) -> Place:
+        """What the block returns."""
+        return Place(self.module, self.name, self.use)
 
 
 @dataclass(frozen=True)
@@ -157,6 +167,7 @@ class Stream:
         logit_bias: what each logit has besides the unembedding's own output, before that factor
             [vocabulary], float64; None is nothing.
         softcap: the cap on the logits, or None.
+        masked: tokens that the model masks with -inf [n], or None.
         stream_dtype: in which the blocks are added up.
         write_dtype: the coarsest in which a write leaves its module.
         read_dtype: the coarsest of the final norm's output, the unembedding and the logits.
@@ -185,6 +196,7 @@ class Stream:
     logit_scale: float = 1.0
     logit_bias: Tensor | None = None
     softcap: float | None = None
+    masked: Tensor | None = None
     positions_response: Tensor | None = None
     ahead: int = 0
     version: int = 0

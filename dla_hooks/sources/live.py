@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dla_hooks.backends import Backend
 from dla_hooks.bars import over_pieces
-from dla_hooks.calibration.invariance import chunks_are_ignored, has_hole
+from dla_hooks.calibration.invariance import chunks_are_ignored, has_hole, length_limits
 from dla_hooks.errors import InputError, UnsupportedModelError, warn
 from dla_hooks.inputs.extras import EMBEDS
 from dla_hooks.inputs.prompts import Prompt
@@ -193,7 +193,7 @@ def chunk_size_for(stream: Stream, prompt: Prompt, chunk_size: Any) -> int | Non
     if chunk_size is None:
         if width <= LONG_PROMPT:
             return None
-        reason = _is_hooked(stream.model) or why_not_in_chunks(stream, prompt)
+        reason = _is_hooked(stream) or why_not_in_chunks(stream, prompt)
         if reason is None:
             return AUTOMATIC_CHUNK
         warn(
@@ -211,9 +211,10 @@ def chunk_size_for(stream: Stream, prompt: Prompt, chunk_size: Any) -> int | Non
             f"{stream.backend.name} cannot be run in chunks of a prompt: {reason}. Leave "
             "chunk_size out, or give one that is no smaller than the prompt, to run it all at once."
         )
-    if _is_hooked(stream.model) is not None:
+    if _is_hooked(stream) is not None:
         warn(
-            "with chunk_size a hook of yours sees each chunk by itself: a position that it names "
+            "with chunk_size a hook of yours sees each chunk by itself, as a wrapper of yours "
+            "does: a position that it names "
             "is counted anew in each one. The numbers are those of the model as it then runs. "
             "Leave chunk_size out for a hook that names a position."
         )
@@ -238,7 +239,7 @@ def why_not_in_chunks(stream: Stream, prompt: Prompt) -> str | None:
     uncut = sorted(set(prompt.extras) - {EMBEDS})
     if uncut:
         return f"its input holds {', '.join(uncut)}, which cannot be cut into chunks"
-    rotary = _length_dependent(stream.model, prompt.shape[1])
+    rotary = length_limits(stream).rotary_beyond(prompt.shape[1])
     if rotary is not None:
         return (
             f"its rotary positions ({rotary}) depend on how long a prompt is, and this one is "
@@ -263,38 +264,23 @@ def why_not_in_chunks(stream: Stream, prompt: Prompt) -> str | None:
     return None
 
 
-def _is_hooked(model: torch.nn.Module) -> str | None:
+def _is_hooked(stream: Stream) -> str | None:
     """The reason why the caller's hooks rule out chunks that nobody asked for, or None.
 
-    Hooks may not expect a prompt in pieces. Those of libraries are part of the model: a short run
-    in chunks checks them together with it.
+    Hooks and wrappers may not expect a prompt in pieces. Those of libraries are part of the model:
+    a short run in chunks checks them together with it.
     """
-    path = next(callers_hooks(model), None)
-    if path is None:
-        return None
-    return (
-        f"{path or 'the model'} has a hook of yours, which would see each chunk by itself; pass "
-        f"chunk_size={AUTOMATIC_CHUNK} where it may"
+    path, wrapper = (
+        next(callers_hooks(stream.model), None),
+        next(iter(stream.backend.wrappers), None),
     )
-
-
-def _length_dependent(model: torch.nn.Module, width: int) -> str | None:
-    """The kind of rotary positions that a prompt of this width would change, or None."""
-    for module in model.modules():
-        kinds = getattr(module, "rope_type", None)
-        config = getattr(module, "config", None)
-        # The second is its name in transformers 4.
-        settings = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
-        named = kinds if isinstance(kinds, dict) else {None: kinds}
-        for layer_type, kind in named.items():
-            if not isinstance(kind, str) or not ("dynamic" in kind or kind == "longrope"):
-                continue
-            own = (settings if layer_type is None else (settings or {}).get(layer_type)) or {}
-            limit: Any = (
-                own.get("original_max_position_embeddings")
-                or getattr(config, "original_max_position_embeddings", None)
-                or getattr(module, "original_max_seq_len", 0)
-            )
-            if width > limit:
-                return kind
-    return None
+    if path is None and wrapper is None:
+        return None
+    if path is not None:
+        what = f"{path or 'the model'} has a hook of yours"
+    else:
+        what = f"{type(wrapper).__name__} is a wrapper of yours"
+    return (
+        f"{what}, which would see each chunk by itself; pass chunk_size={AUTOMATIC_CHUNK} where it "
+        "may"
+    )

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from dla_hooks.backends.two_sequences import reader_of
-from dla_hooks.calibration.invariance import holes_are_ignored, padding_is_ignored
+from dla_hooks.calibration.encoder_padding import check_encoder_padding
+from dla_hooks.calibration.invariance import holes_are_ignored, length_limits, padding_is_ignored
 from dla_hooks.errors import DLAError, InputError, UnsupportedModelError
 from dla_hooks.inputs.extras import POSITIONS
 from dla_hooks.inputs.prompts import Prompt, is_text, read_prompt, tokenizer_for
@@ -90,7 +91,8 @@ def _pair_for(
         return encode_target(text, reads)
 
     prompt = read_two(input, reader_of(backend, encode, encode_decoder), attention_mask)
-    return runnable(stream, prompt)
+    check_encoder_padding(stream, runnable(stream, prompt))
+    return prompt
 
 
 def runnable(stream: Stream, prompt: Prompt) -> Prompt:
@@ -162,6 +164,14 @@ def _check_padding(stream: Stream, prompt: Prompt) -> None:
                 "layers and position tables read the padding. Run prompts of different lengths "
                 "one at a time, or pad the other side."
             )
+    shortest = int(prompt.mask.sum(-1).min())
+    reason = length_limits(stream).why_no_padding(prompt.shape[1], shortest)
+    if reason is not None:
+        raise UnsupportedModelError(
+            f"{stream.backend.name} gives a prompt other logits beside a longer one than alone: "
+            f"{reason}, and this batch is {prompt.shape[1]} wide. Run prompts of different lengths "
+            "one at a time, or with attribute_many, which does."
+        )
     if not holes_are_ignored(stream, prompt.mask):
         raise UnsupportedModelError(
             f"{stream.backend.name} gives a prompt other logits when tokens in its middle are "

@@ -125,7 +125,7 @@ class Kept:
     def hook(self, place: Place) -> Any:
         """Keep what the caller's hooks write at a place."""
         ahead = self._keep(place.ahead)
-        key = (place.name, "hook", place.before, place.use.nth)
+        key = (place.name, "hook", place.before, place.first, place.use.nth)
 
         def see(call: Call) -> None:
             self._rows[key] = self.take(call.activation) - self._rows[ahead]

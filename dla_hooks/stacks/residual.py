@@ -87,8 +87,10 @@ def decompose_resid(
         where = kept.positions() if incl_embeds and stream.positions is not None else None
         plan: list[tuple[str, Any]] = []  # a key for a write; a vector for a constant
         hooks: dict[str, list[tuple[Any, Tensor | None]]] = {}  # by label: a key, and its factor
+        always = set[str]()  # a wrapper that writes nothing has no row
         for hooked, factor in _hooks(stream, end, mid, factors) if mode == "all" else ():
             hooks.setdefault(hooked.label, []).append((kept.hook(hooked.place), factor))
+            always |= set() if hooked.by_wrapper else {hooked.label}
         for place, block in enumerate(stream.blocks[: end + mlp_input]):
             inside = mid is not None and place == end
             for write in block.writes[: len(mid.responses) if mid and inside else None]:
@@ -120,10 +122,13 @@ def decompose_resid(
             else:
                 rows.append(tokens)
         for label, part in plan:
-            labels.append(label)
             if isinstance(part, list):
-                rows.append(torch.stack([times(kept[key], factor) for key, factor in part]).sum(0))
+                row = torch.stack([times(kept[key], factor) for key, factor in part]).sum(0)
+                if label in always or bool(row.any()):
+                    labels.append(label)
+                    rows.append(row)
                 continue
+            labels.append(label)
             vector = (
                 part.to(kept[like]).expand_as(kept[like])
                 if isinstance(part, Tensor)

@@ -22,7 +22,8 @@ from dla_hooks.modules.linear import matrix
 from dla_hooks.modules.user_hooks import EMBED_HOOK, FINAL_HOOK, is_hooked
 from dla_hooks.residual.gains import constant_label, path_factors, product, times
 from dla_hooks.residual.hooked import Hooked, hook_factor, hook_label, hooked_places
-from dla_hooks.residual.stream import Block
+from dla_hooks.residual.inside_attention import written_inside
+from dla_hooks.residual.stream import Block, Stream
 from dla_hooks.results.row_runs import RowRuns
 from dla_hooks.stacks.final_norm import FinalNorm
 from dla_hooks.stacks.heads import KeptHeads, plan_heads, written_by_heads
@@ -216,7 +217,7 @@ class HeadVectors(RowVectors):
             )
         self._constants = head_constants(stream) if fold_value_biases else {}
         self._hooks = [
-            [(place, kept.hook(place)) for place in _way_to_stream(heads) if is_hooked(place)]
+            [(place, kept.hook(place)) for place in _written_on_the_way(stream, heads)]
             for heads in self._plan
         ]
         self.labels: list[str] = []
@@ -265,8 +266,8 @@ class HeadVectors(RowVectors):
         return torch.stack(found).sum(0)
 
 
-def _way_to_stream(heads: KeptHeads) -> list[Place]:
-    """What the projection, attention and the post-norm put out."""
+def _written_on_the_way(stream: Stream, heads: KeptHeads) -> list[Place]:
+    """Where the caller's hooks may write between z and the stream."""
     site, write, found = heads.site, heads.write, list[Place]()
     if site.linear is site.proj:
         found.append(site.place)
@@ -275,4 +276,5 @@ def _way_to_stream(heads: KeptHeads) -> list[Place]:
         found.append(module)
     if site.post_norm_place is not None:
         found.append(site.post_norm_place)
-    return found
+    inside = [one.place for one in written_inside(stream, write) if not one.may_rest]
+    return [*(place for place in found if is_hooked(place)), *inside]

@@ -21,6 +21,7 @@ from dla_hooks.modules.hooks import Call, Place
 from dla_hooks.projection.directions import Directions
 from dla_hooks.projection.reading_point import Reading, ReadingPoint
 from dla_hooks.projection.readout import Readout
+from dla_hooks.projection.vocabulary_mean import finite_mean
 from dla_hooks.residual.stream import Stream
 from dla_hooks.targets.spread import spread_of
 
@@ -68,8 +69,8 @@ class Observed:
         return self.logits_BSV.take(ids_E.to(first_E.device) + first_E).double()
 
     def mean(self) -> Tensor:
-        """The mean logit over the vocabulary for each entry, in float64."""
-        means_BS = self.logits_BSV.mean(-1, dtype=torch.float64)
+        """The mean logit over the vocabulary for each entry, in float64; masked tokens are out."""
+        means_BS = finite_mean(self.logits_BSV)
         return means_BS.reshape(-1).index_select(0, self.place_E)
 
     def spread(self, cap: float | None = None) -> float:

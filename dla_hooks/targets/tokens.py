@@ -26,12 +26,13 @@ from dla_hooks.inputs.entries import Entries
 from dla_hooks.inputs.positions import Selection
 from dla_hooks.inputs.prompts import to_strings
 from dla_hooks.modules.autocast import outside_autocast
-from dla_hooks.modules.linear import at_hand, mean_row, pull_back, rows, value_at
+from dla_hooks.modules.linear import at_hand, pull_back, rows, value_at
 from dla_hooks.modules.norms import Norm
 from dla_hooks.projection.directions import Directions, few
 from dla_hooks.projection.output_hooks import Outputs
 from dla_hooks.projection.reading_point import Reading, ReadingPoint
 from dla_hooks.projection.readout import Readout
+from dla_hooks.projection.vocabulary_mean import finite_mean, mean_of_rows
 from dla_hooks.residual.hooked import decoders
 from dla_hooks.residual.stream import Stream, coarsest
 from dla_hooks.targets.base import Observed, Target
@@ -201,9 +202,7 @@ def read_out(stream: Stream, sets: TokenSets, *, center_unembed: bool) -> Readou
     norm = norm_at(stream, stream.final_norm)
     mean: tuple[Tensor, Tensor] | None = None
     if center_unembed and stream.softcap is None and bool(sets.totals.any()):
-        mean = mean_row(stream.unembed, stream.vocabulary, dtype)
-        if stream.logit_bias is not None:
-            mean = mean[0], mean[1] + stream.logit_bias.mean().to(mean[1])
+        mean = mean_of_rows(stream, dtype)
     fetch = _row_source(stream, sets)
 
     def totals(some: Tensor) -> Tensor:
@@ -224,7 +223,7 @@ def read_out(stream: Stream, sets: TokenSets, *, center_unembed: bool) -> Readou
         found = sets.of_logits(logits_EV.gather(1, ids), target_E)
         if mean is None:
             return found
-        return found - totals(target_E).to(found) * logits_EV.double().mean(-1)
+        return found - totals(target_E).to(found) * finite_mean(logits_EV)
 
     n_targets = len(sets)
     if few(n_targets, stream.d_model):

@@ -12,8 +12,10 @@ from dla_hooks.calibration.norm_constants import norm_at
 from dla_hooks.modules import norms
 from dla_hooks.modules.hooks import Place
 from dla_hooks.modules.linear import bias_of, check_readable, pull_back
+from dla_hooks.modules.user_hooks import is_hooked
 from dla_hooks.modules.weights import in_memory
 from dla_hooks.projection.directions import Directions
+from dla_hooks.residual.inside_attention import Inside, written_inside
 from dla_hooks.residual.stream import WriteSite
 from dla_hooks.results.rows import Row
 from dla_hooks.units.parts_plan import PartsPlan
@@ -33,7 +35,8 @@ class HeadLayer:
         self, parts: PartsPlan, write: WriteSite, constant_I: Tensor | None, rows: slice
     ) -> None:
         assert write.heads is not None
-        stream = parts.stream
+        self._stream = stream = parts.stream
+        self._write = write
         self.label, self.site, self.rows = write.label, write.heads, rows
         self.n_heads = write.heads.n_heads
         self.module = Place(write.module, write.name, write.use)
@@ -60,15 +63,17 @@ class HeadLayer:
         """The end of the label of what hooks write behind its heads: ``L3hook``, ``L3Xhook``."""
         return "Xhook" if self.site.cross else "hook"
 
-    def way_to_stream(self) -> list[tuple[Place, Directions]]:
-        """What the projection, attention and the post-norm put out, and what it is projected on."""
-        site, found = self.site, []
+    def written_on_the_way(self) -> list[tuple[Inside, Directions]]:
+        """Where the caller's hooks may write between z and the stream, and in what directions."""
+        site, places = self.site, list[Place]()
         if site.linear is site.proj:
-            found.append((site.place, self.at_output))
+            places.append(site.place)
         if self.module.module is not site.proj:
-            found.append((self.module, self.at_output))
-        if site.post_norm_place is not None:
-            found.append((site.post_norm_place, self.in_stream))
+            places.append(self.module)
+        found = [(Inside(place), self.at_output) for place in places if is_hooked(place)]
+        found += [(one, self.at_output) for one in written_inside(self._stream, self._write)]
+        if site.post_norm_place is not None and is_hooked(site.post_norm_place):
+            found.append((Inside(site.post_norm_place), self.in_stream))
         return found
 
 

@@ -91,9 +91,11 @@ class HeadsRecorder(Recorder):
         # What the caller's hooks write between z and the stream, by the number of the layer.
         self._hooks: dict[int, HookWrites] = {}
         for number, layer in enumerate(plan.layers):
-            writes = [(place, d) for place, d in layer.way_to_stream() if is_hooked(place)]
-            if writes:
-                self._hooks[number] = HookWrites(writes, len(view), plan.dtype)
+            found = layer.written_on_the_way()
+            if found:
+                writes = [(one.place, directions) for one, directions in found]
+                may_rest = [one.may_rest for one, _ in found]
+                self._hooks[number] = HookWrites(writes, len(view), plan.dtype, may_rest)
 
     def taps(self, view: View) -> list[Tap]:
         """Every output projection, and every post-norm behind one."""
@@ -165,7 +167,9 @@ class HeadsRecorder(Recorder):
                 for (place, _), row_N in zip(writes.places, written, strict=True):
                     if place != layer.site.post_norm_place:
                         row_N /= scale_LN[number]
-            found[number] = written.sum(0) / final_N
+            written_N = written.sum(0) / final_N
+            if bool(written_N.any()) or any(is_hooked(place) for place, _ in writes.places):
+                found[number] = written_N  # a wrapper that writes nothing has no row
         return found
 
     def _with_hooks(self, values_CN: Tensor, hooks: dict[int, Tensor]) -> tuple[list[Row], Tensor]:

@@ -245,7 +245,8 @@ class Parts:
         return found
 
     def _wrote(self, number: int) -> list[Tensor]:
-        return [wrote for one, wrote in self.hooks if one.number == number]
+        here = [(one, wrote) for one, wrote in self.hooks if one.number == number]
+        return [wrote for one, wrote in here if not one.by_wrapper or bool(wrote.any())]
 
     def _require(self, labels: Iterable[str]) -> None:
         for label in labels:

@@ -11,6 +11,7 @@ from dla_hooks.calibration.scales import with_scales
 from dla_hooks.doors import door_of
 from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.modules.faults import SyntheticRunError, described_error
+from dla_hooks.modules.past_wrappers import BLOCKS, EVERY, NONE, every_wrapper
 from dla_hooks.modules.user_hooks import switch_hooks, warn_of_hooks_that_stay
 from dla_hooks.modules.version import Remembered
 from dla_hooks.residual.architecture import Architecture
@@ -22,6 +23,7 @@ from dla_hooks.verification.trace import Verification, trace_report
 
 _TAKEN = "taken for"
 _matched: Remembered[Architecture] = Remembered()
+_past: Remembered[str] = Remembered()
 
 
 def stream_of(model: Any) -> Stream:
@@ -60,7 +62,8 @@ def located(backend: Backend) -> Stream:
 
     A model type without a declaration is compared with every known shape, and the first one that
     verifies on a few tokens is taken. That is done once per version of a model. The model is
-    measured without its caller's hooks; with them, where it does not run without.
+    measured without its caller's hooks; with them, where it does not run without. So it is with
+    wrappers of the caller's around blocks. Other wrappers run, unless they fail in it.
 
     A model of a declared type whose modules are elsewhere, as in a vision-language class, is
     compared with every known shape, too.
@@ -68,6 +71,23 @@ def located(backend: Backend) -> Stream:
     Raises:
         UnsupportedModelError: when no declaration is true of the model.
     """
+    known = _past.find(backend.model, backend.state.version)
+    ways = (BLOCKS, EVERY, NONE) if known is None else (known,)  # the model may need one, to cast
+    for past in ways:
+        backend.past = past
+        try:
+            found = _located_or_with_hooks(backend)
+        except UnsupportedModelError:
+            if past == ways[-1] or not (backend.wrappers or every_wrapper(backend.root)):
+                raise
+        else:
+            if past != BLOCKS:
+                _past.keep(backend.model, backend.state.version, past)
+            return found
+    raise AssertionError
+
+
+def _located_or_with_hooks(backend: Backend) -> Stream:
     try:
         return _located(backend)
     except SyntheticRunError as error:

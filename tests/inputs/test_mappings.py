@@ -545,9 +545,10 @@ def test_mapping_of_text_is_refused():
         direct_logit_attribution(build("gpt2"), {"attention_mask": IDS}, ANSWER)
 
 
-def test_sweeps_refuse_further_arguments_by_name():
+def test_sweeps_refuse_further_arguments_beside_padding_by_name():
     model, row = build("llama"), example_ids("llama")[0]
-    extra = {"input_ids": row, "position_ids": torch.arange(7)}
+    mask = (torch.arange(7) > 1).long()
+    extra = {"input_ids": row, "position_ids": torch.arange(7), "attention_mask": mask}
     found = list(attribute_many(model, [row, extra, {"input_ids": row}], ANSWER))
     assert isinstance(found[1], InputError)
     assert "a prompt holds position_ids" in str(found[1])

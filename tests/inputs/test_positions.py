@@ -100,7 +100,7 @@ def test_none_is_every_position(model, everything):
         (np.array([0.5]), InputError, "ndarray|list"),
         (True, InputError, "bool"),
         ([True, False], InputError, "mask is given as a tensor"),
-        (torch.zeros(2, 2, dtype=torch.long), InputError, "at most one axis"),
+        (torch.zeros(2, 2, dtype=torch.long), InputError, r"at most one axis.*PerRow"),
         (slice(0, 4, 0), InputError, "step 0"),
         (("a", None), InputError, "pos must be"),
         ({1}, InputError, "set"),

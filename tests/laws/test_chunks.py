@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from mapping_zoo import build_any
+from rotary import length_dependent
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from units import UNIT_NAMES
 from zoo import build, example_ids, tiny_tokenizer
@@ -225,18 +226,7 @@ def test_chunks_on_models_they_change_are_refused(model_type, reason):
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_chunks_with_length_dependent_positions_are_refused(kind):
-    rope = {"rope_type": kind, "factor": 2.0}
-    if kind == "longrope":
-        rope |= {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
-        rope |= {"original_max_position_embeddings": 20}
-    sizes = {"max_position_embeddings": 20, "head_dim": 8}
-    if int(transformers.__version__.split(".")[0]) >= 5:
-        model = build_any("llama", rope_parameters={**rope, "rope_theta": 10000.0}, **sizes)
-    else:
-        extra = {"original_max_position_embeddings": 20} if kind == "longrope" else {}
-        model = build_any("llama", rope_scaling=rope, **sizes)
-        for name, value in extra.items():
-            setattr(model.config, name, value)
+    model = length_dependent(kind)
     ids = torch.randint(5, 40, (1, 24), generator=torch.Generator().manual_seed(0))
     short = direct_logit_attribution(model, ids[:, :20], 7, unit="head", chunk_size=4)
     whole = direct_logit_attribution(model, ids[:, :20], 7, unit="head")
@@ -286,3 +276,27 @@ def test_long_prompt_with_callers_hooks_is_not_chunked(monkeypatch):
         found = direct_logit_attribution(model, ids, 5)
     handle.remove()
     torch.testing.assert_close(found.logit, truth, rtol=0, atol=1e-6)
+
+
+def test_long_prompt_with_a_wrapper_of_the_callers_is_not_chunked(monkeypatch):
+    class Around(torch.nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.block = block
+
+        def forward(self, x, **kwargs):
+            out = self.block(x, **kwargs).clone()
+            out[:, 5:6] += 1
+            return out
+
+    monkeypatch.setattr(chunks_module, "LONG_PROMPT", 16)
+    monkeypatch.setattr(chunks_module, "AUTOMATIC_CHUNK", 8)
+    model, ids = build("llama"), example_ids("llama", length=20)
+    model.model.layers[0] = Around(model.model.layers[0]).eval()
+    with torch.no_grad():
+        truth = model(ids).logits[:, -1, 5]
+    with pytest.warns(DLAWarning, match="Around is a wrapper of yours"):
+        found = direct_logit_attribution(model, ids, 5)
+    torch.testing.assert_close(found.logit, truth, rtol=0, atol=1e-6)
+    with pytest.warns(DLAWarning, match="as a wrapper of yours does"):
+        direct_logit_attribution(model, ids, 5, chunk_size=8)

@@ -18,7 +18,7 @@ from units import UNIT_NAMES
 from zoo import build, example_ids
 
 import dla_hooks
-from dla_hooks import UnsupportedModelError, direct_logit_attribution
+from dla_hooks import DecompositionError, UnsupportedModelError, direct_logit_attribution
 from dla_hooks.verification.recognise import stream_of
 
 SPECS = ["llama-bias", "gpt2", "gemma2", "olmo2-bias-tied", "granite", "gpt_neox-parallel"]
@@ -652,3 +652,21 @@ def test_wrapper_behind_the_stream_that_changes_one_position_is_refused(spec, pl
     for pos in (None, 5, slice(0, 30)):
         with pytest.raises(dla_hooks.DLAError):
             asks[ask](pos)
+
+
+def halves_in_place(module, args):
+    args[0][:, 2:].mul_(0.5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "granite"])
+def test_hook_that_writes_in_place_into_what_a_norm_reads_is_refused_with_what_to_do(name):
+    """It changes the stream behind the library's back; a changed copy is the norm's alone."""
+    model, ids = build(name), example_ids(name)
+    block = stream_of(model).blocks[1].module
+    norm = next(one for one in block.children() if "Norm" in type(one).__name__)
+    handle = norm.register_forward_pre_hook(halves_in_place)
+    with pytest.raises(DecompositionError, match="writes in place there.*put it on the block"):
+        direct_logit_attribution(model, ids, 5)
+    handle.remove()
+    norm.register_forward_pre_hook(lambda module, args: (0.5 * args[0],))
+    holds(model, ids, direct_logit_attribution(model, ids, 5, 7))

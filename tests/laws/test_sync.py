@@ -39,7 +39,11 @@ IN_HOOKS = (
     *("units/component.py", "units/layer.py", "units/parts.py", "units/head.py"),
     *("units/head_rows.py", "modules/attention_rows.py"),
 )
-READS = {("projection/ledger.py", "all_finite"): "asked of sums once the run has ended"}
+READS = {
+    ("projection/ledger.py", "all_finite"): "asked of sums once the run has ended",
+    ("units/parts.py", "_wrote"): "asked of a wrapper's row once the run has ended",
+    ("units/head_rows.py", "_written"): "likewise",
+}
 WAITING = {"item", "tolist", "cpu", "numpy", "nonzero", "unique", "masked_select"}
 CASTS = {"bool", "float", "int"}
 

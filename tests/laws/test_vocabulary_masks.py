@@ -6,8 +6,9 @@ import functools
 
 import pytest
 import torch
-from zoo import build
+from zoo import build, example_ids
 
+import dla_hooks
 from dla_hooks import DecompositionError, direct_logit_attribution
 
 IDS = torch.tensor([[4, 9, 17, 33, 8], [7, 21, 5, 40, 12]])
@@ -105,3 +106,35 @@ def test_logits_that_never_move_are_refused_with_the_reason():
     model.lm_head.weight.data.zero_()
     with pytest.raises(NotImplementedError, match="nothing to attribute"):
         direct_logit_attribution(model, IDS, 3)
+
+
+def _mask_in_a_hook(model, value: float) -> None:
+    def mask(module, args, out):
+        out = out.clone()
+        out[..., -10:] = value
+        return out
+
+    model.lm_head.register_forward_hook(mask)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("mask", [_mask_in_forward, _mask_in_a_hook])
+@pytest.mark.parametrize("name", ["llama", "gpt2-untied", "phi", "granite"])
+def test_centred_logit_beside_tokens_masked_with_infinity_is_less_the_mean_of_the_others(
+    name, mask, seed
+):
+    model, ids = build(name, seed=seed), example_ids(name)
+    mask(model, -torch.inf)
+    logits = model(ids, use_cache=False).logits.double()
+    due = logits[..., 5] - logits[..., :-10].mean(-1)
+    found = direct_logit_attribution(model, ids, 5, pos=None, center_unembed=True)
+    torch.testing.assert_close(found.logit, due, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.total() + found.bias, found.logit, rtol=0, atol=1e-8)
+
+
+def test_token_that_a_hook_masks_is_refused_by_its_name():
+    model, ids = build("llama"), example_ids("llama")
+    _mask_in_a_hook(model, -torch.inf)
+    with pytest.raises(dla_hooks.NonFiniteError, match=r"asked about infinite \(logit_hook\)"):
+        direct_logit_attribution(model, ids, model.config.vocab_size - 1)

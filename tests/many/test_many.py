@@ -30,7 +30,7 @@ from dla_hooks import (
     direct_logit_attribution,
     wrap,
 )
-from dla_hooks.many.batches import batches_of
+from dla_hooks.many.order import batches_of
 
 pytestmark = pytest.mark.lowest
 
