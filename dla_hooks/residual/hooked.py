@@ -58,7 +58,7 @@ def hook_label(block: Block) -> str:
 
 def hooked_places(stream: Stream) -> Iterator[Hooked]:
     """Find the caller's hooks at and in the blocks, in stream order."""
-    if not _any_hooked(stream.hookable):  # nearly every call ends here
+    if not (stream.wrapped or _any_hooked(stream.hookable)):  # nearly every call ends here
         return
     n_whole = len(stream.blocks) - (stream.ending is not None and stream.ending.within)
     start = stream.declared_start

@@ -265,6 +265,11 @@ class Stream:
         return tuple(dict.fromkeys(place.module for place in (*places, *self.behind_blocks)))
 
     @cached_property
+    def wrapped(self) -> bool:
+        """Whether a wrapper of the caller's stands around one of its blocks."""
+        return any(block.inner is not None for block in self.blocks)
+
+    @cached_property
     def dtype(self) -> torch.dtype:
         """The dtype that the model's unembedding runs in."""
         return dtype_of(self.unembed)
