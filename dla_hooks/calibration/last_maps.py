@@ -193,9 +193,13 @@ def _way(
     wrote: Tensor,
 ) -> _Found | None:
     """How the neurons of one write reach it; None where no single linear map makes it."""
-    # What runs behind the write hands it on, too, and is the stream's own.
+    # What runs behind the write hands it on, too, and is the stream's own; what ends behind it and
+    # holds it does not (a hook point in a norm).
     own = [n for n, call in enumerate(calls) if call.module is write.written_by]
-    calls = calls[: own[-1] + 1] if own else calls
+    if own:
+        behind = calls[own[-1] + 1 :]
+        holders = [call for call in behind if write.written_by in call.module.modules()]
+        calls = calls[: own[-1] + 1] + holders
     named = stream.backend.neurons(block.module)
     # The module whose parameter the map is, where the backend names it.
     inner = None if named is None else block.module.get_submodule(named[1].rpartition(".")[0])

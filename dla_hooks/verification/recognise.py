@@ -73,14 +73,17 @@ def located(backend: Backend) -> Stream:
     """
     known = _past.find(backend.model, backend.state.version)
     ways = (BLOCKS, EVERY, NONE) if known is None else (known,)  # the model may need one, to cast
-    for past in ways:
-        backend.past = past
-        try:
-            found = _located_or_with_hooks(backend)
-        except UnsupportedModelError:
-            if past == ways[-1] or not (backend.wrappers or every_wrapper(backend.root)):
+    for find in (_located, _located_or_with_hooks):  # a hook that acts once is spent in the second
+        for past in ways:
+            backend.past = past
+            try:
+                found = find(backend)
+            except UnsupportedModelError as error:
+                if past != ways[-1] and (backend.wrappers or every_wrapper(backend.root)):
+                    continue
+                if find is _located and isinstance(error, SyntheticRunError):
+                    break
                 raise
-        else:
             if past != BLOCKS:
                 _past.keep(backend.model, backend.state.version, past)
             return found

@@ -173,6 +173,38 @@ def test_wrapper_that_changes_between_calls_is_followed():
         holds(model, ids, direct_logit_attribution(model, ids, 5, pos=None))
 
 
+@pytest.mark.parametrize("family", ["llama", "bloom", "gpt2"])
+@torch.no_grad()
+def test_wrapper_that_fails_in_made_up_runs_does_not_spend_a_hook_that_acts_once(family):
+    model, ids = build(family), example_ids(family)
+    stream, shape, acted = stream_of(model), ids.shape, []
+    write = stream.writes[-1]
+    holder, _, name = write.name.rpartition(".")
+
+    class OfOneShape(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x, *args, **kwargs):
+            if x.shape[:2] != shape:
+                raise ValueError("made for one prompt")
+            return self.inner(x, *args, **kwargs)
+
+    setattr(model.get_submodule(holder), name, OfOneShape(write.module).eval())
+
+    def once(module, args, out):
+        acted.append(1)
+        return with_hidden(out, hidden(out) * 1.5) if len(acted) == 1 else None
+
+    stream.blocks[0].module.register_forward_hook(once)
+    found = direct_logit_attribution(model, ids, 5, pos=None)
+    assert len(acted) == 1
+    acted.clear()
+    logits = model(ids, use_cache=False).logits[..., 5]
+    torch.testing.assert_close(found.logit, logits.to(found.logit), rtol=0, atol=1e-6)
+
+
 @torch.no_grad()
 def test_hooks_on_a_wrapper_and_on_the_block_in_it_are_each_counted_once():
     model, ids = build("llama"), example_ids("llama")
