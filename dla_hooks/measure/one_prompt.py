@@ -66,7 +66,9 @@ def measure(
             columns = torch.arange(prompt.shape[1], device="cpu")  # what hooks there would see
         if source.logits_at is not None:
             columns = source.logits_at if check else None
-    logits = source.show(recording.view, recording.taps, columns, plan.target.until)
+    logits = source.show(
+        recording.view, recording.taps, columns, plan.target.until, recording.taps_before
+    )
     measurement = recording.finish()
     if not check:
         return measurement, Outcome(identity_gap(measurement))

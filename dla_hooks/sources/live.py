@@ -71,6 +71,7 @@ class Live(Source):
         taps: Callable[[View], list[Tap]],
         columns: Tensor | None,
         until: Place | None = None,
+        before: Callable[[View], list[Tap]] | None = None,
     ) -> Tensor | None:
         """Run the model with taps on it. Pieces without an entry are run without.
 
@@ -82,7 +83,11 @@ class Live(Source):
         pieces = chunks(self._stream.backend, self.prompt, columns, self._chunk_size)
         for chunk, run in over_pieces(pieces, -(-width // (self._chunk_size or width))):
             piece = view.part(chunk.start, chunk.stop)
-            looks = taps(piece) if piece is view or len(piece) else []
+            looks = list[Tap]()
+            if piece is view or len(piece):
+                looks = taps(piece)
+            elif before is not None:
+                looks = before(piece)
             if self.prompt.extras or places_hooked(self._stream):
                 check = partial(self._check_width, chunk)
                 places = filter(None, (self._stream.last, self._stream.positions))

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from dla_hooks.units.base import Unit
 
 _SHARED = {
+    "adapter_inner",
+    "adapter_inner_rows",
     "base",
     "head_layer",
     "head_rows",

@@ -34,6 +34,8 @@ from dla_hooks.projection.tiles import View
 from dla_hooks.projection.way_out import WayOut, WayRecorder
 from dla_hooks.residual.stream import Stream, WriteSite
 from dla_hooks.results.rows import Row, Words
+from dla_hooks.units.adapter_inner import InnerSite, inner_sites
+from dla_hooks.units.adapter_inner_rows import InnerRecorder
 from dla_hooks.units.base import Claim, Recorder, Split, Unit, UnitPlan
 from dla_hooks.units.parts import Parts
 from dla_hooks.units.parts_plan import EMBED, POSITIONS, PartsPlan
@@ -113,7 +115,9 @@ class Adapters(Unit):
                     copies[label] = at_work(module)[0]
                 else:
                     sites.append(_of_table(parts, label, place, path, module))
-        return _AdaptersPlan(self, parts, sites, copies)
+        modules = {label: [one.module for one in found] for label, found in ended.items()}
+        inner = [site for site in inner_sites(parts, modules) if site.label not in copies]
+        return _AdaptersPlan(self, parts, sites, copies, inner)
 
 
 @dataclass(frozen=True)
@@ -169,10 +173,16 @@ class _AdaptersPlan(UnitPlan):
     """All adapters' parts on one model and target."""
 
     def __init__(
-        self, unit: Unit, parts: PartsPlan, sites: list[_Site], copies: dict[str, str]
+        self,
+        unit: Unit,
+        parts: PartsPlan,
+        sites: list[_Site],
+        copies: dict[str, str],
+        inner: list[InnerSite],
     ) -> None:
         super().__init__(unit)
-        self.sites, self.copies, self.dtype = sites, copies, parts.stream.work_dtype
+        self.sites, self.copies, self.inner = sites, copies, inner
+        self.dtype = parts.stream.work_dtype
         self._model = parts.stream.model
         self._state = state_of_adapters(self._model)
 
@@ -193,10 +203,16 @@ class _AdaptersRecorder(Recorder):
     def __init__(self, plan: _AdaptersPlan, view: View) -> None:
         self._plan = plan
         self._sites = [_SiteRecorder(site, len(view), plan.dtype) for site in plan.sites]
+        self._inner = [InnerRecorder(site, len(view), plan.dtype) for site in plan.inner]
 
     def taps(self, view: View) -> list[Tap]:
-        """What adapters end in, and the norms behind."""
-        return [tap for site in self._sites for tap in site.taps(view)]
+        """What adapters end in, those in front of last maps, and the norms behind."""
+        sites = [*self._sites, *self._inner]
+        return [tap for site in sites for tap in site.taps(view)]
+
+    def taps_before(self, view: View) -> list[Tap]:
+        """Adapters of the values that later pieces read."""
+        return [tap for site in self._inner for tap in site.taps_before(view)]
 
     def finish(self, parts: Parts) -> Split:
         """The components' rows; in place of one that adapters end, its base's and theirs."""
@@ -208,6 +224,13 @@ class _AdaptersRecorder(Recorder):
             claims.append(claim)
             seen += site.way.norms()
         found |= {k: {name: components[k]} for k, name in self._plan.copies.items()}
+        for inner in self._inner:
+            added, more = inner.finish(parts.reading.scale_N, parts.entries)
+            own = found.setdefault(inner.label, {_BASE: components[inner.label]})
+            own[_BASE] = own[_BASE] - torch.stack([*added.values()]).sum(0)
+            own |= added
+            claims += more
+            seen += inner.way.norms()
         rows, values = list[Row](), list[Tensor]()
         for row in parts.rows:
             split = found.get(row.label)

@@ -135,6 +135,10 @@ class Recorder:
         """What to watch while the entries in view are run."""
         return []
 
+    def taps_before(self, view: View) -> list[Tap]:
+        """What to watch in a piece of the prompt without entries, which later pieces read."""
+        return []
+
     def finish(self, parts: Parts) -> Split | RankedSplit:
         """The rows, after the run."""
         raise NotImplementedError(f"{type(self).__name__} must say how it splits the stream")
