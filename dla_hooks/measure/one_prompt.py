@@ -109,7 +109,7 @@ def results(
         unit = plan.units[key].unit
         common: dict[str, Any] = {
             "unit": unit.words.name,
-            "words": unit.words,
+            "words": plan.units[key].words,
             "bias": entries.unfold(reading.bias_N),
             "logit": entries.unfold(reading.value_N()),
             "gap": outcome.gap,

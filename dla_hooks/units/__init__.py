@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _SHARED = {
     "adapter_inner",
     "adapter_inner_rows",
+    "adapter_site",
     "base",
     "head_layer",
     "head_rows",

@@ -8,7 +8,8 @@ part, and what they do is within the base's. ``disable_adapter`` changes both.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Container
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 
@@ -16,13 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from dla_hooks.backends import Conventions
-from dla_hooks.calibration.adapted_writes import Ending, endings
-from dla_hooks.calibration.norm_constants import norm_at
+from dla_hooks.calibration.adapted_writes import endings
 from dla_hooks.errors import HookError, UnsupportedModelError
 from dla_hooks.modules.adapters import (
     adapted_modules,
     at_work,
-    check_added,
     is_copied,
     state_of_adapters,
 )
@@ -31,17 +30,17 @@ from dla_hooks.projection.adapted import AdaptedModule
 from dla_hooks.projection.kernels import project
 from dla_hooks.projection.ledger import FixedRows
 from dla_hooks.projection.tiles import View
-from dla_hooks.projection.way_out import WayOut, WayRecorder
-from dla_hooks.residual.stream import Stream, WriteSite
+from dla_hooks.projection.way_out import WayRecorder
+from dla_hooks.residual.stream import Stream
 from dla_hooks.results.rows import Row, Words
 from dla_hooks.units.adapter_inner import InnerSite, inner_sites
 from dla_hooks.units.adapter_inner_rows import InnerRecorder
+from dla_hooks.units.adapter_site import Site, of_table, of_write
 from dla_hooks.units.base import Claim, Recorder, Split, Unit, UnitPlan
 from dla_hooks.units.parts import Parts
 from dla_hooks.units.parts_plan import EMBED, POSITIONS, PartsPlan
 
 _BASE, _HOOK = "base", "hook"
-_INSTEAD = "Attribute components instead (leave out unit=)"
 
 
 class Adapters(Unit):
@@ -101,7 +100,7 @@ class Adapters(Unit):
             for one in filter(lambda one: is_copied(one.module), found):
                 copies[label] = at_work(one.module)[0]
         sites = [
-            _of_write(parts, write, ended[write.label])
+            of_write(parts, write, ended[write.label])
             for write in stream.writes
             if ended.get(write.label) and write.label not in copies
         ]
@@ -114,59 +113,28 @@ class Adapters(Unit):
                 if is_copied(module) and module is place.module:
                     copies[label] = at_work(module)[0]
                 else:
-                    sites.append(_of_table(parts, label, place, path, module))
+                    sites.append(of_table(parts, label, place, path, module))
         modules = {label: [one.module for one in found] for label, found in ended.items()}
         inner = [site for site in inner_sites(parts, modules) if site.label not in copies]
-        return _AdaptersPlan(self, parts, sites, copies, inner)
+        direct = [one for found in modules.values() for one in found]
+        direct += [one.module for site in inner for one in site.modules]
+        without = _without_part(adapted, {*direct, *_tables(stream)})
+        return _AdaptersPlan(self, parts, sites, copies, inner, without)
 
 
-@dataclass(frozen=True)
-class _Site:
-    """A part of the stream that adapters end in.
-
-    Attributes:
-        label: the part's.
-        modules: what adapters end in there.
-        whole: whether there is nothing else; there is one module then.
-        way: from there to the stream.
-    """
-
-    label: str
-    modules: list[AdaptedModule]
-    whole: bool
-    way: WayOut
+def _tables(stream: Stream) -> list[nn.Module]:
+    places = [stream.embedding, *([] if stream.positions is None else [stream.positions])]
+    return [place.module for place in places]
 
 
-def _of_write(parts: PartsPlan, write: WriteSite, found: list[Ending]) -> _Site:
-    whole = any(one.whole for one in found)
-    if whole and len(found) > 1:
-        paths = ", ".join(one.path for one in found)
-        raise UnsupportedModelError(
-            f"{write.label} ends in several adapted modules, one within the other: {paths}. "
-            f"{_INSTEAD}"
-        )
-    places = [Place(one.module, one.path, write.use) for one in found]
-    places.append(Place(write.module, write.name, write.use))
-    post_norm = None if write.post_norm is None else write.place
-    norm = None if post_norm is None else norm_at(parts.stream, post_norm)
-    way = WayOut(parts.directions(write.label), places, post_norm, norm)
-    modules = [AdaptedModule(one.module, one.path, write.use, way.at_output) for one in found]
-    return _Site(write.label, modules, whole, way)
-
-
-def _of_table(parts: PartsPlan, label: str, place: Place, path: str, module: nn.Module) -> _Site:
-    if is_copied(module):
-        raise UnsupportedModelError(f"{path} is a copied part of the embeddings. {_INSTEAD}")
-    check_added(module, path)
-    directions = parts.of_embeddings() if label == EMBED else parts.directions(label)
-    if directions is None or module is not place.module:
-        raise UnsupportedModelError(
-            f"{path} is adapted, and more than a factor stands between it and the stream, so that "
-            f"its adapter has no part of its own there. {_INSTEAD}"
-        )
-    # Hooks of the caller's on the token embeddings have a row of their own.
-    way = WayOut(directions, [] if label == EMBED else [place])
-    return _Site(label, [AdaptedModule(module, path, place.use, directions)], True, way)
+def _without_part(adapted: list[tuple[str, nn.Module]], direct: Container[nn.Module]) -> list[str]:
+    """The names of the adapted modules whose adapters have no part of their own."""
+    named: dict[str, list[bool]] = {}
+    for path, module in adapted:
+        if at_work(module) and not is_copied(module):
+            named.setdefault(path.rpartition(".")[2], []).append(module in direct)
+    some = {name: any(found) for name, found in named.items() if not all(found)}
+    return [f"{name} of some layers" if partly else name for name, partly in some.items()]
 
 
 class _AdaptersPlan(UnitPlan):
@@ -176,15 +144,26 @@ class _AdaptersPlan(UnitPlan):
         self,
         unit: Unit,
         parts: PartsPlan,
-        sites: list[_Site],
+        sites: list[Site],
         copies: dict[str, str],
         inner: list[InnerSite],
+        without: list[str],
     ) -> None:
         super().__init__(unit)
+        self._without = without
         self.sites, self.copies, self.inner = sites, copies, inner
         self.dtype = parts.stream.work_dtype
         self._model = parts.stream.model
         self._state = state_of_adapters(self._model)
+
+    @property
+    def words(self) -> Words:
+        """The unit's, and the names of the adapted modules that have no part of their own."""
+        words = self.unit.words
+        if not self._without:
+            return words
+        names = ", ".join(self._without)
+        return replace(words, sentence=f"{words.sentence} (no direct part: {names})")
 
     def recorder(self, view: View) -> Recorder:
         """A recorder for one prompt.
@@ -207,8 +186,8 @@ class _AdaptersRecorder(Recorder):
 
     def taps(self, view: View) -> list[Tap]:
         """What adapters end in, those in front of last maps, and the norms behind."""
-        sites = [*self._sites, *self._inner]
-        return [tap for site in sites for tap in site.taps(view)]
+        taps = [tap for site in self._sites for tap in site.taps(view)]
+        return taps + [tap for site in self._inner for tap in site.taps(view)]
 
     def taps_before(self, view: View) -> list[Tap]:
         """Adapters of the values that later pieces read."""
@@ -246,7 +225,7 @@ class _AdaptersRecorder(Recorder):
 class _SiteRecorder:
     """One part of the stream that adapters end in, in one run."""
 
-    def __init__(self, site: _Site, n_entries: int, dtype: torch.dtype) -> None:
+    def __init__(self, site: Site, n_entries: int, dtype: torch.dtype) -> None:
         self._site, self.label = site, site.label
         self.way = WayRecorder(site.way, n_entries, dtype)
         # For each module its terms and its whole output.

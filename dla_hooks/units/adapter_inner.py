@@ -11,9 +11,6 @@ kept, and only until the sublayer's last map runs (in chunks, until the last of 
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor, nn
 
 from dla_hooks.calibration.attention_form import AttentionForm, attention_forms
@@ -57,9 +54,9 @@ class InnerSite:
         write: WriteSite,
         last: Place,
         linear: nn.Module,
-        factor: Any,
+        factor: Tensor | float | None,
         d_head: int,
-        modules: list[tuple[nn.Module, Inner, Place | None]],
+        modules: list[tuple[nn.Module, Inner, nn.Module | None]],
         attention: tuple[Place, AttentionForm] | None = None,
     ) -> None:
         self.label, self.last, self.attention = write.label, last, attention
@@ -69,7 +66,8 @@ class InnerSite:
         check_readable(linear, last.name)
 
         def fold(d_KM: Tensor) -> Tensor:
-            return pull_back(linear, d_KM if factor is None else d_KM * factor)
+            by = factor.to(d_KM) if isinstance(factor, Tensor) else factor
+            return pull_back(linear, d_KM if by is None else d_KM * by)
 
         self.folded, self.width = self.way.at_output.then(fold), input_width(linear)
         self.modules = [InnerModule(*one, write, self.folded, d_head) for one in modules]
@@ -95,12 +93,13 @@ class InnerModule:
         self,
         module: nn.Module,
         inner: Inner,
-        gate: Place | None,
+        gate: nn.Module | None,
         write: WriteSite,
         folded: Directions,
         d_head: int,
     ) -> None:
-        self.module, self.inner, self.gate = module, inner, gate
+        self.module, self.inner = module, inner
+        self.gate = None if gate is None else Place(gate, inner.gate or "", write.use)
         self.adapters = at_work(module)
         self.place = Place(module, inner.path, write.use)
         leaf = inner.path.rpartition(".")[2]
@@ -112,9 +111,8 @@ class InnerModule:
             # The heads of a group read the same values.
             u_KVGD = u_KI.view(len(u_KI), self.n_shared, -1, d_head)
             channels = inner.channels.to(u_KI.device)
-            return u_KI.new_zeros(len(u_KI), n_out).index_add_(
-                1, channels, u_KVGD.sum(2).flatten(1)
-            )
+            own_KC = u_KVGD.sum(2).flatten(1)
+            return u_KI.new_zeros(len(u_KI), n_out).index_add_(1, channels, own_KC)
 
         self.at_output = folded.then(scatter)
         self.adapted = AdaptedModule(module, inner.path, write.use, self.at_output)
@@ -141,7 +139,7 @@ def inner_sites(parts: PartsPlan, ended: dict[str, list[nn.Module]]) -> list[Inn
     neurons, heads = neuron_sites(stream), _with_forms(stream, set(asked))
     for write in stream.writes:
         inner = [
-            (modules[one.path], one, one.gate and Place(modules[one.gate], one.gate, write.use))
+            (modules[one.path], one, None if one.gate is None else modules[one.gate])
             for one in asked.get(write.label, [])
         ]
         if write.label in heads and inner:
@@ -160,9 +158,9 @@ def inner_sites(parts: PartsPlan, ended: dict[str, list[nn.Module]]) -> list[Inn
             if (place.norm is None) != (write.post_norm is None):
                 continue  # the MLP ends in a norm of its own
             linear, factor = _base_of(place.linear, ended.get(write.label, []))
-            factor = place.factor if factor is None else factor * place.factor
+            by = place.factor if factor is None else factor * place.factor
             width = len(inner[0][1].channels)
-            found.append(InnerSite(parts, write, place.place, linear, factor, width, inner))
+            found.append(InnerSite(parts, write, place.place, linear, by, width, inner))
     return found
 
 

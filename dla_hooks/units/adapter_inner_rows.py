@@ -145,7 +145,8 @@ class InnerRecorder:
 
     def _see_z(self, view: View, seen: Call) -> None:
         site, call, z = self._site, self._call, seen.entered
-        assert call is not None and site.attention is not None
+        assert call is not None
+        assert site.attention is not None
         self._call = None
         z = z if z.shape[-1] == site.width else z.flatten(-2)
         rows = self._rows.on(z.device)
@@ -176,7 +177,8 @@ class InnerRecorder:
         row = 2
         for module, kept in zip(site.modules, self._seen, strict=True):
             output, gate = kept.output, kept.gate
-            assert output is not None and gate is not None
+            assert output is not None
+            assert gate is not None
             channels = module.inner.channels.to(h.device)
             for tile in view.tiles(output.shape[-1], h.device):
                 u_TI = tile.spread(site.folded.at(tile, h.device))

@@ -154,6 +154,11 @@ class UnitPlan:
     def __init__(self, unit: Unit) -> None:
         self.unit = unit
 
+    @property
+    def words(self) -> Words:
+        """What the results say of their rows."""
+        return self.unit.words
+
     def recorder(self, view: View) -> Recorder:
         """A recorder for one prompt, whose entries are all in view."""
         return _FromParts(self.unit)
