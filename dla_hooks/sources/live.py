@@ -73,25 +73,21 @@ class Live(Source):
         until: Place | None = None,
         before: Callable[[View], list[Tap]] | None = None,
     ) -> Tensor | None:
-        """Run the model with taps on it. Pieces without an entry are run without.
-
-        The last piece ends at ``until``; a model that is brought piece by piece runs whole.
-        """
+        """Run the model with taps on it; one that is brought piece by piece runs to its end."""
         logits, width = [], self.prompt.shape[1]
         if until is not None and runs_whole(self._stream.model):
             until = None
         pieces = chunks(self._stream.backend, self.prompt, columns, self._chunk_size)
         for chunk, run in over_pieces(pieces, -(-width // (self._chunk_size or width))):
             piece = view.part(chunk.start, chunk.stop)
-            wanted = taps if piece is view or len(piece) else before
-            looks = [] if wanted is None else wanted(piece)
+            make = taps if piece is view or len(piece) else before
+            looks = make(piece) if make else []
             if self.prompt.extras or places_hooked(self._stream):
                 check = partial(self._check_width, chunk)
                 places = filter(None, (self._stream.last, self._stream.positions))
                 looks = [*(Tap(place, check, optional=True) for place in places), *looks]
-            looks = as_run(self._stream, looks)
             with (
-                tapped(looks) as taken,
+                tapped(as_run(self._stream, looks)) as taken,
                 refusing_length(self._stream, self.prompt),
                 ended_at(until, taken) if until and chunk.stop == width else nullcontext(),
             ):
