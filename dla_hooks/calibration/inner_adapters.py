@@ -51,6 +51,7 @@ class Inner:
 
     Attributes:
         path: of the module, in the model.
+        name: the same, in the sublayer.
         channels: for each value (head after head), or for each hidden channel, which of the
             module's channels it is [I].
         gate: the path of the module that puts out what the hidden channels are multiplied by; None
@@ -58,6 +59,7 @@ class Inner:
     """
 
     path: str
+    name: str
     channels: Tensor
     gate: str | None = None
 
@@ -81,6 +83,7 @@ class _Asked:
     """One module that is disturbed in some rows: in which of its channels, and what was seen."""
 
     path: str
+    name: str
     module: nn.Module
     rows: dict[int, slice]
     noise: Tensor | None = None
@@ -106,14 +109,13 @@ class _Run:
         for label, write in _once(stream).items():
             heads = write.heads
             if heads is not None and not heads.cross and why_unseen() is None:
-                within = set(heads.attention.modules()) - {heads.linear}
-                self._ask(label, [one for one in adapted if one[1] in within], [slice(None)])
+                inner = _within(adapted, heads.attention, heads.linear)
+                self._ask(label, inner, [slice(None)])
             elif label in self._sites:
-                width = input_width(self._sites[label].linear)
-                within = set(write.module.modules()) - {self._sites[label].linear}
-                inner = [one for one in adapted if one[1] in within]
+                last = self._sites[label].linear
+                inner, width = _within(adapted, write.module, last), input_width(last)
                 for factor in (1, 2):
-                    wide = [one for one in inner if width_of(one[1]) == factor * width]
+                    wide = [one for one in inner if width_of(one[2]) == factor * width]
                     self._ask(label, wide, _layouts(width, factor))
 
     def found(self) -> dict[str, list[Inner]]:
@@ -125,11 +127,13 @@ class _Run:
             found[label] = [one for one in map(partial(of, label), asked) if one is not None]
         return {label: inner for label, inner in found.items() if inner}
 
-    def _ask(self, label: str, modules: list[tuple[str, nn.Module]], layouts: list[slice]) -> None:
+    def _ask(
+        self, label: str, modules: list[tuple[str, str, nn.Module]], layouts: list[slice]
+    ) -> None:
         asked = self.asked.setdefault(label, []) if modules else []
-        for path, module in modules:
+        for module in modules:
             first = 1 + sum(len(one.rows) for one in asked)
-            asked.append(_Asked(path, module, dict(enumerate(layouts, start=first))))
+            asked.append(_Asked(*module, dict(enumerate(layouts, start=first))))
             self._rows = max(self._rows, first + len(layouts))
 
     def _run(self) -> None:
@@ -171,11 +175,11 @@ class _Run:
         if len(change_CS) == len(noise_OS):
             channels = torch.arange(len(noise_OS), device="cpu")
             if self._close(change_CS, noise_OS, values_SC[0].T):
-                return Inner(asked.path, channels)
+                return Inner(asked.path, asked.name, channels)
         nearest = [torch.cdist(some, noise_OS).argmin(1) for some in change_CS.split(_FEW)]
         channels = torch.cat(nearest)
         if self._close(change_CS, noise_OS[channels], values_SC[0].T):
-            return Inner(asked.path, channels)
+            return Inner(asked.path, asked.name, channels)
         return None
 
     def _of_hidden(self, label: str, asked: _Asked) -> Inner | None:
@@ -192,7 +196,7 @@ class _Run:
                 fits = all(same(gate_RSI[n] * up_RSI[n], hidden_RSI[n]) for n in (0, row))
                 if fits and torch.equal(gate_RSI[0], gate_RSI[row]) and gate in self._paths:
                     channels = torch.arange(output.shape[-1], device="cpu")[layout]
-                    return Inner(asked.path, channels, self._paths[gate])
+                    return Inner(asked.path, asked.name, channels, self._paths[gate])
         return None
 
     def _close(self, change_CS: Tensor, noise_CS: Tensor, values_CS: Tensor) -> bool:
@@ -240,6 +244,14 @@ class _Run:
 def _once(stream: Stream) -> dict[str, Any]:
     """The writes whose block runs once."""
     return {write.label: write for write in stream.writes if write.use == ONLY_USE}
+
+
+def _within(
+    adapted: list[tuple[str, nn.Module]], sublayer: nn.Module, last: nn.Module
+) -> list[tuple[str, str, nn.Module]]:
+    """Path, name and module of those in a sublayer, ahead of its last map."""
+    names = {module: name for name, module in sublayer.named_modules()}
+    return [(path, names[one], one) for path, one in adapted if one in names and one is not last]
 
 
 def _layouts(width: int, factor: int) -> list[slice]:

@@ -12,6 +12,7 @@ from collections.abc import Container
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from dla_hooks.modules.adapters import (
     adapted_modules,
     at_work,
     is_copied,
+    is_of_parameter,
     state_of_adapters,
 )
 from dla_hooks.modules.hooks import Call, Place, Tap
@@ -118,21 +120,21 @@ class Adapters(Unit):
         inner = [site for site in inner_sites(parts, modules) if site.label not in copies]
         direct = [one for found in modules.values() for one in found]
         direct += [one.module for site in inner for one in site.modules]
-        without = _without_part(adapted, {*direct, *_tables(stream)})
+        without = _without_part(stream, direct)
         return _AdaptersPlan(self, parts, sites, copies, inner, without)
 
 
-def _tables(stream: Stream) -> list[nn.Module]:
-    places = [stream.embedding, *([] if stream.positions is None else [stream.positions])]
-    return [place.module for place in places]
-
-
-def _without_part(adapted: list[tuple[str, nn.Module]], direct: Container[nn.Module]) -> list[str]:
-    """The names of the adapted modules whose adapters have no part of their own."""
+def _without_part(stream: Stream, direct: Container[nn.Module]) -> list[str]:
+    """The names of the adapted modules that have no part of their own, in their blocks."""
     named: dict[str, list[bool]] = {}
-    for path, module in adapted:
-        if at_work(module) and not is_copied(module):
-            named.setdefault(path.rpartition(".")[2], []).append(module in direct)
+    for block in stream.blocks:
+        for path, module in adapted_modules(block.module):
+            if not at_work(module) or is_copied(module):
+                continue
+            if is_of_parameter(module):
+                own: Any = module
+                path = f"{path.replace('.base_layer', '')}.{own.parameter_name}"
+            named.setdefault(path, []).append(module in direct)
     some = {name: any(found) for name, found in named.items() if not all(found)}
     return [f"{name} of some layers" if partly else name for name, partly in some.items()]
 
@@ -163,7 +165,7 @@ class _AdaptersPlan(UnitPlan):
         if not self._without:
             return words
         names = ", ".join(self._without)
-        return replace(words, sentence=f"{words.sentence} (no direct part: {names})")
+        return replace(words, sentence=f"{words.sentence} (no direct part is read of {names})")
 
     def recorder(self, view: View) -> Recorder:
         """A recorder for one prompt.

@@ -11,6 +11,7 @@ kept, and only until the sublayer's last map runs (in chunks, until the last of 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from dla_hooks.calibration.attention_form import AttentionForm, attention_forms
@@ -22,6 +23,7 @@ from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.modules.adapters import at_work, inside, low_rank, terms
 from dla_hooks.modules.hooks import Place
 from dla_hooks.modules.linear import check_readable, input_width, pull_back
+from dla_hooks.modules.onto import onto
 from dla_hooks.projection.adapted import AdaptedModule
 from dla_hooks.projection.directions import Directions
 from dla_hooks.projection.way_out import WayOut
@@ -102,20 +104,23 @@ class InnerModule:
         self.gate = None if gate is None else Place(gate, inner.gate or "", write.use)
         self.adapters = at_work(module)
         self.place = Place(module, inner.path, write.use)
-        leaf = inner.path.rpartition(".")[2]
-        self.names = [f"{name}@{leaf}" for name in self.adapters]
+        self.names = [f"{name}@{inner.name}" for name in self.adapters]
         self.n_shared = len(inner.channels) // d_head
         n_out = low_rank(module, self.adapters[0])[1].shape[0]
 
         def scatter(u_KI: Tensor) -> Tensor:
             # The heads of a group read the same values.
             u_KVGD = u_KI.view(len(u_KI), self.n_shared, -1, d_head)
-            channels = inner.channels.to(u_KI.device)
+            channels = self.channels(u_KI.device)
             own_KC = u_KVGD.sum(2).flatten(1)
             return u_KI.new_zeros(len(u_KI), n_out).index_add_(1, channels, own_KC)
 
         self.at_output = folded.then(scatter)
         self.adapted = AdaptedModule(module, inner.path, write.use, self.at_output)
+
+    def channels(self, device: torch.device) -> Tensor:
+        """Which of the module's channels are read, on a device."""
+        return onto(self.inner.channels, device)
 
     def matrices(self, name: str, like: Tensor) -> tuple[Tensor, Tensor]:
         """What an adapter adds: A [r, d_in], and B [d_out, R], with all factors."""

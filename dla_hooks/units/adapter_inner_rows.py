@@ -162,7 +162,7 @@ class InnerRecorder:
                         "told; attribute components instead (leave out unit=)"
                     )
                 _, B = module.matrices(name, a_BSR)
-                channels = module.inner.channels.to(B.device)
+                channels = module.channels(B.device)
                 parts.append((a_BSR, B[channels].unflatten(0, (module.n_shared, -1))))
         form = site.attention[1]
         given = z if form.scaled else None
@@ -179,7 +179,7 @@ class InnerRecorder:
             output, gate = kept.output, kept.gate
             assert output is not None
             assert gate is not None
-            channels = module.inner.channels.to(h.device)
+            channels = module.channels(h.device)
             for tile in view.tiles(output.shape[-1], h.device):
                 u_TI = tile.spread(site.folded.at(tile, h.device))
                 u_TI = u_TI * view.take(gate, tile.place).to(self._dtype)

@@ -291,6 +291,7 @@ def test_deltas_of_padded_prompts_and_of_many_answers_are_those_alone():
         ("qwen3_next", "attn_out[default@v_proj]"),  # attention's output is gated
         ("glm4", "mlp_out[default@gate_up_proj]"),  # two post-norms
         ("cohere", "attn_out[default@v_proj]"),
+        ("moshi", "attn_out[default@v_proj.linear]"),
     ],
 )
 def test_deltas_of_other_layouts_add_up(model_type, inside):
@@ -306,10 +307,11 @@ def test_deltas_of_other_layouts_add_up(model_type, inside):
 
 def test_adapters_without_a_direct_part_are_named():
     model, ids = adapted("llama-bias", lora(*LLAMA)), example_ids("llama-bias")
-    assert "(no direct part: q_proj, k_proj, gate_proj)" in repr(attribute(model, ids))
+    named = "self_attn.q_proj, self_attn.k_proj, mlp.gate_proj"
+    assert f"(no direct part is read of {named})" in repr(attribute(model, ids))
     model, ids = adapted("gpt2", lora("c_fc", "c_proj", fan_in_fan_out=True)), example_ids("gpt2")
     result = attribute(model, ids)
-    assert result.words.sentence.endswith("(no direct part: c_fc)")
+    assert result.words.sentence.endswith("(no direct part is read of mlp.c_fc)")
     assert not [label for label in result.labels if "@" in label]
     model, ids = adapted("llama", lora("o_proj", "down_proj")), example_ids("llama")
     assert "no direct part" not in repr(attribute(model, ids))
