@@ -1,9 +1,11 @@
 """Adapters: each write, split into what the base put out and what each active adapter added.
 
 An adapter on the map that a sublayer ends with (or on the embeddings) writes to the stream itself:
-its part is the adapter's own output, for the input that this run gave it. Adapters elsewhere (on
-queries, keys, values, gates, hidden layers) change what the base's map reads; they have no direct
-part, and what they do is within the base's. ``disable_adapter`` changes both.
+its part is the adapter's own output, for the input that this run gave it. An adapter of values
+writes through the attention pattern and the base's last map, and one of what a gate multiplies
+through that gate and the base's last map; both are frozen. Adapters elsewhere (on queries, keys,
+gates, hidden layers behind a nonlinearity) have no direct part, and what they do is within the
+base's. ``disable_adapter`` changes all of it.
 """
 
 from __future__ import annotations
@@ -55,8 +57,19 @@ class Adapters(Unit):
 
     A DoRA multiplies what the base puts out by its magnitudes: the base's part is behind these.
 
-    Adapters of queries, keys, values, gates and hidden layers have no part of their own: what they
-    change is within the base's. Compare the model with and without them for that.
+    Two kinds of adapters in front of a sublayer's last map have rows of their own, too, called by
+    where they are; what they write goes on through the base's own last map:
+
+    - ``0_attn_out[NAME@v_proj]``: of values, with the attention pattern frozen: ``pattern @ (delta
+      v)``. Of a map that puts out queries, keys and values together it is the part of values.
+    - ``0_mlp_out[NAME@up_proj]``: of what the gate of an MLP multiplies, with the gate frozen:
+      ``act(gate) * (delta up)``. Of a map that puts out both it is the part that is multiplied.
+
+    Adapters of queries, keys and gates, and of hidden layers that a nonlinearity follows (MLPs
+    without a gate), have no direct part. What they change is within the base's, and the result's
+    sentence names them. So is, by name, what cannot be read exactly: values that are normed, or are
+    read by attention that transformers' attention functions do not compute; gates that no module
+    puts out; maps of single experts. Compare the model with and without the adapters for that.
 
     Raises:
         UnsupportedModelError: for a model without adapters, and for one whose adapters write to
@@ -91,12 +104,6 @@ class Adapters(Unit):
                 f"{stream.backend.name} has no PEFT adapters on its modules, so no write of it has "
                 "an adapter's part; attribute components instead (leave out unit=)"
             )
-        taken = {_BASE, _HOOK} & {name for _, module in adapted for name in at_work(module)}
-        if taken:
-            raise UnsupportedModelError(
-                f"an adapter is called {min(taken)!r}, as one of the rows of this unit is; load it "
-                "under another name"
-            )
         ended, copies = endings(stream), dict[str, str]()
         for label, found in ended.items():
             for one in filter(lambda one: is_copied(one.module), found):
@@ -118,6 +125,13 @@ class Adapters(Unit):
                     sites.append(of_table(parts, label, place, path, module))
         modules = {label: [one.module for one in found] for label, found in ended.items()}
         inner = [site for site in inner_sites(parts, modules) if site.label not in copies]
+        ours = {_BASE, _HOOK, *(name for site in inner for name in site.names)}
+        taken = ours & {name for _, module in adapted for name in at_work(module)}
+        if taken:
+            raise UnsupportedModelError(
+                f"an adapter is called {min(taken)!r}, as one of the rows of this unit is; load it "
+                "under another name"
+            )
         direct = [one for found in modules.values() for one in found]
         direct += [one.module for site in inner for one in site.modules]
         without = _without_part(stream, direct)

@@ -22,10 +22,10 @@ from adapted import (
 from mapping_zoo import build_any, example_ids_any
 from oracle_families import family_of, frozen_norm, module_at
 from torch.nn import functional
-from zoo import example_ids
+from zoo import build, example_ids
 
 import dla_hooks
-from dla_hooks import DecompositionError, prepare
+from dla_hooks import DecompositionError, UnsupportedModelError, prepare
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's own
@@ -315,6 +315,15 @@ def test_adapters_without_a_direct_part_are_named():
     assert not [label for label in result.labels if "@" in label]
     model, ids = adapted("llama", lora("o_proj", "down_proj")), example_ids("llama")
     assert "no direct part" not in repr(attribute(model, ids))
+
+
+def test_an_adapter_that_is_called_as_the_row_of_another_is_refused():
+    base = build("llama-bias")
+    model = peft.get_peft_model(base, lora("o_proj"), adapter_name="one@v_proj")
+    model.add_adapter("one", lora("v_proj"))
+    model.base_model.set_adapter(["one", "one@v_proj"])
+    with pytest.raises(UnsupportedModelError, match="'one@v_proj'.*another name"):
+        prepare(filled(model), 5, unit="adapter")
 
 
 def test_scaling_of_an_adapter_scales_its_delta_in_the_last_layer():
