@@ -197,5 +197,5 @@ def _checkgates(call: AttentionCall, row: int, block: HeadBlock, gate_THD: Tenso
         raise DecompositionError(
             "attention returned exactly zero in a channel whose values are not zero, so that what "
             "its output is multiplied by cannot be told; leave this layer out (layers=), or "
-            "attribute whole heads"
+            "attribute whole heads, or components"
         )

@@ -185,5 +185,8 @@ def _with_forms(stream: Stream, among: set[str]) -> dict[str, tuple[WriteSite, A
         forms = attention_forms(sized).of
     except UnsupportedModelError:  # its heads cannot be told apart
         return {}
+    if stream.product_dtype == torch.float16:
+        # What attention returns may vanish there, and then its gate cannot be told.
+        forms = {label: form for label, form in forms.items() if not form.scaled}
     own = {w.label: w for w in sized.writes if w.heads is not None and w.label in among}
     return {label: (write, forms[label]) for label, write in own.items() if label in forms}

@@ -366,6 +366,29 @@ def test_adapters_without_a_direct_part_are_within_the_base():
         assert torch.equal(found.attribution, whole.attribution)
 
 
+def test_queries_that_are_small_beside_what_is_written_are_no_term_of_it_in_16_bits():
+    model = adapted("qwen2", lora("q_proj"), dtype=torch.bfloat16)
+    with torch.no_grad():
+        for layer in layers_of(model.base_model.model):
+            for parameter in layer.self_attn.q_proj.parameters():
+                parameter.mul_(0.02)
+    result = attribute(model, example_ids("qwen2"))
+    assert not [label for label in result.labels if "default" in label]
+
+
+def test_adapters_of_large_activations_in_float16_are_split():
+    model, ids = adapted("qwen2", lora("down_proj"), dtype=torch.float16), example_ids("qwen2")
+    with torch.no_grad():
+        for layer in layers_of(model.base_model.model):
+            for parameter in layer.mlp.down_proj.parameters():
+                parameter.mul_(8)
+            layer.mlp.up_proj.weight.mul_(64)
+    with inputs_of({0: layers_of(model.base_model.model)[0].mlp}) as seen:
+        model(ids, use_cache=False)
+    assert seen[0][1].abs().max() > 300  # its square is none of float16
+    assert "0_mlp_out[default]" in attribute(model, ids).labels
+
+
 def test_an_adapter_that_is_called_as_a_row_is_refused():
     model = filled(peft.get_peft_model(build("llama"), lora("o_proj"), adapter_name="base"))
     with pytest.raises(UnsupportedModelError, match="'base'.*another name"):
