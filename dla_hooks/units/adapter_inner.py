@@ -86,7 +86,8 @@ class InnerModule:
         adapters: those at work in it.
         place: its output.
         n_shared: how many heads of values there are.
-        at_output: what its output is projected on, as if it were read with weight one.
+        at_read: what is read of it is projected on, as if with weight one.
+        at_output: the same for its output.
         names: of their rows.
         adapted: its terms, projected on these.
     """
@@ -108,14 +109,16 @@ class InnerModule:
         self.n_shared = len(inner.channels) // d_head
         n_out = low_rank(module, self.adapters[0])[1].shape[0]
 
-        def scatter(u_KI: Tensor) -> Tensor:
+        def of_group(u_KI: Tensor) -> Tensor:
             # The heads of a group read the same values.
-            u_KVGD = u_KI.view(len(u_KI), self.n_shared, -1, d_head)
-            channels = self.channels(u_KI.device)
-            own_KC = u_KVGD.sum(2).flatten(1)
-            return u_KI.new_zeros(len(u_KI), n_out).index_add_(1, channels, own_KC)
+            return u_KI.view(len(u_KI), self.n_shared, -1, d_head).sum(2).flatten(1)
 
-        self.at_output = folded.then(scatter)
+        def scatter(u_KC: Tensor) -> Tensor:
+            channels = self.channels(u_KC.device)
+            return u_KC.new_zeros(len(u_KC), n_out).index_add_(1, channels, u_KC)
+
+        self.at_read = folded.then(of_group)
+        self.at_output = self.at_read.then(scatter)
         self.adapted = AdaptedModule(module, inner.path, write.use, self.at_output)
 
     def channels(self, device: torch.device) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dla_hooks.errors import UnsupportedModelError
+from dla_hooks.errors import HookError, UnsupportedModelError
 from dla_hooks.inputs.entries import Entries
 from dla_hooks.modules.attention_interface import AttentionCall, AttentionTap
 from dla_hooks.modules.hooks import Call, Tap
@@ -23,7 +23,7 @@ from dla_hooks.projection.kernels import project
 from dla_hooks.projection.ledger import FixedRows
 from dla_hooks.projection.tiles import View
 from dla_hooks.projection.way_out import WayRecorder
-from dla_hooks.units.adapter_inner import InnerSite
+from dla_hooks.units.adapter_inner import InnerModule, InnerSite
 from dla_hooks.units.base import Claim
 
 _TILE_ELEMENTS = 2**20
@@ -54,8 +54,9 @@ class InnerRecorder:
         self.way = WayRecorder(site.way, n_entries, dtype)
         # What the last map reads; the same by what makes it; each adapter's part.
         self._rows = FixedRows(2 + len(site.names), n_entries, dtype)
-        # For each module: its terms, its whole output, and each adapter's term by its matrices.
-        sizes = [2 * len(module.names) + 2 for module in site.modules]
+        # For each module, as if all of it were read with weight one: its terms, its whole output,
+        # each adapter's term by its matrices, and of values what leaves the module and arrives.
+        sizes = [2 * len(module.names) + 4 for module in site.modules]
         self._first = [sum(sizes[:number]) for number in range(len(sizes))]
         self._checks = FixedRows(sum(sizes), n_entries, dtype)
         self._seen = [_Seen([[] for _ in module.names]) for module in site.modules]
@@ -76,10 +77,12 @@ class InnerRecorder:
             first, n = self._first[number], len(module.names)
             rows = [partial(self._checks.row, row) for row in range(first, first + n + 1)]
             taps += module.adapted.taps(view, rows)
-            taps.append(Tap(module.adapted.place, partial(self._check_output, number, view)))
+            taps.append(Tap(module.adapted.place, partial(self._check_output, number, view, True)))
             if module.gate is not None:
                 taps.append(Tap(module.gate, partial(self._see_gate, number)))
                 taps.append(Tap(module.place, partial(self._see_output, number)))
+            else:
+                taps.append(Tap(module.place, partial(self._check_output, number, view, False)))
         see: Any = self._see_hidden
         if site.attention is not None:
             taps.append(AttentionTap(site.attention[0], self._see_call))
@@ -99,19 +102,28 @@ class InnerRecorder:
         what = f"what enters {site.last.name}, by what makes it,"
         claims = [Claim([what], made_N[None], whole_N[None], through_norm=True)]
         for first, module in zip(self._first, site.modules, strict=True):
-            n = len(module.names)
             constant_K = module.adapted.constant()
             if constant_K is not None:
                 checks_CN[first] += entries.of_target(constant_K.to(device))
-            terms_CN, whole_N, own_CN = (checks_CN[first : first + 2 * n + 2] / scale_N).split(
-                [n + 1, 1, n]
-            )
-            path = module.place.name
-            normed = site.way.norm is not None
-            claims.append(Claim([f"the terms of {path}"], terms_CN.sum(0)[None], whole_N, normed))
-            names = [f"the adapter {name!r} of {path}" for name in module.adapters]
-            claims.append(Claim(names, own_CN, terms_CN[1:], normed))
+            n = len(module.names)
+            own_CN = checks_CN[first : first + 2 * n + 4] / scale_N
+            written_CN = torch.stack([found[name] for name in module.names])
+            claims += self._claims(module, own_CN, written_CN)
         return found, claims
+
+    def _claims(self, module: InnerModule, own_CN: Tensor, written_CN: Tensor) -> list[Claim]:
+        """That a module's terms are what it puts out, and that this is what is read."""
+        n, normed, path = len(module.names), self._site.way.norm is not None, module.place.name
+        # Nothing is read with weight one: an error counts as it does in what is written.
+        if own_CN.numel():
+            own_CN = own_CN * _ratio(written_CN, own_CN[n + 2 : 2 * n + 2])
+        terms_CN, whole_N, by_matrices_CN, left_N, read_N = own_CN.split([n + 1, 1, n, 1, 1])
+        names = [f"the adapter {name!r} of {path}" for name in module.adapters]
+        return [
+            Claim([f"the terms of {path}"], terms_CN.sum(0)[None], whole_N, normed),
+            Claim(names, by_matrices_CN, terms_CN[1:], normed),
+            Claim([f"the values that {path} makes"], left_N, read_N, normed),
+        ]
 
     def _see_input(self, number: int, view: View, call: Call) -> None:
         module, x = self._site.modules[number], call.entered
@@ -129,9 +141,11 @@ class InnerRecorder:
                 at_entries = few if not of_values else view.take(few)
                 _project_few(at_entries, B, view, targets, out_N)
 
-    def _check_output(self, number: int, view: View, call: Call) -> None:
+    def _check_output(self, number: int, view: View, ahead: bool, call: Call) -> None:
+        """Project a module's output, ahead of hooks or behind them."""
         module, x = self._site.modules[number], call.left
-        row = self._first[number] + len(module.names) + 1
+        n = len(module.names)
+        row = self._first[number] + (n + 1 if ahead else 2 * n + 2)
         project(x, view, module.at_output, self._checks.row(row, x.device))
 
     def _see_output(self, number: int, call: Call) -> None:
@@ -145,14 +159,18 @@ class InnerRecorder:
 
     def _see_z(self, view: View, seen: Call) -> None:
         site, call, z = self._site, self._call, seen.entered
-        assert call is not None
         assert site.attention is not None
+        if call is None:
+            raise _not_seen(site.attention[0].name)
         self._call = None
         z = z if z.shape[-1] == site.width else z.flatten(-2)
         rows = self._rows.on(z.device)
         project(z, view, site.folded, rows[0])
         n_sources, parts = call.key.shape[2], list[tuple[Tensor, Tensor]]()
-        for module, kept in zip(site.modules, self._seen, strict=True):
+        v_BSC = call.value[:, :, -call.query.shape[2] :].transpose(1, 2).flatten(2)
+        for first, module, kept in zip(self._first, site.modules, self._seen, strict=True):
+            read_N = self._checks.row(first + 2 * len(module.names) + 3, z.device)
+            project(v_BSC, view, module.at_read, read_N)
             for name, few in zip(module.adapters, kept.few, strict=True):
                 a_BSR = (few[0] if len(few) == 1 else torch.cat(few, 1))[:, -n_sources:]
                 if a_BSR.shape[1] != n_sources:
@@ -177,8 +195,8 @@ class InnerRecorder:
         row = 2
         for module, kept in zip(site.modules, self._seen, strict=True):
             output, gate = kept.output, kept.gate
-            assert output is not None
-            assert gate is not None
+            if output is None or gate is None:
+                raise _not_seen(module.inner.gate or module.place.name)
             channels = module.channels(h.device)
             for tile in view.tiles(output.shape[-1], h.device):
                 u_TI = tile.spread(site.folded.at(tile, h.device))
@@ -196,6 +214,19 @@ class InnerRecorder:
 
     def _forget(self) -> None:
         self._seen = [_Seen([[] for _ in module.names]) for module in self._site.modules]
+
+
+def _ratio(written_CN: Tensor, read_CN: Tensor) -> Tensor:
+    """How much smaller what is written is, at its largest; one where it is larger."""
+    return (written_CN.abs().amax() / read_CN.abs().amax().clamp(min=1e-30)).clamp(max=1)
+
+
+def _not_seen(name: str) -> HookError:
+    return HookError(
+        f"{name} was not seen before the last map behind it, so what the adapters in front of that "
+        "wrote cannot be told. A fused, compiled or skipped module does this; run the plain eager "
+        "model, or attribute components (leave out unit=)"
+    )
 
 
 def _few(x: Tensor, A: Tensor, B: Tensor) -> Tensor:

@@ -351,12 +351,18 @@ def test_hooks_of_the_caller_are_no_part_of_a_delta():
     check_sums(result, attribute(model, ids, unit="component"))
 
 
-@pytest.mark.parametrize("what", ["attention_weights", "low_rank", "channels"])
-def test_broken_deltas_are_seen(monkeypatch, what):
+@pytest.mark.parametrize(
+    ("what", "where"),
+    [
+        ("attention_weights", "v_proj"),
+        *((what, where) for what in ("low_rank", "channels") for where in ("v_proj", "up_proj")),
+    ],
+)
+def test_broken_deltas_are_seen(monkeypatch, what, where):
     from dla_hooks.projection import attention_reads
     from dla_hooks.units import adapter_inner
 
-    model, ids = adapted("llama-bias", lora("v_proj", "up_proj")), example_ids("llama-bias")
+    model, ids = adapted("llama-bias", lora(where)), example_ids("llama-bias")
     if what == "attention_weights":
         plain = attention_reads.attention_weights
         monkeypatch.setattr(attention_reads, what, lambda *args: 1.1 * plain(*args))
