@@ -140,7 +140,8 @@ class _Disturbed:
                 found.append(Ending(module, path, whole))
                 continue
             factor = (change * noise).sum(-1, keepdim=True) / noise.square().sum(-1, keepdim=True)
-            if bool((change - factor * noise).norm() <= rounding < change.norm()):
+            unexplained = (change - factor * noise).norm()
+            if bool(unexplained <= rounding < change.norm()) and unexplained < 0.5 * change.norm():
                 raise _unread(path, module, "what it puts out is weighed before it is written")
         return found
 
