@@ -130,7 +130,8 @@ class _Disturbed:
                 continue  # of another width, not run, or a parameter of a hidden layer
             change, size = wrote[row] - wrote[0], wrote[0].norm() + noise.norm()
             rounding = (1e-5 + 16 * torch.finfo(self._stream.coarsest_dtype).eps) * size
-            if bool((change - noise).norm() <= rounding):
+            # A disturbance that is lost in the rounding of what is written tells nothing.
+            if bool((change - noise).norm() <= rounding.clamp(max=0.5 * float(noise.norm()))):
                 if not is_copied(module):
                     check_added(module, path)
                 whole = same(self._outputs[module], wrote[0])
@@ -139,7 +140,8 @@ class _Disturbed:
                 found.append(Ending(module, path, whole))
                 continue
             factor = (change * noise).sum(-1, keepdim=True) / noise.square().sum(-1, keepdim=True)
-            if bool((change - factor * noise).norm() <= rounding < change.norm()):
+            unexplained = (change - factor * noise).norm()
+            if bool(unexplained <= rounding < change.norm()) and unexplained < 0.5 * change.norm():
                 raise _unread(path, module, "what it puts out is weighed before it is written")
         return found
 
@@ -161,7 +163,7 @@ class _Disturbed:
             first = by_row[0].detach()
             generator = torch.Generator("cpu").manual_seed(7)
             noise = torch.randn(first.shape, generator=generator, dtype=torch.float32, device="cpu")
-            noise = noise.to(first) * first.square().mean().sqrt().clamp(min=1e-3)
+            noise = noise.to(first) * first.float().square().mean().sqrt().clamp(min=1e-3)
             self._noise[module] = noise.double().cpu()
             self._outputs[module] = first.double().cpu()
             changed = by_row.clone()

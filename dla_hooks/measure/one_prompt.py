@@ -66,7 +66,9 @@ def measure(
             columns = torch.arange(prompt.shape[1], device="cpu")  # what hooks there would see
         if source.logits_at is not None:
             columns = source.logits_at if check else None
-    logits = source.show(recording.view, recording.taps, columns, plan.target.until)
+    logits = source.show(
+        recording.view, recording.taps, columns, plan.target.until, recording.taps_before
+    )
     measurement = recording.finish()
     if not check:
         return measurement, Outcome(identity_gap(measurement))
@@ -107,7 +109,7 @@ def results(
         unit = plan.units[key].unit
         common: dict[str, Any] = {
             "unit": unit.words.name,
-            "words": unit.words,
+            "words": plan.units[key].words,
             "bias": entries.unfold(reading.bias_N),
             "logit": entries.unfold(reading.value_N()),
             "gap": outcome.gap,

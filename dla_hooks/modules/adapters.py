@@ -152,6 +152,38 @@ def product_of(module: nn.Module, name: str) -> tuple[Tensor, Tensor] | None:
     return (A * kept.lora_E[name]).detach() * scaling, kept.lora_B[name].detach()
 
 
+def low_rank(module: nn.Module, name: str) -> tuple[Tensor, Tensor]:
+    """What an adapter adds to a linear module, as a product of two matrices; DoRA's factor apart.
+
+    Returns:
+        A [rank, d_in] and B [d_out, rank], with the scaling in B. Where the adapter has a bias, B
+        has one more column than A has rows.
+    """
+    kept: Any = module
+    product = product_of(module, name)
+    if product is not None:
+        return product
+    down, up, scaling = kept.lora_A[name], kept.lora_B[name], kept.scaling[name]
+    B, bias = matrix(up).detach() * scaling, bias_of(up)
+    if bias is not None:
+        B = torch.cat((B, bias.detach()[:, None] * scaling), 1)
+    return matrix(down).detach(), B
+
+
+def width_of(module: nn.Module) -> int | None:
+    """How many channels the adapters at work in a module add to; None where they are no maps."""
+    kept: Any = module
+    for name in at_work(module):
+        if name not in kept.lora_A:
+            return None
+        if product_of(module, name) is None:
+            maps = kept.lora_A[name], kept.lora_B[name]
+            if not all(isinstance(one, nn.Linear) for one in maps):
+                return None
+    B = kept.lora_B[at_work(module)[0]]
+    return int(B.shape[0] if isinstance(B, Tensor) else B.out_features)
+
+
 def with_parameter(module: nn.Module, name: str, value: Tensor) -> nn.Module:
     """A module that computes the same with another value of one parameter.
 

@@ -58,6 +58,10 @@ class AdaptedModule:
         """The whole output, ahead of hooks."""
         return Place(self._module, self._path, self._use).ahead
 
+    def factor(self, name: str) -> Tensor | None:
+        """What multiplies one adapter's term [d_out], as magnitudes of DoRA do; None is one."""
+        return next((term.factor for term in self._terms if term.name == name), None)
+
     def constant(self) -> Tensor | None:
         """What the base's term has besides [K]; None is nothing."""
         base = self._terms[0] if self._terms else None

@@ -74,16 +74,9 @@ def reads(
     Raises:
         UnsupportedModelError: where the call does not line up with the prompt.
     """
-    batch, width = view.entries.prompt_shape[0], len(view.columns)
-    n_queries, n_sources = call.query.shape[2], call.key.shape[2]
+    _check_lines_up(call, view, of_encoder=of_encoder)
+    width, n_queries, n_sources = len(view.columns), call.query.shape[2], call.key.shape[2]
     n_heads, d_head = call.query.shape[1], call.value.shape[-1]
-    fits = of_encoder or n_sources >= n_queries
-    if len(call.query) != batch or n_queries < width or not fits:
-        raise UnsupportedModelError(
-            f"attention runs on queries of shape {list(call.query.shape)} and {n_sources} sources, "
-            f"which do not line up with {width} columns of a prompt of shape "
-            f"{list(view.entries.prompt_shape)}"
-        )
     device, dtype = call.query.device, folded.dtype
     size = max(1, _TILE_ELEMENTS // max(1, len(heads) * n_sources))
     for row, columns, tile in view.by_prompt(size, device):
@@ -107,6 +100,77 @@ def reads(
             torch.mul(p_HTS, given_HKS, out=values_HTS[block.place])
         first = 0 if of_encoder else view.columns.stop - n_sources
         yield Reads(row, tile, values_HTS, weights_HTS, first)
+
+
+def read_sums(
+    call: AttentionCall,
+    view: View,
+    folded: Directions,
+    softmax_dtype: torch.dtype,
+    z: Tensor | None,
+    parts: Sequence[tuple[Tensor, Tensor]],
+    out_CN: Tensor,
+) -> None:
+    """What the heads of one layer read in all, and what some terms of their values are of it.
+
+    A term of the values is given by what makes it: v_j = B a_j, with few channels of a.
+
+    Args:
+        call: of the attention function.
+        view: where to read.
+        folded: as in :func:`reads`.
+        softmax_dtype: the same.
+        z: the same.
+        parts: for each term, a [batch, S, R] of every source and B [key-value head, D, R].
+        out_CN: written in place: a row for all that is read, and one for each term.
+
+    Raises:
+        UnsupportedModelError: where the call does not line up with the prompt.
+    """
+    _check_lines_up(call, view)
+    n_heads, d_head = call.query.shape[1], call.value.shape[-1]
+    n_queries, n_sources = call.query.shape[2], call.key.shape[2]
+    device, dtype = call.query.device, folded.dtype
+    size = max(1, _TILE_ELEMENTS // max(1, n_heads * n_sources))
+    for row, columns, tile in view.by_prompt(size, device):
+        queries, u_KI = columns + (n_queries - len(view.columns)), folded.at(tile, device)
+        which, gate_TI = tile.which, None
+        if z is not None:
+            gate_TI = gates(call, z, row, queries, dtype)
+            u_KI, which = tile.spread(u_KI) * gate_TI, None
+        u_HKD = u_KI.view(len(u_KI), n_heads, d_head).transpose(0, 1)
+        sums_CT = torch.zeros(len(out_CN), tile.size, dtype=dtype, device=device)
+        for block in head_blocks(call, range(n_heads), tile.size):
+            if gate_TI is not None:
+                _checkgates(call, row, block, gate_TI.view(-1, n_heads, d_head))
+            p_HTS = attention_weights(call, row, queries, block, dtype, softmax_dtype)
+            u_BKD = u_HKD[block.heads]
+            given = [read_values(call, row, block, u_BKD)]
+            for a_BSR, B_VDR in parts:
+                B_XDR = B_VDR[block.shared]
+                w_XGR = torch.bmm(u_BKD.reshape(len(B_XDR), -1, d_head), B_XDR)
+                given.append((w_XGR @ a_BSR[row].T).view(len(u_BKD), len(u_KI), -1))
+            for sums_T, given_HKS in zip(sums_CT, given, strict=True):
+                of_entry = given_HKS if which is None else given_HKS.index_select(1, which)
+                sums_T += (p_HTS * of_entry).sum((0, 2))
+        out_CN[:, tile.index] = sums_CT
+
+
+def _check_lines_up(call: AttentionCall, view: View, *, of_encoder: bool = False) -> None:
+    """Refuse a call whose queries are not those of the prompt.
+
+    Raises:
+        UnsupportedModelError: with both shapes.
+    """
+    batch, width = view.entries.prompt_shape[0], len(view.columns)
+    n_queries, n_sources = call.query.shape[2], call.key.shape[2]
+    fits = of_encoder or n_sources >= n_queries
+    if len(call.query) != batch or n_queries < width or not fits:
+        raise UnsupportedModelError(
+            f"attention runs on queries of shape {list(call.query.shape)} and {n_sources} sources, "
+            f"which do not line up with {width} columns of a prompt of shape "
+            f"{list(view.entries.prompt_shape)}"
+        )
 
 
 def gates(call: AttentionCall, z: Tensor, row: int, queries: Tensor, dtype: torch.dtype) -> Tensor:
@@ -133,5 +197,5 @@ def _checkgates(call: AttentionCall, row: int, block: HeadBlock, gate_THD: Tenso
         raise DecompositionError(
             "attention returned exactly zero in a channel whose values are not zero, so that what "
             "its output is multiplied by cannot be told; leave this layer out (layers=), or "
-            "attribute whole heads"
+            "attribute whole heads, or components"
         )

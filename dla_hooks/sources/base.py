@@ -59,6 +59,7 @@ class Source:
         taps: Callable[[View], list[Tap]],
         columns: Tensor | None,
         until: Place | None = None,
+        before: Callable[[View], list[Tap]] | None = None,
     ) -> Tensor | None:
         """Show every tap its activation.
 
@@ -67,6 +68,7 @@ class Source:
             taps: makes the taps for the entries that are shown together.
             columns: where the model's own logits are wanted, or None for nowhere.
             until: nothing from this input of a module on is wanted, or None for no end.
+            before: makes the taps for a piece of the prompt without entries; None is none.
 
         Returns:
             Logits [batch, n_columns, vocabulary], or None where the source has none.

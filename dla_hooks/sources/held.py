@@ -39,6 +39,7 @@ class Held(Source):
         taps: Callable[[View], list[Tap]],
         columns: Tensor | None,
         until: Place | None = None,
+        before: Callable[[View], list[Tap]] | None = None,
     ) -> Tensor:
         """Show every tap what was held at its place.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -71,29 +71,27 @@ class Live(Source):
         taps: Callable[[View], list[Tap]],
         columns: Tensor | None,
         until: Place | None = None,
+        before: Callable[[View], list[Tap]] | None = None,
     ) -> Tensor | None:
-        """Run the model with taps on it. Pieces without an entry are run without.
-
-        The last piece ends at ``until``; a model that is brought piece by piece runs whole.
-        """
+        """Run the model with taps on it; one that is brought piece by piece runs to its end."""
         logits, width = [], self.prompt.shape[1]
         if until is not None and runs_whole(self._stream.model):
             until = None
         pieces = chunks(self._stream.backend, self.prompt, columns, self._chunk_size)
         for chunk, run in over_pieces(pieces, -(-width // (self._chunk_size or width))):
             piece = view.part(chunk.start, chunk.stop)
-            looks = taps(piece) if piece is view or len(piece) else []
+            make = taps if piece is view or len(piece) else before
+            looks = make(piece) if make else []
             if self.prompt.extras or places_hooked(self._stream):
                 check = partial(self._check_width, chunk)
                 places = filter(None, (self._stream.last, self._stream.positions))
                 looks = [*(Tap(place, check, optional=True) for place in places), *looks]
-            ends: AbstractContextManager[None] = nullcontext()
-            looks = as_run(self._stream, looks)
-            with tapped(looks) as taken, refusing_length(self._stream, self.prompt):
-                if until is not None and chunk.stop == width:
-                    ends = ended_at(until, taken)
-                with ends:
-                    logits.append(run())
+            with (
+                tapped(as_run(self._stream, looks)) as taken,
+                refusing_length(self._stream, self.prompt),
+                ended_at(until, taken) if until and chunk.stop == width else nullcontext(),
+            ):
+                logits.append(run())
         if columns is None:
             return None
         return logits[0] if len(logits) == 1 else torch.cat(logits, dim=1)

@@ -93,6 +93,7 @@ class StoredCache(Source):
         taps: Callable[[View], list[Tap]],
         columns: Tensor | None,
         until: Place | None = None,
+        before: Callable[[View], list[Tap]] | None = None,
     ) -> None:
         """Show every tap its activation. A cache holds no logits.
 

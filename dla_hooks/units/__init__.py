@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from dla_hooks.units.base import Unit
 
 _SHARED = {
+    "adapter_inner",
+    "adapter_inner_rows",
+    "adapter_site",
     "base",
     "head_layer",
     "head_rows",

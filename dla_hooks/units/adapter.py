@@ -1,29 +1,32 @@
 """Adapters: each write, split into what the base put out and what each active adapter added.
 
 An adapter on the map that a sublayer ends with (or on the embeddings) writes to the stream itself:
-its part is the adapter's own output, for the input that this run gave it. Adapters elsewhere (on
-queries, keys, values, gates, hidden layers) change what the base's map reads; they have no direct
-part, and what they do is within the base's. ``disable_adapter`` changes both.
+its part is the adapter's own output, for the input that this run gave it. An adapter of values
+writes through the attention pattern and the base's last map, and one of what a gate multiplies
+through that gate and the base's last map; both are frozen. Adapters elsewhere (on queries, keys,
+gates, hidden layers behind a nonlinearity) have no direct part, and what they do is within the
+base's. ``disable_adapter`` changes all of it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Container
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dla_hooks.backends import Conventions
-from dla_hooks.calibration.adapted_writes import Ending, endings
-from dla_hooks.calibration.norm_constants import norm_at
+from dla_hooks.calibration.adapted_writes import endings
 from dla_hooks.errors import HookError, UnsupportedModelError
 from dla_hooks.modules.adapters import (
     adapted_modules,
     at_work,
-    check_added,
     is_copied,
+    is_of_parameter,
     state_of_adapters,
 )
 from dla_hooks.modules.hooks import Call, Place, Tap
@@ -31,15 +34,17 @@ from dla_hooks.projection.adapted import AdaptedModule
 from dla_hooks.projection.kernels import project
 from dla_hooks.projection.ledger import FixedRows
 from dla_hooks.projection.tiles import View
-from dla_hooks.projection.way_out import WayOut, WayRecorder
-from dla_hooks.residual.stream import Stream, WriteSite
+from dla_hooks.projection.way_out import WayRecorder
+from dla_hooks.residual.stream import Stream
 from dla_hooks.results.rows import Row, Words
+from dla_hooks.units.adapter_inner import InnerSite, inner_sites
+from dla_hooks.units.adapter_inner_rows import InnerRecorder
+from dla_hooks.units.adapter_site import Site, of_table, of_write
 from dla_hooks.units.base import Claim, Recorder, Split, Unit, UnitPlan
 from dla_hooks.units.parts import Parts
 from dla_hooks.units.parts_plan import EMBED, POSITIONS, PartsPlan
 
 _BASE, _HOOK = "base", "hook"
-_INSTEAD = "Attribute components instead (leave out unit=)"
 
 
 class Adapters(Unit):
@@ -52,8 +57,19 @@ class Adapters(Unit):
 
     A DoRA multiplies what the base puts out by its magnitudes: the base's part is behind these.
 
-    Adapters of queries, keys, values, gates and hidden layers have no part of their own: what they
-    change is within the base's. Compare the model with and without them for that.
+    Two kinds of adapters in front of a sublayer's last map have rows of their own, too, called by
+    where they are; what they write goes on through the base's own last map:
+
+    - ``0_attn_out[NAME@v_proj]``: of values, with the attention pattern frozen: ``pattern @ (delta
+      v)``. Of a map that puts out queries, keys and values together it is the part of values.
+    - ``0_mlp_out[NAME@up_proj]``: of what the gate of an MLP multiplies, with the gate frozen:
+      ``act(gate) * (delta up)``. Of a map that puts out both it is the part that is multiplied.
+
+    Adapters of queries, keys and gates, and of hidden layers that a nonlinearity follows (MLPs
+    without a gate), have no direct part. What they change is within the base's, and the result's
+    sentence names them. So is, by name, what cannot be read exactly: values that are normed, or are
+    read by attention that transformers' attention functions do not compute; gates that no module
+    puts out; maps of single experts. Compare the model with and without the adapters for that.
 
     Raises:
         UnsupportedModelError: for a model without adapters, and for one whose adapters write to
@@ -88,18 +104,12 @@ class Adapters(Unit):
                 f"{stream.backend.name} has no PEFT adapters on its modules, so no write of it has "
                 "an adapter's part; attribute components instead (leave out unit=)"
             )
-        taken = {_BASE, _HOOK} & {name for _, module in adapted for name in at_work(module)}
-        if taken:
-            raise UnsupportedModelError(
-                f"an adapter is called {min(taken)!r}, as one of the rows of this unit is; load it "
-                "under another name"
-            )
         ended, copies = endings(stream), dict[str, str]()
         for label, found in ended.items():
             for one in filter(lambda one: is_copied(one.module), found):
                 copies[label] = at_work(one.module)[0]
         sites = [
-            _of_write(parts, write, ended[write.label])
+            of_write(parts, write, ended[write.label])
             for write in stream.writes
             if ended.get(write.label) and write.label not in copies
         ]
@@ -112,69 +122,64 @@ class Adapters(Unit):
                 if is_copied(module) and module is place.module:
                     copies[label] = at_work(module)[0]
                 else:
-                    sites.append(_of_table(parts, label, place, path, module))
-        return _AdaptersPlan(self, parts, sites, copies)
+                    sites.append(of_table(parts, label, place, path, module))
+        modules = {label: [one.module for one in found] for label, found in ended.items()}
+        inner = [site for site in inner_sites(parts, modules) if site.label not in copies]
+        ours = {_BASE, _HOOK, *(name for site in inner for name in site.names)}
+        taken = ours & {name for _, module in adapted for name in at_work(module)}
+        if taken:
+            raise UnsupportedModelError(
+                f"an adapter is called {min(taken)!r}, as one of the rows of this unit is; load it "
+                "under another name"
+            )
+        direct = [one for found in modules.values() for one in found]
+        direct += [one.module for site in inner for one in site.modules]
+        without = _without_part(stream, direct)
+        return _AdaptersPlan(self, parts, sites, copies, inner, without)
 
 
-@dataclass(frozen=True)
-class _Site:
-    """A part of the stream that adapters end in.
-
-    Attributes:
-        label: the part's.
-        modules: what adapters end in there.
-        whole: whether there is nothing else; there is one module then.
-        way: from there to the stream.
-    """
-
-    label: str
-    modules: list[AdaptedModule]
-    whole: bool
-    way: WayOut
-
-
-def _of_write(parts: PartsPlan, write: WriteSite, found: list[Ending]) -> _Site:
-    whole = any(one.whole for one in found)
-    if whole and len(found) > 1:
-        paths = ", ".join(one.path for one in found)
-        raise UnsupportedModelError(
-            f"{write.label} ends in several adapted modules, one within the other: {paths}. "
-            f"{_INSTEAD}"
-        )
-    places = [Place(one.module, one.path, write.use) for one in found]
-    places.append(Place(write.module, write.name, write.use))
-    post_norm = None if write.post_norm is None else write.place
-    norm = None if post_norm is None else norm_at(parts.stream, post_norm)
-    way = WayOut(parts.directions(write.label), places, post_norm, norm)
-    modules = [AdaptedModule(one.module, one.path, write.use, way.at_output) for one in found]
-    return _Site(write.label, modules, whole, way)
-
-
-def _of_table(parts: PartsPlan, label: str, place: Place, path: str, module: nn.Module) -> _Site:
-    if is_copied(module):
-        raise UnsupportedModelError(f"{path} is a copied part of the embeddings. {_INSTEAD}")
-    check_added(module, path)
-    directions = parts.of_embeddings() if label == EMBED else parts.directions(label)
-    if directions is None or module is not place.module:
-        raise UnsupportedModelError(
-            f"{path} is adapted, and more than a factor stands between it and the stream, so that "
-            f"its adapter has no part of its own there. {_INSTEAD}"
-        )
-    # Hooks of the caller's on the token embeddings have a row of their own.
-    way = WayOut(directions, [] if label == EMBED else [place])
-    return _Site(label, [AdaptedModule(module, path, place.use, directions)], True, way)
+def _without_part(stream: Stream, direct: Container[nn.Module]) -> list[str]:
+    """The names of the adapted modules that have no part of their own, in their blocks."""
+    named: dict[str, list[bool]] = {}
+    for block in stream.blocks:
+        for path, module in adapted_modules(block.module):
+            if not at_work(module) or is_copied(module):
+                continue
+            if is_of_parameter(module):
+                own: Any = module
+                path = f"{path.replace('.base_layer', '')}.{own.parameter_name}"
+            named.setdefault(path, []).append(module in direct)
+    some = {name: any(found) for name, found in named.items() if not all(found)}
+    return [f"{name} of some layers" if partly else name for name, partly in some.items()]
 
 
 class _AdaptersPlan(UnitPlan):
     """All adapters' parts on one model and target."""
 
     def __init__(
-        self, unit: Unit, parts: PartsPlan, sites: list[_Site], copies: dict[str, str]
+        self,
+        unit: Unit,
+        parts: PartsPlan,
+        sites: list[Site],
+        copies: dict[str, str],
+        inner: list[InnerSite],
+        without: list[str],
     ) -> None:
         super().__init__(unit)
-        self.sites, self.copies, self.dtype = sites, copies, parts.stream.work_dtype
+        self._without = without
+        self.sites, self.copies, self.inner = sites, copies, inner
+        self.dtype = parts.stream.work_dtype
         self._model = parts.stream.model
         self._state = state_of_adapters(self._model)
+
+    @property
+    def words(self) -> Words:
+        """The unit's, and the names of the adapted modules that have no part of their own."""
+        words = self.unit.words
+        if not self._without:
+            return words
+        names = ", ".join(self._without)
+        return replace(words, sentence=f"{words.sentence} (no direct part is read of {names})")
 
     def recorder(self, view: View) -> Recorder:
         """A recorder for one prompt.
@@ -193,10 +198,16 @@ class _AdaptersRecorder(Recorder):
     def __init__(self, plan: _AdaptersPlan, view: View) -> None:
         self._plan = plan
         self._sites = [_SiteRecorder(site, len(view), plan.dtype) for site in plan.sites]
+        self._inner = [InnerRecorder(site, len(view), plan.dtype) for site in plan.inner]
 
     def taps(self, view: View) -> list[Tap]:
-        """What adapters end in, and the norms behind."""
-        return [tap for site in self._sites for tap in site.taps(view)]
+        """What adapters end in, those in front of last maps, and the norms behind."""
+        taps = [tap for site in self._sites for tap in site.taps(view)]
+        return taps + [tap for site in self._inner for tap in site.taps(view)]
+
+    def taps_before(self, view: View) -> list[Tap]:
+        """Adapters of the values that later pieces read."""
+        return [tap for site in self._inner for tap in site.taps_before(view)]
 
     def finish(self, parts: Parts) -> Split:
         """The components' rows; in place of one that adapters end, its base's and theirs."""
@@ -208,6 +219,13 @@ class _AdaptersRecorder(Recorder):
             claims.append(claim)
             seen += site.way.norms()
         found |= {k: {name: components[k]} for k, name in self._plan.copies.items()}
+        for inner in self._inner:
+            added, more = inner.finish(parts.reading.scale_N, parts.entries)
+            own = found.setdefault(inner.label, {_BASE: components[inner.label]})
+            own[_BASE] = own[_BASE] - torch.stack([*added.values()]).sum(0)
+            own |= added
+            claims += more
+            seen += inner.way.norms()
         rows, values = list[Row](), list[Tensor]()
         for row in parts.rows:
             split = found.get(row.label)
@@ -223,7 +241,7 @@ class _AdaptersRecorder(Recorder):
 class _SiteRecorder:
     """One part of the stream that adapters end in, in one run."""
 
-    def __init__(self, site: _Site, n_entries: int, dtype: torch.dtype) -> None:
+    def __init__(self, site: Site, n_entries: int, dtype: torch.dtype) -> None:
         self._site, self.label = site, site.label
         self.way = WayRecorder(site.way, n_entries, dtype)
         # For each module its terms and its whole output.

@@ -135,6 +135,10 @@ class Recorder:
         """What to watch while the entries in view are run."""
         return []
 
+    def taps_before(self, view: View) -> list[Tap]:
+        """What to watch in a piece of the prompt without entries, which later pieces read."""
+        return []
+
     def finish(self, parts: Parts) -> Split | RankedSplit:
         """The rows, after the run."""
         raise NotImplementedError(f"{type(self).__name__} must say how it splits the stream")
@@ -149,6 +153,11 @@ class UnitPlan:
 
     def __init__(self, unit: Unit) -> None:
         self.unit = unit
+
+    @property
+    def words(self) -> Words:
+        """What the results say of their rows."""
+        return self.unit.words
 
     def recorder(self, view: View) -> Recorder:
         """A recorder for one prompt, whose entries are all in view."""

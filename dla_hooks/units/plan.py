@@ -135,6 +135,10 @@ class Recording:
             return taps
         return [*taps, _tap(witness, theirs, view)]
 
+    def taps_before(self, view: View) -> list[Tap]:
+        """What to watch in a piece of the prompt without entries, which later pieces read."""
+        return [tap for recorder in self._units.values() for tap in recorder.taps_before(view)]
+
     def finish(self) -> Measurement:
         """The measurement, once the source has shown everything."""
         reading = self._point.finish()
