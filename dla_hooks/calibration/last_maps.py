@@ -197,8 +197,8 @@ def _way(
     # holds it does not (a hook point in a norm).
     own = [n for n, call in enumerate(calls) if call.module is write.written_by]
     if own:
-        behind = calls[own[-1] + 1 :]
-        holders = [call for call in behind if write.written_by in call.module.modules()]
+        later = calls[own[-1] + 1 :]
+        holders = [call for call in later if write.written_by in call.module.modules()]
         calls = calls[: own[-1] + 1] + holders
     named = stream.backend.neurons(block.module)
     # The module whose parameter the map is, where the backend names it.

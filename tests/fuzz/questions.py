@@ -194,7 +194,9 @@ def _hold_one(bench: Bench, question: Question, result: Any, truth: Truth) -> st
         found = here[index, answer]
         if wrong is not None:
             return found - here[index, wrong]
-        return found - here.mean(-1) if centred else found
+        masked = here == -torch.inf  # they have no part in the mean
+        mean = here.masked_fill(masked, 0).sum(-1) / (~masked).sum(-1)
+        return found - mean if centred else found
 
     own = torch.full((batch, width), float("nan"), dtype=torch.float64)
     other = values.sum(0)
