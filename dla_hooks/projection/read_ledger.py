@@ -62,7 +62,7 @@ class ReadLedger:
         rows_R = (runs_H[:, None] * self._n_sources + numbers_S).flatten()
         # By entry, so that the strongest are looked for among neighbours.
         values_TR, weights_TR = (x.transpose(0, 1).flatten(1) for x in (values_HTS, weights_HTS))
-        rows_TR = torch.where(weights_TR > 0, rows_R, -1)
+        rows_TR = torch.where(weights_TR != 0, rows_R, -1)
         self._top.add(values_TR.T, rows_TR.T, reads.tile, beside=(weights_TR.T,))
 
     def merge(self, other: ReadLedger, scale_N: Tensor, entries: Entries) -> None:
@@ -126,7 +126,7 @@ class SourceLedger(ReadLedger):
         for start in range(0, n_entries, step):
             index = slice(start, min(start + step, n_entries))
             weights_RT = weights_RN[:, index]
-            rows_RT = torch.where(weights_RT > 0, numbers_R[:, None], -1)
+            rows_RT = torch.where(weights_RT != 0, numbers_R[:, None], -1)
             tile = Tile(None, index, index.stop - start, entries.target[:0], None)
             top.add(values_RN[:, index], rows_RT, tile, beside=(weights_RT / self._n_heads,))
         return top.gathered(scale_N, entries)
