@@ -157,7 +157,7 @@ def _measure(stream: Stream) -> MixerForms:
             scaled = _is_scaled(writes[label], one, n_heads, eps)
             check_readable(place.module, place.name)
         except (_NotReadable, UnsupportedModelError) as error:
-            forms.reasons[label] = f"{writes[label].name}: {error}"
+            forms.reasons[label] = f"{writes[label].name} reads cannot be told: {error}"
         else:
             forms.of[label] = MixerForm(place.module, place, n_heads, scaled)
     return forms
@@ -253,5 +253,3 @@ def _group_counts(width: int) -> list[int]:
 
 def _close(one: Tensor, other: Tensor, relative: float) -> bool:
     return bool((one - other).norm() <= relative * other.norm())
-
-

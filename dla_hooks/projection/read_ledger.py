@@ -6,11 +6,13 @@ Axes: H head, T entry of a tile, S source, R row of the unit, N entry.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from dla_hooks.inputs.entries import Entries
+from dla_hooks.modules.onto import onto
 from dla_hooks.projection.attention_reads import Reads
 from dla_hooks.projection.ledger import FixedRows, Top, TopRows
 from dla_hooks.projection.tiles import Tile
@@ -130,6 +132,32 @@ class SourceLedger(ReadLedger):
             tile = Tile(None, index, index.stop - start, entries.target[:0], None)
             top.add(values_RN[:, index], rows_RT, tile, beside=(weights_RT / self._n_heads,))
         return top.gathered(scale_N, entries)
+
+
+def of_tokens(reads: Reads, numbers: Tensor) -> tuple[Reads, Tensor, Tensor | None]:
+    """Leave out what is no real token: padding, and positions that the model puts before a prompt.
+
+    Args:
+        reads: what some entries read.
+        numbers: each column's number among the real tokens, or -1 [batch or 1, column].
+
+    Returns:
+        What they read of real tokens, these tokens' numbers, and what all else gave [T], if any.
+    """
+    n_sources = reads.values_HTS.shape[-1]
+    numbers_S = numbers[reads.row if len(numbers) > 1 else 0]
+    numbers_S = numbers_S[max(reads.first, 0) : reads.first + n_sources]
+    real_S = torch.cat((numbers_S.new_full((max(-reads.first, 0),), -1), numbers_S)) >= 0
+    if bool(real_S.all()):
+        return reads, numbers_S, None
+    kept = onto(real_S.nonzero()[:, 0], reads.values_HTS.device)  # a GPU would wait for a mask
+    found = replace(
+        reads,
+        values_HTS=reads.values_HTS.index_select(-1, kept),
+        weights_HTS=reads.weights_HTS.index_select(-1, kept),
+    )
+    off_T = (reads.values_HTS.sum(-1) - found.values_HTS.sum(-1)).sum(0)
+    return found, numbers_S[numbers_S >= 0], off_T
 
 
 def joined(tops: Sequence[Top], starts: Sequence[int], k: int | None) -> Top:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dla_hooks.calibration.mixer_form import MixerForm, mixer_forms
+from dla_hooks.calibration.mixer_form import MixerForm, MixerForms, mixer_forms
 from dla_hooks.errors import DecompositionError, UnsupportedModelError
 from dla_hooks.modules.hooks import Call, Place, Tap
 from dla_hooks.modules.linear import bias_of, pull_back
@@ -58,50 +58,56 @@ class Mixer:
         """How many rows it has for each token: one for each head, or one where it has none."""
         return max(1, self.form.n_heads)
 
-    def runs(self, n_sources: int, *, by_head: bool) -> list[Run]:
-        """Its rows: of each head, or of the whole layer.
 
-        Args:
-            n_sources: how many tokens there are.
-            by_head: whether heads have rows of their own, where it has any.
-        """
-        layer, sub, n = self.write.layer, self.sub, n_sources
+def runs_of_mixers(mixers: Sequence[Mixer], sum: str | None, n_sources: int) -> list[Run]:
+    """The rows of some mixers: of each head, of each layer, or of all of them."""
+    n, found = n_sources, list[Run]()
+    if sum == "heads":
+        return [Run("<{}", "source", n=n, of_sources=True) for _ in mixers[:1]]
+    for one in mixers:
+        layer, sub = one.write.layer, one.sub
         name = f"L{layer}.{sub}" if sub else f"L{layer}"
-        if not (by_head and self.form.n_heads):
-            return [Run(f"{name}<{{}}", "layer", layer, sub, None, n, True)]
-        heads = range(self.form.n_heads)
-        return [Run(f"{name}H{h}<{{}}", "head", layer, sub, h, n, True) for h in heads]
-
-
-def splittable(stream: Stream) -> dict[str, WriteSite]:
-    """The writes of mixers whose sources can be told apart, by their labels."""
-    forms = mixer_forms(stream)
-    return {write.label: write for write in stream.writes if write.label in forms.of}
-
-
-def why_not(stream: Stream, layers: Sequence[int]) -> list[str]:
-    """Why the mixers of some layers cannot be split."""
-    reasons = mixer_forms(stream).reasons
-    writes = [write for write in stream.writes if write.layer in layers]
-    return [reasons[write.label] for write in writes if write.label in reasons]
+        if sum is None and one.form.n_heads:
+            labels = [(f"{name}H{h}<{{}}", h) for h in range(one.form.n_heads)]
+            found += [Run(label, "head", layer, sub, h, n, True) for label, h in labels]
+        else:
+            found.append(Run(f"{name}<{{}}", "layer", layer, sub, None, n, True))
+    return found
 
 
 def mixers_of(parts: PartsPlan, layers: Sequence[int] | None) -> list[Mixer]:
-    """The mixers of some layers, or of all, with their directions."""
+    """The mixers of some layers, or of all, with their directions.
+
+    Raises:
+        UnsupportedModelError: where nothing that is asked for can be split, as a mixer cannot.
+    """
     stream, found, start = parts.stream, list[Mixer](), 0
-    chosen, forms = splittable(stream), mixer_forms(stream).of
+    forms = mixer_forms(stream)
+    _check_some(stream, forms, layers)
     for block in stream.blocks:
-        mixing = [w for w in block.writes if w.heads is not None or w.label in chosen]
+        mixing = [w for w in block.writes if w.heads is not None or w.label in forms.of]
         for sub, write in enumerate(mixing):
-            if write.label not in chosen or (layers is not None and block.layer not in layers):
+            if write.label not in forms.of or (layers is not None and block.layer not in layers):
                 continue
-            form, at_output = forms[write.label], parts.directions(write.label)
+            form, at_output = forms.of[write.label], parts.directions(write.label)
             proj = form.proj
             folded = at_output.then(lambda d_KM, proj=proj: pull_back(proj, d_KM))  # type: ignore[misc]
             place = slice(start, start + max(1, form.n_heads))
             found.append(Mixer(write, sub, form, folded, (at_output, bias_of(proj)), place))
             start = place.stop
     return found
+
+
+def _check_some(stream: Stream, forms: MixerForms, layers: Sequence[int] | None) -> None:
+    asked = [write for write in stream.writes if layers is None or write.layer in layers]
+    if any(write.heads is not None or write.label in forms.of for write in asked):
+        return
+    for write in asked:
+        if write.label in forms.reasons:
+            raise UnsupportedModelError(
+                f"which tokens {forms.reasons[write.label]}. Whole sublayers can be attributed "
+                "(leave out unit=)"
+            )
 
 
 class MixerRecorder:

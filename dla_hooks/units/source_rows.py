@@ -7,8 +7,8 @@ how many positions an encoder puts out is known when it has run.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from dla_hooks.errors import InputError, UnsupportedModelError
@@ -20,7 +20,7 @@ from dla_hooks.modules.user_hooks import is_hooked
 from dla_hooks.projection.attention_reads import Reads, reads
 from dla_hooks.projection.kernels import project_heads
 from dla_hooks.projection.ledger import FixedRows
-from dla_hooks.projection.read_ledger import ReadLedger, SourceLedger, joined
+from dla_hooks.projection.read_ledger import ReadLedger, SourceLedger, joined, of_tokens
 from dla_hooks.projection.tiles import View
 from dla_hooks.results.row_runs import RowRuns, Run
 from dla_hooks.units.base import Claim, RankedSplit, Recorder, Split, Unit, UnitPlan
@@ -29,7 +29,7 @@ from dla_hooks.units.head_rows import HeadsPlan
 from dla_hooks.units.parts import Parts
 from dla_hooks.units.parts_plan import PartsPlan
 from dla_hooks.units.source_layer import Head, SourceLayer, runs_of, source_layers
-from dla_hooks.units.source_mixers import MixerRecorder, mixers_of
+from dla_hooks.units.source_mixers import MixerRecorder, mixers_of, runs_of_mixers
 
 
 class SourcePlan(UnitPlan):
@@ -83,10 +83,9 @@ class SourcePlan(UnitPlan):
             of_encoder: whether these are the encoder's.
         """
         found = runs_of(self._reading(of_encoder), self.sum, n_sources)
-        if self.sum == "heads" and self.mixers and not of_encoder:
-            return found or [Run("<{}", "source", n=n_sources, of_sources=True)]
-        mixers, by_head = [] if of_encoder else self.mixers, self.sum is None
-        return found + [run for one in mixers for run in one.runs(n_sources, by_head=by_head)]
+        if of_encoder or (found and self.sum == "heads"):
+            return found
+        return found + runs_of_mixers(self.mixers, self.sum, n_sources)
 
     def first_run(self, number: int) -> int:
         """The number of a layer's first run among those of its kind."""
@@ -100,8 +99,8 @@ class SourcePlan(UnitPlan):
         """The same for a mixer; these come behind attention."""
         if self.sum == "heads":
             return 0
-        before = len(self.mixers[:number]) if self.sum else self.mixers[number].place.start
-        return len(runs_of(self._reading(False), self.sum, 1)) + before
+        before = runs_of_mixers(self.mixers[:number], self.sum, 1)
+        return len(runs_of(self._reading(False), self.sum, 1)) + len(before)
 
     def n_heads_reading(self, of_encoder: bool) -> int:
         """How many of the chosen heads, and mixers without any, read the prompt or the encoder."""
@@ -129,7 +128,7 @@ class SourceRecorder(Recorder):
 
     def __init__(self, plan: SourcePlan, view: View) -> None:
         self._plan, self._entries = plan, view.entries
-        self._heads = None if plan.heads is None else plan.heads.recorder(view)
+        self._heads: Any = None if plan.heads is None else plan.heads.recorder(view)
         # The numbers of what is read, and how many these are at most, by whether an encoder's.
         self._numbers = {False: view.entries.numbers()}
         self._ledgers: dict[bool, ReadLedger] = {}
@@ -169,7 +168,7 @@ class SourceRecorder(Recorder):
         sums_HN, off_LN = (rows.gathered(scale_N.device) for rows in (self._sums, self._off))
         for number, (layer, ours) in enumerate(self._plan.layers):
             if ours.post_norm is not None:
-                post_N = self._post_scale(number, scale_N.device)
+                post_N = self._heads.post_scale(number, scale_N.device)
                 sums_HN[layer.place] /= post_N
                 off_LN[number] /= post_N
         sums_HN /= scale_N
@@ -194,10 +193,6 @@ class SourceRecorder(Recorder):
             beside={"weight": top.beside[0]},
         )
 
-    def _post_scale(self, number: int, device: torch.device) -> Tensor:
-        assert self._heads is not None
-        return self._heads.post_scale(number, device)
-
     def _claim(self, sums_HN: Tensor, whole: Split, scale_N: Tensor) -> Claim:
         """What each head took from all that it read is what z has of that head."""
         kinds = {layer.site.kind for _, layer in self._plan.layers}
@@ -210,7 +205,7 @@ class SourceRecorder(Recorder):
                 if _is_hooked(ours):
                     whole_HN[ours.rows] = ahead_CN[ours.rows] / scale_N
                     if ours.post_norm is not None:
-                        whole_HN[ours.rows] /= self._post_scale(number, scale_N.device)
+                        whole_HN[ours.rows] /= self._heads.post_scale(number, scale_N.device)
         among = self._plan.among
         names = [f"the tokens that {rows[index].label} reads" for index in among]
         # Models compute their weights in float32, also those in float64.
@@ -267,7 +262,7 @@ class SourceRecorder(Recorder):
 
     def _see_scale(self, number: int) -> Callable[[Call], None]:
         def see(seen: Call) -> None:
-            scale_N = self._post_scale(number, seen.left.device)
+            scale_N = self._heads.post_scale(number, seen.left.device)
             ledger = self._ledgers[self._plan.layers[number][0].of_encoder]
             ledger.merge(self._waiting.pop(number), scale_N, self._entries)
 
@@ -283,22 +278,9 @@ class SourceRecorder(Recorder):
     ) -> None:
         """Add what some entries read to a ledger, and what is no token's to a row of those."""
         device, index = found.values_HTS.device, found.tile.index
-        numbers, _ = self._numbers[of_encoder]
-        numbers_S = numbers[found.row if len(numbers) > 1 else 0]
-        numbers_S = numbers_S[max(found.first, 0) : found.first + found.values_HTS.shape[-1]]
-        real_S = torch.cat((numbers_S.new_full((max(-found.first, 0),), -1), numbers_S)) >= 0
-        if not bool(real_S.all()):
-            kept = onto(real_S.nonzero()[:, 0], device)  # a mask on a GPU would be waited for
-            whole_T = found.values_HTS.sum((0, -1))
-            found = Reads(
-                found.row,
-                found.tile,
-                found.values_HTS.index_select(-1, kept),
-                found.weights_HTS.index_select(-1, kept),
-                found.first,
-            )
-            self._off.on(device)[off, index] += whole_T - found.values_HTS.sum((0, -1))
-            numbers_S = numbers_S[numbers_S >= 0]
+        found, numbers_S, off_T = of_tokens(found, self._numbers[of_encoder][0])
+        if off_T is not None:
+            self._off.on(device)[off, index] += off_T
         ledger.add(found, run, onto(numbers_S, device))
 
     def _new_ledger(self, of_encoder: bool) -> ReadLedger:
