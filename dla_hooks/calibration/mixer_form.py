@@ -24,12 +24,8 @@ from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.modules.edits import Edit, edited
 from dla_hooks.modules.hooks import Call, Place, Tap, tapped
 from dla_hooks.modules.linear import check_readable
-from dla_hooks.modules.recurrences import (
-    RecurrenceCall,
-    has_recurrence,
-    parts_of_output,
-    watching,
-)
+from dla_hooks.modules.recurrence_watch import has_recurrence, watching
+from dla_hooks.modules.recurrences import RecurrenceCall, parts_of_output
 from dla_hooks.modules.version import Remembered
 from dla_hooks.residual.stream import Stream, WriteSite
 
@@ -42,14 +38,11 @@ class MixerForm:
     """How one write comes from the values of its recurrence.
 
     Attributes:
-        proj: the last linear map.
-        place: what enters it.
-        n_heads: how many heads of the unit ``head`` enter it, side by side; 0 where it has none.
+        n_heads: how many heads of the unit ``head`` enter its last linear map, side by
+            side; 0 where it has none.
         scaled: whether something between the recurrence and the map multiplies each channel.
     """
 
-    proj: nn.Module
-    place: Place
     n_heads: int
     scaled: bool
 
@@ -106,7 +99,7 @@ class _Seen:
 
 def _measure(stream: Stream) -> MixerForms:
     mixers = [write for write in stream.writes if has_recurrence(write.module)]
-    found = {write.label: _projection(write) for write in mixers}
+    found = {write.label: last_map(write) for write in mixers}
     projections = {label: place for label, place in found.items() if place is not None}
     forms = MixerForms({}, {})
     if not projections:
@@ -159,11 +152,11 @@ def _measure(stream: Stream) -> MixerForms:
         except (_NotReadable, UnsupportedModelError) as error:
             forms.reasons[label] = f"{writes[label].name} reads cannot be told: {error}"
         else:
-            forms.of[label] = MixerForm(place.module, place, n_heads, scaled)
+            forms.of[label] = MixerForm(n_heads, scaled)
     return forms
 
 
-def _projection(write: WriteSite) -> Place | None:
+def last_map(write: WriteSite) -> Place | None:
     """The input of the last linear map of a write's module, if it has one by a usual name."""
     for name in _PROJECTIONS:
         found = getattr(write.module, name, None)

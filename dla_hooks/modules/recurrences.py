@@ -1,9 +1,7 @@
 """What mixers without attention compute their output from: the recurrence that runs over positions.
 
 Linear attention and Mamba end in one function of the model's own file, from values [batch, pos,
-…] to outputs of the same shape, which no module boundary shows. For the length of a run that
-function is replaced, in that file, by one that shows its calls, as attention functions are (see
-:mod:`dla_hooks.modules.attention_interface`). The look is for one thread.
+…] to outputs of the same shape (:mod:`dla_hooks.modules.recurrence_watch` shows its calls).
 
 With all else that it gets held fixed, the function is linear in the values, and causal. So what one
 position's value gives to an output is that value times a derivative (:func:`parts_of_output`).
@@ -13,32 +11,24 @@ Axes: T output, S source, C channel (all heads side by side).
 
 from __future__ import annotations
 
-import functools
-import inspect
-import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from dla_hooks.errors import HookError
-from dla_hooks.modules.asides import in_aside
-from dla_hooks.modules.hooks import Place, Tap
-
-# The values' name among the arguments, and the axis of their positions.
-_FUNCTIONS = {
+FUNCTIONS = {
     "torch_chunk_gated_delta_rule": ("value", 1),
     "chunk_kimi_delta_attention": ("value", 1),
     "mamba2_chunk_scan": ("hidden_states", 1),
     "mamba_selective_scan": ("hidden_states", 2),
     "rwkv_linear_attention": ("value", 1),
 }
+"""Their names, each with that of the values among the arguments, and the axis of positions."""
 _STATES = ("initial_state", "initial_states", "state")
-_ELEMENTS = 2**21
+_ELEMENTS = 2**18
 """Numbers of the values that are run together, each output with a copy of its own."""
 
 
@@ -97,10 +87,6 @@ class RecurrenceCall:
         return self.flat(found[0] if isinstance(found, tuple) else found)
 
 
-Look = Callable[[RecurrenceCall], Tensor | None]
-"""Sees a call, and may return what stands in the place of its output."""
-
-
 def parts_of_output(
     call: RecurrenceCall, row: int, places_T: Tensor, u_TC: Tensor, n_heads: int
 ) -> tuple[Tensor, Tensor]:
@@ -121,7 +107,7 @@ def parts_of_output(
     step = max(1, _ELEMENTS // max(1, n_sources * n_channels))
     parts, weights = list[Tensor](), list[Tensor]()
     for places, u in zip(places_T.split(step), u_TC.split(step), strict=True):
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), _InSteps():
             arguments = call.of_row(row, len(places), u.dtype)
             value = arguments[call.values].requires_grad_()
             out = call.run(arguments, value)
@@ -137,146 +123,24 @@ def parts_of_output(
     return torch.cat(parts, 1).to(u_TC), torch.cat(weights, 1).to(u_TC)
 
 
-def has_recurrence(module: nn.Module) -> bool:
-    """Whether the file of a module has such a function."""
-    return bool(_functions_of([module]))
+class _InSteps(TorchFunctionMode):
+    """Lets a loop that takes one position after another out of a tensor have a cheap derivative.
 
-
-def _functions_of(modules: Iterable[nn.Module]) -> list[tuple[str, str]]:
-    """The files of some modules, each with the name of such a function in it."""
-    homes = {kind.__module__ for module in modules for kind in type(module).__mro__}
-    return [
-        (home, name)
-        for home in sorted(homes)
-        for name in _FUNCTIONS
-        if callable(vars(sys.modules.get(home, threading)).get(name))
-    ]
-
-
-class RecurrenceTap(Tap):
-    """Reads the calls of such functions in the files of some modules, in one run of the model.
-
-    Args:
-        place: one of the modules; the name is for messages.
-        modules: all of them.
-        on_call: called with each call.
+    That of ``x[:, :, i]`` is as large as x at each step. Here all positions are taken at once.
     """
 
-    def __init__(self, place: Place, modules: Iterable[nn.Module], on_call: Look) -> None:
-        super().__init__(place, _is_no_module_call, optional=True)
-        self._modules, self._on_call = tuple(modules), on_call
+    def __init__(self) -> None:
+        super().__init__()
+        self._taken: dict[tuple[int, int], tuple[Tensor, tuple[Tensor, ...]]] = {}
 
-    def put_on(self, thread: int) -> Any:
-        """Watch the functions, in this thread."""
-        return _Watch(self._modules, self._on_call)
-
-    def count(self, call: Any) -> None:
-        """Look at nothing: where activations were held, no function is called."""
-
-
-def _is_no_module_call(_: Any) -> None:
-    raise HookError("a tap on a recurrence was shown the call of a module")
-
-
-@contextmanager
-def watching(modules: Iterable[nn.Module], look: Look) -> Iterator[None]:
-    """Look at such calls in the files of some modules within a ``with`` block, in this thread."""
-    watch = _Watch(modules, look)
-    try:
-        yield
-    finally:
-        watch.remove()
-
-
-class _Watch:
-    """One look at such calls, by the thread that made it, until it is removed."""
-
-    def __init__(self, modules: Iterable[nn.Module], look: Look) -> None:
-        self._look, self._names = look, list[tuple[str, str]]()
-        _looks_of_thread().append(look)
-        try:
-            for home, name in _functions_of(modules):
-                _Replaced.put_on(home, name)
-                self._names.append((home, name))
-        except BaseException:
-            self.remove()
-            raise
-
-    def remove(self) -> None:
-        """Take it off."""
-        looks = _looks_of_thread()
-        if self._look in looks:
-            looks.remove(self._look)
-        for name in self._names:
-            _Replaced.take_off(*name)
-        self._names = []
-
-
-_local = threading.local()
-
-
-def _looks_of_thread() -> list[Look]:
-    found: list[Look] | None = getattr(_local, "looks", None)
-    if found is None:
-        found = _local.looks = []
-    return found
-
-
-class _Replaced:
-    """One replaced function, while any thread watches."""
-
-    _lock = threading.Lock()
-    _all: dict[tuple[str, str], _Replaced] = {}  # noqa: RUF012
-
-    def __init__(self, home: str, name: str) -> None:
-        self._users, self.before = 0, vars(sys.modules[home])[name]
-        self.ours = _watched(self.before, *_FUNCTIONS[name])
-
-    @classmethod
-    def put_on(cls, home: str, name: str) -> None:
-        """Replace the function, or count one more user of it."""
-        with cls._lock:
-            found = cls._all.get((home, name))
-            if found is None:
-                found = cls._all[home, name] = cls(home, name)
-                setattr(sys.modules[home], name, found.ours)
-            found._users += 1
-
-    @classmethod
-    def take_off(cls, home: str, name: str) -> None:
-        """Count one user less; the last one puts it back, if ours still stands there."""
-        with cls._lock:
-            found = cls._all[home, name]
-            found._users -= 1
-            if found._users:
-                return
-            del cls._all[home, name]
-            if vars(sys.modules[home]).get(name) is found.ours:
-                setattr(sys.modules[home], name, found.before)
-
-
-def _watched(function: Callable[..., Any], values: str, axis: int) -> Callable[..., Any]:
-    """A function that shows its calls to the looks of this thread."""
-    takes = inspect.signature(function)
-
-    @functools.wraps(function)
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        looks = () if in_aside() else tuple(_looks_of_thread())
-        found = function(*args, **kwargs)
-        if not looks:
-            return found
-        given = takes.bind(*args, **kwargs).arguments
-        more = [n for n, p in takes.parameters.items() if p.kind is p.VAR_KEYWORD and n in given]
-        arguments = {**given, **{key: x for name in more for key, x in given[name].items()}}
-        for name in more:
-            del arguments[name]
-        output = found[0] if isinstance(found, tuple) else found
-        kept = output
-        for look in looks:
-            changed = look(RecurrenceCall(function, arguments, values, axis, output))
-            output = output if changed is None else changed
-        if output is kept:
-            return found
-        return (output, *found[1:]) if isinstance(found, tuple) else output
-
-    return watched
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is Tensor.__getitem__ and isinstance(args[1], tuple) and args[0].requires_grad:
+            x, (*whole, place) = args
+            if type(place) is int and all(one == slice(None) for one in whole):
+                key = id(x), len(whole)
+                if key not in self._taken:
+                    self._taken[key] = x, x.unbind(len(whole))  # x is held, so that its id is its
+                return self._taken[key][1][place]
+        return func(*args, **(kwargs or {}))

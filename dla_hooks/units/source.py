@@ -40,8 +40,8 @@ class SourceTokens(Unit):
 
     Left in the ``remainder`` are mixers whose recurrence is not known or not linear in its values
     (short convolutions, RecurrentGemma, xLSTM), those with hooks of the caller's inside, and all of
-    them where a prompt runs in chunks, or while a model generates. Models of transformers whose
-    attention does not come by its registry of attention functions are refused.
+    them where a prompt runs in chunks or under autocast, or while a model generates. Models of
+    transformers whose attention does not come by its registry of attention functions are refused.
 
     Args:
         heads: only these of attention: pairs (layer, head), or labels such as ``"L3H5"``. None is

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dla_hooks.calibration.mixer_form import MixerForm, MixerForms, mixer_forms
+from dla_hooks.calibration.mixer_form import MixerForm, MixerForms, last_map, mixer_forms
 from dla_hooks.errors import DecompositionError, UnsupportedModelError
 from dla_hooks.modules.hooks import Call, Place, Tap
 from dla_hooks.modules.linear import bias_of, pull_back
-from dla_hooks.modules.recurrences import RecurrenceCall, RecurrenceTap, parts_of_output
+from dla_hooks.modules.recurrence_watch import RecurrenceTap
+from dla_hooks.modules.recurrences import RecurrenceCall, parts_of_output
 from dla_hooks.modules.user_hooks import callers_hooks
+from dla_hooks.modules.weights import run_device
 from dla_hooks.projection.attention_reads import Reads
 from dla_hooks.projection.directions import Directions, of_constants
 from dla_hooks.projection.ledger import FixedRows
@@ -41,6 +43,7 @@ class Mixer:
         write: what it writes.
         sub: which of its block's writes that read other positions it is.
         form: how that comes to be.
+        entry: the input of its last linear map.
         folded: the directions at the input of its last linear map.
         bias: that map's bias with its directions, or None.
         place: of its heads, or of itself, among all mixers' rows of the unit.
@@ -49,6 +52,7 @@ class Mixer:
     write: WriteSite
     sub: int
     form: MixerForm
+    entry: Place
     folded: Directions
     bias: tuple[Directions, Tensor | None]
     place: slice
@@ -89,11 +93,12 @@ def mixers_of(parts: PartsPlan, layers: Sequence[int] | None) -> list[Mixer]:
         for sub, write in enumerate(mixing):
             if write.label not in forms.of or (layers is not None and block.layer not in layers):
                 continue
-            form, at_output = forms.of[write.label], parts.directions(write.label)
-            proj = form.proj
+            form, entry = forms.of[write.label], last_map(write)
+            assert entry is not None
+            at_output, proj = parts.directions(write.label), entry.module
             folded = at_output.then(lambda d_KM, proj=proj: pull_back(proj, d_KM))  # type: ignore[misc]
             place = slice(start, start + max(1, form.n_heads))
-            found.append(Mixer(write, sub, form, folded, (at_output, bias_of(proj)), place))
+            found.append(Mixer(write, sub, form, entry, folded, (at_output, bias_of(proj)), place))
             start = place.stop
     return found
 
@@ -113,8 +118,9 @@ def _check_some(stream: Stream, forms: MixerForms, layers: Sequence[int] | None)
 class MixerRecorder:
     """What all chosen mixers read in one run.
 
-    They are read where a prompt runs in one piece, and carry no hooks of the caller's; otherwise
-    what they wrote stays in the remainder.
+    They are read where a prompt runs in one piece and not under autocast (which rounds within the
+    recurrence), and where they carry no hooks of the caller's; otherwise what they wrote stays in
+    the remainder.
 
     Args:
         mixers: the mixers.
@@ -140,6 +146,9 @@ class MixerRecorder:
         """Every recurrence, and every last linear map."""
         if not self._mixers or view.columns != range(view.entries.prompt_shape[1]):
             return []
+        device = run_device(self._mixers[0].entry.module).type
+        if torch.is_autocast_enabled(device):
+            return []
         modules = [mixer.write.module for mixer in self._mixers]
         first = self._mixers[0].write
         place = Place(first.module, f"the recurrence of {first.name}", first.use)
@@ -147,7 +156,7 @@ class MixerRecorder:
         for number, mixer in enumerate(self._mixers):
             if next(callers_hooks(mixer.write.module), None) is None:
                 taps.append(Tap(_input_of(mixer), self._begin))
-                taps.append(Tap(mixer.form.place.ahead, self._look(number, mixer, view)))
+                taps.append(Tap(mixer.entry.ahead, self._look(number, mixer, view)))
         return taps
 
     def finish(self, parts: Parts) -> tuple[Tensor, list[Claim]]:
@@ -158,7 +167,7 @@ class MixerRecorder:
         if not seen:
             return read_RN, []
         given_RN = self._given.gathered(scale_N.device) / scale_N
-        rows = torch.cat([torch.arange(m.place.start, m.place.stop) for m in seen])
+        rows = torch.cat([torch.arange(m.place.start, m.place.stop, device="cpu") for m in seen])
         rows = rows.to(scale_N.device)
         names = [f"the tokens that {m.write.name} reads" for m in seen for _ in range(m.n)]
         # Recurrences are computed in float32, also in models of float64.

@@ -410,8 +410,8 @@ class TestTheModelAsFound:
         handle.remove()
         assert self.scan(model) is before
 
-    def test_under_inference_mode_and_autocast(self):
-        model = build_any("mamba2", 0).float()
+    def test_under_inference_mode(self):
+        model = build_any("mamba2", 0)
         ids = example_ids_any(model)
         expected = dense(ask(model, ids))
         with torch.inference_mode():
@@ -435,6 +435,16 @@ class TestTheModelAsFound:
             thread.join()
         for mine, its in zip(found, expected, strict=True):
             assert all(torch.equal(mine[name], its[name]) for name in its)
+
+
+def test_under_autocast_mixers_are_left_in_the_remainder():
+    model = build_any("qwen3_next", 0).float()
+    ids = example_ids_any(model)
+    ask(model, ids)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = dense(ask(model, ids, pos=-1))
+    assert float(found["L0"].abs().max()) == 0
+    assert float(found["L1H0"].abs().max()) > 0
 
 
 def test_generated_text_leaves_mixers_in_the_remainder():
