@@ -88,12 +88,15 @@ class SourceLedger(ReadLedger):
         n_entries: number of entries.
         dtype: of the numbers.
         n_heads: how many heads there are, over which weights are averaged.
+
+    Attributes:
+        n_heads: the same; it may be set before the rows are gathered.
     """
 
     def __init__(
         self, k: int | None, n_sources: int, n_entries: int, dtype: torch.dtype, n_heads: int
     ) -> None:
-        self._k, self._n_heads, self._n_sources = k, n_heads, n_sources
+        self._k, self.n_heads, self._n_sources = k, n_heads, n_sources
         self._values = FixedRows(n_sources, n_entries, dtype)
         self._weights = FixedRows(n_sources, n_entries, dtype)
         self._dtype = dtype
@@ -130,7 +133,7 @@ class SourceLedger(ReadLedger):
             weights_RT = weights_RN[:, index]
             rows_RT = torch.where(weights_RT != 0, numbers_R[:, None], -1)
             tile = Tile(None, index, index.stop - start, entries.target[:0], None)
-            top.add(values_RN[:, index], rows_RT, tile, beside=(weights_RT / self._n_heads,))
+            top.add(values_RN[:, index], rows_RT, tile, beside=(weights_RT / max(1, self.n_heads),))
         return top.gathered(scale_N, entries)
 
 

@@ -227,8 +227,8 @@ def _check_layers(model: str, n: int, with_heads: set[int], layers: Sequence[int
             raise InputError(f"{model} has the layers 0 to {n - 1}, and no layer {layer}")
         if layer not in with_heads:
             raise InputError(
-                f"layer {layer} of {model} has no attention heads; those that have are "
-                f"{', '.join(map(str, sorted(with_heads)))}"
+                f"layer {layer} of {model} has no attention heads, nor a mixer that can be split; "
+                f"those that have are {', '.join(map(str, sorted(with_heads)))}"
             )
 
 

@@ -142,6 +142,12 @@ class MixerRecorder:
         self._read = FixedRows(n_rows, len(view), dtype)
         self._dtype, self._seen, self._inside = dtype, set[int](), False
 
+    @property
+    def n_left_out(self) -> int:
+        """How many of their rows were not read, of each token."""
+        every = enumerate(self._mixers)
+        return sum(mixer.n for number, mixer in every if number not in self._seen)
+
     def taps(self, view: View) -> list[Tap]:
         """Every recurrence, and every last linear map."""
         if not self._mixers or view.columns != range(view.entries.prompt_shape[1]):

@@ -175,6 +175,8 @@ class SourceRecorder(Recorder):
         runs, starts, tops = list[Run](), list[int](), []
         for of_encoder, ledger in sorted(self._ledgers.items()):
             starts.append(len(RowRuns(runs)))
+            if isinstance(ledger, SourceLedger) and not of_encoder:
+                ledger.n_heads -= self._mixers.n_left_out
             tops.append(ledger.gathered(scale_N, parts.entries))
             runs += self._plan.runs(self._numbers[of_encoder][1], of_encoder=of_encoder)
         top = joined(tops, starts, self._plan.top)

@@ -149,6 +149,13 @@ def dense(result):
     }
 
 
+def weights(result):
+    """The weight of every row [row, *batch_and_pos]."""
+    found = torch.zeros(len(result.rows), *result.attribution.shape[1:], dtype=torch.float64)
+    kept = result.beside["weight"].double().nan_to_num().where(result.index >= 0, 0)
+    return found.scatter_add_(0, result.index.clamp_min(0), kept)
+
+
 def ask(model, ids, *, pos=None, **options):
     call = {key: options.pop(key) for key in ("attention_mask", "chunk_size") if key in options}
     unit = SourceTokens(**{"top": None, **options})
@@ -214,10 +221,7 @@ def test_weights_beside_rows_are_what_values_are_multiplied_by():
         keep.remove()
     v, y = seen[:2]  # [batch, pos, head, d]
     result = ask(model, ids, layers=[0])
-    w = torch.zeros(len(result.rows), *result.attribution.shape[1:], dtype=torch.float64)
-    weight = result.beside["weight"].nan_to_num().where(result.index >= 0, 0)
-    w.scatter_add_(0, result.index.clamp_min(0), weight)
-    w = w.unflatten(0, (v.shape[2], -1))  # [head, source, batch, pos]
+    w = weights(result).unflatten(0, (v.shape[2], -1))  # [head, source, batch, pos]
     torch.testing.assert_close(torch.einsum("hsbt,bshd->bthd", w, v), y.view_as(v), **CLOSE)
 
 
@@ -284,6 +288,18 @@ def test_in_chunks_mixers_are_left_in_the_remainder():
     for name, rows in dense(pieces).items():
         expected = dense(whole)[name] if "H" in name else torch.zeros_like(rows)
         torch.testing.assert_close(rows, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_weights_of_sums_are_means_over_what_was_read():
+    model = build_any("qwen3_next", 0)
+    ids = example_ids_any(model)
+    heads = [f"L1H{head}" for head in range(4)]
+    pieces = ask(model, ids, sum="heads", chunk_size=3)
+    alone = ask(model, ids, sum="heads", heads=heads)
+    torch.testing.assert_close(weights(pieces), weights(alone), **CLOSE)
+    whole = ask(model, ids, sum="heads")
+    each = weights(ask(model, ids)).unflatten(0, (-1, ids.shape[1])).mean(0)
+    torch.testing.assert_close(weights(whole), each, **CLOSE)
 
 
 def test_layers_choose_mixers_and_heads_leave_them_out():
