@@ -176,7 +176,20 @@ def assert_sums(result):
 @pytest.mark.parametrize("model_type", ALL)
 def test_rows_are_what_is_missing_without_the_value_of_that_token(model_type, seed):
     model = build_any(model_type, seed)
-    ids, target = example_ids_any(model), torch.zeros(1, dtype=torch.long)
+    assert_rows_are_what_is_missing(model_type, model, example_ids_any(model))
+
+
+@SLOW
+@pytest.mark.filterwarnings("ignore:the prompt is longer")
+@pytest.mark.parametrize("model_type", ["qwen3_next", "kimi_linear", "mamba", "mamba2", "rwkv"])
+def test_rows_of_prompts_longer_than_a_chunk_are_what_is_missing(model_type):
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(5, 50, (2, 70), generator=generator)
+    assert_rows_are_what_is_missing(model_type, build_any(model_type, 0), ids)
+
+
+def assert_rows_are_what_is_missing(model_type, model, ids):
+    target = torch.zeros(1, dtype=torch.long)
     with Wide():
         plan = dla_hooks.prepare(
             model, ANSWER, INCORRECT, unit=("component", SourceTokens(top=None, sum="layer"))
