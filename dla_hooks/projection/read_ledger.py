@@ -6,11 +6,13 @@ Axes: H head, T entry of a tile, S source, R row of the unit, N entry.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from dla_hooks.inputs.entries import Entries
+from dla_hooks.modules.onto import onto
 from dla_hooks.projection.attention_reads import Reads
 from dla_hooks.projection.ledger import FixedRows, Top, TopRows
 from dla_hooks.projection.tiles import Tile
@@ -62,7 +64,7 @@ class ReadLedger:
         rows_R = (runs_H[:, None] * self._n_sources + numbers_S).flatten()
         # By entry, so that the strongest are looked for among neighbours.
         values_TR, weights_TR = (x.transpose(0, 1).flatten(1) for x in (values_HTS, weights_HTS))
-        rows_TR = torch.where(weights_TR > 0, rows_R, -1)
+        rows_TR = torch.where(weights_TR != 0, rows_R, -1)
         self._top.add(values_TR.T, rows_TR.T, reads.tile, beside=(weights_TR.T,))
 
     def merge(self, other: ReadLedger, scale_N: Tensor, entries: Entries) -> None:
@@ -86,12 +88,15 @@ class SourceLedger(ReadLedger):
         n_entries: number of entries.
         dtype: of the numbers.
         n_heads: how many heads there are, over which weights are averaged.
+
+    Attributes:
+        n_heads: the same; it may be set before the rows are gathered.
     """
 
     def __init__(
         self, k: int | None, n_sources: int, n_entries: int, dtype: torch.dtype, n_heads: int
     ) -> None:
-        self._k, self._n_heads, self._n_sources = k, n_heads, n_sources
+        self._k, self.n_heads, self._n_sources = k, n_heads, n_sources
         self._values = FixedRows(n_sources, n_entries, dtype)
         self._weights = FixedRows(n_sources, n_entries, dtype)
         self._dtype = dtype
@@ -126,10 +131,36 @@ class SourceLedger(ReadLedger):
         for start in range(0, n_entries, step):
             index = slice(start, min(start + step, n_entries))
             weights_RT = weights_RN[:, index]
-            rows_RT = torch.where(weights_RT > 0, numbers_R[:, None], -1)
+            rows_RT = torch.where(weights_RT != 0, numbers_R[:, None], -1)
             tile = Tile(None, index, index.stop - start, entries.target[:0], None)
-            top.add(values_RN[:, index], rows_RT, tile, beside=(weights_RT / self._n_heads,))
+            top.add(values_RN[:, index], rows_RT, tile, beside=(weights_RT / max(1, self.n_heads),))
         return top.gathered(scale_N, entries)
+
+
+def of_tokens(reads: Reads, numbers: Tensor) -> tuple[Reads, Tensor, Tensor | None]:
+    """Leave out what is no real token: padding, and positions that the model puts before a prompt.
+
+    Args:
+        reads: what some entries read.
+        numbers: each column's number among the real tokens, or -1 [batch or 1, column].
+
+    Returns:
+        What they read of real tokens, these tokens' numbers, and what all else gave [T], if any.
+    """
+    n_sources = reads.values_HTS.shape[-1]
+    numbers_S = numbers[reads.row if len(numbers) > 1 else 0]
+    numbers_S = numbers_S[max(reads.first, 0) : reads.first + n_sources]
+    real_S = torch.cat((numbers_S.new_full((max(-reads.first, 0),), -1), numbers_S)) >= 0
+    if bool(real_S.all()):
+        return reads, numbers_S, None
+    kept = onto(real_S.nonzero()[:, 0], reads.values_HTS.device)  # a GPU would wait for a mask
+    found = replace(
+        reads,
+        values_HTS=reads.values_HTS.index_select(-1, kept),
+        weights_HTS=reads.weights_HTS.index_select(-1, kept),
+    )
+    off_T = (reads.values_HTS.sum(-1) - found.values_HTS.sum(-1)).sum(0)
+    return found, numbers_S[numbers_S >= 0], off_T
 
 
 def joined(tops: Sequence[Top], starts: Sequence[int], k: int | None) -> Top:

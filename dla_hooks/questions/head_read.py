@@ -91,10 +91,10 @@ class _Recorder(SourceRecorder):
         super().__init__(plan, view)
         self._read, self._call, self._view = plan, list[AttentionCall](), view
         way = plan.way
-        self._way = WayIn(way.place, way.passed, plan.heads.dtype, self._call.append)
+        self._way = WayIn(way.place, way.passed, plan.dtype, self._call.append)
         self._v_NM: Tensor | None = None
         self._bias_N, self._value_N, self._weight_N = (
-            torch.zeros(len(view), dtype=plan.heads.dtype, device="cpu") for _ in "bvw"
+            torch.zeros(len(view), dtype=plan.dtype, device="cpu") for _ in "bvw"
         )
 
     def taps(self, view: View) -> list[Tap]:
@@ -106,7 +106,7 @@ class _Recorder(SourceRecorder):
         split = super().finish(parts)
         device = parts.reading.scale_N.device
         scale_N = parts.reading.scale_N
-        if self._read.ours.post_norm is not None:
+        if self._read.ours.post_norm is not None and self._heads is not None:
             scale_N = scale_N * self._heads.post_scales_LN[0]
         assert self._v_NM is not None
         return HeadReadSplit(
@@ -143,7 +143,7 @@ class _Recorder(SourceRecorder):
     def _directions(self, call: AttentionCall, seen: Call, columns_B: Tensor) -> Tensor:
         """p (g * u) at every entry [N, D], ahead of the scales."""
         read, view = self._read, self._view
-        folded, dtype = read.ours.folded, read.heads.dtype
+        folded, dtype = read.ours.folded, read.dtype
         device, n_heads = call.value.device, call.query.shape[1]
         (block,) = head_blocks(call, (read.head,), 1)
         found_ND = torch.zeros(len(view), call.value.shape[-1], dtype=dtype, device=device)

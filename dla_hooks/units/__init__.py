@@ -36,6 +36,7 @@ _SHARED = {
     "parts_plan",
     "plan",
     "source_layer",
+    "source_mixers",
     "source_rows",
 }
 """Files of this folder that hold no unit."""

@@ -1,4 +1,4 @@
-"""Sources: each head's direct path, split over the tokens that the head reads.
+"""Sources: the direct path of each head, or mixer, split over the tokens that it reads.
 
 A head's z is a sum over the tokens that it reads, each with its attention weight and its value. So
 is the head's part of the logit, with the attention pattern frozen. The weights of the selected
@@ -30,12 +30,23 @@ class SourceTokens(Unit):
     was read there, not why the head looked there. A token that a head does not read at all is no
     row. Value biases are part of what is read (``fold_value_biases`` does not apply).
 
-    Layers without attention (Mamba, linear attention) are left in the ``remainder``. Models of
+    Mixers without attention (gated delta nets, Kimi's linear attention, Mamba, RWKV) have rows:
+    ``L3<7`` is what layer 3's mixer took from position 7, ``L3.1<7`` where attention stands beside
+    it in the layer, and ``L3H5<7`` where its heads are those of the unit ``head``. Gates, norms and
+    all else that values are read by are frozen. A value is what the recurrence takes up: the short
+    convolution that ends at that token, where there is one. The weight is what a value is
+    multiplied by in the recurrence, the mean over channels; it may be negative. ``layers`` chooses
+    mixers, and ``heads`` leaves them out.
+
+    Left in the ``remainder`` are mixers whose recurrence is not known or not linear in its values
+    (short convolutions, RecurrentGemma, xLSTM), those with hooks of the caller's inside, and all of
+    them where a prompt runs in chunks or under autocast, or while a model generates. Models of
     transformers whose attention does not come by its registry of attention functions are refused.
 
     Args:
-        heads: only these: pairs (layer, head), or labels such as ``"L3H5"``. None is all.
-        layers: only the heads of these layers, or of one. None is all.
+        heads: only these of attention: pairs (layer, head), or labels such as ``"L3H5"``. None is
+            all.
+        layers: only the heads and mixers of these layers, or of one. None is all.
         top: rows to keep at each position; None keeps all.
         sum: None; or "layer" for the sum over the heads of each layer, in rows ``L3<7``; or
             "heads" for the sum over all of them, in rows ``<7``. The weight beside such a row is
@@ -56,7 +67,7 @@ class SourceTokens(Unit):
         sentence="sources: what each attention head took from each token",
         index="head",
         remainder="remainder",
-        remainder_is="what no head wrote",
+        remainder_is="what no head or mixer took from a token",
         sources=True,
         beside=("weight",),
     )

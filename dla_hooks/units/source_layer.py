@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -113,27 +113,41 @@ def hook_points(site: HeadSite) -> tuple[Place, Place] | None:
 
 
 def source_layers(
-    stream: Stream, heads: Sequence[Head] | None, layers: Sequence[int] | None
+    stream: Stream,
+    heads: Sequence[Head] | None,
+    layers: Sequence[int] | None,
+    mixers: Mapping[str, int] | None = None,
 ) -> list[SourceLayer]:
     """Choose heads of a model, and measure how their z comes to be.
+
+    Args:
+        stream: the located model.
+        heads: the chosen heads, or None.
+        layers: the chosen layers, or None.
+        mixers: the labels of writes whose sources are told apart in another way, with their
+            layers. Where there are any, there need be no heads besides.
 
     Raises:
         InputError: for a layer or head that is not there.
         UnsupportedModelError: where the tokens that a chosen head reads cannot be told apart.
     """
-    model = type(stream.backend.root).__name__
+    model, mixers = type(stream.backend.root).__name__, mixers or {}
     sized = with_head_widths(stream)
     own = {
         (block.layer, sub, write.heads is not None and write.heads.cross): write
         for block in sized.blocks
         for sub, write in with_heads(block.writes)
+        if write.label not in mixers
     }
-    if not own:
+    if not own and not mixers:
         raise UnsupportedModelError(
             f"{model}{stream.extent} has no attention heads with a direct path to the stream; "
             "attribute whole sublayers instead (leave out unit=)"
         )
-    _check_layers(model, len(stream.blocks), {layer for layer, *_ in own}, layers)
+    readable = {layer for layer, *_ in own} | set(mixers.values())
+    _check_layers(model, len(stream.blocks), readable, layers)
+    if not any(layers is None or layer in layers for layer, *_ in own):
+        return []
     forms = _forms(sized, model)
     found: list[SourceLayer] = []
     n_before = 0
@@ -166,6 +180,8 @@ def source_layers(
             f"{model} has no head {name}{head}; its blocks are 0 to {len(stream.blocks) - 1}, and "
             "each counts its heads from 0"
         )
+    if mixers and not found:
+        return []
     if not found and (heads is not None or layers is not None):
         raise InputError("no head is in both heads= and layers=; give one of the two")
     if not found:
@@ -211,8 +227,8 @@ def _check_layers(model: str, n: int, with_heads: set[int], layers: Sequence[int
             raise InputError(f"{model} has the layers 0 to {n - 1}, and no layer {layer}")
         if layer not in with_heads:
             raise InputError(
-                f"layer {layer} of {model} has no attention heads; those that have are "
-                f"{', '.join(map(str, sorted(with_heads)))}"
+                f"layer {layer} of {model} has no attention heads, nor a mixer that can be split; "
+                f"those that have are {', '.join(map(str, sorted(with_heads)))}"
             )
 
 

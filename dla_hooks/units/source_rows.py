@@ -7,8 +7,8 @@ how many positions an encoder puts out is known when it has run.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from dla_hooks.errors import InputError, UnsupportedModelError
@@ -20,7 +20,7 @@ from dla_hooks.modules.user_hooks import is_hooked
 from dla_hooks.projection.attention_reads import Reads, reads
 from dla_hooks.projection.kernels import project_heads
 from dla_hooks.projection.ledger import FixedRows
-from dla_hooks.projection.read_ledger import ReadLedger, SourceLedger, joined
+from dla_hooks.projection.read_ledger import ReadLedger, SourceLedger, joined, of_tokens
 from dla_hooks.projection.tiles import View
 from dla_hooks.results.row_runs import RowRuns, Run
 from dla_hooks.units.base import Claim, RankedSplit, Recorder, Split, Unit, UnitPlan
@@ -29,6 +29,7 @@ from dla_hooks.units.head_rows import HeadsPlan
 from dla_hooks.units.parts import Parts
 from dla_hooks.units.parts_plan import PartsPlan
 from dla_hooks.units.source_layer import Head, SourceLayer, runs_of, source_layers
+from dla_hooks.units.source_mixers import MixerRecorder, mixers_of, runs_of_mixers
 
 
 class SourcePlan(UnitPlan):
@@ -53,8 +54,11 @@ class SourcePlan(UnitPlan):
         sum: str | None,
     ) -> None:
         super().__init__(unit)
-        self.top, self.sum = top, sum
-        chosen = source_layers(parts.stream, heads, layers)
+        self.top, self.sum, stream = top, sum, parts.stream
+        self.dtype = stream.work_dtype
+        self.mixers = mixers_of(parts, layers) if heads is None else []
+        labels = {mixer.write.label: mixer.write.layer for mixer in self.mixers}
+        chosen = source_layers(stream, heads, layers, labels)
         if sum == "heads" and len({layer.of_encoder for layer in chosen}) > 1:
             raise InputError(
                 "sum='heads' adds up heads that read the same tokens, and those of "
@@ -62,9 +66,12 @@ class SourcePlan(UnitPlan):
                 "with heads=['L0X0', ...] or heads=['L0H0', ...], or use sum='layer'"
             )
         among = {layer.label for layer in chosen}
-        self.heads = HeadsPlan(unit, parts, fold_value_biases=False, among=among)
-        self.layers = list(zip(chosen, self.heads.layers, strict=True))
-        self.n_heads = chosen[-1].place.stop
+        self.heads: HeadsPlan | None = None
+        self.layers: list[tuple[SourceLayer, HeadLayer]] = []
+        if chosen:
+            self.heads = HeadsPlan(unit, parts, fold_value_biases=False, among=among)
+            self.layers = list(zip(chosen, self.heads.layers, strict=True))
+        self.n_heads = chosen[-1].place.stop if chosen else 0
         # The places of the chosen heads among all heads of their layers.
         self.among = [ours.rows.start + h for one, ours in self.layers for h in one.heads]
 
@@ -75,7 +82,10 @@ class SourcePlan(UnitPlan):
             n_sources: how many tokens, or positions, there are at most.
             of_encoder: whether these are the encoder's.
         """
-        return runs_of(self._reading(of_encoder), self.sum, n_sources)
+        found = runs_of(self._reading(of_encoder), self.sum, n_sources)
+        if of_encoder or (found and self.sum == "heads"):
+            return found
+        return found + runs_of_mixers(self.mixers, self.sum, n_sources)
 
     def first_run(self, number: int) -> int:
         """The number of a layer's first run among those of its kind."""
@@ -85,9 +95,17 @@ class SourcePlan(UnitPlan):
             return 0
         return len(before) if self.sum == "layer" else sum(len(one.heads) for one in before)
 
+    def first_run_of_mixer(self, number: int) -> int:
+        """The same for a mixer; these come behind attention."""
+        if self.sum == "heads":
+            return 0
+        before = runs_of_mixers(self.mixers[:number], self.sum, 1)
+        return len(runs_of(self._reading(False), self.sum, 1)) + len(before)
+
     def n_heads_reading(self, of_encoder: bool) -> int:
-        """How many of the chosen heads read the prompt, or the encoder."""
-        return sum(len(layer.heads) for layer in self._reading(of_encoder))
+        """How many of the chosen heads, and mixers without any, read the prompt or the encoder."""
+        n_of_mixers = 0 if of_encoder else sum(mixer.n for mixer in self.mixers)
+        return sum(len(layer.heads) for layer in self._reading(of_encoder)) + n_of_mixers
 
     def known_rows(self, entries: Entries) -> RowRuns:
         if self._reading(True):
@@ -110,25 +128,26 @@ class SourceRecorder(Recorder):
 
     def __init__(self, plan: SourcePlan, view: View) -> None:
         self._plan, self._entries = plan, view.entries
-        self._heads = plan.heads.recorder(view)
+        self._heads: Any = None if plan.heads is None else plan.heads.recorder(view)
         # The numbers of what is read, and how many these are at most, by whether an encoder's.
         self._numbers = {False: view.entries.numbers()}
         self._ledgers: dict[bool, ReadLedger] = {}
         if plan.n_heads_reading(False):
             self._ledgers[False] = self._new_ledger(False)
-        n, dtype = len(view), plan.heads.dtype
+        n, dtype = len(view), plan.dtype
+        self._mixers = MixerRecorder(plan.mixers, dtype, view, self._add_mixer)
         self._sums = FixedRows(plan.n_heads, n, dtype)
         # Of padding, and of positions that the model itself puts before the prompt.
-        self._off = FixedRows(len(plan.layers), n, dtype)
+        self._off = FixedRows(len(plan.layers) + 1, n, dtype)
         # The caller's hooks may change z: then what attention left is projected ahead of them.
         hooked = any(_is_hooked(ours) for _, ours in plan.layers)
-        self._ahead = FixedRows(len(plan.heads.rows), n, dtype) if hooked else None
+        self._ahead = FixedRows(len(plan.heads.rows), n, dtype) if plan.heads and hooked else None
         self._calls: dict[int, AttentionCall] = {}
         self._waiting: dict[int, ReadLedger] = {}
 
     def taps(self, view: View) -> list[Tap]:
         """Every attention function, every z, and every post-norm behind one."""
-        found = self._heads.taps(view)
+        found = self._mixers.taps(view) + (self._heads.taps(view) if self._heads else [])
         for number, (layer, ours) in enumerate(self._plan.layers):
             site = ours.site
             if layer.points is None:
@@ -145,7 +164,7 @@ class SourceRecorder(Recorder):
 
     def finish(self, parts: Parts) -> RankedSplit:
         reading, scale_N = parts.reading, parts.reading.scale_N
-        whole = self._heads.finish(parts)
+        whole = self._heads.finish(parts) if self._heads else None
         sums_HN, off_LN = (rows.gathered(scale_N.device) for rows in (self._sums, self._off))
         for number, (layer, ours) in enumerate(self._plan.layers):
             if ours.post_norm is not None:
@@ -156,18 +175,23 @@ class SourceRecorder(Recorder):
         runs, starts, tops = list[Run](), list[int](), []
         for of_encoder, ledger in sorted(self._ledgers.items()):
             starts.append(len(RowRuns(runs)))
+            if isinstance(ledger, SourceLedger) and not of_encoder:
+                ledger.n_heads -= self._mixers.n_left_out
             tops.append(ledger.gathered(scale_N, parts.entries))
             runs += self._plan.runs(self._numbers[of_encoder][1], of_encoder=of_encoder)
         top = joined(tops, starts, self._plan.top)
-        sum_N = sums_HN.sum(0) - off_LN.sum(0) / scale_N
+        mixers_RN, claims = self._mixers.finish(parts)
+        sum_N = sums_HN.sum(0) + mixers_RN.sum(0) - off_LN.sum(0) / scale_N
+        if whole is not None:
+            claims += [*whole.claims, self._claim(sums_HN, whole, scale_N)]
         return RankedSplit(
             rows=RowRuns(runs),
             values_KN=top.values_KN,
             index_KN=top.index_KN,
             rest_N=sum_N - top.values_KN.sum(0),
             remainder_N=reading.value_N() - reading.bias_N - sum_N,
-            claims=[*whole.claims, self._claim(sums_HN, whole, scale_N)],
-            norms=whole.norms,
+            claims=claims,
+            norms=() if whole is None else whole.norms,
             beside={"weight": top.beside[0]},
         )
 
@@ -231,7 +255,10 @@ class SourceRecorder(Recorder):
             for found in reads(
                 call, view, ours.folded, layer.heads, form.dtype, given, of_encoder=which
             ):
-                self._add(found, number, ledger)
+                sums_HT = found.values_HTS.sum(-1)
+                self._sums.on(z.device)[layer.place, found.tile.index] = sums_HT
+                first = self._plan.first_run(number)
+                self._add(found, number, first, ledger, layer.of_encoder)
 
         return see
 
@@ -243,35 +270,26 @@ class SourceRecorder(Recorder):
 
         return see
 
-    def _add(self, found: Reads, number: int, ledger: ReadLedger) -> None:
-        """Add what some entries read to the sums of their heads, and to a ledger."""
-        layer, _ = self._plan.layers[number]
+    def _add_mixer(self, found: Reads, number: int) -> None:
+        """Add what some entries read through a mixer."""
+        first = self._plan.first_run_of_mixer(number)
+        self._add(found, len(self._plan.layers), first, self._ledgers[False])
+
+    def _add(
+        self, found: Reads, off: int, run: int, ledger: ReadLedger, of_encoder: bool = False
+    ) -> None:
+        """Add what some entries read to a ledger, and what is no token's to a row of those."""
         device, index = found.values_HTS.device, found.tile.index
-        sums_HT = found.values_HTS.sum(-1)
-        self._sums.on(device)[layer.place, index] = sums_HT
-        numbers, _ = self._numbers[layer.of_encoder]
-        numbers_S = numbers[found.row if len(numbers) > 1 else 0]
-        numbers_S = numbers_S[max(found.first, 0) : found.first + found.values_HTS.shape[-1]]
-        real_S = torch.cat((numbers_S.new_full((max(-found.first, 0),), -1), numbers_S)) >= 0
-        if not bool(real_S.all()):
-            kept = onto(real_S.nonzero()[:, 0], device)  # a mask on a GPU would be waited for
-            found = Reads(
-                found.row,
-                found.tile,
-                found.values_HTS.index_select(-1, kept),
-                found.weights_HTS.index_select(-1, kept),
-                found.first,
-            )
-            off_T = (sums_HT - found.values_HTS.sum(-1)).sum(0)
-            self._off.on(device)[number, index] = off_T
-            numbers_S = numbers_S[numbers_S >= 0]
-        ledger.add(found, self._plan.first_run(number), onto(numbers_S, device))
+        found, numbers_S, off_T = of_tokens(found, self._numbers[of_encoder][0])
+        if off_T is not None:
+            self._off.on(device)[off, index] += off_T
+        ledger.add(found, run, onto(numbers_S, device))
 
     def _new_ledger(self, of_encoder: bool) -> ReadLedger:
-        plan, n, dtype = self._plan, len(self._entries), self._plan.heads.dtype
+        plan, n, dtype = self._plan, len(self._entries), self._plan.dtype
         n_sources = self._numbers[of_encoder][1]
         if plan.sum == "heads":
-            return SourceLedger(plan.top, n_sources, n, dtype, plan.n_heads)
+            return SourceLedger(plan.top, n_sources, n, dtype, plan.n_heads_reading(of_encoder))
         n_runs = len(plan.runs(n_sources, of_encoder=of_encoder))
         return ReadLedger(plan.top, n_runs, n_sources, n, dtype, plan.sum == "layer")
 

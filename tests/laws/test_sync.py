@@ -29,7 +29,7 @@ ALLOWED = {
     ("projection/tiles.py", "_run_of"): _ENTRIES,
     ("projection/tiles.py", "by_prompt"): _ENTRIES,
     ("projection/votes.py", "_ask"): "only the device knows which experts ran; entries go by them",
-    ("units/source_rows.py", "_add"): "of the numbers of a prompt's tokens, which are on the CPU",
+    ("projection/read_ledger.py", "of_tokens"): "of the numbers of tokens, which are on the CPU",
 }
 
 # Modules whose functions run in hooks, and those in them that read numbers of tensors on the host

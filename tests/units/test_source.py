@@ -110,7 +110,10 @@ def test_rows_of_other_attention_are_derivatives_times_what_was_read(model_type,
     plan = dla_hooks.prepare(model, ANSWER, INCORRECT, unit=units)
     both = plan(ids, pos=None)
     found, layers = dense(both["source"]), plan._data.units["source"].layers
-    heads = torch.stack([both["head"][run.label[:-3]].double() for run in both["source"].rows.runs])
+    names = [run.label[:-3] for run in both["source"].rows.runs]
+    names = [name for name in names if "H" in name or "X" in name]  # mixers come behind
+    found = found[: len(names)]
+    heads = torch.stack([both["head"][name].double() for name in names])
     assert_near(found.sum(1), heads)
     model.set_attn_implementation("eager")
     target = torch.zeros(1, dtype=torch.long)
@@ -523,12 +526,8 @@ class TestRefusals:
         with pytest.raises(UnsupportedModelError, match="called 2 times"):
             dla_hooks.prepare(build_any("diffllama", 0), ANSWER, unit="source")
 
-    def test_models_without_heads_are_refused(self):
-        with pytest.raises(UnsupportedModelError, match="no attention heads"):
-            dla_hooks.prepare(build_any("mamba", 0), ANSWER, unit="source")
-
     def test_a_layer_without_attention_is_refused_where_it_is_asked_for(self):
-        model = build_any("qwen3_next", 0)
+        model = build_any("lfm2", 0)
         layer = plan_layer(model)
         other = next(one for one in range(4) if one != layer)
         with pytest.raises((UnsupportedModelError, InputError), match=f"{other}"):
