@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from dla_hooks.calibration.norm_constants import norm_at
 from dla_hooks.modules import norms
 from dla_hooks.modules.hooks import Place
 from dla_hooks.modules.linear import bias_of, check_readable, pull_back
-from dla_hooks.modules.user_hooks import is_hooked
+from dla_hooks.modules.user_hooks import is_hooked, is_wrapper
 from dla_hooks.modules.weights import in_memory
 from dla_hooks.projection.directions import Directions
 from dla_hooks.residual.inside_attention import Inside, written_inside
@@ -40,6 +40,7 @@ class HeadLayer:
         self.label, self.site, self.rows = write.label, write.heads, rows
         self.n_heads = write.heads.n_heads
         self.module = Place(write.module, write.name, write.use)
+        self._wrapped = is_wrapper(write.module, stream.backend.root)
         self.constant_I = constant_I
         self.in_stream = self.at_output = parts.directions(write.label)
         self.post_norm: norms.Norm | None = None
@@ -63,8 +64,18 @@ class HeadLayer:
         """The end of the label of what hooks write behind its heads: ``L3hook``, ``L3Xhook``."""
         return "Xhook" if self.site.cross else "hook"
 
+    @cached_property
+    def _on_the_way(self) -> tuple[nn.Module, ...]:
+        """Every module between z and the stream, and what else is in the attention."""
+        ends = self.site.place, self.site.post_norm_place
+        outside = [place.module for place in ends if place is not None]
+        return (*self.module.module.modules(), self.site.proj, *outside)
+
     def written_on_the_way(self) -> list[tuple[Inside, Directions]]:
         """Where the caller's hooks may write between z and the stream, and in what directions."""
+        hooked = any(one._forward_hooks or one._forward_pre_hooks for one in self._on_the_way)
+        if not (hooked or self._wrapped):  # nearly every call ends here
+            return []
         site, places = self.site, list[Place]()
         if site.linear is site.proj:
             places.append(site.place)
