@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dla_hooks.calibration.prompt import short_prompt
+from dla_hooks.calibration.two_rows import as_first_row, noise
 from dla_hooks.modules.attention_interface import AttentionCall, Look, watching
 from dla_hooks.modules.attention_rows import attention_weights, head_blocks
 from dla_hooks.modules.edits import Edit, edited
@@ -131,7 +132,7 @@ class _Run:
             for label, site in sites.items()
         ]
         same = {block.module: None for block in stream.blocks} | attentions
-        self.edits = [Edit(module, _as_first_row, at_input=True) for module in same]
+        self.edits = [Edit(module, as_first_row, at_input=True) for module in same]
 
     def _see(self, call: AttentionCall) -> Tensor:
         output = call.output.detach()
@@ -139,7 +140,7 @@ class _Run:
         dtypes = () if reason else (self._dtype, torch.float32)
         recomputed = {dtype: _recomputed(call, self._dtype, dtype) for dtype in dtypes}
         changed = output.clone()
-        changed[1:] *= _noise(output.shape[2:]).to(output)
+        changed[1:] *= noise(output.shape[2:]).to(output)
         n_sources = call.key.shape[2] if call.key.ndim == 4 else 0
         seen = _Seen(changed.double().cpu().clone(), recomputed, reason, n_sources)
         self._waiting.setdefault(call.module, []).append(seen)
@@ -152,18 +153,6 @@ class _Run:
             self.z[label] = z.reshape(2, -1, z.shape[-1]).clone()
 
         return keep
-
-
-def _noise(shape: torch.Size) -> Tensor:
-    generator = torch.Generator().manual_seed(7)
-    return 0.75 + 0.5 * torch.rand(shape, generator=generator, device="cpu", dtype=torch.float64)
-
-
-def _as_first_row(x: Tensor) -> Tensor:
-    if x.numel() % (2 * x.shape[-1]):
-        return x  # shared by the rows
-    by_row = x.reshape(2, -1, x.shape[-1])
-    return by_row[:1].expand_as(by_row).contiguous().view(x.shape)
 
 
 def _is_odd(call: AttentionCall) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dla_hooks.calibration.head_widths import with_head_widths
 from dla_hooks.calibration.prompt import short_prompt
+from dla_hooks.calibration.two_rows import as_first_row, noise
 from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.modules.edits import Edit, edited
 from dla_hooks.modules.hooks import Call, Place, Tap, tapped
@@ -111,7 +112,7 @@ def _measure(stream: Stream) -> MixerForms:
 
     def look(call: RecurrenceCall) -> Tensor:
         changed = call.output.detach().clone()
-        changed[1:] *= _noise(changed[1:].shape).to(changed)
+        changed[1:] *= noise(changed[1:].shape).to(changed)
         waiting.append((call.flat(changed).double().cpu().clone(), _bend(call, stream.work_dtype)))
         return changed
 
@@ -139,7 +140,7 @@ def _measure(stream: Stream) -> MixerForms:
         taps.append(Tap(place._replace(before=False), leave(label, "own")))
         taps.append(Tap(Place(write.module, write.name, write.use), leave(label, "wrote")))
     same = dict.fromkeys([*(block.module for block in stream.blocks), *modules])
-    edits = [Edit(module, _as_first_row, at_input=True) for module in same]
+    edits = [Edit(module, as_first_row, at_input=True) for module in same]
     with watching(modules, look), tapped(taps), edited(edits):
         stream.backend.run_synthetic(prompt, None)
     heads = {write.label: write.heads for write in with_head_widths(stream).writes}
@@ -170,18 +171,6 @@ def _rounding(stream: Stream) -> float:
     return max(1e-4, 16 * torch.finfo(stream.product_dtype).eps)
 
 
-def _noise(shape: torch.Size) -> Tensor:
-    generator = torch.Generator().manual_seed(7)
-    return 0.75 + 0.5 * torch.rand(shape, generator=generator, device="cpu", dtype=torch.float64)
-
-
-def _as_first_row(x: Tensor) -> Tensor:
-    if x.numel() % (2 * x.shape[-1]):
-        return x  # shared by the rows
-    by_row = x.reshape(2, -1, x.shape[-1])
-    return by_row[:1].expand_as(by_row).contiguous().view(x.shape)
-
-
 @torch.no_grad()
 def _bend(call: RecurrenceCall, dtype: torch.dtype) -> float:
     """How far a recurrence is from a causal linear map of its values, relative to its output.
@@ -197,7 +186,7 @@ def _bend(call: RecurrenceCall, dtype: torch.dtype) -> float:
     size = float(one.norm() + two.norm())
     bend = float((whole - one - two).norm() + nothing.norm()) / (size + 1e-30)
     last = torch.tensor([one.shape[1] - 1], device=one.device)
-    u_TC = _noise(one.shape[2:]).to(value)[None] - 1
+    u_TC = noise(one.shape[2:]).to(value)[None] - 1
     try:
         parts, _ = parts_of_output(call, 0, last, u_TC, 1)
     except RuntimeError:  # a kernel without a backward pass

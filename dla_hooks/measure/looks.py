@@ -56,7 +56,7 @@ class Look:
         asked_E = answer_E if has_all else answer_E.clamp(min=0)
         asked_E1 = asked_E[:, None]
         log_p_E = log_p_EV.gather(-1, asked_E1)[:, 0]
-        # Counted in floats, which is exact so far, and five times as fast as in bools.
+        # Counted in floats, where comparing is fast; the count is exact below 2 ** 24.
         greater_EV = torch.gt(logits_EV, logits_EV.gather(-1, asked_E1), out=log_p_EV)
         rank_E = greater_EV.sum(-1).long().add_(1)
         if not has_all:

@@ -16,7 +16,7 @@ _SAMPLE = 4096
 def spread_of(logits_BSV: Tensor) -> Tensor:
     """Largest less smallest logit over the vocabulary, masked tokens left out [batch, columns].
 
-    The few numbers are compared on the CPU: there each costs a hundredth of a tensor operation.
+    The few numbers are compared as Python's own, which costs less than a tensor operation each.
 
     Args:
         logits_BSV: logits [batch, columns, vocabulary].
