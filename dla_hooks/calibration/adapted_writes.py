@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from dla_hooks.calibration.block_run import ANY_NUMBER, same
 from dla_hooks.calibration.prompt import short_prompt
+from dla_hooks.calibration.two_rows import as_first_row
 from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.modules.adapters import (
     adapted_modules,
@@ -105,7 +107,8 @@ class _Disturbed:
         # What was disturbed in one sublayer must not reach the next one.
         same_input = {block.module: None for block in stream.blocks}
         same_input |= {write.module: None for write in self._writes}
-        edits = [Edit(module, self._as_first_row, at_input=True) for module in same_input]
+        alike = partial(as_first_row, rows=self._rows)
+        edits = [Edit(module, alike, at_input=True) for module in same_input]
         taps: dict[nn.Module, Tap] = {}
         for write in self._writes:
             taps[write.module] = Tap(
@@ -144,12 +147,6 @@ class _Disturbed:
             if bool(unexplained <= rounding < change.norm()) and unexplained < 0.5 * change.norm():
                 raise _unread(path, module, "what it puts out is weighed before it is written")
         return found
-
-    def _as_first_row(self, x: Tensor) -> Tensor:
-        if x.numel() % (self._rows * x.shape[-1]):
-            return x  # shared by the rows
-        by_row = x.reshape(self._rows, -1, x.shape[-1])
-        return by_row[:1].expand_as(by_row).contiguous().view(x.shape)
 
     def _change(self, module: nn.Module, row: int) -> Callable[[Tensor], Tensor]:
         def change(x: Tensor) -> Tensor:

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dla_hooks.calibration.prompt import short_prompt
+from dla_hooks.calibration.two_rows import as_first_row
 from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.modules.attention import AttentionCalls, Change, disturbed_heads, scaled_heads
 from dla_hooks.modules.edits import Edit, edited
@@ -266,14 +268,9 @@ class _Run:
                 taps[write.module, "in"] = Tap(into, self._enter(write.module))
                 out = Place(write.module, write.name, _ANY_USE)
                 taps[write.module, "out"] = Tap(out, self._leave)
-        edits = [Edit(module, self._as_first_row, at_input=True) for module in same]
+        alike = partial(as_first_row, rows=self._rows)
+        edits = [Edit(module, alike, at_input=True) for module in same]
         return list(taps.values()), edits
-
-    def _as_first_row(self, x: Tensor) -> Tensor:
-        if x.numel() % (self._rows * x.shape[-1]):
-            return x  # shared by the rows
-        by_row = x.reshape(self._rows, -1, x.shape[-1])
-        return by_row[:1].expand_as(by_row).contiguous().view(x.shape)
 
     def _enter(self, module: nn.Module) -> Callable[[Call], None]:
         def enter(_: Call) -> None:

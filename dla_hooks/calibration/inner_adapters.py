@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from dla_hooks.calibration.block_run import ANY_NUMBER, EveryCall, same
 from dla_hooks.calibration.last_maps import neuron_sites
 from dla_hooks.calibration.prompt import short_prompt
+from dla_hooks.calibration.two_rows import as_first_row
 from dla_hooks.errors import UnsupportedModelError
 from dla_hooks.modules.adapters import (
     adapted_modules,
@@ -159,7 +160,8 @@ class _Run:
                 looks[heads.attention] = partial(self._see_values, label)
                 same_input[heads.attention] = None
             edits += [Edit(one.module, partial(self._change, one)) for one in asked]
-        edits = [*(Edit(one, self._as_first_row, at_input=True) for one in same_input), *edits]
+        alike = partial(as_first_row, rows=self._rows)
+        edits = [*(Edit(one, alike, at_input=True) for one in same_input), *edits]
         with watching(looks), edited(edits), tapped(taps):
             stream.backend.run_synthetic(prompt, None)
             for tap in taps:
@@ -205,12 +207,6 @@ class _Run:
         # A disturbance that is lost in the rounding of the values tells nothing.
         allowed_C = torch.minimum(rounding * (size_C + noise_C), 0.5 * noise_C)
         return bool(((change_CS - noise_CS).norm(dim=1) <= allowed_C).all())
-
-    def _as_first_row(self, x: Tensor) -> Tensor:
-        if x.numel() % (self._rows * x.shape[-1]):
-            return x  # shared by the rows
-        by_row = x.reshape(self._rows, -1, x.shape[-1])
-        return by_row[:1].expand_as(by_row).contiguous().view(x.shape)
 
     def _change(self, asked: _Asked, x: Tensor) -> Tensor:
         if x.numel() % (self._rows * x.shape[-1]):

@@ -1,4 +1,4 @@
-"""Two rows of a made-up run: one as it is, and one that is disturbed."""
+"""Rows of a made-up run: the first is as it is, the others are disturbed."""
 
 from __future__ import annotations
 
@@ -12,9 +12,14 @@ def noise(shape: torch.Size) -> Tensor:
     return 0.75 + 0.5 * torch.rand(shape, generator=generator, device="cpu", dtype=torch.float64)
 
 
-def as_first_row(x: Tensor) -> Tensor:
-    """The same, with the first row in the place of both."""
-    if x.numel() % (2 * x.shape[-1]):
-        return x  # shared by the rows
-    by_row = x.reshape(2, -1, x.shape[-1])
+def as_first_row(x: Tensor, rows: int = 2) -> Tensor:
+    """An activation with the first row in the place of each; one that rows share stays as it is.
+
+    Args:
+        x: [row, ..., d], or with the rows behind each other in its first axis.
+        rows: of the run.
+    """
+    if x.numel() % (rows * x.shape[-1]):
+        return x
+    by_row = x.reshape(rows, -1, x.shape[-1])
     return by_row[:1].expand_as(by_row).contiguous().view(x.shape)
