@@ -7,10 +7,10 @@ model's activations do not change.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
@@ -93,12 +93,18 @@ class Call:
     @property
     def entered(self) -> Tensor:
         """The hidden states that entered the module."""
-        return whole_activation(hidden_in(self.args, self.kwargs))
+        args = self.args
+        if args and type(args[0]) is Tensor:  # nearly always
+            return args[0]
+        return whole_activation(hidden_in(args, self.kwargs))
 
     @property
     def left(self) -> Tensor:
         """The hidden states that left it."""
-        return whole_activation(hidden_out(self.output))
+        output = self.output
+        if type(output) is Tensor:  # nearly always
+            return output
+        return whole_activation(hidden_out(output))
 
     @property
     def activation(self) -> Tensor:
@@ -130,8 +136,9 @@ class Tap:
 
     def count(self, call: Call) -> None:
         """Count one run of the module, and read it if it is the wanted one."""
-        self.fired += 1
-        if self.fired == self.place.use.nth + 1:
+        fired = self.fired
+        self.fired = fired + 1
+        if fired == self.place.use.nth:
             look = self.on_activation
             if torch.is_autocast_enabled(call.activation.device.type):
                 look = outside_autocast(look)
@@ -150,21 +157,19 @@ class Tap:
 class _Hook:
     """A tap on its module, for the runs of one thread."""
 
-    __slots__ = ("_tap", "_thread")
+    __slots__ = ("_before", "_count", "_thread")
     _dla_hooks = True
 
     def __init__(self, tap: Tap, thread: int) -> None:
-        self._tap, self._thread = tap, thread
+        self._count, self._before, self._thread = tap.count, tap.place.before, thread
 
     # `rest` is (kwargs,) or (kwargs, output). While one thread removes its tap, another may call it
     # without the kwargs. So check the thread before unpacking anything.
     def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
-        if threading.get_ident() != self._thread or in_aside():
+        if get_ident() != self._thread or in_aside():
             return
-        if self._tap.place.before:
-            self._tap.count(Call(args, rest[0]))
-        else:
-            self._tap.count(Call(args, rest[0], rest[1], before=False))
+        before = self._before
+        self._count(Call(args, rest[0], None if before else rest[1], before))
 
 
 def hidden_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -223,7 +228,7 @@ def tapped(taps: Sequence[Tap]) -> Iterator[Run]:
     Raises:
         HookError: when a tap's module did not run, or ran another number of times.
     """
-    handles, run, thread = list[Any](), Run(), threading.get_ident()
+    handles, run, thread = list[Any](), Run(), get_ident()
     try:
         for tap in taps:
             tap.fired = 0

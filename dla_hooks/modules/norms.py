@@ -16,7 +16,6 @@ show. Parts that cancel, as after a hook that silences a block, are divided by i
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -167,15 +166,16 @@ def frozen_scale(norm: Norm, x_NM: Tensor, y_NM: Tensor) -> tuple[Tensor, Tensor
         output's largest entry) [], which is rounding alone for a norm of the right form. It stays
         on the device: a number asked for in a hook would make the device wait.
     """
+    # Of few kinds of operations: between a model's own, each costs most when it is first used.
     a = norm.at_scale_one(x_NM)
     y = y_NM - norm.beta.to(y_NM)
-    size = torch.linalg.vecdot(a, a)
-    s = (size / torch.linalg.vecdot(a, y)).masked_fill_(size == 0, norm.at_zero)
-    if not s.shape[0]:
-        return s, s.new_zeros(())
-    most = partial(torch.linalg.vector_norm, ord=torch.inf, dim=-1)
-    unexplained = most(y.addcdiv_(a, s[:, None], value=-1))
-    return s, (unexplained / most(y_NM).clamp_(min=torch.finfo(s.dtype).tiny)).amax()
+    size = (a * a).sum(-1, keepdim=True)
+    s = (size / (a * y).sum(-1, keepdim=True)).masked_fill_(size == 0, norm.at_zero)
+    if not len(s):
+        return s[:, 0], s.new_zeros(())
+    unexplained = (y - a / s).abs_().amax(-1)
+    most = y_NM.abs().amax(-1).add_(torch.finfo(s.dtype).tiny)
+    return s[:, 0], (unexplained / most).amax()
 
 
 def largest(misfits: list[Tensor]) -> float:

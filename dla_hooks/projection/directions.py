@@ -45,6 +45,7 @@ class Directions:
         self._held = n_targets == 1
         self._on: dict[torch.device, Tensor] = {}
         self._only_on: dict[torch.device, Tensor] = {}
+        self._by_head_on: dict[tuple[int, torch.device], Tensor] = {}
 
     @classmethod
     def held(cls, d_KM: Tensor) -> Directions:
@@ -100,11 +101,19 @@ class Directions:
             found.append(d_KM @ constant_M.to(d_KM))
         return torch.cat(found)
 
-    def only(self, device: torch.device) -> Tensor:
-        """Return the direction [width] of the only target, on a device."""
+    def only(self, device: torch.device) -> Tensor | None:
+        """Return the direction [width] of the only target, on a device; None if it has others."""
         found = self._only_on.get(device)
-        if found is None:
+        if found is None and self._n_targets == 1:
             found = self._only_on[device] = self.on(device)[0]
+        return found
+
+    def only_by_head(self, n_heads: int, device: torch.device) -> Tensor | None:
+        """The same, cut into heads [head, d_head, 1]."""
+        key = n_heads, device
+        found = self._by_head_on.get(key)
+        if found is None and self._n_targets == 1:
+            found = self._by_head_on[key] = self.on(device).view(n_heads, -1, 1)
         return found
 
     def then(self, change: Callable[[Tensor], Tensor]) -> Directions:

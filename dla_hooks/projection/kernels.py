@@ -33,15 +33,13 @@ def project(x: Tensor, view: View, directions: Directions, out_N: Tensor) -> Non
         directions: one per target [d_model].
         out_N: one scalar per entry, written in place.
     """
-    device = x.device
-    d_M = directions.only(device) if len(directions) == 1 else None
-    for tile in view.tiles(x.shape[-1], device):
-        x_TM = view.take(x, tile.place).to(directions.dtype)
+    d_M = directions.only(x.device)
+    for x_TM, tile in tiles(x, view, directions.dtype):
         if d_M is None:
-            d_KM = tile.spread(directions.at(tile, device))
+            d_KM = tile.spread(directions.at(tile, x.device))
             out_N[tile.index] = torch.linalg.vecdot(x_TM, d_KM)
-        elif isinstance(tile.index, slice):  # at once to where it belongs
-            torch.mv(x_TM, d_M, out=out_N if tile.size == len(out_N) else out_N[tile.index])
+        elif tile.is_all:  # at once to where it belongs
+            torch.mv(x_TM, d_M, out=out_N)
         else:
             out_N[tile.index] = torch.mv(x_TM, d_M)
 
@@ -73,21 +71,20 @@ def project_heads(
         of_constant_N: the subtracted part of all heads together, added to in place.
     """
     n_heads = len(out_HN)
+    u_HDK = folded.only_by_head(n_heads, z.device)
     for z_TI, tile in tiles(z, view, folded.dtype):
-        u_KI = folded.at(tile, z.device)
         if constant_I is not None and of_constant_N is not None:
             z_TI = z_TI - constant_I
-            of_constant_N[tile.index] += tile.spread(u_KI @ constant_I)
-        if len(u_KI) == 1:
-            z_HTD = z_TI.view(tile.size, n_heads, -1).transpose(0, 1)
-            u_HDK = u_KI.view(n_heads, -1, 1)
-            if isinstance(tile.index, slice):  # at once to where it belongs
-                torch.bmm(z_HTD, u_HDK, out=out_HN[:, tile.index].unsqueeze(-1))
-            else:
-                out_HN[:, tile.index] = torch.bmm(z_HTD, u_HDK)[..., 0]
-        else:
-            products_TI = z_TI * tile.spread(u_KI)
+            of_constant_N[tile.index] += tile.spread(folded.at(tile, z.device) @ constant_I)
+        if u_HDK is None:
+            products_TI = z_TI * tile.spread(folded.at(tile, z.device))
             out_HN[:, tile.index] = reduce(products_TI, "t (h d) -> h t", "sum", h=n_heads)
+            continue
+        z_HTD = z_TI.view(tile.size, n_heads, -1).transpose(0, 1)
+        if tile.is_all:  # at once to where it belongs
+            torch.bmm(z_HTD, u_HDK, out=out_HN.unsqueeze(-1))
+        else:
+            out_HN[:, tile.index] = torch.bmm(z_HTD, u_HDK)[..., 0]
 
 
 def project_neurons(
@@ -143,4 +140,5 @@ def frozen_scales(norm: Norm, x: Tensor, y: Tensor, view: View, out_N: Tensor) -
 def tiles(x: Tensor, view: View, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tile]]:
     """Yield an activation at the entries in view by tiles [T, d], in the accumulation dtype."""
     for tile in view.tiles(x.shape[-1], x.device):
-        yield view.take(x, tile.place).to(dtype), tile
+        x_TM = view.take(x, tile.place)
+        yield (x_TM if x_TM.dtype == dtype else x_TM.to(dtype)), tile

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ class Tile:
         targets: their targets, on the CPU: one for all [1], one for each [size], or the distinct
             ones in any number between, to which ``which`` points.
         which: for every entry its place in ``targets`` [size] on the device, or None.
+        is_all: whether these are all entries of the call, in their order.
     """
 
     place: slice | None
@@ -40,10 +42,27 @@ class Tile:
     size: int
     targets: Tensor
     which: Tensor | None
+    is_all: bool = False
 
     def spread(self, rows_K: Tensor) -> Tensor:
         """Spread rows for the targets in the tile to rows for its entries (or one row for all)."""
         return rows_K if self.which is None else rows_K.index_select(0, self.which)
+
+
+class _Way(NamedTuple):
+    """How an activation of some shape is read.
+
+    Attributes:
+        ahead: positions of the model's own before the prompt.
+        column: the one that is read in every row, if that is all.
+        run: the first entry and their number, where they are neighbours.
+        axis: of the indices, where they are not.
+    """
+
+    ahead: int
+    column: int | None
+    run: tuple[int, int] | None
+    axis: int
 
 
 class View:
@@ -76,8 +95,13 @@ class View:
         self._cols_run = _run_of(cols)
         self._flat_run = _run_of(flat) if batch > 1 else self._cols_run
         self._n = len(self.inside)
+        self._column: int | None = None
+        if self._n == batch and torch.equal(rows, torch.arange(batch, device="cpu")):
+            only = cols.unique()
+            self._column = int(only) if len(only) == 1 else None
         self._on: dict[torch.device, tuple[Tensor, Tensor]] = {torch.device("cpu"): (flat, cols)}
         self._tiles: dict[tuple[int, torch.device], list[Tile]] = {}
+        self._ways: dict[torch.Size, _Way] = {}
 
     @classmethod
     def whole(cls, entries: Entries) -> View:
@@ -117,24 +141,38 @@ class View:
                 model puts positions of its own before the prompt.
             place: which of the entries in view; None is all.
         """
-        batch, width, shape = self._batch, self._width, x.shape
-        if len(shape) == 3 and shape[0] == batch and shape[1] > width:
-            x = x[:, shape[1] - width :]
-        flat_x = x.reshape(-1, shape[-1])
-        n = len(flat_x)
+        way = self._ways.get(x.shape)
+        if way is None:
+            way = self._ways[x.shape] = self._way(x.shape)
+        if way.ahead:
+            x = x[:, way.ahead :]
+        if way.column is not None:
+            found = x.select(1, way.column)
+            return found if place is None else found[place]
+        flat_x = x.reshape(-1, x.shape[-1])
+        if way.run is not None:
+            found = flat_x.narrow(0, *way.run)
+            return found if place is None else found[place]
+        indices = self._indices(x.device)[way.axis]
+        return flat_x.index_select(0, indices if place is None else indices[place])
+
+    def _way(self, shape: torch.Size) -> _Way:
+        batch, width = self._batch, self._width
+        more = shape[1] - width if len(shape) == 3 and shape[0] == batch else 0
+        ahead, n = max(0, more), shape[:-1].numel() - batch * max(0, more)
+        column = None
         if n == batch * width:
-            run, axes = self._flat_run, 0
+            run, axis = self._flat_run, 0
+            column = self._column if len(shape) == 3 and shape[0] == batch else None
         elif n == width:
-            run, axes = self._cols_run, 1
+            run, axis = self._cols_run, 1
         else:
             raise UnsupportedModelError(
-                f"an activation of shape {tuple(x.shape)} does not line up with a prompt of "
+                f"an activation of shape {tuple(shape)} does not line up with a prompt of "
                 f"shape {(batch, width)}"
             )
-        if run is not None:
-            return flat_x[run] if place is None else flat_x[run][place]
-        indices = self._indices(x.device)[axes]
-        return flat_x.index_select(0, indices if place is None else indices[place])
+        neighbours = None if run is None else (run.start, run.stop - run.start)
+        return _Way(ahead, column, neighbours, axis)
 
     def tiles(self, width: int, device: torch.device) -> list[Tile]:
         """Cut the entries in view into tiles.
@@ -185,7 +223,9 @@ class View:
                 targets = distinct
             elif 2 * len(distinct) <= len(targets):  # few entries have a target of their own
                 targets, which = distinct, onto(which_T, device)
-        return Tile(place, onto(here, device) if run is None else run, len(here), targets, which)
+        index = onto(here, device) if run is None else run
+        is_all = run is not None and len(here) == len(self._entries)
+        return Tile(place, index, len(here), targets, which, is_all)
 
     def _indices(self, device: torch.device) -> tuple[Tensor, Tensor]:
         if device not in self._on:

@@ -136,7 +136,7 @@ class Voters:
 
     def _folded(self, experts: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         device = next(self.place.module.parameters()).device
-        return pull_back_down(self.place.module, self.directions.only(device), experts)
+        return pull_back_down(self.place.module, self.directions.on(device)[0], experts)
 
     def _of_experts(self, expert_P: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """What some experts are projected on, and which of it is whose.
