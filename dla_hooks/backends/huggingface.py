@@ -175,6 +175,11 @@ class HuggingFaceBackend(Backend):
             return accepted
         return {**arguments_of(inside), **accepted}
 
+    @cached_property
+    def _keeps_columns(self) -> bool:
+        """Whether it takes the columns of logits; old remote code takes a count from the end."""
+        return "Tensor" in str(self._accepted["logits_to_keep"].annotation)
+
     def embedding(self) -> nn.Module:
         found = token_embedding(decoder_of(self.root) if self.reads_two else self.root)
         assert found is not None
@@ -244,20 +249,22 @@ class HuggingFaceBackend(Backend):
         arguments |= extra_arguments(prompt, chunk, own, device)
         if columns is None:
             columns = torch.tensor([chunk.stop - 1], device="cpu")
-        wanted = columns - chunk.start
+        wanted = columns - chunk.start if chunk.start else columns
         ids = None
         if not prompt.embedded:
             ids = prompt.input_ids
             if self._labels is not None:
                 ids = padded_as_known(prompt, self.number("pad_token_id"))
-            ids = ids[:, chunk.start : chunk.stop].to(device)
+            if len(chunk) < ids.shape[1]:
+                ids = ids[:, chunk.start : chunk.stop]
+            ids = ids.to(device)
         if self.reads_two:
             ids, arguments = None, of_decoder(self.root, ids, arguments, prompt, device)
         if "logits_to_keep" in accepted and self._labels is None:
-            # Remote code for older versions takes a count from the end only.
-            takes_tensor = "Tensor" in str(accepted["logits_to_keep"].annotation)
-            count = len(chunk) - int(wanted.min())
-            arguments["logits_to_keep"] = wanted.to(device) if takes_tensor else count
+            if self._keeps_columns:
+                arguments["logits_to_keep"] = wanted.to(device)
+            else:
+                arguments["logits_to_keep"] = len(chunk) - int(wanted.min())
         in_chunks = len(chunk) < prompt.shape[1]
         traces = without_traces(self.root, in_chunks=in_chunks)
         ending = nullcontext() if self._ending is None else self._ending.running()

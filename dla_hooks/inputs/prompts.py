@@ -268,8 +268,8 @@ def check_ids(ids: Tensor, vocabulary: int) -> None:
     """
     if not ids.numel():
         return
-    low, high = ids.aminmax()
-    if int(low) < 0 or int(high) >= vocabulary:
+    low, high = (int(end) for end in ids.aminmax())
+    if low < 0 or high >= vocabulary:
         bad = ids[(ids < 0) | (ids >= vocabulary)]
         raise TokenError(
             f"token id {int(bad[0])} is outside the model's vocabulary (0 to {vocabulary - 1}); "

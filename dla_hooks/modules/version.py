@@ -42,7 +42,7 @@ _IDLE = (nn.Module.forward, nn.Sequential.forward, nn.Identity.forward)
 
 _OF_TORCH = len(vars(nn.Module()))
 """How many things torch itself keeps on every module. They come first."""
-_LAST = [*vars(nn.Module())][-1:]
+_LAST = [*vars(nn.Module())][-1]
 """The last of these."""
 
 _PLAIN = frozenset({int, float, bool, str, type(None)})
@@ -93,20 +93,20 @@ def state_of(model: nn.Module, *others: nn.Module) -> State:
                 compiled = compiled or class_has_compiled(kind)
             if module._modules:  # with a module that is there twice, twice
                 seen += map(id, module._modules.values())
-            own = [*kept.values()]
-            if [*islice(kept, _OF_TORCH - 1, _OF_TORCH)] == _LAST:
-                own = own[_OF_TORCH:]
-            for value in own:
+            own = islice(kept.items(), _OF_TORCH - 1, None)
+            if next(own, ("", None))[0] != _LAST:
+                own = islice(kept.items(), None)
+            for name, value in own:
                 what = type(value)
                 if what is float:  # an epsilon, a multiplier
                     seen.append(value)
                 elif what is FunctionType:
                     compiled = compiled or is_compiled_function(value)
-            if "config" in kept:
-                configs[id(kept["config"])] = kept["config"]
-            if "forward" in kept:
-                seen.append(id(kept["forward"]))
-                compiled = compiled or is_compiled_function(kept["forward"])
+                if name == "config":
+                    configs[id(value)] = value
+                elif name == "forward":
+                    seen.append(id(value))
+                    compiled = compiled or is_compiled_function(value)
             if kept.get(COMPILED_CALL) is not None:
                 compiled = True
             if module._parameters:

@@ -8,7 +8,7 @@ only the needed ones come into memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,7 +165,10 @@ def run_device(module: nn.Module) -> torch.device:
         device = getattr(hook, "execution_device", None)
         if device is not None:
             return torch.device(device)
-    parameter = next(module.parameters(), None)
+    own: Iterable[nn.Parameter | None] = module._parameters.values()
+    parameter = next((one for one in own if one is not None), None)
+    if parameter is None:
+        parameter = next(module.parameters(), None)
     return torch.device("cpu") if parameter is None or parameter.is_meta else parameter.device
 
 
