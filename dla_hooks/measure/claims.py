@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dla_hooks.calibration.scales import check_weights
 from dla_hooks.errors import DecompositionError, NonFiniteError
-from dla_hooks.projection.ledger import all_finite
+from dla_hooks.projection.ledger import all_finite, largest
 from dla_hooks.residual.stream import coarsest
 from dla_hooks.targets.base import Observed
 from dla_hooks.tolerance import misfit_tolerance
@@ -36,9 +36,7 @@ class Outcome:
 
 def identity_gap(measurement: Measurement) -> float:
     """The largest difference between the parts' sum and the last stream's projection."""
-    if not measurement.parts.complete:
-        return math.nan
-    return largest(measurement.parts.sum_N - measurement.reading.total_N)
+    return measurement.parts.gap if measurement.parts.complete else math.nan
 
 
 def claims_of(measurement: Measurement) -> Iterator[tuple[Claim, torch.dtype]]:
@@ -52,6 +50,13 @@ def claims_of(measurement: Measurement) -> Iterator[tuple[Claim, torch.dtype]]:
     for split in measurement.splits.values():
         for claim in split.claims:
             yield claim, stream.product_dtype
+
+
+def gap_of(measurement: Measurement, claim: Claim) -> float:
+    """The largest gap between the two sides of a claim, at any entry."""
+    if claim.of_stream:
+        return measurement.parts.gap
+    return largest(claim.parts_LN - claim.whole_LN)
 
 
 def broken_of(claim: Claim, allowed_N: Tensor) -> tuple[str, float] | None:
@@ -85,15 +90,13 @@ def norms_of(measurement: Measurement) -> Iterator[tuple[str, float]]:
         yield from split.norms
 
 
-def largest(difference: Tensor) -> float:
-    return float(torch.linalg.vector_norm(difference, torch.inf)) if difference.numel() else 0.0
-
-
 def check_finite(measurement: Measurement) -> None:
     parts, stream = measurement.parts, measurement.plan.stream
-    splits = measurement.splits.values()
-    measured = (parts.raw_CN, measurement.reading.total_N, *(one.values_CN for one in splits))
-    if all(map(all_finite, measured)):
+    if parts.complete:
+        finite = math.isfinite(parts.gap)  # what is in it is, then
+    else:
+        finite = all_finite(parts.raw_CN) and all_finite(measurement.reading.total_N)
+    if finite and all(all_finite(one.values_CN) for one in measurement.splits.values()):
         return
     for label, added_RN in measurement.reading.hooks_RN.items():
         if all_finite(parts.raw_CN) and not all_finite(added_RN):
@@ -102,8 +105,8 @@ def check_finite(measurement: Measurement) -> None:
                 "of -inf does; ask about tokens that it leaves as they are"
             )
     check_weights(stream.backend)
-    finite = [True] * len(parts.plan.rows) if parts.finite_C is None else parts.finite_C.tolist()
-    pairs = zip(parts.plan.rows, finite, strict=True)
+    finite_C = [True] * len(parts.plan.rows) if parts.finite_C is None else parts.finite_C.tolist()
+    pairs = zip(parts.plan.rows, finite_C, strict=True)
     first = next((row.label for row, is_finite in pairs if not is_finite), "the final norm")
     away = any(weight.is_meta for _, weight in stream.backend.named_weights())
     looked_at = "every weight in memory is finite (those that are offloaded were not looked at)"

@@ -12,6 +12,9 @@ logits over its vocabulary. :mod:`dla_hooks.measure.relative` has the checks wit
 
 from __future__ import annotations
 
+import math
+from functools import cache, partial
+
 import torch
 from torch import Tensor
 
@@ -23,14 +26,14 @@ from dla_hooks.measure.claims import (
     check_finite,
     check_norms,
     claims_of,
+    gap_of,
     identity_gap,
-    largest,
     norms_of,
 )
 from dla_hooks.measure.rounding import rounding_of
 from dla_hooks.modules.autocast import AUTOCAST
 from dla_hooks.modules.user_hooks import has_callers
-from dla_hooks.projection.ledger import all_finite
+from dla_hooks.projection.ledger import all_finite, largest
 from dla_hooks.residual.stream import Stream
 from dla_hooks.targets.base import Observed
 from dla_hooks.tolerance import is_coarse, misfit_tolerance, of_stream, tolerance
@@ -79,35 +82,40 @@ def hold_against_model(
         spread = max(spread, largest(measurement.parts.raw_CN / size_N))
     n_writes = len(stream.writes)
     allowed_logit = tolerance(stream.coarsest_dtype, n_writes)[1]
-    rounding_N = rounding_of(measurement, spread * size_N)
+    # What rounding may do is asked for where something is off by more than is allowed anyway.
+    rounding = cache(partial(rounding_of, measurement, spread * size_N))
     # Parts are held against the stream before any cap, where the logits are as far apart as this.
     uncapped = spread if stream.softcap is None else observed.spread(stream.softcap)
     for claim, dtype in claims_of(measurement):
         relative = tolerance(dtype, n_writes)[claim.through_norm]
         relative *= _OF_STREAM if is_coarse(dtype) else 1
-        allowed_N = rounding_N + relative * uncapped * size_N
+        limit: Tensor | float = relative * uncapped * size_N
         if claim.of_stream and is_coarse(dtype) and reading.size_N is not None:
             rounded_N = of_stream(dtype, _additions(measurement), reading.size_N)
-            allowed_N = rounding_N + rounded_N.clamp(max=relative * uncapped * size_N)
+            limit = rounded_N.clamp(max=limit)
             relative = min(relative, largest(rounded_N) / max(uncapped, 1e-300))
-        broken = broken_of(claim, allowed_N)
+        if not isinstance(limit, Tensor) and gap_of(measurement, claim) <= limit:
+            continue
+        broken = broken_of(claim, rounding() + limit)
         if broken is not None:
             raise _failure(measurement, prompt, *broken, spread, relative)
     check_norms(measurement)
     own_E, theirs_E = measurement.plan.target.own_and_theirs(reading, observed)
-    if not all_finite(theirs_E):
-        raise NonFiniteError("the model's own logit of an answer is NaN or infinite")
     logit_gap = largest(own_E - theirs_E)
+    if not (math.isfinite(logit_gap) or all_finite(theirs_E)):
+        raise NonFiniteError("the model's own logit of an answer is NaN or infinite")
     in_logits = logit_gap  # of weighted sets: over the size of their weights
     if isinstance(size_N, Tensor):
         sizes_E = size_N if len(size_N) == 1 else size_N[observed.entries_E.to(size_N.device)]
         in_logits = largest((own_E - theirs_E) / sizes_E)
-        rounding_N = rounding_N / size_N
-    # A logit itself is rounded to its dtype, and large ones coarsely; so are two with a small
-    # difference.
-    rounded = torch.finfo(stream.coarsest_dtype).eps
-    coarse = 2 * rounded * measurement.plan.target.largest(observed)
-    if not in_logits <= allowed_logit * spread + coarse + largest(rounding_N):
+    allowed = allowed_logit * spread
+    if not in_logits <= allowed:
+        # A logit itself is rounded to its dtype, and large ones coarsely; so are two with a small
+        # difference.
+        rounded = torch.finfo(stream.coarsest_dtype).eps
+        allowed += 2 * rounded * measurement.plan.target.largest(observed)
+        allowed += largest(rounding() / size_N)
+    if not in_logits <= allowed:
         what = "the last stream's projection, compared with the model's own logits,"
         raise _failure(measurement, prompt, what, logit_gap, spread, allowed_logit)
     return Outcome(identity_gap(measurement), logit_gap, observed)

@@ -51,14 +51,12 @@ class Look:
             log_p_E = log_p_EV.new_full((len(logits_EV),), math.nan)
             none_E = ids_EK.new_full((len(logits_EV),), -1)
             return cls(log_p_E, none_E, ids_EK.T, log_p_EK.T)
+        has_all = min(answer_E.tolist(), default=-1) >= 0
         answer_E = answer_E.to(logits_EV.device)
-        has_all = len(answer_E) and int(answer_E.min()) >= 0
         asked_E = answer_E if has_all else answer_E.clamp(min=0)
         asked_E1 = asked_E[:, None]
         log_p_E = log_p_EV.gather(-1, asked_E1)[:, 0]
-        # Counted in floats, where comparing is fast; the count is exact below 2 ** 24.
-        greater_EV = torch.gt(logits_EV, logits_EV.gather(-1, asked_E1), out=log_p_EV)
-        rank_E = greater_EV.sum(-1).long().add_(1)
+        rank_E = (logits_EV > logits_EV.gather(-1, asked_E1)).count_nonzero(-1).add_(1)
         if not has_all:
             log_p_E = log_p_E.masked_fill(answer_E < 0, math.nan)
             rank_E = rank_E.masked_fill(answer_E < 0, -1)
@@ -115,7 +113,9 @@ def seen_at(entries: Entries, observed: Observed, answers_K: Tensor | None) -> S
     n, logits_BSV = len(observed.entries_E), observed.logits_BSV
     if not n:
         return None
-    answer_E = None if answers_K is None else answers_K.index_select(0, observed.target_E)
+    answer_E = answers_K
+    if answers_K is not None and (n > 1 or len(answers_K) > 1):
+        answer_E = answers_K.index_select(0, observed.target_E)
     at_once = max(1, _AT_ONCE // logits_BSV.shape[-1])
     if logits_BSV.shape[1] == 1 and n == len(logits_BSV) <= at_once:  # each row's only position
         look = Look.at(logits_BSV[:, 0], answer_E)

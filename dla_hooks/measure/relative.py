@@ -18,11 +18,10 @@ from dla_hooks.measure.claims import (
     check_norms,
     claims_of,
     identity_gap,
-    largest,
 )
 from dla_hooks.measure.rounding import rounding_of
 from dla_hooks.modules.autocast import AUTOCAST
-from dla_hooks.projection.ledger import all_finite
+from dla_hooks.projection.ledger import all_finite, largest
 from dla_hooks.residual.stream import coarsest
 from dla_hooks.tolerance import LEAST, tolerance
 from dla_hooks.units.plan import Measurement

@@ -29,6 +29,11 @@ def all_finite(numbers: Tensor) -> bool:
     return math.isfinite(float(numbers.sum())) or bool(torch.isfinite(numbers).all())
 
 
+def largest(numbers: Tensor) -> float:
+    """The largest absolute value; NaN if any is, and 0 of nothing."""
+    return float(torch.linalg.vector_norm(numbers, torch.inf)) if numbers.numel() else 0.0
+
+
 class FixedRows:
     """Rows of one number per entry, each written on the device of its activation.
 

@@ -90,9 +90,18 @@ class Reading:
         """Part of the attributed number that does not come from the stream [N]."""
         return self.bias_RN[0]
 
+    @cached_property
+    def _values(self) -> Sequence[Tensor]:
+        return self._value_RN.unbind()
+
+    @cached_property
+    def whole_N(self) -> Tensor:
+        """Contribution of the whole stream and of hooks behind it to the attributed number [N]."""
+        return sum((added_RN[0] for added_RN in self.hooks_RN.values()), self.total_N)
+
     def value_N(self, readout: int = 0) -> Tensor:
         """x . d / s + bias [N], and what hooks add: the logit (or difference) before any cap."""
-        return self._value_RN[readout]
+        return self._values[readout]
 
 
 class PointRecorder:
@@ -165,9 +174,9 @@ class PointRecorder:
         scale_N, total_RN = rows[0], rows[1 : 1 + len(self._readouts)]
         if self._point.norm_place is None:
             scale_N.fill_(1)
-        n = rows.shape[-1]
         of_target = (self._entries.of_target(one.bias_K.to(rows.device)) for one in self._readouts)
-        biases = [bias_N.expand(n) for bias_N in of_target]
+        biases = [bias_N.expand_as(scale_N) for bias_N in of_target]
+        bias_RN = torch.stack(biases)  # a copy: a result is its caller's to write to
         hooks = dict[str, Tensor]()
         if self._behind is not None:
             hooks[FINAL_HOOK] = self._behind.finish(rows.device)
@@ -178,4 +187,4 @@ class PointRecorder:
             hooks[label] = added_RN + hooks.get(label, 0)
         misfit = norms.largest(self._misfits)
         size_N = rows[-1].sqrt() / scale_N if self._point.rounds else None
-        return Reading(scale_N, total_RN / scale_N, torch.stack(biases), misfit, hooks, size_N)
+        return Reading(scale_N, total_RN / scale_N, bias_RN, misfit, hooks, size_N)

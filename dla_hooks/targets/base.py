@@ -47,13 +47,15 @@ class Observed:
     @classmethod
     def at(cls, entries: Entries, columns: Tensor, logits_BSV: Tensor) -> Observed:
         """The entries whose columns the model's logits were kept for."""
+        device = logits_BSV.device
         if columns is entries.cols and columns.numel() == 1:
-            entries_E = column_E = torch.zeros(1, dtype=torch.long, device="cpu")
-        else:  # in each row once at most
-            entries_E, column_E = (entries.cols[:, None] == columns).nonzero().unbind(-1)
+            first = torch.zeros(1, dtype=torch.long, device="cpu")
+            row_E, target_E = entries.rows, entries.target
+            return cls(logits_BSV, row_E.to(device), first.to(device), first, target_E)
+        # In each row once at most.
+        entries_E, column_E = (entries.cols[:, None] == columns).nonzero().unbind(-1)
         # `index_select` costs a fifth of what indexing costs.
         row_E, target_E = (of.index_select(0, entries_E) for of in (entries.rows, entries.target))
-        device = logits_BSV.device
         return cls(logits_BSV, row_E.to(device), column_E.to(device), entries_E, target_E)
 
     @cached_property
@@ -63,10 +65,12 @@ class Observed:
 
     def of(self, ids_E: Tensor) -> Tensor:
         """The logits of one token for each entry, or of several [n, m], in float64."""
-        first_E = self.place_E * self.logits_BSV.shape[-1]
-        if ids_E.ndim > 1:
-            first_E = first_E[:, None]
-        return self.logits_BSV.take(ids_E.to(first_E.device) + first_E).double()
+        logits_BSV = self.logits_BSV
+        number_E = ids_E.to(logits_BSV.device)
+        if logits_BSV.shape[:2].numel() > 1:
+            first_E = self.place_E * logits_BSV.shape[-1]
+            number_E = number_E + (first_E if ids_E.ndim == 1 else first_E[:, None])
+        return logits_BSV.take(number_E).double()
 
     def mean(self) -> Tensor:
         """The mean logit over the vocabulary for each entry, in float64; masked tokens are out."""

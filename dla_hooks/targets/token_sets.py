@@ -206,7 +206,10 @@ class TokenSets:
         """
         if self.plain:
             return logits[:, 0].double()
-        return (logits.double() * self.weights_of(which).to(logits.device)).sum(-1)
+        weights = self.weights.to(logits.device)
+        if weights.ndim == 1:
+            return logits.double() @ weights
+        return (logits.double() * weights[which.to(logits.device)]).sum(-1)
 
     @property
     def answers(self) -> Tensor:

@@ -29,6 +29,7 @@ from dla_hooks.modules.autocast import outside_autocast
 from dla_hooks.modules.linear import at_hand, pull_back, rows, value_at
 from dla_hooks.modules.norms import Norm
 from dla_hooks.projection.directions import Directions, few
+from dla_hooks.projection.ledger import largest
 from dla_hooks.projection.output_hooks import Outputs
 from dla_hooks.projection.reading_point import Reading, ReadingPoint
 from dla_hooks.projection.readout import Readout
@@ -122,14 +123,16 @@ class TokenTarget(Target):
     def own_and_theirs(self, reading: Reading, observed: Observed) -> tuple[Tensor, Tensor]:
         """Our logits (or sums of them) and the model's, after any cap."""
         at, sets, target_E = observed.entries_E, self._sets, observed.target_E
-        theirs = sets.of_logits(observed.of(sets.ids.index_select(0, target_E)), target_E)
+        theirs = sets.of_logits(self._logits(observed), target_E)
         if self._centred:
             total = sets.totals if len(sets.totals) == 1 else sets.totals[target_E]
             theirs = theirs - total.to(theirs.device) * observed.mean()
 
         def own(readout: int) -> Tensor:
             value_N = reading.value_N(readout)
-            return value_N.index_select(0, at.to(value_N.device)).double()
+            if len(at) < len(value_N):  # which are in order
+                value_N = value_N.index_select(0, at.to(value_N.device))
+            return value_N.double()
 
         cap = self._softcap
         if cap is None:
@@ -148,11 +151,7 @@ class TokenTarget(Target):
 
     def largest(self, observed: Observed) -> float:
         """The largest of the logits that are compared; where many are added, so are roundings."""
-        logits = observed.of(self._sets.ids.index_select(0, observed.target_E))
-        if not logits.numel():
-            return 0.0
-        most = torch.linalg.vector_norm(logits, torch.inf)
-        return float(most) * max(1.0, math.sqrt(self._sets.m / 2))
+        return largest(self._logits(observed)) * max(1.0, math.sqrt(self._sets.m / 2))
 
     def names(self, entries: Entries, tokenizer: Any) -> tuple[list[str], list[str] | None]:
         """The text of the one answer, or of every entry's answer; likewise of the incorrect."""
@@ -166,6 +165,13 @@ class TokenTarget(Target):
             right = [right[place] for place in places]
             wrong = None if wrong is None else [wrong[place] for place in places]
         return right, wrong
+
+    def _logits(self, observed: Observed) -> Tensor:
+        """The model's logits of the tokens of each observed entry [n, m], in float64."""
+        ids, target_E = self._sets.ids, observed.target_E
+        if len(ids) > 1 or len(target_E) != 1:
+            ids = ids.index_select(0, target_E)
+        return observed.of(ids)
 
     def _refuse_outside(self, index: Tensor, shape: tuple[int, ...], valid: Tensor) -> None:
         ids, n = self._asked.laid(index).ids, self._asked.n_right

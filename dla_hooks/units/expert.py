@@ -228,7 +228,7 @@ class _ExpertsRecorder(Recorder):
     ) -> Split | RankedSplit:
         """The rows, and what is in none of them."""
         reading, rows = parts.reading, self._plan.rows
-        whole_N, names = reading.value_N() - reading.bias_N, self._plan.unit.words.beside
+        whole_N, names = reading.whole_N, self._plan.unit.words.beside
         norms = self._scales.largest_misfits()
         if kept.top is None:
             rows, numbers = self._with_hooks(kept.all, hooks)

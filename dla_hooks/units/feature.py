@@ -292,7 +292,7 @@ class _FeaturesRecorder(Recorder):
             values_KN,
             index_KN,
             sum_N - values_KN.sum(0),
-            reading.value_N() - reading.bias_N - sum_N,
+            reading.whole_N - sum_N,
             torch.cat(sums) if len(sums) == len(tops) else None,
             claims,
             [norm for way in self._ways for norm in way.norms()],

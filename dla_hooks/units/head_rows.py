@@ -111,8 +111,7 @@ class HeadsRecorder(Recorder):
         reading, layers = parts.reading, self._plan.layers
         values_CN = self._values.gathered(reading.scale_N.device)
         heads_CN, rest_N = values_CN[:-1], values_CN[-1]
-        aside_LN = self._aside.gathered(values_CN.device)
-        beside_LN, scale_LN = aside_LN[: len(layers)], aside_LN[len(layers) :]
+        beside_LN, scale_LN = self._aside.gathered(values_CN.device).chunk(2)
         self.post_scales_LN = scale_LN
         (biases_LK, betas_LK), of_target = self._plan.constants, parts.entries.of_target
         if biases_LK is not None:
@@ -128,10 +127,9 @@ class HeadsRecorder(Recorder):
         hooks = self._written(scale_LN, parts)
         for number, written_N in hooks.items():
             beside_LN[number] += written_N
-        whole_N = reading.value_N() - reading.bias_N
-        torch.sub(whole_N, heads_CN.sum(0), out=rest_N)
+        torch.sub(reading.whole_N, heads_CN.sum(0), out=rest_N)
         seen = [(name, norms.largest(misfits)) for name, misfits in self._misfits.items()]
-        claims = self._claims(values_CN, beside_LN, parts)
+        claims = self._claims(heads_CN, beside_LN, parts)
         return Split(*self._with_hooks(values_CN, hooks), claims, seen)
 
     def _taps(self, number: int, layer: HeadLayer, view: View) -> list[Tap]:
@@ -187,14 +185,14 @@ class HeadsRecorder(Recorder):
         rest_N = values_CN[-1] - torch.stack(list(hooks.values())).sum(0)
         return [*rows, self._plan.rows[-1]], torch.stack([*values, rest_N])
 
-    def _claims(self, values_CN: Tensor, beside_LN: Tensor, parts: Parts) -> list[Claim]:
+    def _claims(self, heads_CN: Tensor, beside_LN: Tensor, parts: Parts) -> list[Claim]:
         """Each layer's heads, with the biases, make up what that layer's attention wrote."""
         layers = self._plan.layers
         most = layers[0].n_heads
         if all(layer.n_heads == most for layer in layers):
-            of_heads_LN = values_CN[:-1].unflatten(0, (-1, most)).sum(1)
+            of_heads_LN = heads_CN.view(len(layers), most, -1).sum(1)
         else:
-            each_HN = values_CN.split([layer.n_heads for layer in layers] + [1])[:-1]
+            each_HN = heads_CN.split([layer.n_heads for layer in layers])
             of_heads_LN = torch.stack([heads_HN.sum(0) for heads_HN in each_HN])
         wrote_LN = beside_LN + of_heads_LN
         writes = [

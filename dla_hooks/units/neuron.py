@@ -219,7 +219,7 @@ class _NeuronsRecorder(Recorder):
             values_KN=top.values_KN,
             index_KN=top.index_KN,
             rest_N=top.rest_N,
-            remainder_N=reading.value_N() - reading.bias_N - top.sum_N,
+            remainder_N=reading.whole_N - top.sum_N,
             row_sums_RB=top.row_sums_RB,
             claims=self._claims(wrote_LN, parts),
             norms=[(name, norms.largest(misfits)) for name, misfits in self._misfits.items()],

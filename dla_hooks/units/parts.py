@@ -21,7 +21,7 @@ from dla_hooks.modules.user_hooks import EMBED_HOOK, FINAL_HOOK, is_hooked
 from dla_hooks.projection.between_writes import BetweenWrites
 from dla_hooks.projection.hook_writes import HookWrites
 from dla_hooks.projection.kernels import project
-from dla_hooks.projection.ledger import FixedRows, all_finite
+from dla_hooks.projection.ledger import FixedRows, all_finite, largest
 from dla_hooks.projection.reading_point import Reading
 from dla_hooks.projection.tiles import View
 from dla_hooks.residual.between import Between, places_between
@@ -209,6 +209,11 @@ class Parts:
             sum_N = self.raw_CN[0] + self.raw_CN[n:].sum(0)
         beside = (*self.hooks, *self.between)
         return sum((written_N for _, written_N in beside), sum_N)
+
+    @cached_property
+    def gap(self) -> float:
+        """The largest difference between that sum and the stream's own projection."""
+        return largest(self.sum_N - self.reading.total_N)
 
     def of(self, labels: Sequence[str]) -> Tensor:
         """What some writes contributed [labels, N]."""

@@ -189,7 +189,7 @@ class SourceRecorder(Recorder):
             values_KN=top.values_KN,
             index_KN=top.index_KN,
             rest_N=sum_N - top.values_KN.sum(0),
-            remainder_N=reading.value_N() - reading.bias_N - sum_N,
+            remainder_N=reading.whole_N - sum_N,
             claims=claims,
             norms=() if whole is None else whole.norms,
             beside={"weight": top.beside[0]},

@@ -41,6 +41,7 @@ IN_HOOKS = (
 )
 READS = {
     ("projection/ledger.py", "all_finite"): "asked of sums once the run has ended",
+    ("projection/ledger.py", "largest"): "asked of differences once the run has ended",
     ("units/parts.py", "_wrote"): "asked of a wrapper's row once the run has ended",
     ("units/head_rows.py", "_written"): "likewise",
 }
