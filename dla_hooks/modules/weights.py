@@ -215,6 +215,8 @@ class _Values:
         return max(1, _TILE_ELEMENTS * self.shape[axis] // max(1, self.shape.numel()))
 
     def _ready(self, values: Tensor) -> Tensor:
+        if values.dtype == self.dtypes[-1] and len(self.dtypes) == 1:
+            return values if values.device == self.device else values.to(self.device)
         for dtype in self.dtypes:
             values = values.to(dtype)
         return values.to(self.device)

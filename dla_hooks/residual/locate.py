@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -141,12 +142,13 @@ class _Finder:
             inner, inside = self.unwrapped(module, name)
             found = (self.write(inner, inside, layer, w, use) for w in self.architecture.writes)
             writes = tuple(write for write in found if write is not None)
-            twice = [n for n, k in Counter(w.name for w in writes).items() if k > 1]
-            if twice:
-                raise self.refusal(f"{twice[0]} is said to make two writes of one block")
+            names = [write.name for write in writes]
+            if len(set(names)) < len(names):
+                twice = next(one for one in names if names.count(one) > 1)
+                raise self.refusal(f"{twice} is said to make two writes of one block")
             if not writes:
-                names = ", ".join(self.first_names())
-                raise self.refusal(f"{name} has none of the modules {names}")
+                sought = ", ".join(self.first_names)
+                raise self.refusal(f"{name} has none of the modules {sought}")
             optional = self.architecture.reads is not None and any(
                 write.heads is not None and write.heads.cross for write in writes
             )
@@ -160,6 +162,7 @@ class _Finder:
         """Whether made-up runs go past a wrapper, and a real one shows what it writes."""
         return self.backend.past != NONE and is_wrapper(wrapper, self.model)
 
+    @cached_property
     def first_names(self) -> list[str]:
         """What at least one of the writes of each block is found by."""
         here = (write for write in self.architecture.writes if write.beside is None)
@@ -168,7 +171,7 @@ class _Finder:
 
     def unwrapped(self, block: nn.Module, name: str) -> tuple[nn.Module, str]:
         """The module that has a block's parts: the block, or the one that it is a wrapper of."""
-        names = self.first_names()
+        names = self.first_names
         inside = descend(block, lambda one: any(child(one, first) for first in names))
         if is_wrapper(block, self.model):
             # It may hand on attributes of what it wraps, and has none of the modules itself.

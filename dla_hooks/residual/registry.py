@@ -65,7 +65,8 @@ def declarations_for(model_type: str) -> tuple[Architecture, ...]:
         first = _registered.get(model_type)
         if first is None:
             return ()
-        return tuple(dict.fromkeys((first, *_earlier.get(model_type, ()))))
+        earlier = _earlier.get(model_type)
+        return tuple(dict.fromkeys((first, *earlier))) if earlier else (first,)
 
 
 def refusal_for(model_type: str, door: str | None = None) -> Refusal | None:

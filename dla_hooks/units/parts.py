@@ -50,13 +50,9 @@ class PartsRecorder:
         stream, dtype = plan.stream, plan.stream.work_dtype
         self._rows = FixedRows(len(plan.rows), len(entries), dtype)
         self._entries = entries
-        places = {EMBED: stream.beginning}
-        if stream.positions is not None:
-            places[POSITIONS] = stream.positions
-        places |= {write.label: write.place for write in stream.writes}
-        found = {label: missing(place) for label, place in places.items()}
+        found = {label: missing(place) for label, place in plan.places.items()}
         self._missing = {label: reason for label, reason in found.items() if reason is not None}
-        self._places = {k: place for k, place in places.items() if k not in self._missing}
+        self._places = {k: place for k, place in plan.places.items() if k not in self._missing}
         self._hooked = list(hooked_places(stream))
         writes = [(hooked.place, plan.of_hooks(hooked)) for hooked in self._hooked]
         if is_hooked(stream.embedding):

@@ -26,6 +26,7 @@ class PartsPlan:
         rows: a record for each part, in stream order; hooks are not among them.
         n_embeddings: how many of them begin the stream.
         row_of: the row of each part, by its label.
+        places: where each part is seen, by its label; constants are not.
     """
 
     def __init__(self, stream: Stream, directions: Directions) -> None:
@@ -40,6 +41,10 @@ class PartsPlan:
                 self.rows.append(Row(constant_label(block), "constant", block.layer))
         self.row_of = {row.label: index for index, row in enumerate(self.rows)}
         self._rows_of: dict[tuple[tuple[str, ...], torch.device], Tensor] = {}
+        self.places = {EMBED: stream.beginning}
+        if stream.positions is not None:
+            self.places[POSITIONS] = stream.positions
+        self.places |= {write.label: write.place for write in stream.writes}
         self._factors = path_factors(stream)
         self._target = directions
         directions.prepare()
