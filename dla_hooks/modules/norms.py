@@ -166,15 +166,15 @@ def frozen_scale(norm: Norm, x_NM: Tensor, y_NM: Tensor) -> tuple[Tensor, Tensor
         output's largest entry) [], which is rounding alone for a norm of the right form. It stays
         on the device: a number asked for in a hook would make the device wait.
     """
+    if not len(x_NM):
+        return x_NM.new_zeros(0), x_NM.new_zeros(())
     # Of few kinds of operations: between a model's own, each costs most when it is first used.
+    most = y_NM.abs().amax(-1).add_(torch.finfo(y_NM.dtype).tiny)
     a = norm.at_scale_one(x_NM)
     y = y_NM - norm.beta.to(y_NM)
     size = (a * a).sum(-1, keepdim=True)
     s = (size / (a * y).sum(-1, keepdim=True)).masked_fill_(size == 0, norm.at_zero)
-    if not len(s):
-        return s[:, 0], s.new_zeros(())
-    unexplained = (y - a / s).abs_().amax(-1)
-    most = y_NM.abs().amax(-1).add_(torch.finfo(s.dtype).tiny)
+    unexplained = y.sub_(a.div_(s)).abs_().amax(-1)
     return s[:, 0], (unexplained / most).amax()
 
 

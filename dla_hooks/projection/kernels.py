@@ -24,6 +24,10 @@ from dla_hooks.projection.ledger import TopRows
 from dla_hooks.projection.tiles import Tile, View
 
 
+_ROOM = 4
+"""Of a norm's scale: so many tensors like a tile are there at once."""
+
+
 def project(x: Tensor, view: View, directions: Directions, out_N: Tensor) -> None:
     """out[n] = x[entry n] . d[target of n].
 
@@ -130,15 +134,24 @@ def frozen_scales(norm: Norm, x: Tensor, y: Tensor, view: View, out_N: Tensor) -
         The part of the output that the norm's form leaves unexplained, for each tile.
     """
     misfits = []
-    pairs = zip(tiles(x, view, out_N.dtype), tiles(y, view, out_N.dtype), strict=True)
+    pairs = zip(*(tiles(each, view, out_N.dtype, _ROOM) for each in (x, y)), strict=True)
     for (x_TM, tile), (y_TM, _) in pairs:
         out_N[tile.index], misfit = frozen_scale(norm, x_TM, y_TM)
         misfits.append(misfit)
     return misfits
 
 
-def tiles(x: Tensor, view: View, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tile]]:
-    """Yield an activation at the entries in view by tiles [T, d], in the accumulation dtype."""
-    for tile in view.tiles(x.shape[-1], x.device):
+def tiles(
+    x: Tensor, view: View, dtype: torch.dtype, room: int = 1
+) -> Iterator[tuple[Tensor, Tile]]:
+    """Yield an activation at the entries in view by tiles [T, d], in the accumulation dtype.
+
+    Args:
+        x: the activation, as the hook sees it.
+        view: where to read.
+        dtype: of what is yielded.
+        room: how many times smaller tiles are to be: what is made of them takes so much more.
+    """
+    for tile in view.tiles(room * x.shape[-1], x.device):
         x_TM = view.take(x, tile.place)
         yield (x_TM if x_TM.dtype == dtype else x_TM.to(dtype)), tile
