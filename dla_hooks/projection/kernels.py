@@ -23,7 +23,6 @@ from dla_hooks.projection.directions import Directions
 from dla_hooks.projection.ledger import TopRows
 from dla_hooks.projection.tiles import Tile, View
 
-
 _ROOM = 4
 """Of a norm's scale: so many tensors like a tile are there at once."""
 
