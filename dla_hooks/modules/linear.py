@@ -7,6 +7,7 @@ from. For a module with a plain weight this is one matrix product. For any other
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -71,11 +72,10 @@ def _product(d_KO: Tensor, weight_OI: Tensor) -> Tensor:
     """d @ weight in the dtype of d, without a copy of the whole weight in that dtype."""
     if weight_OI.dtype == d_KO.dtype:
         return d_KO @ weight_OI
-    product = d_KO.new_zeros(len(d_KO), weight_OI.shape[1])
     elements = _CAST_ELEMENTS_ON_GPU if weight_OI.is_cuda else _CAST_ELEMENTS
     step = max(1, elements // max(1, weight_OI.shape[1]))
-    for d_KT, weight_TI in zip(d_KO.split(step, 1), weight_OI.split(step), strict=True):
-        product += d_KT @ weight_TI.to(d_KO)
+    pieces = zip(d_KO.split(step, 1), weight_OI.split(step), strict=True)
+    product: Tensor = reduce(torch.add, (d @ weight.to(d) for d, weight in pieces))
     return product
 
 
