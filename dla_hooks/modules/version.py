@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import islice
 from types import CodeType, FunctionType
 from typing import Any, ClassVar, Generic, TypeVar
 from weakref import WeakKeyDictionary
@@ -42,7 +41,7 @@ _IDLE = (nn.Module.forward, nn.Sequential.forward, nn.Identity.forward)
 
 _OF_TORCH = len(vars(nn.Module()))
 """How many things torch itself keeps on every module. They come first."""
-_LAST = [*vars(nn.Module())][-1]
+_LAST = [*vars(nn.Module())][-1:]
 """The last of these."""
 
 _PLAIN = frozenset({int, float, bool, str, type(None)})
@@ -93,10 +92,11 @@ def state_of(model: nn.Module, *others: nn.Module) -> State:
                 compiled = compiled or class_has_compiled(kind)
             if module._modules:  # with a module that is there twice, twice
                 seen += map(id, module._modules.values())
-            own = islice(kept.items(), _OF_TORCH - 1, None)
-            if next(own, ("", None))[0] != _LAST:
-                own = islice(kept.items(), None)
-            for name, value in own:
+            names = [*kept]  # a list: another thread may put something on the module meanwhile
+            if names[_OF_TORCH - 1 : _OF_TORCH] == _LAST:
+                names = names[_OF_TORCH:]
+            for name in names:
+                value = kept.get(name)
                 what = type(value)
                 if what is float:  # an epsilon, a multiplier
                     seen.append(value)
