@@ -105,8 +105,7 @@ def check_finite(measurement: Measurement) -> None:
                 "of -inf does; ask about tokens that it leaves as they are"
             )
     check_weights(stream.backend)
-    finite_C = [True] * len(parts.plan.rows) if parts.finite_C is None else parts.finite_C.tolist()
-    pairs = zip(parts.plan.rows, finite_C, strict=True)
+    pairs = zip(parts.plan.rows, torch.isfinite(parts.undivided_CN).all(-1).tolist(), strict=True)
     first = next((row.label for row, is_finite in pairs if not is_finite), "the final norm")
     away = any(weight.is_meta for _, weight in stream.backend.named_weights())
     looked_at = "every weight in memory is finite (those that are offloaded were not looked at)"

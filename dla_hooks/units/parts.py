@@ -21,7 +21,7 @@ from dla_hooks.modules.user_hooks import EMBED_HOOK, FINAL_HOOK, is_hooked
 from dla_hooks.projection.between_writes import BetweenWrites
 from dla_hooks.projection.hook_writes import HookWrites
 from dla_hooks.projection.kernels import project
-from dla_hooks.projection.ledger import FixedRows, all_finite, largest
+from dla_hooks.projection.ledger import FixedRows, largest
 from dla_hooks.projection.reading_point import Reading
 from dla_hooks.projection.tiles import View
 from dla_hooks.residual.between import Between, places_between
@@ -76,8 +76,6 @@ class PartsRecorder:
         values_CN = self._rows.gathered(device)
         for row, of_K in plan.constants_K.items():
             values_CN[row] = self._entries.of_target(of_K.to(device))
-        finite_C = None if all_finite(values_CN) else torch.isfinite(values_CN).all(-1)
-        values_CN /= reading.scale_N
         hooks, of_embeddings = list[tuple[Hooked, Tensor]](), None
         if self._hooks is not None:
             written = self._hooks.finish(device) / reading.scale_N
@@ -87,9 +85,9 @@ class PartsRecorder:
         added = [(place, added_N / reading.scale_N) for place, added_N in between]
         return Parts(
             plan,
-            values_CN,
+            values_CN / reading.scale_N,
             self._missing,
-            finite_C,
+            values_CN,
             reading,
             self._entries,
             hooks,
@@ -116,8 +114,7 @@ class Parts:
         raw_CN: what stood at each part's place, in logits. The first row is the whole beginning
             of the stream, positions included; rows of missing parts are zero.
         missing: labels of the parts that the source of activations did not show, and why.
-        finite_C: whether each part was finite before the division by the final scale; None if all
-            were.
+        undivided_CN: the same before the division by the final scale.
         reading: what the final norm saw: the whole stream, measured apart.
         entries: where.
         hooks: what the caller's hooks wrote to the stream at and in the blocks, in its order.
@@ -129,7 +126,7 @@ class Parts:
     plan: PartsPlan
     raw_CN: Tensor
     missing: Mapping[str, CacheEntryError]
-    finite_C: Tensor | None
+    undivided_CN: Tensor
     reading: Reading
     entries: Entries
     hooks: Sequence[tuple[Hooked, Tensor]]
