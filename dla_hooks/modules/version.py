@@ -93,9 +93,10 @@ def state_of(model: nn.Module, *others: nn.Module) -> State:
                 compiled = compiled or class_has_compiled(kind)
             if module._modules:  # with a module that is there twice, twice
                 seen += map(id, module._modules.values())
-            own = islice(kept.items(), _OF_TORCH - 1, None)
-            if next(own, ("", None))[0] != _LAST:
-                own = islice(kept.items(), None)
+            # Lists: another thread that runs the model may put something on the module meanwhile.
+            own = [*islice(kept.items(), _OF_TORCH - 1, None)]
+            if not own or own[0][0] != _LAST:
+                own = [*kept.items()]
             for name, value in own:
                 what = type(value)
                 if what is float:  # an epsilon, a multiplier
@@ -114,7 +115,8 @@ def state_of(model: nn.Module, *others: nn.Module) -> State:
             if module._buffers:
                 # Tables that a model makes anew as it runs (rotary frequencies) are no weights.
                 passing = module._non_persistent_buffers_set
-                seen += _stamps(t for name, t in module._buffers.items() if name not in passing)
+                buffers = [*module._buffers.items()]
+                seen += _stamps(t for name, t in buffers if name not in passing)
             # The caller's hooks are no part of the model: synthetic runs go past them.
             if kept["_forward_hooks"] or kept["_forward_pre_hooks"]:
                 seen += library_hooks(module)
