@@ -94,10 +94,11 @@ def state_of(model: nn.Module, *others: nn.Module) -> State:
             if module._modules:  # with a module that is there twice, twice
                 seen += map(id, module._modules.values())
             # Lists: another thread that runs the model may put something on the module meanwhile.
-            own = [*islice(kept.items(), _OF_TORCH - 1, None)]
-            if not own or own[0][0] != _LAST:
-                own = [*kept.items()]
-            for name, value in own:
+            own = [*islice(kept, _OF_TORCH - 1, None)]
+            if not own or own.pop(0) != _LAST:
+                own = [*kept]
+            for name in own:
+                value = kept.get(name)
                 what = type(value)
                 if what is float:  # an epsilon, a multiplier
                     seen.append(value)
