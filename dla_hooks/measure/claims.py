@@ -43,8 +43,9 @@ def claims_of(measurement: Measurement) -> Iterator[tuple[Claim, torch.dtype]]:
     """What must hold, and in what dtype: the parts sum to the stream, and all that units claim."""
     stream = measurement.plan.stream
     parts = measurement.parts
-    whole_LN = measurement.reading.total_N[None]
-    claim = Claim(["the parts of the stream"], parts.sum_N[None], whole_LN, of_stream=True)
+    sum_LN, whole_LN = parts.sum_N[None], measurement.reading.total_N[None]
+    what = ["the parts of the stream"]
+    claim = Claim(what, sum_LN, whole_LN, of_stream=True, gap=parts.gap)
     # Parallel writes may be added to each other before the stream, in their own dtype.
     yield claim, coarsest((stream.stream_dtype, stream.write_dtype))
     for split in measurement.splits.values():
@@ -52,11 +53,9 @@ def claims_of(measurement: Measurement) -> Iterator[tuple[Claim, torch.dtype]]:
             yield claim, stream.product_dtype
 
 
-def gap_of(measurement: Measurement, claim: Claim) -> float:
+def gap_of(claim: Claim) -> float:
     """The largest gap between the two sides of a claim, at any entry."""
-    if claim.of_stream:
-        return measurement.parts.gap
-    return largest(claim.parts_LN - claim.whole_LN)
+    return largest(claim.parts_LN - claim.whole_LN) if claim.gap is None else claim.gap
 
 
 def broken_of(claim: Claim, allowed_N: Tensor) -> tuple[str, float] | None:

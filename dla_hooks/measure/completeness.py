@@ -94,7 +94,7 @@ def hold_against_model(
             rounded_N = of_stream(dtype, _additions(measurement), reading.size_N)
             limit = rounded_N.clamp(max=limit)
             relative = min(relative, largest(rounded_N) / max(uncapped, 1e-300))
-        if not isinstance(limit, Tensor) and gap_of(measurement, claim) <= limit:
+        if not isinstance(limit, Tensor) and gap_of(claim) <= limit:
             continue
         broken = broken_of(claim, rounding() + limit)
         if broken is not None:

@@ -104,14 +104,19 @@ def results(
         named_with = plan.stream.backend.answer_tokenizer(tokenizer)
         seen = seen.named(lambda ids: to_strings(ids, named_with))
     answer, incorrect = plan.target.names(entries, tokenizer)
+    bias, logit = entries.unfold(reading.bias_N), entries.unfold(reading.value_N())
+    given: list[Tensor] = []
     found: dict[str, DirectLogitAttribution | RankedAttribution] = {}
     for key, split in measurement.splits.items():
         unit = plan.units[key].unit
+        if found:  # each result is its caller's to write to
+            bias, logit = bias.clone(), logit.clone()
+            seen = None if seen is None else seen.changed(torch.clone, torch.clone)
         common: dict[str, Any] = {
             "unit": unit.words.name,
             "words": plan.units[key].words,
-            "bias": entries.unfold(reading.bias_N),
-            "logit": entries.unfold(reading.value_N()),
+            "bias": bias,
+            "logit": logit,
             "gap": outcome.gap,
             "logit_gap": outcome.logit_gap,
             "positions": entries.positions(source.prompt.mask),
@@ -130,8 +135,12 @@ def results(
             common["encoder_tokens"] = source.encoder_texts(tokenizer)
             found[key] = _ranked(split, entries, common)
         else:
+            values_CN = split.values_CN
+            if any(values_CN is other for other in given):  # of one unit under two keys
+                values_CN = values_CN.clone()
+            given.append(values_CN)
             found[key] = DirectLogitAttribution(
-                attribution=entries.unfold(split.values_CN),
+                attribution=entries.unfold(values_CN),
                 labels=[row.label for row in split.rows],
                 rows=list(split.rows),
                 **common,

@@ -114,7 +114,8 @@ def state_of(model: nn.Module, *others: nn.Module) -> State:
             if module._buffers:
                 # Tables that a model makes anew as it runs (rotary frequencies) are no weights.
                 passing = module._non_persistent_buffers_set
-                seen += _stamps(t for name, t in module._buffers.items() if name not in passing)
+                buffers = [*module._buffers.items()]
+                seen += _stamps(t for name, t in buffers if name not in passing)
             # The caller's hooks are no part of the model: synthetic runs go past them.
             if kept["_forward_hooks"] or kept["_forward_pre_hooks"]:
                 seen += library_hooks(module)

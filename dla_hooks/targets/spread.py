@@ -33,10 +33,11 @@ def spread_of(logits_BSV: Tensor) -> Tensor:
         low_N, high_N = _listed(logits_BSV.amin(-1)), _listed(logits_BSV.amax(-1))
     spread_N = [high - low for low, high in zip(low_N, high_N, strict=True)]
     if not math.isfinite(sum(spread_N)):
-        # Some models mask the end of their vocabulary with -inf.
-        finite = torch.isfinite(logits_BSV)
-        high_N = _listed(logits_BSV.masked_fill(~finite, -torch.inf).amax(-1))
-        low_N = _listed(logits_BSV.masked_fill(~finite, torch.inf).amin(-1))
+        # Some models mask the end of their vocabulary with -inf. What is no number is masked, too.
+        masked = ~torch.isfinite(logits_BSV)
+        low_N = _listed(logits_BSV.masked_fill(masked, torch.inf).amin(-1))
+        logits_BSV = logits_BSV.masked_fill(masked, -torch.inf)
+        high_N = _listed(logits_BSV.amax(-1))
         spread_N = [high - low for low, high in zip(low_N, high_N, strict=True)]
     if not _seem_close(logits_BSV, high_N, spread_N):
         step = max(1, logits_BSV.shape[-1] // _SAMPLE)

@@ -40,6 +40,7 @@ class Claim:
         through_norm: whether a norm of the model stands between the two; transformers computes
             norms in float32, so that even a float64 model is then exact to float32 only.
         of_stream: whether the whole is the stream, which every addition rounds.
+        gap: their largest difference, where that was measured before.
     """
 
     what: Sequence[str]
@@ -47,6 +48,7 @@ class Claim:
     whole_LN: Tensor
     through_norm: bool = False
     of_stream: bool = False
+    gap: float | None = None
 
 
 def claims_of_writes(

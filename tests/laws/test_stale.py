@@ -127,6 +127,21 @@ def test_version_stays_while_a_model_runs():
         assert backend_of(model).state.version == before
 
 
+def test_state_is_read_while_another_thread_puts_something_on_a_module(monkeypatch):
+    model = build("llama")
+    norm = model.model.norm
+    norm.own = lambda: None  # at which the walk looks
+
+    def looks(function):
+        norm.passing = function  # as the other thread's forward does meanwhile
+        return False
+
+    monkeypatch.setattr("dla_hooks.modules.version.is_compiled_function", looks)
+    before = backend_of(model).state.version
+    assert norm.passing is norm.own
+    assert backend_of(model).state.version == before
+
+
 @pytest.mark.parametrize("shrink", [100, 300, 1e5])
 @pytest.mark.parametrize("name", ["llama", "gpt2-untied", "gemma2", "granite"])
 def test_mid_streams_do_not_depend_on_the_size_of_the_embeddings(name, shrink):

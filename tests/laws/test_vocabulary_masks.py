@@ -76,6 +76,19 @@ def test_broken_sum_behind_a_mask_is_refused(family: str, value: float, mask):
         direct_logit_attribution(model, IDS, 3, 7)
 
 
+@pytest.mark.parametrize("n_rows", [2, 20])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_broken_sum_beside_logits_that_are_no_numbers_is_refused(value: float, n_rows: int):
+    model, ids = build("llama", dtype=torch.float32), IDS.repeat(n_rows // 2, 1)
+    bias = torch.full((model.lm_head.weight.shape[0],), 1000.0)  # no measure of the spread
+    model.lm_head.bias = torch.nn.Parameter(bias, requires_grad=False)
+    _mask_in_forward(model, value)
+    direct_logit_attribution(model, ids, 3, 7)
+    _break_last_position(model, 0.01)
+    with pytest.raises(DecompositionError):
+        direct_logit_attribution(model, ids, 3, 7)
+
+
 @pytest.mark.parametrize("n_allowed", [2, 30])
 def test_broken_sum_is_refused_where_few_tokens_are_allowed(n_allowed: int):
     model = build("llama", dtype=torch.float32)

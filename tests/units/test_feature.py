@@ -725,19 +725,22 @@ def test_a_dictionary_that_changes_after_it_was_read_is_read_again():
     assert (after["L2F3"] - before["L2F3"]).abs().nan_to_num().max() > 1e-3
 
 
-def test_directions_that_are_not_the_decoders_are_seen(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("place", ["2_mlp_out", "1_pre", "1_mid", "final_post"])
+def test_directions_that_are_not_the_decoders_are_seen(monkeypatch, place, dtype):
     from dla_hooks.projection.features import ProjectedDictionary
 
-    model, ids = build("llama"), example_ids("llama")
+    model, ids = build("llama", dtype=dtype), example_ids("llama")
     own = ProjectedDictionary.__init__
 
     def wrong(self, *args):
         own(self, *args)
         self._folded = self._folded.then(lambda d_KF: 1.01 * d_KF)
 
+    attribute(model, ids, Features({place: Made(40, dtype=dtype)}))
     monkeypatch.setattr(ProjectedDictionary, "__init__", wrong)
-    with pytest.raises(dla_hooks.DecompositionError, match="features, b_dec and error at 2_mlp"):
-        attribute(model, ids, Features({"2_mlp_out": Made(40)}))
+    with pytest.raises(dla_hooks.DecompositionError, match=f"b_dec and error at {place}"):
+        attribute(model, ids, Features({place: Made(40, dtype=dtype)}))
 
 
 def test_several_units_and_prompts_and_files(tmp_path):

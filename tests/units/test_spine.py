@@ -40,6 +40,12 @@ def assert_same(found, expected):
     assert found.answer == expected.answer
 
 
+def tensors_of(result):
+    """Every tensor in a result and in what it has seen, by its name."""
+    kept = {**vars(result), **vars(result.seen)}
+    return {name: value for name, value in kept.items() if isinstance(value, torch.Tensor)}
+
+
 class TestSeveralUnits:
     @pytest.mark.parametrize("spec", SPECS)
     def test_each_result_is_that_of_its_own_call(self, spec):
@@ -48,6 +54,22 @@ class TestSeveralUnits:
         assert tuple(found) == UNIT_NAMES
         for name, result in found.items():
             assert_same(result, direct_logit_attribution(model, ids, 5, 7, unit=name, pos=None))
+
+    @pytest.mark.parametrize("pos", [-1, None])
+    @pytest.mark.parametrize("spec", ["gpt2", "llama", "gemma2"])
+    def test_results_that_are_written_to_change_no_other_and_no_later_one(self, spec, pos):
+        model, ids = build(spec), example_ids(spec)
+        units = {"one": "component", "again": "component", "two": "head", "three": "layer"}
+        plan = prepare(model, dla_hooks.Each([5, 7]), unit=units)
+        untouched = plan(ids, pos=pos)
+        results = plan(ids, pos=pos)
+        for key, result in results.items():
+            for name, own in tensors_of(result).items():
+                torch.testing.assert_close(own, tensors_of(untouched[key])[name], equal_nan=True)
+                own.fill_(77)
+        for key, result in plan(ids, pos=pos).items():
+            for name, own in tensors_of(result).items():
+                torch.testing.assert_close(own, tensors_of(untouched[key])[name], equal_nan=True)
 
     def test_the_model_runs_once(self):
         model, ids = build("llama"), example_ids("llama")
