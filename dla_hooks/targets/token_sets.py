@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
 
 _ROWS_AT_ONCE = 1024
+_FEW_IDS = 64  # which Python compares faster than one operation does
 _NOTHING = 1e-12
 """A sum of weights below this part of their sizes is rounding: the weights cancel."""
 
@@ -58,8 +59,10 @@ class TokenSets:
         weights = [own + [0.0] * (m - len(own)) for _, own in cells]
         given = torch.tensor(ids, dtype=torch.long, device="cpu").reshape(*shape, m)
         if all(own == weights[0] for own in weights):
-            return cls(given, _weights(*weights[0]), m, several)
-        return cls(given, _weights(weights).reshape(*shape, m), m, several)
+            of_all = torch.tensor(weights[0], dtype=torch.float64, device="cpu")
+            return cls(given, of_all, m, several)
+        each = torch.tensor(weights, dtype=torch.float64, device="cpu")
+        return cls(given, each.reshape(*shape, m), m, several)
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -80,6 +83,15 @@ class TokenSets:
     def m(self) -> int:
         """How many tokens each set has."""
         return self.ids.shape[-1]
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """The smallest id and the largest."""
+        if self.ids.numel() > _FEW_IDS:
+            low, high = self.ids.aminmax()
+            return int(low), int(high)
+        each: list[int] = self.ids.reshape(-1).tolist()
+        return min(each), max(each)
 
     def laid(self, index: Tensor) -> TokenSets:
         """The sets at numbers of any shape; these count the sets, flattened.
@@ -104,6 +116,8 @@ class TokenSets:
         if shape != wrong.shape:
             shape = torch.broadcast_shapes(shape, wrong.shape)
         ids = torch.cat([each.ids.expand(*shape, each.m) for each in (right, wrong)], -1)
+        if right.weights is wrong.weights is _weights(1.0):  # of two tokens, nearly always
+            return TokenSets(ids, _weights(1.0, -1.0), 1, self.several or wrong.several)
         signed = [right.weights, -wrong.weights]
         if any(each.ndim > 1 for each in signed):
             signed = [each.expand(*shape, each.shape[-1]) for each in signed]
@@ -162,8 +176,12 @@ class TokenSets:
 
         A difference of two logits counts as one: it is about as large as they are apart.
         """
-        size = self.weights.abs()
-        sizes = torch.maximum(size.amax(-1), size.sum(-1) / 2).reshape(-1)
+        if self.weights.ndim == 1:
+            each = [abs(weight) for weight in self.weights.tolist()]
+            size = max(*each, sum(each) / 2)
+            return None if size == 1 else self.weights.new_tensor([size])
+        sizes = self.weights.abs()
+        sizes = torch.maximum(sizes.amax(-1), sizes.sum(-1) / 2).reshape(-1)
         return None if bool((sizes == 1).all()) else sizes
 
     def weights_of(self, which: Tensor) -> Tensor:
@@ -187,8 +205,7 @@ class TokenSets:
             return fetch(ids[:, 0])
         weights, step = self.weights_of(some), max(1, _ROWS_AT_ONCE // max(1, len(ids)))
         sums: tuple[Tensor, Tensor] | None = None
-        for start in range(0, self.m, step):
-            some_ids, w = ids[:, start : start + step], weights[:, start : start + step]
+        for some_ids, w in zip(ids.split(step, 1), weights.split(step, 1), strict=True):
             W, b = fetch(some_ids.reshape(-1))
             w = w.to(W)
             W = (W.reshape(*some_ids.shape, W.shape[-1]) * w[..., None]).sum(1)
@@ -217,10 +234,10 @@ class TokenSets:
         asked = self.n_right == 1
         if not asked:
             return torch.full((len(self),), -1, device="cpu")
-        one = self.weights[..., 0] == 1
-        if one.ndim == 0 and bool(one):  # of all sets
+        first = self.weights[..., 0]
+        if first.ndim == 0 and float(first) == 1:  # of all sets
             return self.ids[:, 0]
-        return torch.where(one, self.ids[:, 0], -1)
+        return torch.where(first == 1, self.ids[:, 0], -1)
 
     def names(self, texts: Callable[[Tensor], list[str]]) -> tuple[list[str], list[str] | None]:
         """The text of each set's answer, and of what is subtracted from it, or None.
@@ -256,6 +273,7 @@ def _number(weight: float) -> str:
     return "" if weight == 1 else f"{weight:.6g} "
 
 
-def _weights(*weights: float | list[float] | list[list[float]]) -> Tensor:
-    given = weights[0] if len(weights) == 1 and isinstance(weights[0], list) else list(weights)
-    return torch.tensor(given, dtype=torch.float64, device="cpu")
+@lru_cache(maxsize=4)
+def _weights(*weights: float) -> Tensor:
+    """The weights of all sets; nobody writes to them."""
+    return torch.tensor(weights, dtype=torch.float64, device="cpu")

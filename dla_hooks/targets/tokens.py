@@ -60,7 +60,7 @@ class TokenTarget(Target):
         self._asked, self._has_outside = sets, False
         self._names: tuple[Any, list[str], list[str] | None] | None = None
         self._laid: tuple[Selection, tuple[int, int], bool, Entries] | None = None
-        low, high = (int(end) for end in sets.ids.aminmax())
+        low, high = sets.ends
         if low < 0 or high >= stream.vocabulary:  # :meth:`align` refuses these
             self._has_outside = True
             outside = (sets.ids < 0) | (sets.ids >= stream.vocabulary)
