@@ -54,6 +54,11 @@ def stored(module: nn.Module, name: str) -> Tensor | None:
     Raises:
         InputError: see :func:`described`.
     """
+    parameter = getattr(module, name, None)
+    if not isinstance(parameter, Tensor):
+        return None
+    if not parameter.is_meta:  # nearly always
+        return parameter.detach()
     values = _values(module, name)
     return None if values is None else values.whole()
 
