@@ -131,7 +131,7 @@ class Live(Source):
 def runs_whole(model: torch.nn.Module) -> bool:
     """Tell whether a pass must not be ended early: weights are brought and taken away in it."""
     return any(
-        hasattr(module, "_hf_hook") or is_sharded(getattr(module, "weight", None))
+        hasattr(module, "_hf_hook") or any(map(is_sharded, module._parameters.values()))
         for module in model.modules()
     )
 

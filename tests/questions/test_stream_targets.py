@@ -295,6 +295,27 @@ def test_models_whose_weights_are_brought_run_whole():
     assert "lm_head" in fired
 
 
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def test_weights_behind_the_reading_are_not_computed():
+    model, ids = build("llama"), example_ids("llama")
+    gate, calls = model.model.layers[2].mlp.gate_proj, []
+    nn.utils.parametrize.register_parametrization(gate, "weight", Doubled())
+
+    def halve_in_place(module, args):  # under autograd it fails
+        calls.append(module)
+        args[0].mul_(0.5)
+
+    gate.parametrizations.weight[0].register_forward_pre_hook(halve_in_place)
+    before = gate.parametrizations.weight.original.clone()
+    attribute(model.eval(), ids, Direction(vector_for(model), at="1_mid"))
+    assert calls == []
+    assert torch.equal(gate.parametrizations.weight.original, before)
+
+
 def test_hooks_ahead_of_the_reading_are_rows_and_those_behind_do_not_count():
     model, ids = build("llama"), example_ids("llama")
     v = vector_for(model)
