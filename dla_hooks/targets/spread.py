@@ -11,8 +11,8 @@ _GAP = 100
 """How many times further down than all other logits a mask is told from them."""
 _KINDS_OF_MASKS = 4
 _SAMPLE = 4096
-_HANDFUL = 64
-_FEW_COLUMNS = 16
+_HANDFUL, _FEW_COLUMNS = 64, 16
+"""Logits of each column, and columns, that Python looks at faster than tensor operations do."""
 
 
 def spread_of(logits_BSV: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def spread_of(logits_BSV: Tensor) -> Tensor:
         logits_BSV = logits_BSV.masked_fill(masked, -torch.inf)
         high_N = _listed(logits_BSV.amax(-1))
         spread_N = [high - low for low, high in zip(low_N, high_N, strict=True)]
-    if not _seem_close(logits_BSV, high_N, spread_N):
+    if not _handful_shows_no_mask(logits_BSV, high_N, spread_N):
         step = max(1, logits_BSV.shape[-1] // _SAMPLE)
         if not all(_lies_between(logits_BSV[..., ::step], high_N, spread_N)):  # hardly ever
             spread_N = _without_masks(logits_BSV.double(), low_N, high_N, spread_N)
@@ -80,8 +80,8 @@ def _without_masks(
     return spread_N
 
 
-def _seem_close(logits_BSV: Tensor, high_N: list[float], spread_N: list[float]) -> bool:
-    """Whether a handful of each column's logits are enough to see that there is no mask."""
+def _handful_shows_no_mask(logits_BSV: Tensor, high_N: list[float], spread_N: list[float]) -> bool:
+    """Whether one of a handful of each column's logits lies where a mask would leave none."""
     if len(high_N) > _FEW_COLUMNS:
         return False
     step = max(1, logits_BSV.shape[-1] // _HANDFUL)
