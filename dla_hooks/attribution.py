@@ -249,7 +249,7 @@ class Plan:
             self._read, self._question, source, input, pos, chunk_size
         )
         asked = settled(question, self._read.stream, source, selection)
-        return self._about(asked.question)._attribute(source, asked)
+        return self._about(asked.question)._attribute(source, asked, backend.state.hooked)
 
     def __repr__(self) -> str:
         return f"Plan({self._read.backend.name}: {', '.join(self._units)})"
@@ -274,13 +274,13 @@ class Plan:
             self._last = kept
         return kept
 
-    def _attribute(self, source: Source, asked: Asked) -> Any:
+    def _attribute(self, source: Source, asked: Asked, hooked: bool = True) -> Any:
         # Weights may have changed in a way that leaves no trace, since this was measured.
         may_be_stale = self._asked or self._data.stream.remembered
         self._asked = True
         failed: DecompositionError | HookError | None = None
         try:
-            found, outcome = measure(self._data, source, asked.selection, self._check)
+            found, outcome = measure(self._data, source, asked.selection, self._check, hooked)
             hookable = self._read.backend.hookable  # hooks may act in the first run only
             if self._check or seems_current(found, outcome) or hooked_modules(hookable()):
                 may_be_stale = False
@@ -297,4 +297,6 @@ class Plan:
             source = source.on(self._read.stream)
             found, outcome = measure(self._data, source, asked.selection, self._check)
         made = results(found, outcome, source, self._read.tokenizer, asked.seen)
+        if not hooked:
+            found.plan.keep(found.recording)
         return next(iter(made.values())) if self._single else made

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dla_hooks.errors import ShapeMismatchError
+from dla_hooks.errors import DecompositionError, ShapeMismatchError
 from dla_hooks.inputs.entries import Entries
 from dla_hooks.inputs.positions import Selection, spread_over
 from dla_hooks.inputs.prompts import Prompt, to_strings
@@ -19,6 +19,8 @@ from dla_hooks.measure.completeness import hold_against_model
 from dla_hooks.measure.locator import Locator
 from dla_hooks.measure.looks import seen_at
 from dla_hooks.measure.relative import hold_against_cache, hold_against_reading
+from dla_hooks.modules.autocast import autocast_is_on
+from dla_hooks.modules.user_hooks import hooked_modules
 from dla_hooks.residual.hooked import changed_behind
 from dla_hooks.results.ranked import RankedAttribution
 from dla_hooks.results.result import DirectLogitAttribution
@@ -46,10 +48,39 @@ def columns_to_check(entries: Entries, prompt: Prompt, vocabulary: int) -> Tenso
 
 
 def measure(
-    plan: Plan, source: Source, selection: Selection, check: bool
+    plan: Plan, source: Source, selection: Selection, check: bool, hooked: bool = True
 ) -> tuple[Measurement, Outcome]:
-    """Let a source show its activations to a plan's taps, and check what they wrote."""
-    plan, prompt = plan.in_prompt(source, selection), source.prompt
+    """Let a source show its activations to a plan's taps, and check what they wrote.
+
+    Where the sum of all parts is off, though some were sums of a unit's rows, each is measured by
+    itself, to say which one it is.
+
+    Args:
+        plan: what is measured.
+        source: shows the activations.
+        selection: the selected positions.
+        check: whether to check it.
+        hooked: whether there may be hooks on the model. Otherwise what the plan made for the prompt
+            before may serve again.
+
+    Raises:
+        DecompositionError: when something does not add up.
+    """
+    plan = plan.in_prompt(source, selection)
+    once = plan.parts.by_itself or not source.of_a_run
+    try:
+        return _measure(plan, source, selection, check, by_itself=not source.of_a_run, hooked=hooked)
+    except DecompositionError:
+        # Hooks may act in the first run only.
+        if once or hooked_modules(plan.stream.backend.hookable()):
+            raise
+    return _measure(plan, source, selection, check, by_itself=True, hooked=True)
+
+
+def _measure(
+    plan: Plan, source: Source, selection: Selection, check: bool, *, by_itself: bool, hooked: bool
+) -> tuple[Measurement, Outcome]:
+    prompt = source.prompt
     entries = plan.target.align(selection, prompt.shape, source.batched)
     if prompt.encoder_mask is not None:
         entries = entries.beside_encoder(prompt.encoder_mask)
@@ -58,7 +89,11 @@ def measure(
             f"{entries.shape[0]} answers do not fit the one prompt of a cache without its batch "
             "axis; give one token, or keep the axis"
         )
-    recording, columns = Recording(plan, entries, source.missing), None
+    if hooked or by_itself or autocast_is_on():
+        recording = Recording(plan, entries, source.missing, by_itself)
+    else:
+        recording = plan.kept_recording(entries)
+    columns = None
     reads_logits = plan.target.reads_logits
     if reads_logits:
         columns = columns_to_check(entries, prompt, plan.stream.vocabulary) if check else None

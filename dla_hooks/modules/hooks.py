@@ -126,12 +126,15 @@ class Tap:
         on_scale: for a norm: called with its scale [batch, pos, 1] if the source of activations
             stores that instead of the norm's input and output.
         optional: whether the module may also never run.
+        at_once: reads the same from the first argument and the output, without a call around
+            them; False where these are not as expected, which leaves it to ``on_activation``.
     """
 
     place: Place
     on_activation: Callable[[Call], None]
     on_scale: Callable[[Tensor], None] | None = None
     optional: bool = False
+    at_once: Callable[[Any, Any], bool] | None = None
     fired: int = field(default=0, init=False)
 
     def count(self, call: Call) -> None:
@@ -157,19 +160,24 @@ class Tap:
 class _Hook:
     """A tap on its module, for the runs of one thread."""
 
-    __slots__ = ("_before", "_count", "_thread")
+    __slots__ = ("_at_once", "_before", "_tap", "_thread")
     _dla_hooks = True
 
     def __init__(self, tap: Tap, thread: int) -> None:
-        self._count, self._before, self._thread = tap.count, tap.place.before, thread
+        self._tap, self._before, self._thread = tap, tap.place.before, thread
+        self._at_once = tap.at_once
 
     # `rest` is (kwargs,) or (kwargs, output). While one thread removes its tap, another may call it
     # without the kwargs. So check the thread before unpacking anything.
     def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
         if get_ident() != self._thread or in_aside():
             return
-        before = self._before
-        self._count(Call(args, rest[0], None if before else rest[1], before))
+        before, tap, at_once = self._before, self._tap, self._at_once
+        if at_once is not None and tap.fired == tap.place.use.nth:  # nearly always
+            if at_once(args[0] if args else None, None if before else rest[1]):
+                tap.fired += 1
+                return
+        tap.count(Call(args, rest[0], None if before else rest[1], before))
 
 
 def hidden_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -254,6 +262,12 @@ def tapped(taps: Sequence[Tap]) -> Iterator[Run]:
 def is_ours(hook: Any) -> bool:
     """True for a hook that this library added."""
     return hasattr(hook, "_dla_hooks")
+
+
+def others_in(table: Any) -> bool:
+    """True for a table of hooks with any that is not ours."""
+    # A list: another thread may put a hook of ours on meanwhile.
+    return bool(table) and not all(is_ours(hook) for hook in list(table.values()))
 
 
 def mark(*hooks: Any) -> None:

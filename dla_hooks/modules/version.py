@@ -62,12 +62,14 @@ class State:
             nothing, and one made after ``model.eval()`` (``nn.ModuleList(layers[:4])``) is True.
         compiled: whether a module, or a function stored on a module, is compiled.
         adapters_off: for every module that PEFT has adapted, whether its adapters are switched off.
+        hooked: whether any module has forward hooks, whoever put them there.
     """
 
     version: int
     training: bool
     compiled: bool
     adapters_off: tuple[bool, ...]
+    hooked: bool
 
 
 def state_of(model: nn.Module, *others: nn.Module) -> State:
@@ -78,7 +80,8 @@ def state_of(model: nn.Module, *others: nn.Module) -> State:
         *others: models that it stores outside of its own modules.
     """
     seen: list[Any] = []
-    training = compiled = False
+    tensors: list[Tensor | None] = []
+    training = compiled = hooked = False
     adapters_off: list[bool] = []
     adapted: dict[type, bool] = {}  # of the classes that were met: those of PEFT's layers
     configs: dict[int, Any] = {}
@@ -95,29 +98,31 @@ def state_of(model: nn.Module, *others: nn.Module) -> State:
             names = [*kept]  # a list: another thread may put something on the module meanwhile
             if names[_OF_TORCH - 1 : _OF_TORCH] == _LAST:
                 names = names[_OF_TORCH:]
-            for name in names:
-                value = kept.get(name)
+            for value in map(kept.get, names):
                 what = type(value)
                 if what is float:  # an epsilon, a multiplier
                     seen.append(value)
                 elif what is FunctionType:
                     compiled = compiled or is_compiled_function(value)
-                if name == "config":
-                    configs[id(value)] = value
-                elif name == "forward":
-                    seen.append(id(value))
-                    compiled = compiled or is_compiled_function(value)
+            if "config" in kept:
+                config = kept.get("config")
+                configs[id(config)] = config
+            if "forward" in kept:
+                forward = kept.get("forward")
+                seen.append(id(forward))
+                compiled = compiled or is_compiled_function(forward)
             if kept.get(COMPILED_CALL) is not None:
                 compiled = True
             if module._parameters:
-                seen += _stamps(module._parameters.values())
+                tensors += module._parameters.values()
             if module._buffers:
                 # Tables that a model makes anew as it runs (rotary frequencies) are no weights.
                 passing = module._non_persistent_buffers_set
                 buffers = [*module._buffers.items()]
-                seen += _stamps(t for name, t in buffers if name not in passing)
+                tensors += [tensor for name, tensor in buffers if name not in passing]
             # The caller's hooks are no part of the model: synthetic runs go past them.
             if kept["_forward_hooks"] or kept["_forward_pre_hooks"]:
+                hooked = True
                 seen += library_hooks(module)
             if adapted[kind] or "_disable_adapters" in kept:
                 layer: Any = module
@@ -128,19 +133,22 @@ def state_of(model: nn.Module, *others: nn.Module) -> State:
                 training = is_training(module)
         config = vars(root).get("cfg")  # as TransformerLens has it
         configs[id(config)] = config
+    seen += _stamps(tensors)
     for config in configs.values():
         seen += _plain_values(config)
-    return State(hash((compiled, *seen)), training, compiled, tuple(adapters_off))
+    return State(hash((compiled, *seen)), training, compiled, tuple(adapters_off), hooked)
 
 
 def _stamps(tensors: Iterable[Tensor | None]) -> list[int]:
     """Where each weight lies, and how often it was written to in place."""
     found = list[int]()
     for tensor in tensors:
-        if tensor is None or tensor.is_meta:
+        if tensor is None:
             continue
         try:
-            found += tensor.data_ptr(), tensor._version
+            at = tensor.data_ptr()
+            if at:  # what is empty or on the meta device lies nowhere
+                found += at, tensor._version
         except RuntimeError:  # a sparse weight has no storage; inference keeps no count
             found += id(tensor), 0 if tensor.is_inference() else tensor._version
     return found

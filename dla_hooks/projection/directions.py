@@ -108,6 +108,11 @@ class Directions:
             found = self._only_on[device] = self.on(device)[0]
         return found
 
+    def only_at_home(self) -> Tensor | None:
+        """The same on the device of its weights, if it is made already."""
+        home = next(iter(self._on), None) if self._n_targets == 1 else None
+        return None if home is None else self.only(home)
+
     def only_by_head(self, n_heads: int, device: torch.device) -> Tensor | None:
         """The same, cut into heads [head, d_head, 1]."""
         key = n_heads, device

@@ -51,7 +51,8 @@ class FixedRows:
         self._dtype = dtype
         self._on: dict[torch.device, Tensor] = {}
         self._each: dict[torch.device, tuple[Tensor, ...]] = {}
-        self._given_away = False
+        self._columns: Tensor | None = None
+        self._given_away = self._is_spread = False
 
     def on(self, device: torch.device) -> Tensor:
         """The rows [C, N] to write to on a device; each row is for one device only."""
@@ -66,11 +67,17 @@ class FixedRows:
             each = self._each[device] = self.on(device).unbind()
         return each[number]
 
+    def columns(self, device: torch.device) -> Tensor:
+        """All rows [C, N, 1] to write to on a device."""
+        if self._columns is None or self._columns.device != device:
+            self._columns = self.on(device).unsqueeze(-1)
+        return self._columns
+
     def gathered(self, device: torch.device | None = None) -> Tensor:
         """All rows [C, N] on one device (by default the first that was written on), once.
 
-        Whoever gathers them may write to them. A second time they would no longer be what was
-        written by the taps.
+        Whoever gathers them may write to them, but not keep them. A second time they would no
+        longer be what was written by the taps.
         """
         if self._given_away:
             raise RuntimeError("the rows of a run are gathered once")
@@ -80,8 +87,17 @@ class FixedRows:
         for other, rows in self._on.items():
             if other != device:
                 whole += rows.to(device)  # zero in all rows that were not written there
+                self._is_spread = True
         self._on = {device: whole}
         return whole
+
+    def again(self) -> bool:
+        """Make the same rows ready for another run; False where they were on several devices."""
+        if not self._is_spread:
+            for rows in self._on.values():
+                rows.zero_()
+            self._given_away = False
+        return not self._is_spread
 
 
 class TopRows:

@@ -24,6 +24,7 @@ from dla_hooks.modules.user_hooks import FINAL_HOOK, LOGIT_HOOK, is_hooked
 from dla_hooks.projection.hook_writes import HookWrites
 from dla_hooks.projection.kernels import frozen_scales, project, project_squares
 from dla_hooks.projection.ledger import FixedRows
+from dla_hooks.projection.one_column import AtOnce, OneColumn
 from dla_hooks.projection.logit_hooks import LogitHooks, hooks_logits
 from dla_hooks.projection.output_hooks import OutputHooks, Outputs
 from dla_hooks.projection.readout import Readout
@@ -149,7 +150,16 @@ class PointRecorder:
                 size_N = self._rows.row(-1, x.device)
                 project_squares(x, view, self._readouts[0].directions, size_N)
 
-        taps = [Tap(self._point.stream, see_stream)]
+        at_once: AtOnce | None = None
+        norm_at_once: AtOnce | None = None
+        one, directions = OneColumn.of(view), self._readouts[0].directions
+        stream = self._point.stream
+        if one is not None:
+            if len(self._readouts) == 1 and not self._point.rounds:
+                at_once = one.project(directions, self._rows, 1, entered=stream.before)
+            if norm is not None:
+                norm_at_once = one.scale(norm, directions, self._rows, self._misfits)
+        taps = [Tap(stream, see_stream, at_once=at_once)]
         if self._logits is not None:
             taps += self._logits.taps(view)
         if self._behind is not None:
@@ -166,7 +176,13 @@ class PointRecorder:
         def see_scale(scale: Tensor) -> None:
             self._rows.row(0, scale.device).copy_(view.take(scale)[:, 0])
 
-        return [*taps, Tap(place.ahead, see_norm, see_scale)]
+        return [*taps, Tap(place.ahead, see_norm, see_scale, at_once=norm_at_once)]
+
+    def again(self) -> bool:
+        """Make ready for another run; False where hooks of the caller's are looked at."""
+        self._misfits.clear()
+        beside = (self._behind, self._logits, self._outputs)
+        return all(one is None for one in beside) and self._rows.again()
 
     def finish(self) -> Reading:
         """Return the reading after a run."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,7 +76,11 @@ class View:
     Attributes:
         columns: the columns that are run.
         inside: which of all entries are in view [n], on the CPU.
+        column: the only column that is read, if it is read in every row.
+        one_column: how that is read at once (:class:`dla_hooks.projection.one_column.OneColumn`).
     """
+
+    one_column: Any = None
 
     def __init__(self, entries: Entries, start: int = 0, stop: int | None = None) -> None:
         batch, width = entries.prompt_shape
@@ -95,10 +99,10 @@ class View:
         self._cols_run = _run_of(cols)
         self._flat_run = _run_of(flat) if batch > 1 else self._cols_run
         self._n = len(self.inside)
-        self._column: int | None = None
+        self.column: int | None = None
         if self._n == batch and torch.equal(rows, torch.arange(batch, device="cpu")):
             only = cols.unique()
-            self._column = int(only) if len(only) == 1 else None
+            self.column = int(only) if len(only) == 1 else None
         self._on: dict[torch.device, tuple[Tensor, Tensor]] = {torch.device("cpu"): (flat, cols)}
         self._tiles: dict[tuple[int, torch.device], list[Tile]] = {}
         self._ways: dict[torch.Size, _Way] = {}
@@ -163,7 +167,7 @@ class View:
         column = None
         if n == batch * width:
             run, axis = self._flat_run, 0
-            column = self._column if len(shape) == 3 and shape[0] == batch else None
+            column = self.column if len(shape) == 3 and shape[0] == batch else None
         elif n == width:
             run, axis = self._cols_run, 1
         else:

@@ -40,6 +40,7 @@ def as_run(stream: Stream, taps: list[Tap]) -> list[Tap]:
             tap.optional = True
         if module in by_row and _is_of(by_row[module][0], tap):
             tap.on_activation = _times(tap.on_activation, by_row[module][1])
+            tap.at_once = None
         found.append(tap)
     return found
 

@@ -26,12 +26,15 @@ class Source:
         prompt: the batch of tokens.
         batched: whether results have an axis for the batch.
         has_logits: whether the model's own logits come with the activations.
+        of_a_run: whether activations are shown as they come in a run; those of a cache may have
+            been changed, each by itself.
         logits_at: the only columns whose logits are there; None where any may be asked for.
     """
 
     prompt: Prompt
     batched: bool = True
     has_logits: bool = True
+    of_a_run: bool = True
     logits_at: Tensor | None = None
 
     def on(self, stream: Stream) -> Source:

@@ -60,7 +60,7 @@ class StoredCache(Source):
             be shown as its last write.
     """
 
-    has_logits = False
+    has_logits = of_a_run = False
 
     def __init__(self, cache: Any, stream: Stream, purpose: Any, each_write: bool = True) -> None:
         self._cache, self._stream = cache, stream

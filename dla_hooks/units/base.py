@@ -131,7 +131,15 @@ class RankedSplit:
 
 
 class Recorder:
-    """What a unit records of one run, besides the parts."""
+    """What a unit records of one run, besides the parts.
+
+    Attributes:
+        whole_writes: labels of the writes that its rows make up, with what is constant. Where no
+            unit reads the parts, they are taken from there (:meth:`wrote`): the sum of all parts
+            then holds these rows against the stream.
+    """
+
+    whole_writes: Sequence[str] = ()
 
     def taps(self, view: View) -> list[Tap]:
         """What to watch while the entries in view are run."""
@@ -140,6 +148,14 @@ class Recorder:
     def taps_before(self, view: View) -> list[Tap]:
         """What to watch in a piece of the prompt without entries, which later pieces read."""
         return []
+
+    def again(self) -> bool:
+        """Make ready for another run at the same entries; False where it has to be made anew."""
+        return False
+
+    def wrote(self, device: torch.device, entries: Entries) -> Tensor:
+        """What these writes wrote [writes, N], not divided by the final scale; before the rest."""
+        raise NotImplementedError(f"{type(self).__name__} must say what its rows make up")
 
     def finish(self, parts: Parts) -> Split | RankedSplit:
         """The rows, after the run."""
@@ -176,6 +192,7 @@ class Unit:
 
     Attributes:
         words: its name, and what it says of its rows.
+        reads_parts: whether its rows are made of the parts, or held against them one by one.
         reads_each_write: whether it needs every write by itself; otherwise what a block added may
             come in one, as from a cache that holds the stream around each block only.
         of_every_model: whether every model that is declared for it has it.
@@ -187,6 +204,7 @@ class Unit:
     """
 
     words: ClassVar[Words]
+    reads_parts: ClassVar[bool] = True
     reads_each_write: ClassVar[bool] = True
     of_every_model: ClassVar[bool] = True
     by_column: ClassVar[bool] = False
@@ -246,6 +264,9 @@ class _FromParts(Recorder):
 
     def __init__(self, unit: Unit) -> None:
         self._unit = unit
+
+    def again(self) -> bool:
+        return True
 
     def finish(self, parts: Parts) -> Split:
         return self._unit.split(parts)

@@ -49,6 +49,7 @@ class Heads(Unit):
         remainder="remainder",
         remainder_is="what no head wrote",
     )
+    reads_parts = False
     by_column = True
 
     taken_out = ("head",)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dla_hooks.calibration.norm_constants import norm_at
 from dla_hooks.modules import norms
-from dla_hooks.modules.hooks import Place
+from dla_hooks.modules.hooks import Place, others_in
 from dla_hooks.modules.linear import bias_of, check_readable, pull_back
 from dla_hooks.modules.user_hooks import is_hooked, is_wrapper
 from dla_hooks.modules.weights import in_memory
@@ -42,6 +42,7 @@ class HeadLayer:
         self.module = Place(write.module, write.name, write.use)
         self._wrapped = is_wrapper(write.module, stream.backend.root)
         self.constant_I = constant_I
+        self.is_whole = False
         self.in_stream = self.at_output = parts.directions(write.label)
         self.post_norm: norms.Norm | None = None
         self.beta_M: Tensor | None = None
@@ -71,11 +72,17 @@ class HeadLayer:
         outside = [place.module for place in ends if place is not None]
         return (*self.module.module.modules(), self.site.proj, *outside)
 
+    def is_untouched(self) -> bool:
+        """Whether nobody has put anything in, on or around its attention."""
+        return not self._wrapped and not any(
+            others_in(one._forward_hooks)
+            or others_in(one._forward_pre_hooks)
+            or "forward" in vars(one)
+            for one in self._on_the_way
+        )
+
     def written_on_the_way(self) -> list[tuple[Inside, Directions]]:
         """Where the caller's hooks may write between z and the stream, and in what directions."""
-        hooked = any(one._forward_hooks or one._forward_pre_hooks for one in self._on_the_way)
-        if not (hooked or self._wrapped):  # nearly every call ends here
-            return []
         site, places = self.site, list[Place]()
         if site.linear is site.proj:
             places.append(site.place)

@@ -11,15 +11,19 @@ from torch import Tensor
 from dla_hooks.calibration.head_widths import with_head_widths
 from dla_hooks.calibration.value_biases import head_constants
 from dla_hooks.errors import UnsupportedModelError
+from dla_hooks.inputs.entries import Entries
 from dla_hooks.modules import norms
+from dla_hooks.modules.autocast import autocast_is_on
 from dla_hooks.modules.hooks import Call, Tap
 from dla_hooks.modules.user_hooks import is_hooked
 from dla_hooks.projection.directions import of_constants
 from dla_hooks.projection.hook_writes import HookWrites
 from dla_hooks.projection.kernels import frozen_scales, project_heads
 from dla_hooks.projection.ledger import FixedRows
+from dla_hooks.projection.one_column import OneColumn
 from dla_hooks.projection.tiles import View
 from dla_hooks.results.rows import Row
+from dla_hooks.tolerance import is_coarse
 from dla_hooks.units.base import Claim, Recorder, Split, Unit, UnitPlan, claims_of_writes
 from dla_hooks.units.head_layer import HeadLayer, rows_of, with_heads
 from dla_hooks.units.parts import Parts
@@ -55,7 +59,11 @@ class HeadsPlan(UnitPlan):
                 first = len(self.rows)
                 self.rows += rows_of(write, sub)
                 place = slice(first, len(self.rows))
-                self.layers.append(HeadLayer(parts, write, constants.get(write.label), place))
+                layer = HeadLayer(parts, write, constants.get(write.label), place)
+                # Elsewhere a write is more, or another number, than what its heads sum to.
+                exact = not (block.optional or write.by_row or is_coarse(stream.product_dtype))
+                layer.is_whole = exact and layer.post_norm is None
+                self.layers.append(layer)
         if not self.layers:
             raise UnsupportedModelError(
                 f"{type(stream.backend.root).__name__}{stream.extent} has no attention heads with "
@@ -87,42 +95,76 @@ class HeadsRecorder(Recorder):
         self._values = FixedRows(len(plan.rows), len(view), plan.dtype)
         # Besides the heads, for each layer: what was taken off them, and the post-norm's scale.
         self._aside = FixedRows(2 * n_layers, len(view), plan.dtype)
+        self._tells = False
+        self._gathered: tuple[Tensor, Tensor, Tensor] | None = None
         self._misfits: dict[str, list[Tensor]] = {}
         # What the caller's hooks write between z and the stream, by the number of the layer.
         self._hooks: dict[int, HookWrites] = {}
+        untouched = list[int]()
         for number, layer in enumerate(plan.layers):
+            if layer.is_untouched():  # nearly always
+                untouched.append(number)
+                continue
             found = layer.written_on_the_way()
             if found:
                 writes = [(one.place, directions) for one, directions in found]
                 may_rest = [one.may_rest for one, _ in found]
                 self._hooks[number] = HookWrites(writes, len(view), plan.dtype, may_rest)
+        self._whole: list[int] = []
+        if not autocast_is_on():
+            self._whole = [n for n in untouched if plan.layers[n].is_whole]
+        self.whole_writes = [plan.layers[number].label for number in self._whole]
 
     def taps(self, view: View) -> list[Tap]:
         """Every output projection, and every post-norm behind one."""
         layers = enumerate(self._plan.layers)
-        taps = [tap for number, layer in layers for tap in self._taps(number, layer, view)]
+        one = OneColumn.of(view)
+        taps = [tap for number, layer in layers for tap in self._taps(number, layer, view, one)]
         return taps + [tap for writes in self._hooks.values() for tap in writes.taps(view)]
 
     def post_scale(self, number: int, device: torch.device) -> Tensor:
         """The scale of the post-norm behind one layer at each entry [N], as far as it was seen."""
         return self._aside.row(len(self._plan.layers) + number, device)
 
+    def again(self) -> bool:
+        self._gathered, self._tells = None, False
+        self._misfits.clear()
+        return not self._hooks and self._values.again() and self._aside.again()
+
+    def wrote(self, device: torch.device, entries: Entries) -> Tensor:
+        self._tells = True
+        values_CN, beside_LN, _ = self._gather(device, entries)
+        wrote_LN = self._sums(values_CN[:-1]) + beside_LN
+        return wrote_LN if len(self._whole) == len(wrote_LN) else wrote_LN[self._whole]
+
+    def _gather(self, device: torch.device, entries: Entries) -> tuple[Tensor, Tensor, Tensor]:
+        """All rows, what each layer wrote besides its heads, and the scales of post-norms."""
+        if self._gathered is None:
+            values_CN = self._values.gathered(device)
+            beside_LN, scale_LN = self._aside.gathered(device).chunk(2)
+            biases_LK, _ = self._plan.constants
+            if biases_LK is not None:
+                beside_LN += entries.of_target(biases_LK.to(device))
+            self._gathered = values_CN, beside_LN, scale_LN
+        return self._gathered
+
     def finish(self, parts: Parts) -> Split:
         reading, layers = parts.reading, self._plan.layers
-        values_CN = self._values.gathered(reading.scale_N.device)
+        device, of_target = reading.scale_N.device, parts.entries.of_target
+        values_CN, beside_LN, scale_LN = self._gather(device, parts.entries)
+        values_CN = values_CN / reading.scale_N  # a copy: a result is its caller's to write to
         heads_CN, rest_N = values_CN[:-1], values_CN[-1]
-        beside_LN, scale_LN = self._aside.gathered(values_CN.device).chunk(2)
         self.post_scales_LN = scale_LN
-        (biases_LK, betas_LK), of_target = self._plan.constants, parts.entries.of_target
-        if biases_LK is not None:
-            beside_LN += of_target(biases_LK.to(beside_LN.device))
+        if self._tells and len(self._whole) == len(layers):  # the sum of all parts holds them
+            torch.sub(reading.whole_N, heads_CN.sum(0), out=rest_N)
+            return Split(self._plan.rows, values_CN)
+        _, betas_LK = self._plan.constants
         for number, layer in enumerate(layers):
             if layer.post_norm is not None:
                 values_CN[layer.rows] /= scale_LN[number]
                 beside_LN[number] /= scale_LN[number]
         if betas_LK is not None:
             beside_LN += of_target(betas_LK.to(beside_LN.device))
-        heads_CN /= reading.scale_N
         beside_LN /= reading.scale_N
         hooks = self._written(scale_LN, parts)
         for number, written_N in hooks.items():
@@ -132,7 +174,9 @@ class HeadsRecorder(Recorder):
         claims = self._claims(heads_CN, beside_LN, parts)
         return Split(*self._with_hooks(values_CN, hooks), claims, seen)
 
-    def _taps(self, number: int, layer: HeadLayer, view: View) -> list[Tap]:
+    def _taps(
+        self, number: int, layer: HeadLayer, view: View, one: OneColumn | None
+    ) -> list[Tap]:
         norm, place = layer.post_norm, layer.site.post_norm_place
         scale_row = len(self._plan.layers) + number
 
@@ -142,7 +186,11 @@ class HeadsRecorder(Recorder):
             off_N = None if layer.constant_I is None else self._aside.row(number, z.device)
             project_heads(z, view, layer.folded, heads_HN, layer.constant_I, off_N)
 
-        taps = [Tap(layer.site.place, see_z)]
+        at_once = None
+        if one is not None and layer.constant_I is None:
+            enters = layer.site.linear is layer.site.proj
+            at_once = one.project_heads(layer.folded, self._values, layer.rows, entered=enters)
+        taps = [Tap(layer.site.place, see_z, at_once=at_once)]
         if place is None or norm is None:
             return taps
 
@@ -187,16 +235,18 @@ class HeadsRecorder(Recorder):
 
     def _claims(self, heads_CN: Tensor, beside_LN: Tensor, parts: Parts) -> list[Claim]:
         """Each layer's heads, with the biases, make up what that layer's attention wrote."""
+        wrote_LN = beside_LN + self._sums(heads_CN)
+        writes = [
+            (layer.label, f"the heads in {layer.site.name}", layer.post_norm is not None)
+            for layer in self._plan.layers
+        ]
+        return claims_of_writes(writes, wrote_LN, parts)
+
+    def _sums(self, heads_CN: Tensor) -> Tensor:
+        """The sum of each layer's heads [L, N]."""
         layers = self._plan.layers
         most = layers[0].n_heads
         if all(layer.n_heads == most for layer in layers):
-            of_heads_LN = heads_CN.view(len(layers), most, -1).sum(1)
-        else:
-            each_HN = heads_CN.split([layer.n_heads for layer in layers])
-            of_heads_LN = torch.stack([heads_HN.sum(0) for heads_HN in each_HN])
-        wrote_LN = beside_LN + of_heads_LN
-        writes = [
-            (layer.label, f"the heads in {layer.site.name}", layer.post_norm is not None)
-            for layer in layers
-        ]
-        return claims_of_writes(writes, wrote_LN, parts)
+            return heads_CN.view(len(layers), most, -1).sum(1)
+        each_HN = heads_CN.split([layer.n_heads for layer in layers])
+        return torch.stack([heads_HN.sum(0) for heads_HN in each_HN])

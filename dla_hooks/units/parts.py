@@ -22,6 +22,7 @@ from dla_hooks.projection.between_writes import BetweenWrites
 from dla_hooks.projection.hook_writes import HookWrites
 from dla_hooks.projection.kernels import project
 from dla_hooks.projection.ledger import FixedRows, largest
+from dla_hooks.projection.one_column import OneColumn
 from dla_hooks.projection.reading_point import Reading
 from dla_hooks.projection.tiles import View
 from dla_hooks.residual.between import Between, places_between
@@ -43,16 +44,20 @@ class PartsRecorder:
         entries: all that are read.
         missing: why the source does not have a place, or None. Its part is then left out, and only
             a unit that needs it says so.
+        told: labels of the writes that the rows of a unit make up: these are not looked at.
     """
 
-    def __init__(self, plan: PartsPlan, entries: Entries, missing: Missing) -> None:
-        self._plan = plan
+    def __init__(
+        self, plan: PartsPlan, entries: Entries, missing: Missing, told: Sequence[str] = ()
+    ) -> None:
+        self._plan, self._told = plan, tuple(told)
         stream, dtype = plan.stream, plan.stream.work_dtype
         self._rows = FixedRows(len(plan.rows), len(entries), dtype)
         self._entries = entries
         found = {label: missing(place) for label, place in plan.places.items()}
         self._missing = {label: reason for label, reason in found.items() if reason is not None}
-        self._places = {k: place for k, place in plan.places.items() if k not in self._missing}
+        unseen = {*self._missing, *self._told}
+        self._places = {k: place for k, place in plan.places.items() if k not in unseen}
         self._hooked = list(hooked_places(stream))
         writes = [(hooked.place, plan.of_hooks(hooked)) for hooked in self._hooked]
         if is_hooked(stream.embedding):
@@ -65,15 +70,27 @@ class PartsRecorder:
 
     def taps(self, view: View) -> list[Tap]:
         """What to watch while the entries in view are run."""
-        taps = [self._tap(label, place, view) for label, place in self._places.items()]
+        one = OneColumn.of(view)
+        taps = [self._tap(label, place, view, one) for label, place in self._places.items()]
         for beside in (self._hooks, self._between):
             taps += beside.taps(view) if beside is not None else []
         return taps
 
-    def finish(self, reading: Reading) -> Parts:
-        """The parts, after the run."""
+    def again(self) -> bool:
+        """Make ready for another run; False where more than the parts is looked at."""
+        return self._hooks is None and self._between is None and self._rows.again()
+
+    def finish(self, reading: Reading, told_LN: Tensor | None = None) -> Parts:
+        """The parts, after the run.
+
+        Args:
+            reading: what the final norm saw.
+            told_LN: the writes that were not looked at, not divided by the final scale.
+        """
         plan, device = self._plan, reading.scale_N.device
         values_CN = self._rows.gathered(device)
+        if told_LN is not None:
+            values_CN.index_copy_(0, plan.rows_of(self._told, device), told_LN)
         for row, of_K in plan.constants_K.items():
             values_CN[row] = self._entries.of_target(of_K.to(device))
         hooks, of_embeddings = list[tuple[Hooked, Tensor]](), None
@@ -95,14 +112,17 @@ class PartsRecorder:
             added,
         )
 
-    def _tap(self, label: str, place: Place, view: View) -> Tap:
+    def _tap(self, label: str, place: Place, view: View, one: OneColumn | None) -> Tap:
         row, directions = self._plan.row_of[label], self._plan.directions(label)
 
         def see(call: Call) -> None:
             x = call.activation
             project(x, view, directions, self._rows.row(row, x.device))
 
-        return Tap(place, see)
+        if one is None:
+            return Tap(place, see)
+        at_once = one.project(directions, self._rows, row, entered=place.before)
+        return Tap(place, see, at_once=at_once)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ class PartsPlan:
     Args:
         stream: the located model.
         directions: of the target, at the last stream.
+        by_itself: whether a unit reads each part by itself. Otherwise positions are seen with the
+            tokens only.
 
     Attributes:
         rows: a record for each part, in stream order; hooks are not among them.
@@ -29,10 +31,11 @@ class PartsPlan:
         places: where each part is seen, by its label; constants are not.
     """
 
-    def __init__(self, stream: Stream, directions: Directions) -> None:
-        self.stream = stream
+    def __init__(self, stream: Stream, directions: Directions, by_itself: bool = True) -> None:
+        self.stream, self.by_itself = stream, by_itself
         self.rows = [Row(EMBED, EMBED)]
-        if stream.positions is not None:
+        positions = stream.positions if by_itself else None
+        if positions is not None:
             self.rows.append(Row(POSITIONS, POSITIONS))
         self.n_embeddings = len(self.rows)
         for block in stream.blocks:
@@ -42,8 +45,8 @@ class PartsPlan:
         self.row_of = {row.label: index for index, row in enumerate(self.rows)}
         self._rows_of: dict[tuple[tuple[str, ...], torch.device], Tensor] = {}
         self.places = {EMBED: stream.beginning}
-        if stream.positions is not None:
-            self.places[POSITIONS] = stream.positions
+        if positions is not None:
+            self.places[POSITIONS] = positions
         self.places |= {write.label: write.place for write in stream.writes}
         self._factors = path_factors(stream)
         self._target = directions

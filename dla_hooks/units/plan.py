@@ -6,8 +6,10 @@ while a source shows activations, and at its end a :class:`Measurement`, which i
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -15,14 +17,14 @@ from torch import Tensor
 from dla_hooks.backends import Conventions
 from dla_hooks.inputs.entries import Entries
 from dla_hooks.inputs.positions import Selection
-from dla_hooks.modules.hooks import Call, Tap
+from dla_hooks.modules.hooks import Call, Place, Tap
 from dla_hooks.projection.kernels import project
 from dla_hooks.projection.ledger import FixedRows
 from dla_hooks.projection.reading_point import PointRecorder, Reading
 from dla_hooks.projection.tiles import View
 from dla_hooks.residual.stream import Stream
 from dla_hooks.targets.base import Target, Witness
-from dla_hooks.units.base import RankedSplit, Split, Unit, UnitPlan
+from dla_hooks.units.base import RankedSplit, Recorder, Split, Unit, UnitPlan
 from dla_hooks.units.parts import Missing, Parts, PartsRecorder
 from dla_hooks.units.parts_plan import PartsPlan
 
@@ -44,6 +46,21 @@ class Plan:
     parts: PartsPlan
     units: Mapping[str, UnitPlan]
     conventions: Conventions
+    _kept: deque[Recording] = field(default_factory=partial(deque, maxlen=1), compare=False)
+
+    def kept_recording(self, entries: Entries) -> Recording:
+        """A recording for a run without anyone's hooks: that of the call before, if it fits."""
+        try:
+            kept = self._kept.pop()  # no other thread has it then
+        except IndexError:
+            return Recording(self, entries, _has_all)
+        fits = kept.entries is entries and kept.again()
+        return kept if fits else Recording(self, entries, _has_all)
+
+    def keep(self, recording: Recording) -> None:
+        """Keep a recording that is finished, and of which nothing is read any more."""
+        if recording.entries.few:
+            self._kept.append(recording)
 
     def in_prompt(self, source: Any, selection: Selection) -> Plan:
         """The plan for one prompt: the direction of some targets depends on it.
@@ -71,7 +88,8 @@ def make_plan(target: Target, units: Mapping[str, Unit], conventions: Convention
         UnsupportedModelError: when a unit finds nothing of its kind in the model.
     """
     stream = target.stream
-    parts = PartsPlan(stream, target.readouts[0].directions)
+    by_itself = any(unit.reads_parts for unit in units.values())
+    parts = PartsPlan(stream, target.readouts[0].directions, by_itself)
     plans = {key: unit.prepare(parts, conventions) for key, unit in units.items()}
     return Plan(stream, target, parts, plans, conventions)
 
@@ -87,6 +105,7 @@ class Measurement:
         parts: the terms of the stream.
         splits: the rows of each unit.
         theirs_N: what the model itself computed, where the target has a witness or was seen before.
+        recording: what it was made by.
     """
 
     plan: Plan
@@ -94,7 +113,8 @@ class Measurement:
     reading: Reading
     parts: Parts
     splits: Mapping[str, Split | RankedSplit]
-    theirs_N: Tensor | None = None
+    theirs_N: Tensor | None
+    recording: Recording
 
 
 class Recording:
@@ -104,18 +124,27 @@ class Recording:
         plan: what is measured.
         entries: where.
         missing: why the source of activations does not have a place, or None where it has it.
+        by_itself: whether each part is measured by itself, though no unit reads it.
 
     Attributes:
+        entries: where.
         view: all entries, for the source to show.
     """
 
-    def __init__(self, plan: Plan, entries: Entries, missing: Missing) -> None:
-        self._plan, self._entries = plan, entries
+    def __init__(
+        self, plan: Plan, entries: Entries, missing: Missing, by_itself: bool = False
+    ) -> None:
+        self._plan, self.entries = plan, entries
         self.view = view = View.whole(entries)
         target = plan.target
         self._point = PointRecorder(target.point, target.readouts, entries)
-        self._parts = PartsRecorder(plan.parts, entries, missing)
         self._units = {key: unit.recorder(view) for key, unit in plan.units.items()}
+        self._of_view: list[Tap] | None = None
+        self._tells: Recorder | None = None
+        if not (by_itself or plan.parts.by_itself):
+            self._tells = next((one for one in self._units.values() if one.whole_writes), None)
+        told = () if self._tells is None else self._tells.whole_writes
+        self._parts = PartsRecorder(plan.parts, entries, missing, told)
         self._theirs: FixedRows | None = None
         if target.witness is not None:
             self._theirs = FixedRows(1, len(entries), plan.stream.work_dtype)
@@ -125,8 +154,20 @@ class Recording:
         """Whether the model's logits are needed at every entry."""
         return self._point.needs_all_logits
 
+    def again(self) -> bool:
+        """Make ready for another run at the same entries; False where it has to be made anew."""
+        ledgers = () if self._theirs is None else (self._theirs,)
+        return all(one.again() for one in (self._point, self._parts, *self._units.values(), *ledgers))
+
     def taps(self, view: View) -> list[Tap]:
         """Everything to watch while the entries in view are run."""
+        if view is not self.view:
+            return self._taps(view)
+        if self._of_view is None:
+            self._of_view = self._taps(view)
+        return self._of_view
+
+    def _taps(self, view: View) -> list[Tap]:
         taps = [*self._parts.taps(view), *self._point.taps(view)]
         for recorder in self._units.values():
             taps += recorder.taps(view)
@@ -142,13 +183,20 @@ class Recording:
     def finish(self) -> Measurement:
         """The measurement, once the source has shown everything."""
         reading = self._point.finish()
-        parts = self._parts.finish(reading)
+        told_LN = None
+        if self._tells is not None:
+            told_LN = self._tells.wrote(reading.scale_N.device, self.entries)
+        parts = self._parts.finish(reading, told_LN)
         splits = {key: recorder.finish(parts) for key, recorder in self._units.items()}
         theirs = self._theirs
         theirs_N = self._plan.target.known_N
         if theirs is not None:
             theirs_N = theirs.gathered(reading.scale_N.device)[0]
-        return Measurement(self._plan, self._entries, reading, parts, splits, theirs_N)
+        return Measurement(self._plan, self.entries, reading, parts, splits, theirs_N, self)
+
+
+def _has_all(place: Place) -> None:
+    """A run of the model has every place."""
 
 
 def _tap(witness: Witness, theirs: FixedRows, view: View) -> Tap:

@@ -130,8 +130,8 @@ def put_the_last_write_off(by, monkeypatch):
     """Make the last write miss its value by so much, away from what the stream has."""
     finish = PartsRecorder.finish
 
-    def off(self, reading):
-        parts = finish(self, reading)
+    def off(self, reading, told_LN=None):
+        parts = finish(self, reading, told_LN)
         raw_CN = parts.raw_CN.clone()
         raw_CN[-1] += by * torch.sign(parts.sum_N - reading.total_N)
         return dataclasses.replace(parts, raw_CN=raw_CN)
