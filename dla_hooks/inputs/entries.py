@@ -76,6 +76,12 @@ class Entries:
     def few(self) -> bool:
         return len(self) <= _FEW
 
+    def alone(self) -> Entries:
+        """The same without what is derived from them, for what outlives the call."""
+        found = copy(self)
+        found.view = None
+        return found
+
     def beside_encoder(self, mask: Tensor) -> Entries:
         """The same, of a decoder beside an encoder with this mask [batch, position]."""
         found = copy(self)

@@ -5,6 +5,7 @@ Decided here: at which columns the model's own logits are looked at.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,6 @@ from dla_hooks.measure.looks import seen_at
 from dla_hooks.measure.relative import hold_against_cache, hold_against_reading
 from dla_hooks.modules.autocast import autocast_is_on
 from dla_hooks.modules.user_hooks import hooked_modules
-from dla_hooks.residual.hooked import changed_behind
 from dla_hooks.results.ranked import RankedAttribution
 from dla_hooks.results.result import DirectLogitAttribution
 from dla_hooks.results.seen import Seen
@@ -69,7 +69,9 @@ def measure(
     plan = plan.in_prompt(source, selection)
     once = plan.parts.by_itself or not source.of_a_run
     try:
-        return _measure(plan, source, selection, check, by_itself=not source.of_a_run, hooked=hooked)
+        return _measure(
+            plan, source, selection, check, by_itself=not source.of_a_run, hooked=hooked
+        )
     except DecompositionError:
         # Hooks may act in the first run only.
         if once or hooked_modules(plan.stream.backend.hookable()):
@@ -97,7 +99,7 @@ def _measure(
     reads_logits = plan.target.reads_logits
     if reads_logits:
         columns = columns_to_check(entries, prompt, plan.stream.vocabulary) if check else None
-        if recording.needs_all_logits or (check and changed_behind(plan.stream)):
+        if recording.needs_all_logits or (check and recording.is_changed_behind):
             columns = torch.arange(prompt.shape[1], device="cpu")  # what hooks there would see
         if source.logits_at is not None:
             columns = source.logits_at if check else None
@@ -133,11 +135,12 @@ def results(
         seen: what the model's logits say at all entries; None leaves it to those of the check.
     """
     plan, entries, reading = measurement.plan, measurement.entries, measurement.reading
-    if seen is None and outcome.observed is not None:
-        seen = seen_at(entries, outcome.observed, plan.target.answers_K)
+    named_with = plan.stream.backend.answer_tokenizer(tokenizer)
+    texts = partial(to_strings, tokenizer=named_with)
     if seen is not None:
-        named_with = plan.stream.backend.answer_tokenizer(tokenizer)
-        seen = seen.named(lambda ids: to_strings(ids, named_with))
+        seen = seen.named(texts)
+    elif outcome.observed is not None:
+        seen = seen_at(entries, outcome.observed, plan.target.answers_K, texts)
     answer, incorrect = plan.target.names(entries, tokenizer)
     bias, logit = entries.unfold(reading.bias_N), entries.unfold(reading.value_N())
     given: list[Tensor] = []

@@ -10,18 +10,23 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_here = threading.local()
+
+class _Here(threading.local):
+    depth = 0
+
+
+_here = _Here()
 
 
 def in_aside() -> bool:
     """Whether this thread is in such a call."""
-    return getattr(_here, "depth", 0) > 0
+    return _here.depth > 0
 
 
 @contextmanager
 def aside() -> Iterator[None]:
     """Let no tap see what this thread calls within a ``with`` block."""
-    _here.depth = getattr(_here, "depth", 0) + 1
+    _here.depth += 1
     try:
         yield
     finally:

@@ -172,9 +172,9 @@ def frozen_scale(norm: Norm, x_NM: Tensor, y_NM: Tensor) -> tuple[Tensor, Tensor
     size = torch.linalg.vector_norm
     a = norm.at_scale_one(x_NM)
     y = y_NM - norm.beta.to(y_NM)
-    size_a = size(a, dim=-1, keepdim=True)
-    s = (size_a / size(y, dim=-1, keepdim=True)).masked_fill_(size_a == 0, norm.at_zero)
-    unexplained = size(y.sub_(a.div_(s)), torch.inf, -1)
+    s = size(a, dim=-1, keepdim=True) / size(y, dim=-1, keepdim=True)
+    s.nan_to_num_(norm.at_zero, torch.inf)  # of nothing over nothing; what is NaN shows below
+    unexplained = size(y.addcdiv_(a, s, value=-1), torch.inf, -1)
     most = size(y_NM, torch.inf, -1).add_(torch.finfo(y_NM.dtype).tiny)
     return s[:, 0], size(unexplained / most, torch.inf)
 

@@ -41,7 +41,7 @@ _IDLE = (nn.Module.forward, nn.Sequential.forward, nn.Identity.forward)
 
 _OF_TORCH = len(vars(nn.Module()))
 """How many things torch itself keeps on every module. They come first."""
-_LAST = [*vars(nn.Module())][-1:]
+_LAST = [*vars(nn.Module())][-1]
 """The last of these."""
 
 _PLAIN = frozenset({int, float, bool, str, type(None)})
@@ -96,7 +96,7 @@ def state_of(model: nn.Module, *others: nn.Module) -> State:
             if module._modules:  # with a module that is there twice, twice
                 seen += map(id, module._modules.values())
             names = [*kept]  # a list: another thread may put something on the module meanwhile
-            if names[_OF_TORCH - 1 : _OF_TORCH] == _LAST:
+            if len(names) >= _OF_TORCH and names[_OF_TORCH - 1] == _LAST:
                 names = names[_OF_TORCH:]
             for value in map(kept.get, names):
                 what = type(value)

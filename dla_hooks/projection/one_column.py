@@ -23,6 +23,13 @@ AtOnce = Callable[[Any, Any], bool]
 """Reads what entered or left a module; False where that is not as expected, and nothing is read."""
 
 
+def both(first: AtOnce | None, second: AtOnce | None) -> AtOnce | None:
+    """Reads the same call twice; None where either is."""
+    if first is None or second is None:
+        return None
+    return lambda into, out_of: first(into, out_of) and second(into, out_of)
+
+
 class _Expected(NamedTuple):
     """What is read at one place, and what it is projected on.
 

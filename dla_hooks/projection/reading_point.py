@@ -24,8 +24,8 @@ from dla_hooks.modules.user_hooks import FINAL_HOOK, LOGIT_HOOK, is_hooked
 from dla_hooks.projection.hook_writes import HookWrites
 from dla_hooks.projection.kernels import frozen_scales, project, project_squares
 from dla_hooks.projection.ledger import FixedRows
-from dla_hooks.projection.one_column import AtOnce, OneColumn
 from dla_hooks.projection.logit_hooks import LogitHooks, hooks_logits
+from dla_hooks.projection.one_column import AtOnce, OneColumn, both
 from dla_hooks.projection.output_hooks import OutputHooks, Outputs
 from dla_hooks.projection.readout import Readout
 from dla_hooks.projection.tiles import View
@@ -112,16 +112,25 @@ class PointRecorder:
         point: where the stream is read.
         readouts: the readings; the first is the one that is attributed.
         entries: what is read.
+        by_itself: whether the stream is shown at its own place. Otherwise it is read, where it is
+            the norm's input, when the norm has run.
     """
 
-    def __init__(self, point: ReadingPoint, readouts: Sequence[Readout], entries: Entries) -> None:
+    def __init__(
+        self,
+        point: ReadingPoint,
+        readouts: Sequence[Readout],
+        entries: Entries,
+        by_itself: bool = True,
+    ) -> None:
         self._point, self._readouts, self._entries = point, readouts, entries
+        place = point.norm_place
+        self._with_norm = not by_itself and place is not None and point.stream == place.entered
         # The scale comes first: it is read where the norm is, and all else is divided by it there.
         # The size comes last.
         self._rows = FixedRows(1 + len(readouts) + point.rounds, len(entries), point.dtype)
         self._misfits: list[Tensor] = []
         self._behind: HookWrites | None = None
-        place = point.norm_place
         if place is not None and is_hooked(place):
             read = [(place, one.behind()) for one in readouts if one.behind is not None]
             self._behind = HookWrites(read, len(entries), point.dtype)
@@ -143,7 +152,9 @@ class PointRecorder:
         place, norm = self._point.norm_place, self._point.norm
 
         def see_stream(call: Call) -> None:
-            x = call.activation
+            see(call.activation)
+
+        def see(x: Tensor) -> None:
             for number, readout in enumerate(self._readouts, start=1):
                 project(x, view, readout.directions, self._rows.row(number, x.device))
             if self._point.rounds:
@@ -153,13 +164,16 @@ class PointRecorder:
         at_once: AtOnce | None = None
         norm_at_once: AtOnce | None = None
         one, directions = OneColumn.of(view), self._readouts[0].directions
-        stream = self._point.stream
-        if one is not None:
-            if len(self._readouts) == 1 and not self._point.rounds:
-                at_once = one.project(directions, self._rows, 1, entered=stream.before)
-            if norm is not None:
-                norm_at_once = one.scale(norm, directions, self._rows, self._misfits)
-        taps = [Tap(stream, see_stream, at_once=at_once)]
+        stream, taps = self._point.stream, list[Tap]()
+        if one is not None and len(self._readouts) == 1 and not self._point.rounds:
+            entered = stream.before or self._with_norm
+            at_once = one.project(directions, self._rows, 1, entered=entered)
+        if one is not None and norm is not None:
+            norm_at_once = one.scale(norm, directions, self._rows, self._misfits)
+        if self._with_norm:
+            norm_at_once = both(norm_at_once, at_once)
+        else:
+            taps.append(Tap(stream, see_stream, at_once=at_once))
         if self._logits is not None:
             taps += self._logits.taps(view)
         if self._behind is not None:
@@ -171,6 +185,8 @@ class PointRecorder:
 
         def see_norm(call: Call) -> None:
             x, y = call.entered, call.left
+            if self._with_norm:
+                see(x)
             self._misfits += frozen_scales(norm, x, y, view, self._rows.row(0, x.device))
 
         def see_scale(scale: Tensor) -> None:

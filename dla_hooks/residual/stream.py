@@ -253,6 +253,11 @@ class Stream:
         return self.start if block.input == self.whole.blocks[0].input else block.input
 
     @cached_property
+    def n_tokens(self) -> int:
+        """The number of tokens that can be embedded."""
+        return self.backend.n_tokens()
+
+    @cached_property
     def writes(self) -> tuple[WriteSite, ...]:
         """All writes, in the order in which they are added."""
         return tuple(write for block in self.blocks for write in block.writes)

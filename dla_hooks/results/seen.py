@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
+from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor
@@ -46,6 +48,21 @@ class Seen:
         numbers = torch.full(shape, math.nan, dtype=torch.float32, device="cpu")
         none = torch.full(shape, -1, device="cpu")
         return cls(numbers, none, none.expand(top, *shape), numbers.expand(top, *shape))
+
+    @classmethod
+    def when_read(cls, look: Callable[[], Seen]) -> Seen:
+        """What ``look`` returns, worked out when any of it is first read.
+
+        Until then the function holds what it looks at. So only a few wait at a time: the oldest is
+        worked out when one more comes.
+        """
+        found = _Waiting(look)
+        _waiting.append(ref(found))
+        if len(_waiting) > _MOST_WAITING:
+            oldest = _waiting.popleft()()
+            if isinstance(oldest, _Waiting):
+                oldest.work_out()
+        return found
 
     @classmethod
     def joined(cls, pieces: Sequence[Seen]) -> Seen:
@@ -92,3 +109,32 @@ class Seen:
             [(self.names.get(str(i), str(i)), p) for i, p in zip(*pair, strict=True) if i >= 0]
             for pair in zip(ids, shares, strict=True)
         ]
+
+
+class _Waiting(Seen):
+    """What has not been worked out yet; then it is a :class:`Seen` like any other."""
+
+    def __init__(self, look: Callable[[], Seen]) -> None:
+        vars(self)["_look"] = look
+
+    def __getattr__(self, name: str) -> Any:  # of what is not there
+        if name.startswith("__") or "_look" not in vars(self):
+            raise AttributeError(name)
+        self.work_out()
+        return getattr(self, name)
+
+    def __reduce__(self) -> Any:
+        self.work_out()
+        return self.__reduce_ex__(2)
+
+    def work_out(self) -> None:
+        """Look, and become what was seen."""
+        look = vars(self).get("_look")
+        if look is not None:  # no other thread has been here
+            vars(self).update(vars(look()))
+            vars(self).pop("_look", None)
+        object.__setattr__(self, "__class__", Seen)
+
+
+_MOST_WAITING = 16
+_waiting: deque[ReferenceType[Seen]] = deque()

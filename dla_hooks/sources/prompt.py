@@ -57,7 +57,7 @@ def prompt_for(
         input,
         tokenizer=tokenizer,
         attention_mask=attention_mask,
-        vocabulary=backend.n_tokens(),
+        vocabulary=stream.n_tokens,
         encode=lambda text: backend.encode(text, tokenizer, prepend_bos),
     )
     runnable(stream, prompt)

@@ -29,10 +29,19 @@ class HeadLayer:
         write: what the layer's attention writes.
         constant_I: what to take off every z [head * d_head], or None.
         rows: its heads' rows among the unit's.
+        exact: whether what it writes is the sum of its heads and biases to the last digits.
+
+    Attributes:
+        is_whole: whether it is, with no norm behind them.
     """
 
     def __init__(
-        self, parts: PartsPlan, write: WriteSite, constant_I: Tensor | None, rows: slice
+        self,
+        parts: PartsPlan,
+        write: WriteSite,
+        constant_I: Tensor | None,
+        rows: slice,
+        exact: bool = False,
     ) -> None:
         assert write.heads is not None
         self._stream = stream = parts.stream
@@ -42,11 +51,11 @@ class HeadLayer:
         self.module = Place(write.module, write.name, write.use)
         self._wrapped = is_wrapper(write.module, stream.backend.root)
         self.constant_I = constant_I
-        self.is_whole = False
         self.in_stream = self.at_output = parts.directions(write.label)
         self.post_norm: norms.Norm | None = None
         self.beta_M: Tensor | None = None
         place = self.site.post_norm_place
+        self.is_whole = exact and place is None
         if place is not None:
             self.post_norm = norm = norm_at(stream, place)
             self.beta_M = norm.beta if bool(norm.beta.any()) else None

@@ -59,11 +59,10 @@ class HeadsPlan(UnitPlan):
                 first = len(self.rows)
                 self.rows += rows_of(write, sub)
                 place = slice(first, len(self.rows))
-                layer = HeadLayer(parts, write, constants.get(write.label), place)
                 # Elsewhere a write is more, or another number, than what its heads sum to.
                 exact = not (block.optional or write.by_row or is_coarse(stream.product_dtype))
-                layer.is_whole = exact and layer.post_norm is None
-                self.layers.append(layer)
+                constant_I = constants.get(write.label)
+                self.layers.append(HeadLayer(parts, write, constant_I, place, exact))
         if not self.layers:
             raise UnsupportedModelError(
                 f"{type(stream.backend.root).__name__}{stream.extent} has no attention heads with "
@@ -96,7 +95,9 @@ class HeadsRecorder(Recorder):
         # Besides the heads, for each layer: what was taken off them, and the post-norm's scale.
         self._aside = FixedRows(2 * n_layers, len(view), plan.dtype)
         self._tells = False
-        self._gathered: tuple[Tensor, Tensor, Tensor] | None = None
+        self._values_CN: Tensor | None = None
+        self._beside: tuple[Tensor, ...] | None = None
+        self._takes_off = any(layer.constant_I is not None for layer in plan.layers)
         self._misfits: dict[str, list[Tensor]] = {}
         # What the caller's hooks write between z and the stream, by the number of the layer.
         self._hooks: dict[int, HookWrites] = {}
@@ -127,38 +128,46 @@ class HeadsRecorder(Recorder):
         return self._aside.row(len(self._plan.layers) + number, device)
 
     def again(self) -> bool:
-        self._gathered, self._tells = None, False
+        self._values_CN = self._beside = None
+        self._tells = False
         self._misfits.clear()
         return not self._hooks and self._values.again() and self._aside.again()
 
     def wrote(self, device: torch.device, entries: Entries) -> Tensor:
         self._tells = True
-        values_CN, beside_LN, _ = self._gather(device, entries)
-        wrote_LN = self._sums(values_CN[:-1]) + beside_LN
+        wrote_LN = self._sums(self._gather(device)[:-1])
+        if self._takes_off:
+            wrote_LN += self._gather_beside(device)[0]
+        biases_LK, _ = self._plan.constants
+        if biases_LK is not None:
+            wrote_LN += entries.of_target(biases_LK.to(device))
         return wrote_LN if len(self._whole) == len(wrote_LN) else wrote_LN[self._whole]
 
-    def _gather(self, device: torch.device, entries: Entries) -> tuple[Tensor, Tensor, Tensor]:
-        """All rows, what each layer wrote besides its heads, and the scales of post-norms."""
-        if self._gathered is None:
-            values_CN = self._values.gathered(device)
-            beside_LN, scale_LN = self._aside.gathered(device).chunk(2)
-            biases_LK, _ = self._plan.constants
-            if biases_LK is not None:
-                beside_LN += entries.of_target(biases_LK.to(device))
-            self._gathered = values_CN, beside_LN, scale_LN
-        return self._gathered
+    def _gather(self, device: torch.device) -> Tensor:
+        """All rows, on one device."""
+        if self._values_CN is None:
+            self._values_CN = self._values.gathered(device)
+        return self._values_CN
+
+    def _gather_beside(self, device: torch.device) -> tuple[Tensor, ...]:
+        """What was taken off the heads of each layer, and the scale of its post-norm."""
+        if self._beside is None:
+            self._beside = self._aside.gathered(device).chunk(2)
+        return self._beside
 
     def finish(self, parts: Parts) -> Split:
         reading, layers = parts.reading, self._plan.layers
         device, of_target = reading.scale_N.device, parts.entries.of_target
-        values_CN, beside_LN, scale_LN = self._gather(device, parts.entries)
-        values_CN = values_CN / reading.scale_N  # a copy: a result is its caller's to write to
+        values_CN = self._gather(device) / reading.scale_N  # a copy: results are their caller's
         heads_CN, rest_N = values_CN[:-1], values_CN[-1]
-        self.post_scales_LN = scale_LN
         if self._tells and len(self._whole) == len(layers):  # the sum of all parts holds them
             torch.sub(reading.whole_N, heads_CN.sum(0), out=rest_N)
             return Split(self._plan.rows, values_CN)
-        _, betas_LK = self._plan.constants
+        beside_LN, scale_LN = self._gather_beside(device)
+        self.post_scales_LN = scale_LN
+        biases_LK, betas_LK = self._plan.constants
+        if biases_LK is not None:
+            beside_LN += of_target(biases_LK.to(device))
         for number, layer in enumerate(layers):
             if layer.post_norm is not None:
                 values_CN[layer.rows] /= scale_LN[number]
@@ -174,9 +183,7 @@ class HeadsRecorder(Recorder):
         claims = self._claims(heads_CN, beside_LN, parts)
         return Split(*self._with_hooks(values_CN, hooks), claims, seen)
 
-    def _taps(
-        self, number: int, layer: HeadLayer, view: View, one: OneColumn | None
-    ) -> list[Tap]:
+    def _taps(self, number: int, layer: HeadLayer, view: View, one: OneColumn | None) -> list[Tap]:
         norm, place = layer.post_norm, layer.site.post_norm_place
         scale_row = len(self._plan.layers) + number
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 from torch import Tensor
@@ -22,6 +22,7 @@ from dla_hooks.projection.kernels import project
 from dla_hooks.projection.ledger import FixedRows
 from dla_hooks.projection.reading_point import PointRecorder, Reading
 from dla_hooks.projection.tiles import View
+from dla_hooks.residual.hooked import changed_behind
 from dla_hooks.residual.stream import Stream
 from dla_hooks.targets.base import Target, Witness
 from dla_hooks.units.base import RankedSplit, Recorder, Split, Unit, UnitPlan
@@ -137,7 +138,7 @@ class Recording:
         self._plan, self.entries = plan, entries
         self.view = view = View.whole(entries)
         target = plan.target
-        self._point = PointRecorder(target.point, target.readouts, entries)
+        self._point = PointRecorder(target.point, target.readouts, entries, by_itself)
         self._units = {key: unit.recorder(view) for key, unit in plan.units.items()}
         self._of_view: list[Tap] | None = None
         self._tells: Recorder | None = None
@@ -154,10 +155,17 @@ class Recording:
         """Whether the model's logits are needed at every entry."""
         return self._point.needs_all_logits
 
+    @cached_property
+    def is_changed_behind(self) -> bool:
+        """Whether the caller may change activations behind the last stream, out of sight."""
+        return changed_behind(self._plan.stream)
+
     def again(self) -> bool:
         """Make ready for another run at the same entries; False where it has to be made anew."""
         ledgers = () if self._theirs is None else (self._theirs,)
-        return all(one.again() for one in (self._point, self._parts, *self._units.values(), *ledgers))
+        return all(
+            one.again() for one in (self._point, self._parts, *self._units.values(), *ledgers)
+        )
 
     def taps(self, view: View) -> list[Tap]:
         """Everything to watch while the entries in view are run."""
