@@ -67,20 +67,18 @@ def measure(
         DecompositionError: when something does not add up.
     """
     plan = plan.in_prompt(source, selection)
-    once = plan.parts.by_itself or not source.of_a_run
+    by_itself = not source.of_a_run
     try:
-        return _measure(
-            plan, source, selection, check, by_itself=not source.of_a_run, hooked=hooked
-        )
+        return _measure(plan, source, selection, check, by_itself, hooked)
     except DecompositionError:
         # Hooks may act in the first run only.
-        if once or hooked_modules(plan.stream.backend.hookable()):
+        if by_itself or plan.parts.by_itself or hooked_modules(plan.stream.backend.hookable()):
             raise
-    return _measure(plan, source, selection, check, by_itself=True, hooked=True)
+    return _measure(plan, source, selection, check, True, True)
 
 
 def _measure(
-    plan: Plan, source: Source, selection: Selection, check: bool, *, by_itself: bool, hooked: bool
+    plan: Plan, source: Source, selection: Selection, check: bool, by_itself: bool, hooked: bool
 ) -> tuple[Measurement, Outcome]:
     prompt = source.prompt
     entries = plan.target.align(selection, prompt.shape, source.batched)

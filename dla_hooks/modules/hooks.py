@@ -176,11 +176,11 @@ class _Hook:
         if get_ident() != self.thread or in_aside():
             return
         before, tap, at_once = self._before, self.tap, self._at_once
-        if at_once is not None and tap.fired == self._nth:  # nearly always
-            if at_once(args[0] if args else None, None if before else rest[1]):
-                tap.fired += 1
-                return
-        tap.count(Call(args, rest[0], None if before else rest[1], before))
+        first, output = args[0] if args else None, None if before else rest[1]
+        if at_once is not None and tap.fired == self._nth and at_once(first, output):
+            tap.fired += 1  # nearly always
+            return
+        tap.count(Call(args, rest[0], output, before))
 
 
 def hidden_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
