@@ -26,8 +26,8 @@ from dla_hooks.targets.base import Target
 from dla_hooks.targets.question import Question, require_answer
 from dla_hooks.units import DEFAULT_UNIT, UnitName, read_units
 from dla_hooks.units.base import Unit
+from dla_hooks.units.plan import Kept, make_plan
 from dla_hooks.units.plan import Plan as PlanData
-from dla_hooks.units.plan import make_plan
 from dla_hooks.verification.recognise import located
 
 
@@ -210,7 +210,7 @@ class Plan:
         self._model, self._read, self._question = model, read, question
         self._units, self._single = units, single
         self._conventions, self._check = conventions, check
-        self._asked = False
+        self._asked, self._kept = False, Kept()
         self._last: Plan | None = None
         self._data = self._make()
 
@@ -270,17 +270,17 @@ class Plan:
         if kept is None or kept._read is not self._read or kept._question != question:
             kept = copy.copy(self)
             kept._question, kept._asked, kept._last = question, False, None
-            kept._data = kept._make()
+            kept._data, kept._kept = kept._make(), Kept()
             self._last = kept
         return kept
 
     def _attribute(self, source: Source, asked: Asked, hooked: bool = True) -> Any:
         # Weights may have changed in a way that leaves no trace, since this was measured.
         may_be_stale = self._asked or self._data.stream.remembered
-        self._asked = True
+        self._asked, kept = True, None if hooked else self._kept
         failed: DecompositionError | HookError | None = None
         try:
-            found, outcome = measure(self._data, source, asked.selection, self._check, hooked)
+            found, outcome = measure(self._data, source, asked.selection, self._check, kept)
             hookable = self._read.backend.hookable  # hooks may act in the first run only
             if self._check or seems_current(found, outcome) or hooked_modules(hookable()):
                 may_be_stale = False
@@ -296,7 +296,5 @@ class Plan:
                 refuse_second_run(backend.model, failed)
             source = source.on(self._read.stream)
             found, outcome = measure(self._data, source, asked.selection, self._check)
-        made = results(found, outcome, source, self._read.tokenizer, asked.seen)
-        if not hooked:
-            found.plan.keep(found.recording)
+        made = results(found, outcome, source, self._read.tokenizer, asked.seen, kept)
         return next(iter(made.values())) if self._single else made

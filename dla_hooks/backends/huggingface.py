@@ -261,9 +261,7 @@ class HuggingFaceBackend(Backend):
         if self.reads_two:
             ids, arguments = None, of_decoder(self.root, ids, arguments, prompt, device)
         if "logits_to_keep" in accepted and self._labels is None:
-            if len(wanted) == 1 and int(wanted) == len(chunk) - 1:
-                arguments["logits_to_keep"] = 1  # a slice costs less than to gather does
-            elif self._keeps_columns:
+            if self._keeps_columns:
                 arguments["logits_to_keep"] = wanted.to(device)
             else:
                 arguments["logits_to_keep"] = len(chunk) - int(wanted.min())

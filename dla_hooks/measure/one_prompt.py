@@ -27,7 +27,7 @@ from dla_hooks.results.result import DirectLogitAttribution
 from dla_hooks.results.seen import Seen
 from dla_hooks.sources.base import Source
 from dla_hooks.units.base import RankedSplit
-from dla_hooks.units.plan import Measurement, Plan, Recording
+from dla_hooks.units.plan import Kept, Measurement, Plan, Recording
 
 _MOST_COLUMNS = 4
 _MOST_LOGITS = 2**22  # of the model's own, kept for the check: 16 MiB in float32
@@ -48,7 +48,7 @@ def columns_to_check(entries: Entries, prompt: Prompt, vocabulary: int) -> Tenso
 
 
 def measure(
-    plan: Plan, source: Source, selection: Selection, check: bool, hooked: bool = True
+    plan: Plan, source: Source, selection: Selection, check: bool, kept: Kept | None = None
 ) -> tuple[Measurement, Outcome]:
     """Let a source show its activations to a plan's taps, and check what they wrote.
 
@@ -60,8 +60,8 @@ def measure(
         source: shows the activations.
         selection: the selected positions.
         check: whether to check it.
-        hooked: whether there may be hooks on the model. Otherwise what the plan made for the prompt
-            before may serve again.
+        kept: where nobody has hooks on the model: what was kept of the prompt before, which may
+            serve again.
 
     Raises:
         DecompositionError: when something does not add up.
@@ -69,16 +69,21 @@ def measure(
     plan = plan.in_prompt(source, selection)
     by_itself = not source.of_a_run
     try:
-        return _measure(plan, source, selection, check, by_itself, hooked)
+        return _measure(plan, source, selection, check, by_itself, kept)
     except DecompositionError:
         # Hooks may act in the first run only.
         if by_itself or plan.parts.by_itself or hooked_modules(plan.stream.backend.hookable()):
             raise
-    return _measure(plan, source, selection, check, True, True)
+    return _measure(plan, source, selection, check, True, None)
 
 
 def _measure(
-    plan: Plan, source: Source, selection: Selection, check: bool, by_itself: bool, hooked: bool
+    plan: Plan,
+    source: Source,
+    selection: Selection,
+    check: bool,
+    by_itself: bool,
+    kept: Kept | None,
 ) -> tuple[Measurement, Outcome]:
     prompt = source.prompt
     entries = plan.target.align(selection, prompt.shape, source.batched)
@@ -89,10 +94,10 @@ def _measure(
             f"{entries.shape[0]} answers do not fit the one prompt of a cache without its batch "
             "axis; give one token, or keep the axis"
         )
-    if hooked or by_itself or autocast_is_on():
+    if kept is None or by_itself or autocast_is_on():
         recording = Recording(plan, entries, source.missing, by_itself)
     else:
-        recording = plan.kept_recording(entries)
+        recording = kept.take(plan, entries)
     columns = None
     reads_logits = plan.target.reads_logits
     if reads_logits:
@@ -122,6 +127,7 @@ def results(
     source: Source,
     tokenizer: Any,
     seen: Seen | None = None,
+    kept: Kept | None = None,
 ) -> dict[str, DirectLogitAttribution | RankedAttribution]:
     """A result for each unit.
 
@@ -131,6 +137,7 @@ def results(
         source: of the prompt.
         tokenizer: names the tokens, or None.
         seen: what the model's logits say at all entries; None leaves it to those of the check.
+        kept: where the recording is kept, of which nothing is read any more; None drops it.
     """
     plan, entries, reading = measurement.plan, measurement.entries, measurement.reading
     named_with = plan.stream.backend.answer_tokenizer(tokenizer)
@@ -182,6 +189,8 @@ def results(
                 **common,
             )
         found[key].located_by(Locator(plan.stream.model, unit.dictionary_places()))
+    if kept is not None:
+        kept.put(measurement.recording)
     return found
 
 

@@ -136,7 +136,6 @@ class Tap:
     optional: bool = False
     at_once: Callable[[Any, Any], bool] | None = None
     fired: int = field(default=0, init=False)
-    _hook: _Hook | None = field(default=None, init=False, repr=False, compare=False)
 
     def count(self, call: Call) -> None:
         """Count one run of the module, and read it if it is the wanted one."""
@@ -150,9 +149,7 @@ class Tap:
 
     def put_on(self, thread: int) -> Any:
         """Watch the place, in one thread, until ``remove()`` is called on what this returns."""
-        place, hook = self.place, self._hook
-        if hook is None or hook.tap is not self or hook.thread != thread:
-            hook = self._hook = _Hook(self, thread)
+        place, hook = self.place, _Hook(self, thread)
         if place.before:
             put_on: Any = place.module.register_forward_pre_hook
         else:
@@ -163,19 +160,19 @@ class Tap:
 class _Hook:
     """A tap on its module, for the runs of one thread."""
 
-    __slots__ = ("_at_once", "_before", "_nth", "tap", "thread")
+    __slots__ = ("_at_once", "_before", "_nth", "_tap", "_thread")
     _dla_hooks = True
 
     def __init__(self, tap: Tap, thread: int) -> None:
-        self.tap, self._before, self.thread = tap, tap.place.before, thread
+        self._tap, self._before, self._thread = tap, tap.place.before, thread
         self._at_once, self._nth = tap.at_once, tap.place.use.nth
 
     # `rest` is (kwargs,) or (kwargs, output). While one thread removes its tap, another may call it
     # without the kwargs. So check the thread before unpacking anything.
     def __call__(self, module: nn.Module, args: tuple[Any, ...], *rest: Any) -> None:
-        if get_ident() != self.thread or in_aside():
+        if get_ident() != self._thread or in_aside():
             return
-        before, tap, at_once = self._before, self.tap, self._at_once
+        before, tap, at_once = self._before, self._tap, self._at_once
         first, output = args[0] if args else None, None if before else rest[1]
         if at_once is not None and tap.fired == self._nth and at_once(first, output):
             tap.fired += 1  # nearly always
@@ -270,7 +267,7 @@ def is_ours(hook: Any) -> bool:
 def others_in(table: Any) -> bool:
     """True for a table of hooks with any that is not ours."""
     # A list: another thread may put a hook of ours on meanwhile.
-    return bool(table) and not all(is_ours(hook) for hook in list(table.values()))
+    return not all(is_ours(hook) for hook in list(table.values()))
 
 
 def mark(*hooks: Any) -> None:

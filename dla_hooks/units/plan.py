@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -47,21 +47,6 @@ class Plan:
     parts: PartsPlan
     units: Mapping[str, UnitPlan]
     conventions: Conventions
-    _kept: deque[Recording] = field(default_factory=partial(deque, maxlen=1), compare=False)
-
-    def kept_recording(self, entries: Entries) -> Recording:
-        """A recording for a run without anyone's hooks: that of the call before, if it fits."""
-        try:
-            kept = self._kept.pop()  # no other thread has it then
-        except IndexError:
-            return Recording(self, entries, _has_all)
-        fits = kept.entries is entries and kept.again()
-        return kept if fits else Recording(self, entries, _has_all)
-
-    def keep(self, recording: Recording) -> None:
-        """Keep a recording that is finished, and of which nothing is read any more."""
-        if recording.entries.few:
-            self._kept.append(recording)
 
     def in_prompt(self, source: Any, selection: Selection) -> Plan:
         """The plan for one prompt: the direction of some targets depends on it.
@@ -128,6 +113,7 @@ class Recording:
         by_itself: whether each part is measured by itself, though no unit reads it.
 
     Attributes:
+        plan: what is measured.
         entries: where.
         view: all entries, for the source to show.
     """
@@ -135,7 +121,7 @@ class Recording:
     def __init__(
         self, plan: Plan, entries: Entries, missing: Missing, by_itself: bool = False
     ) -> None:
-        self._plan, self.entries = plan, entries
+        self.plan, self.entries = plan, entries
         self.view = view = View.whole(entries)
         target = plan.target
         self._point = PointRecorder(target.point, target.readouts, entries, by_itself)
@@ -158,14 +144,14 @@ class Recording:
     @cached_property
     def is_changed_behind(self) -> bool:
         """Whether the caller may change activations behind the last stream, out of sight."""
-        return changed_behind(self._plan.stream)
+        return changed_behind(self.plan.stream)
 
     def again(self) -> bool:
         """Make ready for another run at the same entries; False where it has to be made anew."""
-        ledgers = () if self._theirs is None else (self._theirs,)
-        return all(
-            one.again() for one in (self._point, self._parts, *self._units.values(), *ledgers)
-        )
+        if self._theirs is not None and not self._theirs.again():
+            return False
+        units = all(recorder.again() for recorder in self._units.values())
+        return units and self._point.again() and self._parts.again()
 
     def taps(self, view: View) -> list[Tap]:
         """Everything to watch while the entries in view are run."""
@@ -179,7 +165,7 @@ class Recording:
         taps = [*self._parts.taps(view), *self._point.taps(view)]
         for recorder in self._units.values():
             taps += recorder.taps(view)
-        witness, theirs = self._plan.target.witness, self._theirs
+        witness, theirs = self.plan.target.witness, self._theirs
         if witness is None or theirs is None:
             return taps
         return [*taps, _tap(witness, theirs, view)]
@@ -197,10 +183,31 @@ class Recording:
         parts = self._parts.finish(reading, told_LN)
         splits = {key: recorder.finish(parts) for key, recorder in self._units.items()}
         theirs = self._theirs
-        theirs_N = self._plan.target.known_N
+        theirs_N = self.plan.target.known_N
         if theirs is not None:
             theirs_N = theirs.gathered(reading.scale_N.device)[0]
-        return Measurement(self._plan, self.entries, reading, parts, splits, theirs_N, self)
+        return Measurement(self.plan, self.entries, reading, parts, splits, theirs_N, self)
+
+
+class Kept:
+    """A recording that is finished, for the next call of the same plan at the same entries."""
+
+    def __init__(self) -> None:
+        self._recordings: deque[Recording] = deque(maxlen=1)
+
+    def take(self, plan: Plan, entries: Entries) -> Recording:
+        """A recording for a run without anyone's hooks: the one that is kept, if it fits."""
+        try:
+            kept = self._recordings.pop()  # no other thread has it then
+        except IndexError:
+            return Recording(plan, entries, _has_all)
+        fits = kept.plan is plan and kept.entries is entries and kept.again()
+        return kept if fits else Recording(plan, entries, _has_all)
+
+    def put(self, recording: Recording) -> None:
+        """Keep a recording of which nothing is read any more."""
+        if recording.entries.few:
+            self._recordings.append(recording)
 
 
 def _has_all(place: Place) -> None:
