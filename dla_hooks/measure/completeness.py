@@ -3,7 +3,7 @@
 Three things must hold, each measured apart from the others:
 
 1. at every entry the parts sum to the last stream's projection;
-2. what each unit claims of its own rows (heads make up what attention wrote);
+2. what each unit claims of its own rows (neurons make up what their MLP wrote);
 3. at a few columns, projection and bias give the model's own logits.
 
 :mod:`dla_hooks.tolerance` says by how much they may differ, relative to the spread of the model's

@@ -42,7 +42,9 @@ def assert_same(found, expected):
 
 def tensors_of(result):
     """Every tensor in a result and in what it has seen, by its name."""
-    kept = {**vars(result), **vars(result.seen)}
+    seen = result.seen
+    assert seen.rank is not None  # read, and there from then on
+    kept = {**vars(result), **vars(seen)}
     return {name: value for name, value in kept.items() if isinstance(value, torch.Tensor)}
 
 

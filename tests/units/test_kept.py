@@ -1,0 +1,255 @@
+"""What a plan keeps for its next call, what hooks read at once, and what waits until it is read."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+import torch
+from units import UNIT_NAMES
+from zoo import build, example_ids
+
+import dla_hooks
+from dla_hooks import DecompositionError, direct_logit_attribution, prepare
+from dla_hooks.projection.one_column import OneColumn
+from dla_hooks.results.seen import Seen
+
+SPECS = ["gpt2", "llama", "gemma2", "gpt_neox-parallel", "olmo2-bias-tied"]
+
+
+def blocks_of(model):
+    return next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
+
+
+def attention_of(block):
+    return next(getattr(block, n) for n in ("attn", "self_attn", "attention") if hasattr(block, n))
+
+
+@contextmanager
+def hooked(module, change):
+    """A hook that changes the hidden states that leave a module."""
+
+    def hook(_, __, out):
+        return (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)
+
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def tensors_of(result):
+    """Every number of a result, copied."""
+    seen = result.seen
+    found = [result.attribution, result.bias, result.logit, seen.rank, seen.log_probability]
+    return [one.clone() for one in (*found, seen.top_ids, seen.top_probability)]
+
+
+def assert_same(found, expected, exactly=True):
+    assert found.labels == expected.labels
+    for own, theirs in zip(tensors_of(found), tensors_of(expected), strict=True):
+        bounds = {"rtol": 0, "atol": 0} if exactly else {}
+        torch.testing.assert_close(own, theirs, equal_nan=True, **bounds)
+
+
+class TestNextCall:
+    @pytest.mark.parametrize("unit", ["head", "component", "layer"])
+    @pytest.mark.parametrize("spec", SPECS)
+    def test_a_plan_gives_what_a_call_gives_whatever_it_was_asked_before(self, spec, unit):
+        model, ids = build(spec), example_ids(spec)
+        plan, block = prepare(model, 5, 7, unit=unit), blocks_of(model)[0]
+
+        def check(*args, **more):
+            assert_same(
+                plan(*args, **more), direct_logit_attribution(model, *args, 5, 7, unit=unit, **more)
+            )
+
+        check(ids[:1])
+        check(ids[1:])
+        with hooked(block, lambda out: 1.5 * out):
+            check(ids[1:])
+        check(ids[1:])
+        check(ids)
+        check(ids[:1], pos=[1, -1])
+        check(ids.flip(0))
+        with hooked(attention_of(block), lambda out: -out):
+            check(ids)
+        check(ids, pos=None)
+        check(ids[:, 1:])
+        with torch.no_grad():
+            attention_of(block).register_buffer("unused", torch.zeros(1))
+            next(attention_of(block).parameters()).mul_(1.1)
+        check(ids[:, 1:])
+
+    @pytest.mark.parametrize("unit", ["head", "component"])
+    @pytest.mark.parametrize("spec", SPECS)
+    def test_results_stay_as_they_are(self, spec, unit):
+        model, ids = build(spec), example_ids(spec)
+        plan = prepare(model, 5, unit=unit)
+        results = [plan(prompt[None]) for prompt in ids]
+        due = [tensors_of(one) for one in results]
+        for prompt in ids.flip(0):
+            for number in plan(prompt[None]).attribution:
+                number.fill_(77)
+        for one, numbers in zip(results, due, strict=True):
+            for own, theirs in zip(tensors_of(one), numbers, strict=True):
+                assert torch.equal(own, theirs)
+
+    def test_threads_share_a_plan(self):
+        model, ids = build("gpt2"), example_ids("gpt2", batch=4)
+        plan = prepare(model, 5, unit="head")
+        due = [direct_logit_attribution(model, row[None], 5, unit="head") for row in ids]
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda n: plan(ids[n % 4][None]), range(40)))
+        for n, one in enumerate(found):
+            assert_same(one, due[n % 4])
+
+    def test_a_run_that_fails_leaves_nothing_behind(self, monkeypatch):
+        model, ids = build("gpt2"), example_ids("gpt2")[:1]
+        plan, later = prepare(model, 5, unit="head"), blocks_of(model)[-1].mlp
+        due = plan(ids)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(later), "forward", lambda self, x: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                plan(ids)
+        assert_same(plan(ids), due)
+
+    def test_a_plan_and_its_model_go_when_nobody_has_them(self):
+        model, ids = build("gpt2"), example_ids("gpt2")[:1]
+        plan = prepare(model, 5, unit="head")
+        result = plan(ids)
+        plan(ids)
+        gone = weakref.ref(model)
+        gc.collect()
+        gc.disable()  # in no circle, then
+        try:
+            del plan, model
+            assert gone() is None
+        finally:
+            gc.enable()
+        assert int(result.rank) > 0
+
+
+class TestToldByHeads:
+    @pytest.mark.parametrize("spec", ["gpt2", "llama"])
+    def test_untouched_attention_has_no_hook_of_ours(self, spec):
+        model, ids = build(spec), example_ids(spec)
+        attention, norm, found = attention_of(blocks_of(model)[0]), blocks_of(model)[1], []
+        forward = norm.forward
+
+        def counting(*args, **kwargs):
+            found.append(len(attention._forward_hooks))
+            return forward(*args, **kwargs)
+
+        direct_logit_attribution(model, ids, 5, unit="head")
+        norm.forward = counting
+        for unit, due in (("head", 0), ("component", 1), (("head", "component"), 1)):
+            direct_logit_attribution(model, ids, 5, unit=unit)
+            assert found.pop() == due
+
+    @pytest.mark.parametrize("spec", ["gpt2", "llama", "gpt_neox-parallel"])
+    def test_attention_that_writes_something_else_is_refused_by_name(self, spec, monkeypatch):
+        model, ids = build(spec), example_ids(spec)
+        kind = type(attention_of(blocks_of(model)[0]))
+        forward = kind.forward
+
+        def halved(self, *args, **kwargs):
+            out, *rest = forward(self, *args, **kwargs)
+            return (out / 2, *rest)
+
+        plan = prepare(model, 5, unit="head")
+        monkeypatch.setattr(kind, "forward", halved)
+        for call in (plan, lambda ids: direct_logit_attribution(model, ids, 5, unit="head")):
+            with pytest.raises(DecompositionError, match="the heads in"):
+                call(ids)
+
+    @pytest.mark.parametrize("spec", SPECS)
+    def test_two_ways_to_split_heads_hold_in_one_run(self, spec):
+        model, ids = build(spec), example_ids(spec)
+        units = {fold: dla_hooks.Heads(fold_value_biases=fold) for fold in (True, False)}
+        found = direct_logit_attribution(model, ids, 5, unit={str(k): v for k, v in units.items()})
+        for fold, unit in units.items():
+            alone = direct_logit_attribution(model, ids, 5, unit=unit)
+            assert_same(found[str(fold)], alone, exactly=False)
+
+
+class TestAtOnce:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+    @pytest.mark.parametrize("spec", [*SPECS, "gpt_neo", "gptj", "bloom", "mixtral"])
+    def test_numbers_are_those_of_the_kernels(self, spec, dtype, monkeypatch):
+        model, ids = build(spec, dtype=dtype), example_ids(spec)
+        units = [
+            unit for unit in ("component", "layer", "head") if (spec, unit) != ("mamba", "head")
+        ]
+        found = [direct_logit_attribution(model, ids, 5, 7, unit=unit) for unit in units]
+        monkeypatch.setattr(OneColumn, "of", lambda view: None)
+        for one in found:
+            other = direct_logit_attribution(model, ids, 5, 7, unit=one.unit)
+            assert_same(one, other, exactly=False)
+
+    def test_activations_of_another_kind_are_read_all_the_same(self):
+        class Marked(torch.Tensor):
+            pass
+
+        model, ids = build("gpt2", dtype=torch.float32), example_ids("gpt2")
+        due = direct_logit_attribution(model, ids, 5, unit="head")
+        for block in blocks_of(model):
+            forward = block.mlp.forward
+            block.mlp.forward = lambda x, forward=forward: forward(x).as_subclass(Marked)
+        assert_same(direct_logit_attribution(model, ids, 5, unit="head"), due, exactly=False)
+
+
+class TestWaiting:
+    @pytest.mark.parametrize("unit", UNIT_NAMES)
+    def test_what_is_read_late_is_what_the_model_said(self, unit):
+        model, ids = build("llama"), example_ids("llama")
+        kept = []
+        handle = model.register_forward_hook(lambda _, __, out: kept.append(out.logits))
+        result = direct_logit_attribution(model, ids, 5, unit=unit)
+        handle.remove()
+        logits = kept[-1][:, -1].clone()
+        for one in kept:
+            one.zero_()  # the model's output is its caller's
+        assert type(result.seen) is not Seen
+        above = (logits > logits[:, 5:6]).sum(-1) + 1
+        assert torch.equal(result.rank, above)
+        assert type(result.seen) is Seen
+        torch.testing.assert_close(result.log_probability, logits.log_softmax(-1)[:, 5])
+        assert torch.equal(result.seen.top_ids.T, logits.topk(5).indices)
+
+    @pytest.mark.parametrize(
+        "how", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))]
+    )
+    def test_copies_say_the_same(self, how):
+        model, ids = build("gpt2"), example_ids("gpt2")
+        due = direct_logit_attribution(model, ids, 5)
+        assert int(due.rank[0]) > 0
+        result = direct_logit_attribution(model, ids, 5)
+        other = how(result)
+        assert other.seen == due.seen
+        assert result.seen == due.seen
+        assert repr(result.seen) == repr(due.seen)
+        assert not hasattr(result.seen, "nothing_of_the_kind")
+
+    def test_few_results_hold_logits(self):
+        model, ids = build("gpt2"), example_ids("gpt2")
+        plan = prepare(model, 5)
+        results = [plan(ids) for _ in range(40)]
+        assert sum(type(one.seen) is not Seen for one in results) == 16
+        for one in results:
+            assert one.seen == results[0].seen
+
+    def test_a_result_that_waits_holds_no_model(self):
+        model, ids = build("gpt2"), example_ids("gpt2")
+        result = direct_logit_attribution(model, ids, 5, unit="head", pos=None)
+        gone = weakref.ref(model)
+        del model
+        gc.collect()
+        assert gone() is None
+        assert result.rank.shape == ids.shape
