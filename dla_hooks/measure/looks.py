@@ -129,7 +129,6 @@ def seen_at(
     return Seen.when_read(lambda: _seen_at(entries, observed, answers_K).named(texts))
 
 
-@torch.no_grad()
 def _seen_at(entries: Entries, observed: Observed, answers_K: Tensor | None) -> Seen:
     n, logits_BSV = len(observed.entries_E), observed.logits_BSV
     answer_E = answers_K

@@ -153,8 +153,8 @@ def _scale_at_zero(norm: Norm, x_NM: Tensor, y_NM: Tensor) -> float:
 def frozen_scale(norm: Norm, x_NM: Tensor, y_NM: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the scale that a norm divided by, from its input and output.
 
-    With ``a = gamma * (x - centre(x))`` the norm's output is ``a / s + beta``; s is the length of
-    a over that of y - beta, in which rounding errors average out over d_model.
+    With ``a = gamma * (x - centre(x))`` the norm's output is ``a / s + beta``; s is the least
+    squares fit ``|a|^2 / (a . (y - beta))``, whose rounding errors average out over d_model.
 
     Args:
         norm: the norm's constants.
@@ -169,14 +169,14 @@ def frozen_scale(norm: Norm, x_NM: Tensor, y_NM: Tensor) -> tuple[Tensor, Tensor
     if not len(x_NM):
         return x_NM.new_zeros(0), x_NM.new_zeros(())
     # Of few kinds of operations: between a model's own, each costs most when it is first used.
-    size = torch.linalg.vector_norm
+    largest_of = torch.linalg.vector_norm
     a = norm.at_scale_one(x_NM)
     y = y_NM - norm.beta.to(y_NM)
-    s = size(a, dim=-1, keepdim=True) / size(y, dim=-1, keepdim=True)
-    s.nan_to_num_(norm.at_zero, torch.inf)  # of nothing over nothing; what is NaN shows below
-    unexplained = size(y.addcdiv_(a, s, value=-1), torch.inf, -1)
-    most = size(y_NM, torch.inf, -1).add_(torch.finfo(y_NM.dtype).tiny)
-    return s[:, 0], size(unexplained / most, torch.inf)
+    square = (a * a).sum(-1, keepdim=True)
+    s = (square / (a * y).sum(-1, keepdim=True)).masked_fill_(square == 0, norm.at_zero)
+    unexplained = largest_of(y.addcdiv_(a, s, value=-1), torch.inf, -1)
+    most = largest_of(y_NM, torch.inf, -1).add_(torch.finfo(y_NM.dtype).tiny)
+    return s[:, 0], largest_of(unexplained / most, torch.inf)
 
 
 def largest(misfits: list[Tensor]) -> float:

@@ -34,6 +34,16 @@ def own_arguments(model: nn.Module) -> Arguments:
     return inspect.signature(model.forward).parameters if method is None else _of_method(method)
 
 
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a module runs what its class was written with; nobody has put a ``forward`` there."""
+    if "forward" in vars(module):
+        return False
+    home, kind = getattr(module.forward, "__module__", None), type(module)
+    return home == kind.__module__ or any(
+        home == base.__module__ for base in kind.__mro__ if "forward" in vars(base)
+    )
+
+
 @lru_cache(maxsize=256)
 def _of_method(method: Any) -> Arguments:
     """A method's arguments without `self`. Reading them takes longer than many a tap."""

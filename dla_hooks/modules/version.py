@@ -92,6 +92,7 @@ def state_of(model: nn.Module, *others: nn.Module) -> State:
             kept, kind = module.__dict__, module.__class__
             if kind not in adapted:  # a model has many modules, and few classes of them
                 adapted[kind] = hasattr(kind, "_disable_adapters")
+                seen.append(id(kind.forward))
                 compiled = compiled or class_has_compiled(kind)
             if module._modules:  # with a module that is there twice, twice
                 seen += map(id, module._modules.values())
@@ -147,7 +148,7 @@ def _stamps(tensors: Iterable[Tensor | None]) -> list[int]:
             continue
         try:
             at = tensor.data_ptr()
-            if at:  # what is empty or on the meta device lies nowhere
+            if at or not tensor.is_meta:  # quantised weights lie elsewhere, those on meta nowhere
                 found += at, tensor._version
         except RuntimeError:  # a sparse weight has no storage; inference keeps no count
             found += id(tensor), 0 if tensor.is_inference() else tensor._version

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self
 from weakref import ReferenceType, ref
@@ -60,8 +62,9 @@ class Seen:
         _waiting.append(ref(found))
         if len(_waiting) > _MOST_WAITING:
             oldest = _waiting.popleft()()
-            if isinstance(oldest, _Waiting):
-                oldest.work_out()
+            if oldest is not None:
+                with suppress(Exception):  # whoever reads it is told
+                    _work_out(oldest)
         return found
 
     @classmethod
@@ -118,23 +121,28 @@ class _Waiting(Seen):
         vars(self)["_look"] = look
 
     def __getattr__(self, name: str) -> Any:  # of what is not there
-        if name.startswith("__") or "_look" not in vars(self):
+        if name.startswith("__"):
             raise AttributeError(name)
-        self.work_out()
-        return getattr(self, name)
+        _work_out(self)
+        return object.__getattribute__(self, name)
 
     def __reduce__(self) -> Any:
-        self.work_out()
-        return self.__reduce_ex__(2)
-
-    def work_out(self) -> None:
-        """Look, and become what was seen."""
-        look = vars(self).get("_look")
-        if look is not None:  # no other thread has been here
-            vars(self).update(vars(look()))
-            vars(self).pop("_look", None)
-        object.__setattr__(self, "__class__", Seen)
+        _work_out(self)
+        return object.__reduce_ex__(self, 2)
 
 
+def _work_out(seen: Seen) -> None:
+    """Look, and let it be what was seen."""
+    with _lock:
+        look = vars(seen).get("_look")
+        if look is None:  # another thread has been here
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            vars(seen).update(vars(look()))
+        object.__setattr__(seen, "__class__", Seen)
+        del vars(seen)["_look"]
+
+
+_lock = threading.RLock()
 _MOST_WAITING = 16
 _waiting: deque[ReferenceType[Seen]] = deque()

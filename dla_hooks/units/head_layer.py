@@ -12,6 +12,7 @@ from dla_hooks.calibration.norm_constants import norm_at
 from dla_hooks.modules import norms
 from dla_hooks.modules.hooks import Place, others_in
 from dla_hooks.modules.linear import bias_of, check_readable, pull_back
+from dla_hooks.modules.signature import has_own_forward
 from dla_hooks.modules.user_hooks import is_hooked, is_wrapper
 from dla_hooks.modules.weights import in_memory
 from dla_hooks.projection.directions import Directions
@@ -86,7 +87,7 @@ class HeadLayer:
         return not self._wrapped and not any(
             others_in(one._forward_hooks)
             or others_in(one._forward_pre_hooks)
-            or "forward" in vars(one)
+            or not has_own_forward(one)
             for one in self._on_the_way
         )
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dla_hooks.backends import Conventions
@@ -206,7 +207,7 @@ class Kept:
 
     def put(self, recording: Recording) -> None:
         """Keep a recording of which nothing is read any more."""
-        if recording.entries.few:
+        if recording.entries.few and not torch.is_inference_mode_enabled():
             self._recordings.append(recording)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import sys
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -112,13 +113,33 @@ class TestNextCall:
 
     def test_a_run_that_fails_leaves_nothing_behind(self, monkeypatch):
         model, ids = build("gpt2"), example_ids("gpt2")[:1]
-        plan, later = prepare(model, 5, unit="head"), blocks_of(model)[-1].mlp
+        plan, addmm, calls = prepare(model, 5, unit="head"), torch.addmm, []
         due = plan(ids)
+
+        def failing(*args, **kwargs):
+            calls.append(1)
+            return addmm(*args, **kwargs) if len(calls) < 9 else 1 / 0
+
         with monkeypatch.context() as patch:
-            patch.setattr(type(later), "forward", lambda self, x: 1 / 0)
+            patch.setattr(torch, "addmm", failing)
             with pytest.raises(ZeroDivisionError):
                 plan(ids)
         assert_same(plan(ids), due)
+
+    @pytest.mark.parametrize("unit", ["head", "component"])
+    def test_modes_of_torch_change_from_call_to_call(self, unit):
+        model, ids = build("gpt2"), example_ids("gpt2")
+        plan = prepare(model, 5, unit=unit)
+        due = plan(ids)
+        with torch.inference_mode():
+            assert_same(plan(ids), due)
+            plan(ids)
+        later = plan(ids)
+        with torch.inference_mode():
+            assert torch.equal(later.rank, due.rank)
+        later.rank.add_(1)
+        with torch.enable_grad():
+            assert_same(plan(ids), due)
 
     def test_a_plan_and_its_model_go_when_nobody_has_them(self):
         model, ids = build("gpt2"), example_ids("gpt2")[:1]
@@ -168,6 +189,59 @@ class TestToldByHeads:
         for call in (plan, lambda ids: direct_logit_attribution(model, ids, 5, unit="head")):
             with pytest.raises(DecompositionError, match="the heads in"):
                 call(ids)
+
+    @pytest.mark.parametrize("where", ["class", "instance"])
+    @pytest.mark.parametrize("when", ["before", "after"])
+    def test_layers_that_exchange_what_they_write_are_refused(self, when, where, monkeypatch):
+        model, ids = build("llama"), example_ids("llama")
+        first, second = (attention_of(block) for block in blocks_of(model)[1:3])
+        other = {first: second.o_proj, second: first.o_proj}
+        kind, forward = type(first), type(first).forward
+
+        def exchanged(self, *args, **kwargs):
+            if self not in other:
+                return forward(self, *args, **kwargs)
+            own, self.o_proj = self.o_proj, other[self]
+            try:
+                return forward(self, *args, **kwargs)
+            finally:
+                self.o_proj = own
+
+        if when == "after":
+            plan = prepare(model, 5, unit="head")
+            plan(ids)
+        if where == "class":
+            monkeypatch.setattr(kind, "forward", exchanged)
+        else:
+            for one in other:
+                one.forward = exchanged.__get__(one)
+        if when == "before":
+            plan = prepare(model, 5, unit="head")
+        with pytest.raises(DecompositionError, match="the heads in"):
+            plan(ids)
+
+    @pytest.mark.parametrize("place", ["self_attn", "mlp"])
+    def test_a_second_run_does_not_stand_for_the_first(self, place):
+        model, ids = build("llama"), example_ids("llama")
+        module, left = getattr(blocks_of(model)[1], place), []
+        forward = module.forward
+
+        def once(*args, **kwargs):
+            out = forward(*args, **kwargs)
+            if not left:
+                return out
+            left.pop()
+            return (1.5 * out[0], *out[1:]) if isinstance(out, tuple) else 1.5 * out
+
+        due = direct_logit_attribution(model, ids, 5, unit="head")
+        module.forward = once
+        plan = prepare(model, 5, unit="head")
+        left.append(1)
+        try:
+            found = plan(ids)
+        except DecompositionError:
+            return
+        assert not torch.allclose(found.logit, due.logit)
 
     @pytest.mark.parametrize("spec", SPECS)
     def test_two_ways_to_split_heads_hold_in_one_run(self, spec):
@@ -237,6 +311,47 @@ class TestWaiting:
         assert repr(result.seen) == repr(due.seen)
         assert not hasattr(result.seen, "nothing_of_the_kind")
 
+    def test_threads_read_one_result(self):
+        model, ids = build("gpt2"), example_ids("gpt2")
+        plan = prepare(model, 5)
+        due = plan(ids).rank
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        reads = [lambda one: one.rank, lambda one: pickle.loads(pickle.dumps(one)).rank] * 2
+        try:
+            with ThreadPoolExecutor(4) as pool:
+                for _ in range(100):
+                    one = plan(ids)
+                    for rank in pool.map(lambda read, one=one: read(one.seen), reads):
+                        assert torch.equal(rank, due)
+        finally:
+            sys.setswitchinterval(interval)
+
+    def test_what_cannot_be_read_fails_where_it_is_read(self):
+        class Broken:
+            broken = False
+
+            def encode(self, *_, **__):
+                return [5]
+
+            def convert_ids_to_tokens(self, i):
+                return f"{i}"
+
+            def decode(self, _):
+                if self.broken:
+                    raise ValueError("no longer there")
+                return ""
+
+        model, ids, tokenizer = build("gpt2"), example_ids("gpt2"), Broken()
+        result = direct_logit_attribution(model, ids, 5, tokenizer=tokenizer)
+        tokenizer.broken = True
+        for _ in range(40):
+            direct_logit_attribution(model, ids, 5)
+        with pytest.raises(ValueError, match="no longer there"):
+            result.seen.names  # noqa: B018
+        tokenizer.broken = False
+        assert int(result.rank[0]) > 0
+
     def test_few_results_hold_logits(self):
         model, ids = build("gpt2"), example_ids("gpt2")
         plan = prepare(model, 5)
@@ -245,11 +360,12 @@ class TestWaiting:
         for one in results:
             assert one.seen == results[0].seen
 
-    def test_a_result_that_waits_holds_no_model(self):
+    @pytest.mark.parametrize("pos", [-1, None])
+    def test_a_result_that_waits_holds_no_model(self, pos):
         model, ids = build("gpt2"), example_ids("gpt2")
-        result = direct_logit_attribution(model, ids, 5, unit="head", pos=None)
+        result = direct_logit_attribution(model, ids, 5, unit="head", pos=pos)
         gone = weakref.ref(model)
         del model
         gc.collect()
         assert gone() is None
-        assert result.rank.shape == ids.shape
+        assert len(result.rank) == len(ids)
