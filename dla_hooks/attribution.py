@@ -19,7 +19,7 @@ from dla_hooks.measure.asked import Asked, settled
 from dla_hooks.measure.completeness import seems_current
 from dla_hooks.measure.one_prompt import measure, results
 from dla_hooks.modules.user_hooks import hooked_modules, refuse_second_run
-from dla_hooks.modules.version import forget
+from dla_hooks.modules.version import State, forget
 from dla_hooks.residual.stream import Stream
 from dla_hooks.sources.base import Source
 from dla_hooks.targets.base import Target
@@ -249,7 +249,7 @@ class Plan:
             self._read, self._question, source, input, pos, chunk_size
         )
         asked = settled(question, self._read.stream, source, selection)
-        return self._about(asked.question)._attribute(source, asked, backend.state.hooked)
+        return self._about(asked.question)._attribute(source, asked, backend.state)
 
     def __repr__(self) -> str:
         return f"Plan({self._read.backend.name}: {', '.join(self._units)})"
@@ -274,10 +274,10 @@ class Plan:
             self._last = kept
         return kept
 
-    def _attribute(self, source: Source, asked: Asked, hooked: bool = True) -> Any:
+    def _attribute(self, source: Source, asked: Asked, state: State | None = None) -> Any:
         # Weights may have changed in a way that leaves no trace, since this was measured.
         may_be_stale = self._asked or self._data.stream.remembered
-        self._asked, kept = True, None if hooked else self._kept
+        self._asked, kept = True, self._kept.under(state)
         failed: DecompositionError | HookError | None = None
         try:
             found, outcome = measure(self._data, source, asked.selection, self._check, kept)

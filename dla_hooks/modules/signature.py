@@ -38,7 +38,8 @@ def has_own_forward(module: nn.Module) -> bool:
     """Whether a module runs what its class was written with; nobody has put a ``forward`` there."""
     if "forward" in vars(module):
         return False
-    home, kind = getattr(module.forward, "__module__", None), type(module)
+    kind = type(module)
+    home = getattr(getattr(kind, "forward", None), "__module__", None)
     return home == kind.__module__ or any(
         home == base.__module__ for base in kind.__mro__ if "forward" in vars(base)
     )

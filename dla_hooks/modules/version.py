@@ -63,6 +63,8 @@ class State:
         compiled: whether a module, or a function stored on a module, is compiled.
         adapters_off: for every module that PEFT has adapted, whether its adapters are switched off.
         hooked: whether any module has forward hooks, whoever put them there.
+        code: a number that moves when a class of modules gets another ``forward``. What is measured
+            once stays: a check that then fails measures again.
     """
 
     version: int
@@ -70,6 +72,7 @@ class State:
     compiled: bool
     adapters_off: tuple[bool, ...]
     hooked: bool
+    code: int
 
 
 def state_of(model: nn.Module, *others: nn.Module) -> State:
@@ -81,6 +84,7 @@ def state_of(model: nn.Module, *others: nn.Module) -> State:
     """
     seen: list[Any] = []
     tensors: list[Tensor | None] = []
+    code: list[int] = []
     training = compiled = hooked = False
     adapters_off: list[bool] = []
     adapted: dict[type, bool] = {}  # of the classes that were met: those of PEFT's layers
@@ -92,7 +96,7 @@ def state_of(model: nn.Module, *others: nn.Module) -> State:
             kept, kind = module.__dict__, module.__class__
             if kind not in adapted:  # a model has many modules, and few classes of them
                 adapted[kind] = hasattr(kind, "_disable_adapters")
-                seen.append(id(kind.forward))
+                code.append(id(getattr(kind, "forward", None)))
                 compiled = compiled or class_has_compiled(kind)
             if module._modules:  # with a module that is there twice, twice
                 seen += map(id, module._modules.values())
@@ -137,7 +141,8 @@ def state_of(model: nn.Module, *others: nn.Module) -> State:
     seen += _stamps(tensors)
     for config in configs.values():
         seen += _plain_values(config)
-    return State(hash((compiled, *seen)), training, compiled, tuple(adapters_off), hooked)
+    version, switched_off = hash((compiled, *seen)), tuple(adapters_off)
+    return State(version, training, compiled, switched_off, hooked, hash(tuple(code)))
 
 
 def _stamps(tensors: Iterable[Tensor | None]) -> list[int]:

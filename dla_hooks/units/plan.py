@@ -19,6 +19,7 @@ from dla_hooks.backends import Conventions
 from dla_hooks.inputs.entries import Entries
 from dla_hooks.inputs.positions import Selection
 from dla_hooks.modules.hooks import Call, Place, Tap
+from dla_hooks.modules.version import State
 from dla_hooks.projection.kernels import project
 from dla_hooks.projection.ledger import FixedRows
 from dla_hooks.projection.reading_point import PointRecorder, Reading
@@ -195,6 +196,16 @@ class Kept:
 
     def __init__(self) -> None:
         self._recordings: deque[Recording] = deque(maxlen=1)
+        self._code = 0
+
+    def under(self, state: State | None) -> Kept | None:
+        """What is kept for a model in a state; None where anybody's hooks are on it."""
+        if state is None or state.hooked:
+            return None
+        if state.code != self._code:  # what a plan leaves out may be needed now
+            self._recordings.clear()
+        self._code = state.code
+        return self
 
     def take(self, plan: Plan, entries: Entries) -> Recording:
         """A recording for a run without anyone's hooks: the one that is kept, if it fits."""
