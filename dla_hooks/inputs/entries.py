@@ -78,8 +78,8 @@ class Entries:
 
     def alone(self) -> Entries:
         """The same without what is derived from them, for what outlives the call."""
-        found = copy(self)
-        found.view = None
+        found = Entries.__new__(Entries)  # `copy` takes several times as long
+        vars(found).update(vars(self), view=None)
         return found
 
     def beside_encoder(self, mask: Tensor) -> Entries:

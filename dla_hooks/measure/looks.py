@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -125,7 +125,8 @@ def seen_at(
     if observed.logits_BSV.numel() > _FEW_LOGITS:
         return _seen_at(entries, observed, answers_K).named(texts)
     entries = entries.alone()
-    observed = replace(observed, logits_BSV=observed.logits_BSV.clone())  # a model's are its own
+    places = observed.row_E, observed.column_E, observed.entries_E, observed.target_E
+    observed = Observed(observed.logits_BSV.clone(), *places)  # the model's are its caller's
     return Seen.when_read(lambda: _seen_at(entries, observed, answers_K).named(texts))
 
 

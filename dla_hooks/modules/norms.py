@@ -176,7 +176,8 @@ def frozen_scale(norm: Norm, x_NM: Tensor, y_NM: Tensor) -> tuple[Tensor, Tensor
     s = (square / (a * y).sum(-1, keepdim=True)).masked_fill_(square == 0, norm.at_zero)
     unexplained = largest_of(y.addcdiv_(a, s, value=-1), torch.inf, -1)
     most = largest_of(y_NM, torch.inf, -1).add_(torch.finfo(y_NM.dtype).tiny)
-    return s[:, 0], largest_of(unexplained / most, torch.inf)
+    misfits = unexplained.div_(most)
+    return s[:, 0], misfits[0] if len(misfits) == 1 else largest_of(misfits, torch.inf)
 
 
 def largest(misfits: list[Tensor]) -> float:

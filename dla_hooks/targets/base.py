@@ -25,6 +25,9 @@ from dla_hooks.projection.vocabulary_mean import finite_mean
 from dla_hooks.residual.stream import Stream
 from dla_hooks.targets.spread import spread_of
 
+_FIRST = torch.zeros(1, dtype=torch.long, device="cpu")
+"""The only one of all columns, or of all entries."""
+
 
 @dataclass(frozen=True)
 class Observed:
@@ -49,9 +52,8 @@ class Observed:
         """The entries whose columns the model's logits were kept for."""
         device = logits_BSV.device
         if columns is entries.cols and columns.numel() == 1:
-            first = torch.zeros(1, dtype=torch.long, device="cpu")
             row_E, target_E = entries.rows, entries.target
-            return cls(logits_BSV, row_E.to(device), first.to(device), first, target_E)
+            return cls(logits_BSV, row_E.to(device), _FIRST.to(device), _FIRST, target_E)
         # In each row once at most.
         entries_E, column_E = (entries.cols[:, None] == columns).nonzero().unbind(-1)
         # `index_select` costs a fifth of what indexing costs.

@@ -85,7 +85,7 @@ def _handful_shows_no_mask(logits_BSV: Tensor, high_N: list[float], spread_N: li
     if len(high_N) > _FEW_COLUMNS:
         return False
     step = max(1, logits_BSV.shape[-1] // _HANDFUL)
-    samples = logits_BSV[..., ::step].reshape(len(high_N), -1).tolist()
+    samples = [some for columns in logits_BSV[..., ::step].tolist() for some in columns]
     return all(
         any(spread / _GAP < high - one < spread / 2 for one in some)
         for some, high, spread in zip(samples, high_N, spread_N, strict=True)
