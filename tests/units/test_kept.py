@@ -19,6 +19,7 @@ import dla_hooks
 from dla_hooks import DecompositionError, direct_logit_attribution, prepare
 from dla_hooks.projection.one_column import OneColumn
 from dla_hooks.results.seen import Seen
+from dla_hooks.units.plan import Recording
 
 SPECS = ["gpt2", "llama", "gemma2", "gpt_neox-parallel", "olmo2-bias-tied"]
 
@@ -88,6 +89,18 @@ class TestNextCall:
             next(attention_of(block).parameters()).mul_(1.1)
         check(ids[:, 1:])
 
+    @pytest.mark.parametrize("spec", ["gpt2", "gpt_neox-parallel", "bloom"])
+    def test_what_is_taken_off_the_heads_is_counted_once(self, spec, monkeypatch):
+        model, ids = build(spec), example_ids(spec)
+        unit = dla_hooks.Heads(fold_value_biases=True)
+        plan, prompts = prepare(model, 5, unit=unit), (ids, ids.flip(0), ids)
+        due = [direct_logit_attribution(model, one, 5, unit=unit) for one in prompts]
+        finish, runs = Recording.finish, []
+        monkeypatch.setattr(Recording, "finish", lambda own: runs.append(1) or finish(own))
+        for one, expected in zip(prompts, due, strict=True):
+            assert_same(plan(one), expected)
+        assert len(runs) == len(prompts)  # a check that failed would have run each once more
+
     @pytest.mark.parametrize("unit", ["head", "component"])
     @pytest.mark.parametrize("spec", SPECS)
     def test_results_stay_as_they_are(self, spec, unit):
@@ -129,8 +142,8 @@ class TestNextCall:
     @pytest.mark.parametrize("unit", ["head", "component"])
     def test_modes_of_torch_change_from_call_to_call(self, unit):
         model, ids = build("gpt2"), example_ids("gpt2")
+        due = direct_logit_attribution(model, ids, 5, unit=unit)
         plan = prepare(model, 5, unit=unit)
-        due = plan(ids)
         with torch.inference_mode():
             assert_same(plan(ids), due)
             plan(ids)
@@ -267,6 +280,22 @@ class TestAtOnce:
             other = direct_logit_attribution(model, ids, 5, 7, unit=one.unit)
             assert_same(one, other, exactly=False)
 
+    @pytest.mark.parametrize("size", [1e-25, 1e-12, 1e12])
+    def test_streams_of_any_size_reach_the_norm(self, size):
+        model, ids = build("llama", dtype=torch.float32), example_ids("llama")
+        norm = model.model.norm
+        handle = norm.register_forward_pre_hook(lambda _, args: (size * args[0],))
+        own = model(ids).logits[:, -1, 5]
+        result = direct_logit_attribution(model, ids, 5, unit="component")
+        handle.remove()
+        torch.testing.assert_close(result.logit, own.detach(), rtol=1e-4, atol=0)
+
+    def test_no_number_is_made_of_a_stream_that_is_none(self):
+        model, ids = build("llama", dtype=torch.float32), example_ids("llama")
+        model.model.norm.register_forward_pre_hook(lambda _, args: (args[0] * torch.nan,))
+        result = direct_logit_attribution(model, ids, 5, unit="head", check=False)
+        assert result.attribution.isnan().all()
+
     def test_activations_of_another_kind_are_read_all_the_same(self):
         class Marked(torch.Tensor):
             pass
@@ -364,8 +393,8 @@ class TestWaiting:
     def test_a_result_that_waits_holds_no_model(self, pos):
         model, ids = build("gpt2"), example_ids("gpt2")
         result = direct_logit_attribution(model, ids, 5, unit="head", pos=pos)
-        gone = weakref.ref(model)
+        gone = [weakref.ref(module) for module in model.modules()]
         del model
         gc.collect()
-        assert gone() is None
+        assert {one() for one in gone} == {None}
         assert len(result.rank) == len(ids)
