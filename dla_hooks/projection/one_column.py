@@ -3,8 +3,8 @@
 They give what :mod:`dla_hooks.projection.kernels` gives, in a few lines. Between a model's own
 matrix products nothing of ours is left in the processor's caches, and each line and each function
 costs several times what it costs elsewhere. An activation of another shape, dtype or device than
-expected is left to the kernels. Each function looks for itself whether it is: one call more in every
-hook would cost more than the lines.
+expected is left to the kernels. Each function looks for itself whether it is one: a call more in
+every hook would cost more than these lines.
 """
 
 from __future__ import annotations
